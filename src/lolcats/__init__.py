@@ -1,0 +1,35 @@
+"""lolcats: turn a pretrained softmax-attention language model into one with linear cost in length.
+
+Importing the package also teaches transformers to load linearized models with `AutoModelForCausalLM.from_pretrained`.
+"""
+
+from lolcats.config import LinearizationConfig, RunConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.linearize import linearize
+from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
+from lolcats.ops import HybridOutput, HybridState, LinearState, hybrid_attention
+from lolcats.teacher import load_teacher
+from lolcats.training import TrainingData, finetune_lora, transfer_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HybridOutput",
+    "HybridState",
+    "LinearState",
+    "LinearizationConfig",
+    "LinearizedAttention",
+    "LolcatsError",
+    "RunConfig",
+    "TrainingData",
+    "__version__",
+    "attention_mode",
+    "convert",
+    "finetune_lora",
+    "hybrid_attention",
+    "linearize",
+    "linearized_layers",
+    "load_config",
+    "load_teacher",
+    "transfer_attention",
+]

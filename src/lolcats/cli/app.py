@@ -1,0 +1,88 @@
+"""The application: its verbs, its global options, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from lolcats.cli.chat import chat
+from lolcats.cli.evaluate import evaluate
+from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describe, is_usage_error, process_prefix
+from lolcats.cli.generate import generate
+from lolcats.cli.inspect import inspect
+from lolcats.cli.linearize import linearize
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; an interruption leaves here as an ordinary exception, before typer prints a blank line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted(ctx.invoked_subcommand) from error
+
+
+app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+for verb in (linearize, evaluate, generate, chat, inspect):
+    app.command()(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from lolcats import __version__
+
+        typer.echo(f"lolcats {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def lolcats(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Turn a softmax-attention language model into one with linear cost in length, and measure what was kept."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the command's name; None takes it from the process.
+
+    Returns:
+        The exit code: 0, 1 for an error, 2 for a command that cannot be understood, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    words = [word for word in options if word != "--debug"] + words[len(options) :]
+    try:
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            code = get_command(app).main(args=words, prog_name="lolcats", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        return close_stdout()
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        verb = error.verb if isinstance(error, Interrupted) else None
+        print(process_prefix() + INTERRUPTED.get(verb, "interrupted"), file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{process_prefix()}error: {describe(error)}", file=sys.stderr)
+        return 2 if is_usage_error(error) else 1

@@ -1,0 +1,98 @@
+"""`lolcats chat`: a conversation, whose state is kept from turn to turn."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+import typer
+
+from lolcats.cli.load import load_model
+from lolcats.cli.options import Device, Dtype, Model, NewTokens, Seed, Temperature, TopP, sampling
+from lolcats.errors import LolcatsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Conversation:
+    """Messages so far, and the model's state after them.
+
+    Args:
+        model: any causal language model; the state of a linearized one stays small.
+        tokenizer: one with a chat template.
+        options: of `generate`.
+
+    Raises:
+        LolcatsError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+        if not tokenizer.chat_template:
+            raise LolcatsError("this model's tokenizer has no chat template; use lolcats generate")
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages: list[dict[str, str]] = []
+        self.forget_state()
+
+    def forget_state(self) -> None:
+        """Drop the state; the next turn reads all messages again."""
+        from transformers import DynamicCache
+
+        self.seen: list[int] = []
+        self.cache = DynamicCache(config=self.model.config)
+
+    def reply(self, text: str, streamer: Any = None) -> str:
+        """The model's answer to `text`."""
+        import torch
+
+        self.messages.append({"role": "user", "content": text})
+        rendered = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
+        encoded = self.tokenizer(cast(str, rendered), add_special_tokens=False, verbose=False)
+        ids = list(cast(Any, encoded["input_ids"]))
+        if self.seen != ids[: len(self.seen)] or len(ids) <= len(self.seen):
+            self.forget_state()  # the template writes earlier turns differently from what the model wrote
+        prompt = torch.tensor([ids], device=self.model.device)
+        with torch.no_grad():
+            written = cast(Any, self.model).generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=self.cache,
+                streamer=streamer,
+                **self.options,
+            )[0]
+        self.seen = written[: int(self.cache.get_seq_length())].tolist()
+        answer = str(self.tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+
+def chat(
+    model: Model,
+    max_new_tokens: NewTokens = 400,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model. /reset begins again; /exit, Ctrl-D or Ctrl-C leaves."""
+    from transformers import set_seed
+
+    from lolcats.cli.streaming import CountingStreamer
+
+    network, tokenizer = load_model(model, device, dtype)
+    talk = Conversation(network, tokenizer, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
+    set_seed(seed)
+    prompt = "you> " if sys.stdin.isatty() else ""
+    try:
+        while (line := input(prompt).strip()) != "/exit":
+            if line == "/reset":
+                talk.reset()
+            elif line:
+                talk.reply(line, CountingStreamer(tokenizer))
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()

@@ -1,0 +1,136 @@
+"""What can be known of a model from its configuration: layers, parameters, bytes. Its weights are not read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling import LinearizedAttention, linearized_layers
+from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local
+from lolcats.ops import HybridState, hybrid_attention
+from lolcats.teacher import load_teacher
+
+
+@dataclass
+class ModelFacts:
+    """What `lolcats inspect` tells."""
+
+    name: str
+    """Class of the model."""
+    dtype: str
+    layers: int
+    linearized: list[int]
+    """Indices of the linearized layers."""
+    candidates: list[int]
+    """Indices of the softmax layers that could be linearized."""
+    obstacle: str
+    """Why the model cannot be linearized, "" if it can or is."""
+    parameters: int = 0
+    added: int = 0
+    """Parameters that the linearization added."""
+    impl: str = ""
+    state_bytes: int = 0
+    """Bytes of the linearized layers' state, for one text of any length."""
+    kv_rates: list[tuple[int, int | None]] = field(default_factory=list)
+    """(bytes a token, most tokens kept) of each layer if it is softmax attention."""
+
+    def softmax_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values after `tokens` tokens, were every layer softmax attention."""
+        return sum(rate * min(tokens, limit or tokens) for rate, limit in self.kv_rates)
+
+    def own_bytes(self, tokens: int) -> int:
+        """Bytes that this model holds: the state, and keys and values of the layers that stay softmax."""
+        rest = [pair for index, pair in enumerate(self.kv_rates) if index not in self.linearized]
+        return self.state_bytes + sum(rate * min(tokens, limit or tokens) for rate, limit in rest)
+
+
+def read_facts(source: str) -> ModelFacts:
+    """Facts of the model at `source`, built without memory for its weights (a GGUF file is loaded).
+
+    Raises:
+        LolcatsError: there is no model, or its configuration cannot be read.
+    """
+    if source == "demo" or source.endswith(".gguf"):
+        return describe(load_teacher(source)[0])
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, LolcatsError):
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LolcatsError(f"cannot read the configuration of {source!r}: {first}") from error
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    except (ValueError, KeyError, ImportError) as error:
+        kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
+        layers = int(getattr(config, "num_hidden_layers", 0))
+        name = type(config).__name__.removesuffix("Config")
+        if isinstance(error, LolcatsError):
+            raise
+        return ModelFacts(name, "-", layers, [], [], f"{name} is {kind} that transformers can load as such")
+    return describe(model)
+
+
+def describe(model: PreTrainedModel) -> ModelFacts:
+    """Facts of a model in memory or on the meta device."""
+    layers = linearized_layers(model)
+    config = model.config.get_text_config(decoder=True)
+    facts = ModelFacts(
+        name=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        layers=int(config.num_hidden_layers),
+        linearized=[layer.layer_idx for layer in layers],
+        candidates=[],
+        obstacle="",
+        parameters=sum(p.numel() for p in model.parameters()),
+        added=sum(p.numel() for layer in layers for p in layer.attention_parameters().values()),
+        impl=", ".join(sorted({layer.impl for layer in layers})),
+        state_bytes=sum(layer_state(layer, config, model.dtype).nbytes for layer in layers),
+        kv_rates=kv_rates(model, config),
+    )
+    if not layers:
+        try:
+            check_supported(model)
+            facts.candidates = list(attention_modules(model))
+        except LolcatsError as error:
+            facts.obstacle = str(error)
+    return facts
+
+
+def kv_rates(model: nn.Module, config: Any) -> list[tuple[int, int | None]]:
+    """(bytes a token, most tokens kept) of each layer with attention, in order of the layers."""
+    found: dict[int, tuple[int, int | None]] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if index is None or isinstance(module, LinearizedAttention) or not hasattr(module, "k_proj"):
+            continue
+        _, kv_heads, size = head_sizes(module, config)
+        limit = None
+        if is_local(module, int(index)):
+            limit = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+        width = next(module.parameters()).element_size()
+        found[int(index)] = (2 * kv_heads * size * width, limit)
+    return [found[index] for index in sorted(found)]
+
+
+def layer_state(layer: LinearizedAttention, config: Any, dtype: torch.dtype) -> HybridState:
+    """The state of one text in one layer, as the operator itself makes it."""
+    heads, kv_heads, size = head_sizes(layer.inner, config)
+    maps = layer.feature_k.heads if layer.feature_k.learned else kv_heads
+    maps = heads if layer.decay_gate is not None else maps
+    settings = layer.settings
+    query, key = torch.zeros(1, heads, 1, size, dtype=dtype), torch.zeros(1, kv_heads, 1, size, dtype=dtype)
+    state = hybrid_attention(
+        query, key, key, torch.zeros(1, heads, 1, layer.feature_q.features),
+        torch.zeros(1, maps, 1, layer.feature_k.features), torch.zeros(heads),
+        window=settings.window, window_kind=settings.window_kind, sinks=settings.sinks,
+        log_decay=None if layer.decay_gate is None else torch.zeros(1, heads, 1), return_state=True,
+    ).state  # fmt: skip
+    assert state is not None
+    return state._replace(window=state.window._replace(phi_k=None))

@@ -1,0 +1,64 @@
+"""What goes wrong, in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pydantic import ValidationError
+
+from lolcats.errors import LolcatsError
+
+INTERRUPTED = {"linearize": "interrupted; the last checkpoint is kept"}
+"""What a verb says after Ctrl-C, where it is more than "interrupted"."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C inside a verb."""
+
+    def __init__(self, verb: str | None) -> None:
+        super().__init__(verb)
+        self.verb = verb
+
+
+def describe(error: Exception) -> str:
+    """One line for the person who typed the command."""
+    if is_usage_error(error):
+        return f"{one_line(error.format_message())} (lolcats --help shows the options)"  # type: ignore[attr-defined]
+    if isinstance(error, ValidationError):
+        problems = error.errors(include_url=False)
+        return one_line("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems))
+    if isinstance(error, LolcatsError):
+        return one_line(str(error))
+    if isinstance(error, OSError):
+        reason = error.strerror or one_line(str(error))
+        return f"{error.filename}: {reason}" if error.filename else reason
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; use smaller batches, shorter sequences or a smaller model"
+    return f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
+
+
+def one_line(text: str) -> str:
+    """The lines of `text` as one: after a colon they go on, else a semicolon parts them."""
+    joined = ""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        gap = " " if joined.endswith((":", ";", ",", ".")) else "; "
+        joined += (gap if joined else "") + line
+    return joined
+
+
+def is_usage_error(error: Exception) -> bool:
+    """Whether typer could not understand the command."""
+    return hasattr(error, "format_message")
+
+
+def process_prefix() -> str:
+    """Empty in the main process; the others of a distributed run say who they are."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[process {rank}] "
+
+
+def close_stdout() -> int:
+    """The reader of our output went away (`lolcats ... | head`): stop without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

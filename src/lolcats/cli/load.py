@@ -1,0 +1,67 @@
+"""Find and load the model that a verb was given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lolcats.config import RunConfig, load_config
+from lolcats.errors import LolcatsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def silence() -> None:
+    """No progress bars and no warnings of transformers: what matters is said by us."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def find_model(source: str) -> str:
+    """`source`, or the model inside it if it is the folder of a run.
+
+    Raises:
+        LolcatsError: it is the folder of a run that has no model yet.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return source
+    if not (folder / "model" / "config.json").is_file():
+        raise LolcatsError(
+            f"{folder} is a run without a model yet; finish it: lolcats linearize {folder / 'config.yaml'} --resume"
+        )
+    return str(folder / "model")
+
+
+def read_recipe(source: str) -> RunConfig | None:
+    """The recipe in a model's folder, None where there is none."""
+    from lolcats.saving import RECIPE_FILE
+
+    file = Path(source) / RECIPE_FILE
+    return load_config(file) if file.is_file() else None
+
+
+def read_results(source: str) -> dict[str, Any]:
+    """The measured results in a model's folder, empty where there are none."""
+    from lolcats.saving import RESULTS_FILE
+
+    file = Path(source) / RESULTS_FILE
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise LolcatsError(f"{file} is not JSON: {error}") from error
+
+
+def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, ready to run."""
+    import lolcats.modeling  # noqa: F401  (teaches transformers to load linearized models)
+    from lolcats.device import choose_device, choose_dtype
+    from lolcats.teacher import load_teacher
+
+    silence()
+    place = choose_device(device)
+    return load_teacher(find_model(source), dtype=choose_dtype(dtype, place), device=place)

@@ -1,0 +1,27 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help='A linearized model or its run folder; or a hub name, folder, .gguf file or "demo".'
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, mps, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, object]:
+    """The options of `generate` for a temperature and a top-p."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p}

@@ -1,0 +1,96 @@
+"""Tables and numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lolcats.config import RunConfig
+
+LABELS = {
+    "teacher": "teacher (softmax)",
+    "training_free": "window + sinks, nothing trained",
+    "transfer": "after attention transfer",
+    "student": "student",
+    "window_only": "student without its linear half",
+    "linear_only": "student without its softmax half",
+    "no_attention": "student without attention",
+}
+"""Names of what is measured, in the order of the story."""
+MIN_WIDTH = 100
+
+
+def console() -> Console:
+    """Standard output; wide enough for our tables where it is a file."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=max(out.width, MIN_WIDTH))
+
+
+def score_table(
+    perplexity: Mapping[str, float], kl: Mapping[str, float | None], recipe: RunConfig | None = None
+) -> Table:
+    """Perplexity, its ratio to the teacher's, and the distance from the teacher: a row a variant."""
+    table = Table("", title_justify="left", box=None, header_style="bold")
+    for name in ("perplexity", "ratio to teacher", "KL to teacher"):
+        table.add_column(name, justify="right")
+    teacher = perplexity.get("teacher")
+    for name in ordered(perplexity):
+        value, distance = perplexity[name], kl.get(name)
+        ratio = "-" if teacher is None else show_number(value / teacher, 3)
+        shown = "-" if distance is None or name == "teacher" else show_number(distance, 4)
+        table.add_row(label(name, recipe), show_number(value), ratio, shown)
+    return table
+
+
+def position_table(by_position: Mapping[str, Mapping[str, float]]) -> Table:
+    """Perplexity by the place of a token in its segment: a row a range, a column a variant."""
+    names = ordered(by_position)
+    table = Table("tokens", box=None, header_style="bold")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for place in by_position[names[0]]:
+        table.add_row(place, *(show_number(by_position[name].get(place, math.nan)) for name in names))
+    return table
+
+
+def ordered(names: Mapping[str, object]) -> list[str]:
+    """The names in the order of `LABELS`, others last."""
+    known = list(LABELS)
+    return sorted(names, key=lambda name: known.index(name) if name in LABELS else len(known))
+
+
+def label(name: str, recipe: RunConfig | None) -> str:
+    """What a row is called; the student says how it was fine-tuned."""
+    if name == "student" and recipe is not None and recipe.finetune.enabled:
+        return "after LoRA (student)" if recipe.finetune.method == "lora" else "after fine-tuning (student)"
+    return LABELS.get(name, name)
+
+
+def show_number(value: float, digits: int = 2) -> str:
+    """A number with `digits` decimals; very large ones in powers of ten."""
+    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def show_bytes(count: float) -> str:
+    """Bytes in the unit that fits, such as 1.5 MiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
+
+
+def show_layers(indices: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], index]
+        else:
+            runs.append([index])
+    return ", ".join("-".join(map(str, run)) for run in runs) or "none"

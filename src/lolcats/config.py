@@ -1,0 +1,297 @@
+"""The settings of a run: pydantic models, strict YAML, and `key.sub=value` overrides.
+
+Unknown keys and wrong types are errors. `configs/smollm2_135m.yaml` in the repository explains every key.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from lolcats.errors import ConfigError
+
+
+def _whole(value: object) -> object:
+    # 1e7, the usual way to write a token count, is a float in YAML.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Factor = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Names = Annotated[list[str], Field(min_length=1)]
+Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, allow_inf_nan=False)
+
+
+class LinearizationConfig(_Section):
+    """The attention layer that replaces softmax attention, and the layers that get it."""
+
+    feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
+    feature_size: Positive | None = None  # f, the width of the learned matrix; None is the head size
+    window: Count = 64  # tokens with exact softmax attention
+    window_kind: Literal["sliding", "terraced"] = "sliding"
+    sinks: Count = 0  # first tokens of the text that always keep softmax attention
+    state_heads: Literal["query", "kv"] = "query"  # one linear state a query head, or one a key/value head
+    layers: Literal["all"] | list[int] | float = "all"  # indices (negative from the end), or a fraction in (0, 1]
+    impl: Literal["auto", "reference", "chunked", "recurrent"] = "auto"
+    start: Literal["paper", "matched"] = "paper"
+    decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay a head
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: object) -> object:
+        value = list(value) if isinstance(value, tuple | range) else value
+        if value == "all" or (isinstance(value, float) and 0 < value <= 1):
+            return value
+        # A bare 1 could mean "all of them" or "layer 1", so whole numbers are only taken inside a list.
+        if not isinstance(value, list) or any(type(index) is not int for index in value):
+            raise ValueError('expected "all", a list of layer indices, or a fraction above 0 and up to 1.0')
+        if not value or len(set(value)) < len(value):
+            raise ValueError("a list of layers needs at least one index, and each index once")
+        return value
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.window_kind == "terraced" and self.window == 0:
+            raise ValueError("a terraced window needs window >= 1; for no window use window_kind sliding")
+        return self
+
+
+class DataConfig(_Section):
+    """What is read, how records become text, and how text becomes sequences of tokens."""
+
+    sources: Names = ["python-docs"]  # what `lolcats.data.iter_records` takes, or token files
+    template: Literal["plain", "alpaca", "chat"] = "plain"
+    sequence_length: Annotated[int, Field(ge=2)] = 1024  # tokens
+    packing: Literal["stream", "documents"] = "stream"
+    validation_sequences: Positive = 16
+    max_tokens: Tokens | None = None  # stop reading after this many tokens
+
+
+class OptimConfig(_Section):
+    """The optimiser settings that both stages share."""
+
+    _losses: ClassVar[tuple[str, ...]] = ()  # the weights of the stage's losses
+    enabled: bool = True
+    tokens: Tokens  # training tokens of the stage; see `steps`
+    batch_size: Positive = 8  # sequences a step
+    micro_batch_size: Positive | None = None  # sequences at once on the device; None is batch_size
+    lr: Rate
+    schedule: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of lr left at the end of cosine and linear
+    warmup_steps: Count = 20
+    weight_decay: Factor = 0.0
+    clip: Rate = 1.0  # largest norm of the gradient
+    validate_every: Positive = 100  # steps
+    checkpoint_every: Positive = 100  # steps
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # plateau multiplies lr by this ...
+    plateau_patience: Count = 2  # ... after this many validations without a gain
+    compile: Literal["auto"] | bool = "auto"
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
+        if self._losses and not any(getattr(self, name) for name in self._losses):
+            raise ValueError(f"{' and '.join(self._losses)} are both 0; set at least one above 0")
+        return self
+
+    def steps(self, sequence_length: int) -> int:
+        """Count the optimiser steps that read `tokens` tokens in sequences of `sequence_length`, rounded up."""
+        return -(-self.tokens // (self.batch_size * sequence_length))
+
+
+class TransferConfig(OptimConfig):
+    """Stage 1, attention transfer: each layer learns to give the output of its own softmax attention."""
+
+    _losses = ("mse_factor", "xent_factor")
+    tokens: Tokens = 10_000_000
+    lr: Rate = 1e-2
+    mse_factor: Factor = 1000.0  # weight of the error of head outputs
+    xent_factor: Factor = 0.0  # weight of the cross-entropy between attention weights (memory grows with length^2)
+    target: Literal["hybrid", "linear"] = "hybrid"  # which output is compared: with the window, or the linear half
+
+
+class FinetuneConfig(OptimConfig):
+    """Stage 2: the linearized model learns to predict text, by LoRA or with all weights."""
+
+    _losses = ("cross_entropy_factor", "kl_factor")
+    tokens: Tokens = 10_000_000
+    lr: Rate = 1e-4
+    method: Literal["lora", "full"] = "lora"
+    rank: Positive = 8
+    alpha: Rate = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    train_feature_maps: bool = False
+    cross_entropy_factor: Factor = 1.0  # weight of next-token cross-entropy
+    kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits
+    mask_prompt: bool = False  # count the loss only on responses
+    merge: bool = True  # fold LoRA into the weights on export
+
+
+class EvaluationConfig(_Section):
+    """What is measured after training."""
+
+    sources: list[str] = []  # empty: the held-out validation sequences
+    segment_length: Annotated[int, Field(ge=2)] | None = None  # tokens; None is data.sequence_length
+    last: Positive | None = None  # count only the last tokens of a segment; None counts all
+    max_segments: Positive | None = None
+    batch_size: Positive = 4  # segments at once
+    controls: list[Control] = ["window_only", "linear_only", "no_attention", "training_free"]
+
+
+class RunConfig(_Section):
+    """A whole run: model, layer, data, both stages and evaluation."""
+
+    model: str = "demo"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = (
+        "run"  # the folder of the run inside runs_dir
+    )
+    runs_dir: str = "runs"
+    seed: Count = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    linearization: LinearizationConfig = Field(default_factory=LinearizationConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    transfer: TransferConfig = Field(default_factory=TransferConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @field_validator("linearization", "data", "transfer", "finetune", "evaluation", mode="before")
+    @classmethod
+    def _read_empty_section(cls, value: object) -> object:
+        # YAML reads a section whose keys are all commented out as null.
+        return {} if value is None else value
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        if repeated:
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {', '.join(repeated)}", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# PyYAML reads 1e-4 as text because YAML 1.1 wants 1.0e-4. The dumper must agree, or the text "1e4" would not be quoted.
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Build the settings of a run from a file or a shipped recipe, then apply overrides.
+
+    Args:
+        path_or_recipe: a YAML file; the name of a shipped recipe ("paper", "recommended"), which wins over a file of
+            that name; or None for the defaults alone.
+        overrides: `key.sub=value` texts, see `parse_overrides`. A later one wins.
+
+    Raises:
+        ConfigError: no such file or recipe, broken YAML, or wrong settings; all of these in one message, a line each.
+    """
+    settings = {} if path_or_recipe is None else _read_yaml(path_or_recipe)
+    try:
+        return RunConfig.model_validate(_merged(settings, parse_overrides(overrides)))
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(error))
+        raise ConfigError(f"the configuration {path_or_recipe or 'given'} cannot be used:\n{lines}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """Write every setting as YAML that `load_config` reads back to an equal `RunConfig`."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `["finetune.lr=1e-4", "name=try"]` into `{"finetune": {"lr": 1e-4}, "name": "try"}`; values are YAML.
+
+    Raises:
+        ConfigError: texts that are not `key=value` with a dotted key and a YAML value; all of them, a line each.
+    """
+    settings: dict[str, Any] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            problems.append(f"override {override!r}: expected key=value, such as finetune.lr=1e-4")
+            continue
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            problems.append(f"override {override!r}: the part after = is not valid YAML; quote it if it is text")
+            continue
+        for part in reversed(key.split(".")):
+            value = {part.strip(): value}
+        settings = _merged(settings, value)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return settings
+
+
+def _merged(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    nested = [key for key in new if isinstance(new[key], dict) and isinstance(base.get(key), dict)]
+    return base | new | {key: _merged(base[key], new[key]) for key in nested}
+
+
+def _read_yaml(path_or_recipe: str | Path) -> dict[str, Any]:
+    shipped = (resources.files("lolcats") / "recipes").iterdir()
+    recipes = {item.name.removesuffix(".yaml"): item for item in shipped if item.name.endswith(".yaml")}
+    file = recipes.get(str(path_or_recipe)) or Path(path_or_recipe).expanduser()
+    if not file.is_file():
+        names = ", ".join(sorted(recipes))
+        raise ConfigError(f"no configuration file {path_or_recipe}; give a YAML file or a shipped recipe: {names}")
+    try:
+        settings = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration {path_or_recipe}: {error}") from error
+    if not isinstance(settings, dict | None):
+        raise ConfigError(f"the configuration {path_or_recipe} must hold `key: value` lines, got {settings!r:.60}")
+    return settings or {}
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    inner = {prefix + key: value for key, value in settings.items() if isinstance(value, dict)}
+    return [prefix + key for key in settings] + [key for name in inner for key in _dotted(inner[name], name + ".")]
+
+
+def _likeness(key: str, other: str) -> float:
+    # The last part counts again by itself: `windw` is near linearization.window although its section is missing.
+    pairs = [(key, other), (key.rpartition(".")[2], other.rpartition(".")[2])]
+    return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    valid = _dotted(RunConfig().model_dump())
+    names = {part for key in valid for part in key.split(".")}
+    problems: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            path = ".".join(map(str, item["loc"]))
+            problems[path] = [f"unknown key; did you mean {max(valid, key=partial(_likeness, path))}?"]
+            continue
+        # A union adds the name of each of its types to the location; joined under the key they read as one sentence.
+        path = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in names)
+        message = item["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+        problems.setdefault(path, []).append(message + got)
+    return [f"{path}: {' or '.join(messages)}" if path else messages[0] for path, messages in problems.items()]

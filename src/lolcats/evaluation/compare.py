@@ -1,0 +1,99 @@
+"""A saved student against its teacher: both loaded, all measured on the same segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lolcats.config import Control, LinearizationConfig
+from lolcats.data.packing import read_documents
+from lolcats.device import choose_device, choose_dtype
+from lolcats.errors import DataError, LolcatsError
+from lolcats.evaluation.controls import student_variants, teacher_variants
+from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
+from lolcats.modeling import convert, linearized_layers
+from lolcats.teacher import load_teacher
+
+
+def compare(
+    model: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    sources: Sequence[str] = ("python-docs",),
+    length: int = 1024,
+    last: int | None = None,
+    max_segments: int | None = None,
+    batch_size: int = 4,
+    controls: Sequence[str] = get_args(Control),
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Measurement]:
+    """Score a linearized model, its controls and its teacher; or a model that is not linearized, by itself.
+
+    Args:
+        model: an artefact, or any model that `load_teacher` takes; its score is then called "teacher".
+        teacher: where the weights from before the linearization are; None leaves out all that needs them.
+        sources: text, see `lolcats.data.iter_records`, or token files.
+        length: tokens a segment.
+        last: count only the last tokens of each segment.
+        max_segments: read at most this many.
+        batch_size: segments at once.
+        controls: see `lolcats.evaluation.controls`.
+        device, dtype: as in `RunConfig`; a linearized model in its own format is the "auto" dtype.
+        progress: called with (segments done, all segments).
+
+    Raises:
+        LolcatsError: a model or a source that cannot be used, or a teacher of another model.
+    """
+    place = choose_device(device)
+    student, tokenizer = load_teacher(
+        model, dtype=None if dtype == "auto" else choose_dtype(dtype, place), device=place
+    )
+    segments = _read_segments(sources, tokenizer, length, last, max_segments)
+    if not linearized_layers(student):
+        student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
+        variants, reference = {"teacher": Variant(student)}, None
+    else:
+        variants = student_variants(student, list(controls))
+        before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
+        reference = before.get("teacher")
+        variants = {name: v for name, v in before.items() if name == "teacher" or name in controls} | variants
+    return measure(variants, segments, teacher=reference, last=last, batch_size=batch_size, progress=progress)
+
+
+def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:
+    """The teacher with the student's layers around its own weights: softmax, and window alone, are modes of it."""
+    try:
+        model, _ = load_teacher(teacher, dtype=student.dtype, device=student.device)
+        settings = LinearizationConfig(**student.config.linearization)  # type: ignore[attr-defined]
+        convert(model, settings.model_copy(update={"start": "paper"}))
+    except LolcatsError as error:
+        raise LolcatsError(f"the teacher cannot be used: {error}; name another one, or none") from error
+    if model.config.vocab_size != student.config.vocab_size:
+        raise LolcatsError(
+            f"{teacher} has {model.config.vocab_size} tokens and the linearized model {student.config.vocab_size}, "
+            "so it is not its teacher; name another one, or none"
+        )
+    return model
+
+
+def _read_segments(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, last: int | None, count: int | None
+) -> Tensor:
+    """Segments [S, length] int64."""
+    if last is not None and last >= length:
+        raise DataError(f"last={last} must be less than the length of a segment, {length}")
+    limit = None if count is None else count * length
+    documents = read_documents(sources, "plain", tokenizer, limit)
+    ids = np.concatenate([document.ids for document in documents]).astype(np.int64)
+    try:
+        return as_segments(torch.from_numpy(ids), length)
+    except ValueError as error:
+        raise DataError(f"{', '.join(sources)}: {error}; choose a shorter length") from error

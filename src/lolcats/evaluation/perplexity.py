@@ -1,0 +1,153 @@
+"""Perplexity and distance from the teacher, overall and by position in the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.training.losses import HEAD_CHUNK, OutputHead
+
+
+@dataclass
+class Variant:
+    """A model in one of its modes, for instance "window_only"."""
+
+    model: PreTrainedModel
+    mode: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered around each forward pass."""
+
+
+@dataclass
+class Measurement:
+    """What one variant scores."""
+
+    perplexity: float
+    """exp of the mean loss of the counted tokens."""
+    loss: float
+    """Mean negative log-likelihood of the counted tokens, nats."""
+    kl: float | None
+    """Mean KL(teacher || variant) of the counted tokens, nats; None without a teacher."""
+    tokens: int
+    """Counted tokens."""
+    by_position: dict[str, float] = field(default_factory=dict)
+    """Perplexity of the tokens whose index in their segment lies in "start-end"."""
+
+
+@dataclass
+class _Sums:
+    loss: Tensor  # [L - 1] float64, summed over segments
+    kl: Tensor  # [L - 1] float64
+    segments: int = 0
+
+
+@torch.no_grad()
+def measure(
+    variants: Mapping[str, Variant],
+    segments: Tensor,
+    *,
+    teacher: Variant | None = None,
+    last: int | None = None,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Measurement]:
+    """Score variants on the same segments.
+
+    Args:
+        variants: what to score, by name.
+        segments: [S, L] token ids; the first token of a segment is context only.
+        teacher: what `kl` compares with.
+        last: count only the last tokens of each segment; None counts all but the first.
+        batch_size: segments at once.
+        progress: called with (segments done, all segments).
+
+    Raises:
+        ValueError: segments too short for `last`.
+    """
+    count, length = segments.shape
+    if length < 2 or (last is not None and not 1 <= last < length):
+        raise ValueError(f"expected segments longer than last={last} (and than 1 token); got {length} tokens")
+    sums = {name: _Sums(*(torch.zeros(length - 1, dtype=torch.float64) for _ in range(2))) for name in variants}
+    for begin in range(0, count, batch_size):
+        ids = segments[begin : begin + batch_size].long()
+        reference = None if teacher is None else (_hidden(teacher, ids), OutputHead(teacher.model))
+        for name, variant in variants.items():
+            loss, kl = _token_scores(_hidden(variant, ids), OutputHead(variant.model), ids, reference)
+            sums[name].loss += loss
+            sums[name].kl += kl
+        if progress is not None:
+            progress(min(begin + batch_size, count), count)
+    return {name: _summary(s, count, last, teacher is not None) for name, s in sums.items()}
+
+
+def _hidden(variant: Variant, ids: Tensor) -> Tensor:
+    model = variant.model
+    with variant.mode():
+        return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+
+
+def _token_scores(
+    hidden: Tensor, head: OutputHead, ids: Tensor, reference: tuple[Tensor, OutputHead] | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and KL of each position, summed over the batch: [L - 1] float64 on the CPU."""
+    targets = ids[:, 1:].to(hidden.device)
+    loss = torch.zeros(targets.shape, device=hidden.device)
+    kl = torch.zeros_like(loss)
+    step = max(1, HEAD_CHUNK // ids.shape[0])
+    for begin in range(0, targets.shape[1], step):
+        part = slice(begin, min(begin + step, targets.shape[1]))
+        log_p = head(hidden[:, part]).log_softmax(-1)
+        loss[:, part] = nnf.nll_loss(log_p.flatten(0, 1), targets[:, part].flatten(), reduction="none").view_as(
+            targets[:, part]
+        )
+        if reference is not None:
+            log_t = reference[1](reference[0][:, part]).log_softmax(-1).to(log_p.device)
+            kl[:, part] = (log_t.exp() * (log_t - log_p)).sum(-1)
+    return loss.sum(0).double().cpu(), kl.sum(0).double().cpu()
+
+
+def _summary(sums: _Sums, segments: int, last: int | None, has_teacher: bool) -> Measurement:
+    length = sums.loss.shape[0]
+    counted = slice(length - last if last is not None else 0, length)
+    tokens = segments * (counted.stop - counted.start)
+    loss = float(sums.loss[counted].sum()) / tokens
+    kl = float(sums.kl[counted].sum()) / tokens if has_teacher else None
+    buckets = {}
+    for start, end in position_buckets(length + 1):
+        part = sums.loss[start - 1 : end - 1]
+        buckets[f"{start}-{end}"] = _exp(float(part.sum()) / (segments * len(part)))
+    return Measurement(_exp(loss), loss, kl, tokens, buckets)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def position_buckets(length: int) -> list[tuple[int, int]]:
+    """Ranges [start, end) of token index, doubling from 64: predicted tokens 1 .. length - 1."""
+    edges = [1]
+    edge = 64
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return list(zip(edges, [*edges[1:], length]))
+
+
+def as_segments(ids: list[int] | Tensor, length: int) -> Tensor:
+    """Cut a token stream into [S, length], the rest dropped.
+
+    Raises:
+        ValueError: fewer than `length` tokens.
+    """
+    stream = cast(Tensor, torch.as_tensor(ids))
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(f"expected at least {length} tokens of evaluation text; got {len(stream)}")
+    return stream[: count * length].view(count, length)

@@ -1,0 +1,270 @@
+"""`LinearizedAttention`: a family's own attention module whose attention itself is replaced.
+
+The family computes q, k, v (norms, biases, RoPE) and the output projection as ever. In transformers 5 it calls the
+attention function named by its config in between; the wrapper gives it a config that names `hybrid_interface` and
+passes itself along as a keyword, so nothing of any family is copied here.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from lolcats.errors import LolcatsError
+from lolcats.feature_maps import FeatureMap
+from lolcats.modeling.cache import LinearizedLayer, linearized_layer, to_device
+from lolcats.modeling.masks import NAME, TokenFacts, read_mask, softmax_mask
+from lolcats.ops import HybridState, hybrid_attention
+from lolcats.ops.hybrid import hybrid_step, leaving_keys
+from lolcats.ops.hybrid.layout import Settings
+
+Mode = Literal["hybrid", "softmax", "window_only", "linear_only", "no_attention"]
+"""What a linearized layer computes: itself, its teacher, or one of the controls that show what each half does."""
+
+
+@dataclass
+class AttentionCall:
+    """What arrives at the attention interface: q [B, H, N, D], k and v [B, KV, N, .], after norms and RoPE."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden: Tensor
+    """[B, N, d_model], the input of the attention module."""
+    mask: Tensor | None
+    facts: TokenFacts
+    scale: float
+    extra: dict[str, Any]
+
+
+Observer = Callable[["LinearizedAttention", AttentionCall, Tensor], None]
+"""Called with the layer, the call and the softmax output [B, H, N, Dv]; see `training.transfer`."""
+
+
+class LinearizedAttention(nn.Module):
+    """Hybrid attention around a family's attention module.
+
+    Args:
+        inner: the family's module; its weights are never changed here.
+        feature_q, feature_k: feature maps of the queries (a map a query head) and keys (a map a query or a key head).
+        heads: H, number of query heads.
+        settings: window, its kind and sinks (the scale comes from the family).
+        impl: implementation of `hybrid_attention` for more than one token.
+        decay_gate: maps the layer's input [B, N, d_model] to the logits [B, N, H] of the decay, or None.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        feature_q: FeatureMap,
+        feature_k: FeatureMap,
+        heads: int,
+        settings: Settings,
+        impl: str,
+        decay_gate: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.feature_q, self.feature_k = feature_q, feature_k
+        self.window_factor = nn.Parameter(torch.full((heads,), PAPER_WINDOW_FACTOR, dtype=torch.float32))
+        self.query_scale = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.decay_gate = decay_gate
+        self.settings = settings
+        self.impl = self.eager_impl = impl
+        self.mode: Mode = "hybrid"
+        self.observer: Observer | None = None
+
+    @property
+    def layer_idx(self) -> int:
+        """Index of the layer in the model."""
+        return int(self.inner.layer_idx)  # type: ignore[arg-type]
+
+    def attention_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the linearization added, by name."""
+        return {n: p for n, p in self.named_parameters() if not n.startswith("inner.")}
+
+    def forward(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
+        """The family's forward; its cache is kept from it, because the hybrid keeps a state of its own."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if self.mode == "softmax" and self.observer is None:
+            return self.inner(*args, past_key_values=past_key_values, linearized=(self, hidden, None), **kwargs)
+        return self.inner(*args, past_key_values=None, linearized=(self, hidden, past_key_values), **kwargs)
+
+    def dispatch(self, call: AttentionCall, cache: Cache | None) -> Tensor:
+        """Output [B, H, N, Dv] of the layer in its present mode."""
+        if self.observer is not None:
+            teacher = self.softmax(call)
+            self.observer(self, call, teacher)
+            return teacher
+        if self.mode == "softmax":
+            return self.softmax(call)
+        if cache is None:
+            return self.hybrid(call)
+        layer = linearized_layer(cache, self.layer_idx)
+        if layer.state is not None:
+            layer.state = to_device(layer.state, call.q.device)
+        if call.q.shape[2] == 1 and layer.state is not None:
+            return self._step(call, layer)
+        return self._prefill(call, layer)
+
+    def softmax(self, call: AttentionCall) -> Tensor:
+        """What the teacher computes: exact attention, O(N) memory."""
+        if any(call.extra.get(name) is not None for name in ("softcap", "s_aux")):
+            return self._eager(call)
+        mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2])
+        causal = mask is None and call.q.shape[2] > 1
+        grouped = call.q.shape[1] != call.k.shape[1]
+        return nnf.scaled_dot_product_attention(
+            call.q, call.k, call.v, attn_mask=mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
+        )
+
+    def _eager(self, call: AttentionCall) -> Tensor:
+        eager = sys.modules[type(self.inner).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        n, keys = call.q.shape[2], call.k.shape[2]
+        mask = softmax_mask(call.facts, call.mask, n, keys)
+        if mask is None:
+            mask = torch.ones(n, keys, dtype=torch.bool, device=call.q.device).tril(keys - n)[None, None]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=call.q.dtype).masked_fill(~mask, torch.finfo(call.q.dtype).min)
+        return eager(self.inner, call.q, call.k, call.v, mask, scaling=call.scale, **call.extra)[0].transpose(1, 2)
+
+    def features(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """phi_q [B, H, N, F], phi_k [B, H or KV, N, F], window factor [H], log decay [B, H, N] of the present mode."""
+        phi_q, phi_k = self.query_features(call.q), self.feature_k(call.k)
+        factor = self.window_factor
+        if self.mode == "window_only":
+            phi_q = torch.zeros_like(phi_q)
+        elif self.mode == "linear_only":
+            factor = torch.full_like(factor, -torch.inf)
+        return phi_q, phi_k, factor, self.log_decay(call.hidden)
+
+    def query_features(self, q: Tensor) -> Tensor:
+        """phi_q(q), scaled for each head: the scale sets the share of the linear half."""
+        phi = self.feature_q(q)
+        return phi * self.query_scale.to(phi.dtype).exp()[:, None, None]
+
+    def log_decay(self, hidden: Tensor) -> Tensor | None:
+        """Log of the decay of the linear half at each token: [B, H, N], or None without a gate."""
+        if self.decay_gate is None:
+            return None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nnf.logsigmoid(self.decay_gate(hidden.to(self.decay_gate.weight.dtype))).transpose(1, 2)
+
+    def hybrid(self, call: AttentionCall) -> Tensor:
+        """The hybrid over a whole text, no state kept: [B, H, N, Dv]; differentiable in everything."""
+        if self.impl == "compiled":
+            return _compiled_hybrid()(self, call)
+        return self._hybrid(call)
+
+    def linear_attention(self, call: AttentionCall) -> Tensor:
+        """Linear attention alone, over all keys, as if there were no window: a target of attention transfer."""
+        phi_q, phi_k, factor, log_decay = self.features(call)
+        return hybrid_attention(
+            call.q, call.k, call.v, phi_q, phi_k, factor, window=0, log_decay=log_decay, impl=self._plain_impl(),
+            attention_mask=call.facts.padding, segment_ids=call.facts.segments,
+        ).out  # fmt: skip
+
+    def _hybrid(self, call: AttentionCall) -> Tensor:
+        phi_q, phi_k, factor, log_decay = self.features(call)
+        out = hybrid_attention(
+            call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, impl=self._plain_impl(),
+            attention_mask=call.facts.padding, segment_ids=call.facts.segments, **self._options(call),
+        ).out  # fmt: skip
+        return torch.zeros_like(out) if self.mode == "no_attention" else out
+
+    def _plain_impl(self) -> str:
+        # Compilation is for training on equal shapes; prompts differ in length.
+        return self.eager_impl if self.impl == "compiled" else self.impl
+
+    def _options(self, call: AttentionCall) -> dict[str, Any]:
+        s = self.settings
+        return {"window": s.window, "window_kind": s.window_kind, "sinks": s.sinks, "scale": call.scale}
+
+    def _prefill(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
+        phi_q, phi_k, factor, log_decay = self.features(call)
+        state = layer.state
+        if state is not None:
+            state = state._replace(window=state.window._replace(phi_k=self._ring_features(state)))
+        result = hybrid_attention(
+            call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, impl=self._plain_impl(),
+            attention_mask=call.facts.padding, initial_state=state, return_state=True, **self._options(call),
+        )  # fmt: skip
+        assert result.state is not None
+        kept = result.state._replace(window=result.state.window._replace(phi_k=None))
+        layer.advance(kept, call.q.shape[2])
+        return torch.zeros_like(result.out) if self.mode == "no_attention" else result.out
+
+    def _ring_features(self, state: HybridState) -> Tensor:
+        return self._per_state_head(self.feature_k(state.window.k))
+
+    def _per_state_head(self, phi_k: Tensor) -> Tensor:
+        if self.decay_gate is None:
+            return phi_k
+        return phi_k.repeat_interleave(self.window_factor.shape[0] // phi_k.shape[1], 1)
+
+    def _step(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
+        state = layer.state
+        assert state is not None
+        settings = self.settings._replace(scale=call.scale)
+        phi_q, _, factor, log_decay = self.features(call)
+        leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
+        with torch.autocast(call.q.device.type, enabled=False):
+            padding = call.facts.padding
+            active = None if padding is None else padding[:, 0]
+            out, state = hybrid_step(
+                call.q, call.k, call.v, phi_q, leaving, factor, state, settings, log_decay, active
+            )
+        layer.advance(state, 1)
+        return torch.zeros_like(out) if self.mode == "no_attention" else out
+
+
+@functools.cache
+def _compiled_hybrid() -> Callable[[LinearizedAttention, AttentionCall], Tensor]:
+    """Feature maps and attention compiled together, once for all layers."""
+    return torch.compile(LinearizedAttention._hybrid, dynamic=False)
+
+
+PAPER_WINDOW_FACTOR = -2.1972246
+"""logit(0.1): the paper's initial window factor."""
+
+
+def hybrid_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    linearized: tuple[LinearizedAttention, Tensor, Cache | None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers: hands the call to the `LinearizedAttention` that started it."""
+    if linearized is None:
+        raise LolcatsError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention function, so it cannot be "
+            "linearized; leave this layer out with `layers`"
+        )
+    layer, hidden, cache = linearized
+    if layer.mode != "softmax" and any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise LolcatsError(
+            f"{type(module).__name__} caps its attention scores or has learned sinks, which the hybrid does not have; "
+            "leave these layers out with `layers`"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    facts = read_mask(attention_mask, query.shape[2], use_segments=cache is None)
+    extra = {k: v for k, v in kwargs.items() if k in ("softcap", "s_aux", "sliding_window")}
+    call = AttentionCall(query, key, value, hidden, attention_mask, facts, scale, extra)
+    out = layer.dispatch(call, cache)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, hybrid_interface)

@@ -1,0 +1,126 @@
+"""The cache of a linearized layer: one `HybridState`, whose size does not depend on how many tokens were seen.
+
+It lives in transformers' own `Cache`, beside the layers of other kinds. `DynamicCache` and `StaticCache` build their
+layers from `config.layer_types`, which the families also use to choose masks, so a linearized layer cannot announce
+itself there; instead it takes its place in the cache at its first call (`linearized_layer`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from lolcats.ops import HybridState
+
+
+class LinearizedLayer(CacheLayerMixin):
+    """State of one linearized attention layer."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: HybridState | None = None
+        self.seen = 0
+
+    def advance(self, state: HybridState, tokens: int) -> None:
+        """Keep the state after `tokens` more tokens (padding counted: `seen` is what position counters use)."""
+        self.state = state
+        self.seen += tokens
+        self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, for the whole batch."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first call of the attention layer brings the state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: a linearized layer keeps no keys and values that another attention could use."""
+        raise ValueError("the cache of a linearized layer can only be used by that layer; got an update from another")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that masks speak of: all tokens so far."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused unless nothing is removed: folded keys cannot be taken out of the sums again."""
+        if tokens_to_remove != 0:
+            raise ValueError(
+                "a linearized model cannot forget its last tokens (crop): their keys may already be folded into the "
+                "state. Keep a copy of the cache from before them instead; assisted generation is not possible"
+            )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def _map(self, fn: Any) -> None:
+        if self.state is not None:
+            self.state = self.state.map(fn)
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing to do: the layer moves its state to its own device when it runs."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch in the order of `beam_idx` [B]."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        self._map(lambda t: t[indices.to(t.device)])
+
+
+def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
+    """The linearized layer at `layer_idx`, put there in place of an empty one at its first use.
+
+    Raises:
+        ValueError: the cache already holds tokens of a softmax layer at this place.
+    """
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, LinearizedLayer):
+        return layer
+    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+        raise ValueError(
+            f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
+            f"{int(layer.get_seq_length())} tokens of softmax attention"
+        )
+    new = LinearizedLayer()
+    cache.layers[layer_idx] = new
+    return new
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes that the linearized layers of a cache hold, for the whole batch."""
+    return sum(layer.nbytes for layer in cache.layers if isinstance(layer, LinearizedLayer))
+
+
+def to_device(state: HybridState, device: torch.device) -> HybridState:
+    """The state on `device` (itself where it is there already)."""
+    return state if state.length.device == device else state.map(lambda t: t.to(device))

@@ -1,0 +1,180 @@
+"""`convert`: put `LinearizedAttention` around the attention modules of a model, in place."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lolcats.config import LinearizationConfig
+from lolcats.errors import LolcatsError
+from lolcats.feature_maps import build_feature_map
+from lolcats.modeling.attention import LinearizedAttention, Mode
+from lolcats.modeling.hf import mark_as_linearized
+from lolcats.modeling.masks import NAME
+from lolcats.modeling.start import match_start
+from lolcats.ops import resolve_impl
+from lolcats.ops.hybrid.layout import Settings
+
+OPEN_GATE = 6.0
+"""Initial bias of a decay gate: sigmoid(6) = 0.9975, half of a key's weight is left after 280 tokens."""
+
+
+def convert(
+    model: PreTrainedModel, config: LinearizationConfig | None = None, *, input_ids: Tensor | None = None
+) -> PreTrainedModel:
+    """Replace softmax attention by the LoLCATs hybrid, in place. No weight of the model changes.
+
+    Args:
+        model: a decoder-only language model of transformers.
+        config: what to build; None is `LinearizationConfig()`.
+        input_ids: [B, N] token ids of real text, needed by `start="matched"` only (one batch is enough).
+
+    Returns:
+        The same object; its class is now a `Linearized...` subclass of its family's class.
+
+    Raises:
+        LolcatsError: the model cannot be linearized (the message says why), or `input_ids` is missing.
+    """
+    config = config or LinearizationConfig()
+    check_supported(model)
+    if config.start == "matched" and input_ids is None:
+        raise LolcatsError("start='matched' needs a batch of real text; pass input_ids [B, N] or use start='paper'")
+    mark_as_linearized(model, config)
+    install(model, config)
+    if config.start == "matched":
+        assert input_ids is not None
+        match_start(model, linearized_layers(model), input_ids)
+    return model
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise LolcatsError if `model` cannot be linearized."""
+    if linearized_layers(model):
+        raise LolcatsError("this model is already linearized; convert its teacher instead")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LolcatsError(f"{type(model).__name__} is an encoder-decoder; expected a decoder-only language model")
+    if not model.can_generate():
+        raise LolcatsError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+    if not attention_modules(model):
+        raise LolcatsError(
+            f"{type(model).__name__} has no attention module that calls transformers' attention interface; "
+            "expected a model such as Llama, Mistral or Qwen"
+        )
+
+
+def attention_modules(model: nn.Module) -> dict[int, str]:
+    """Layer index -> name of each global attention module that can be taken over. Local (sliding) ones are left out."""
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if index is None or not calls_interface(module) or is_local(module, int(index)):
+            continue
+        found[int(index)] = name
+    return dict(sorted(found.items()))
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether the module's forward looks up its attention function in transformers' interface."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def is_local(module: nn.Module, index: int) -> bool:
+    """Whether the layer attends to a sliding window already."""
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return types[index] != "full_attention"
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    return window is not None and getattr(config, "use_sliding_window", True)
+
+
+def choose_layers(available: list[int], layers: str | list[int] | float) -> list[int]:
+    """Layers to convert. A fraction takes them evenly spaced, the last one included.
+
+    Raises:
+        LolcatsError: a layer that is not available.
+    """
+    if layers == "all":
+        return available
+    if isinstance(layers, list):
+        total = max(available) + 1
+        wanted = sorted(i + total if i < 0 else i for i in layers)
+        if missing := [i for i in wanted if i not in available]:
+            raise LolcatsError(f"layers {missing} cannot be linearized; this model's global layers are {available}")
+        return wanted
+    count = max(1, round(float(layers) * len(available)))
+    return [available[(i + 1) * len(available) // count - 1] for i in range(count)]
+
+
+def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
+    """Wrap the chosen modules. Also used when a saved model is built again."""
+    names = attention_modules(model)
+    chosen = choose_layers(list(names), config.layers)
+    inner_config = copy.copy(model.config.get_text_config(decoder=True))
+    inner_config._attn_implementation_internal = NAME
+    for index in chosen:
+        parent_name, _, child = names[index].rpartition(".")
+        parent = model.get_submodule(parent_name)
+        inner = getattr(parent, child)
+        wrapper = wrap(inner, config, model.config.get_text_config(decoder=True))
+        inner.config = inner_config
+        setattr(parent, child, wrapper)
+    if len(chosen) == len([m for m in model.modules() if getattr(m, "layer_idx", None) is not None and calls_interface(m)]):
+        # No softmax layer is left, so nobody needs an [N, N] mask.
+        model.config._attn_implementation = NAME
+
+
+def wrap(inner: nn.Module, config: LinearizationConfig, model_config: PretrainedConfig) -> LinearizedAttention:
+    """A `LinearizedAttention` around one attention module, on the device of its weights."""
+    heads, kv_heads, head_dim = head_sizes(inner, model_config)
+    device = next(inner.parameters()).device
+    key_maps = heads if config.state_heads == "query" else kv_heads
+    gate = None
+    if config.decay == "gate":
+        gate = nn.Linear(model_config.hidden_size, heads, dtype=torch.float32)
+        nn.init.zeros_(gate.weight)
+        nn.init.constant_(gate.bias, OPEN_GATE)
+    maps = [
+        build_feature_map(config.feature_map, count, head_dim, config.feature_size) for count in (heads, key_maps)
+    ]
+    settings = Settings(config.window, config.window_kind, config.sinks, head_dim**-0.5)
+    wrapper = LinearizedAttention(inner, maps[0], maps[1], heads, settings, resolve_impl(config.impl), gate)
+    for name, parameter in wrapper.attention_parameters().items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(wrapper.get_submodule(owner), leaf, nn.Parameter(parameter.data.to(device)))
+    return wrapper.train(inner.training)
+
+
+def head_sizes(inner: nn.Module, config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key/value heads, head size) of an attention module."""
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = getattr(inner, "head_dim", None) or getattr(config, "head_dim", None)
+    return heads, kv_heads, int(head_dim or config.hidden_size // heads)
+
+
+def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
+    """The linearized attention layers of a model (peft wrappers are looked through), in order."""
+    return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+
+
+@contextmanager
+def attention_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Inside, every linearized layer computes `mode`: "softmax" is the teacher, the others are controls."""
+    layers = linearized_layers(model)
+    before = [layer.mode for layer in layers]
+    try:
+        for layer in layers:
+            layer.mode = mode
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            layer.mode = old

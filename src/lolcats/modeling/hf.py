@@ -1,0 +1,95 @@
+"""Linearized models as first-class models of transformers: saved and loaded like any other after `import lolcats`.
+
+A linearized Llama is a `LinearizedLlamaForCausalLM`, a subclass of `LlamaForCausalLM` made when it is first needed;
+its config is the family's own with `model_type: lolcats` and two more entries, `base_model_type` and `linearization`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lolcats.config import LinearizationConfig
+from lolcats.errors import LolcatsError
+
+MODEL_TYPE = "lolcats"
+FLOAT32_PARAMETERS = {"feature_q", "feature_k", "window_factor", "query_scale", "decay_gate"}
+
+
+class LolcatsConfig(PretrainedConfig):
+    """What AutoConfig finds for `model_type: lolcats`: builds the config of the right family."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The family's config with the linearization in it.
+
+        Raises:
+            LolcatsError: the folder's config.json was not written by lolcats, or names an unknown family.
+        """
+        if cls is not LolcatsConfig:
+            return super().from_dict(config_dict, **kwargs)
+        family = config_dict.get("base_model_type")
+        if family not in CONFIG_MAPPING or "linearization" not in config_dict:
+            raise LolcatsError(
+                f"config.json says model_type 'lolcats' but has base_model_type {family!r} and "
+                f"{'a' if 'linearization' in config_dict else 'no'} linearization; was it written by save_pretrained?"
+            )
+        return linearized_config_class(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
+
+
+@functools.cache
+def linearized_config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """`LlamaConfig` -> `LinearizedLlamaConfig`."""
+    attributes = {"model_type": MODEL_TYPE, "base_model_type": base.model_type, "__module__": __name__}
+    new = type(f"Linearized{base.__name__}", (base,), attributes)
+    model_class = linearized_model_class(AutoModelForCausalLM._model_mapping[base], new)
+    AutoModelForCausalLM.register(new, model_class, exist_ok=True)
+    return new
+
+
+def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """`LlamaForCausalLM` -> `LinearizedLlamaForCausalLM`, which builds its linearized layers itself."""
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        from lolcats.modeling.convert import install  # convert imports this module
+
+        install(self, LinearizationConfig(**config.linearization))  # type: ignore[attr-defined]
+
+    strict = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | FLOAT32_PARAMETERS
+    attributes = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "config_class": config,
+        "_keep_in_fp32_modules_strict": strict,
+    }
+    return type(f"Linearized{base.__name__}", (base,), attributes)
+
+
+def mark_as_linearized(model: PreTrainedModel, config: LinearizationConfig) -> None:
+    """Give a model and its config their linearized classes, in place (weights and modules stay)."""
+    model_config = model.config
+    if type(model_config) not in AutoModelForCausalLM._model_mapping:
+        raise LolcatsError(f"{type(model_config).__name__} is not a causal language model that transformers knows")
+    config_class = linearized_config_class(type(model_config))
+    model_config.__class__ = config_class
+    model_config.linearization = config.model_dump(mode="json")
+    model_config.base_model_type = config_class.base_model_type  # type: ignore[attr-defined]
+    model.__class__ = AutoModelForCausalLM._model_mapping[config_class]
+    model_config.architectures = [type(model).__name__]
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of a linearized model's weights in place; what the linearization added stays float32."""
+    for name, parameter in model.named_parameters():
+        if not any(part in FLOAT32_PARAMETERS for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)

@@ -1,0 +1,6 @@
+"""Hybrid attention: softmax over a window (and sinks), a learned linear attention over the rest, one denominator."""
+
+from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, resolve_impl
+from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
+
+__all__ = ["IMPLEMENTATIONS", "hybrid_attention", "hybrid_step", "leaving_keys", "resolve_impl"]

@@ -1,0 +1,239 @@
+"""Hybrid attention in time and memory linear in N, in plain torch, differentiable.
+
+The extended sequence (see layout.py) is cut in chunks of C tokens. A chunk of queries meets
+
+* the sinks (softmax),
+* the `local` keys: its own chunk and the p before it, enough to cover the window of every query in it. Some of these
+  pairs are softmax pairs, some linear ones; both kinds of weights share one matrix and one product with the values,
+* everything older through a carried state, the sum of phi_k v^T over the chunks before its local keys.
+
+Shapes: nC chunks, K = (p + 1) C local keys, G = H / KV query heads a key head, g = state heads / KV (1 or G).
+Memory a token and head: K scores, and F * Dv / C for the chunk states.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, pair_masks, sink_mask
+from lolcats.ops.hybrid.reference import divide
+from lolcats.ops.hybrid.scan import carried_states
+from lolcats.ops.types import HybridOutput, LinearState, SinkKeys, accumulation_dtype
+
+CHUNK = 64
+
+
+class _Chunks(NamedTuple):
+    """The extended sequence in chunks; padded tokens have position -1."""
+
+    q: Tensor  # [B, KV, nC, G, C, D]
+    phi_q: Tensor  # [B, KV, nC, G, C, F]
+    position: Tensor  # [b, nC, C]
+    k_local: Tensor  # [B, KV, nC, K, D]
+    v_local: Tensor  # [B, KV, nC, K, Dv]
+    phi_local: Tensor  # [B, KV, nC, g, K, F]
+    position_local: Tensor  # [b, nC, K]
+    segment: Tensor | None  # [b, nC, C]
+    segment_local: Tensor | None  # [b, nC, K]
+    decay_local: Tensor | None  # [B, KV, nC, G, K]: cumulative sum of log_decay over the local keys
+
+
+def chunked_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+    """Linear-time hybrid attention; arguments as checked by `hybrid_attention`."""
+    dtype = accumulation_dtype(inputs.q, inputs.v)
+    ext = extend(inputs, settings)
+    out = _forward(inputs, ext, settings, dtype)
+    state = final_state(inputs, ext, settings, dtype) if return_state else None
+    return HybridOutput(out.to(inputs.v.dtype), state)
+
+
+@functools.cache
+def _compiled() -> object:
+    return torch.compile(chunked_attention, dynamic=False)
+
+
+def compiled_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+    """`chunked_attention` under torch.compile: for training, where the shapes stay the same."""
+    return _compiled()(inputs, settings, return_state)  # type: ignore[operator]
+
+
+def _forward(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """[B, H, N, Dv] in `dtype`."""
+    n = inputs.q.shape[2]
+    q, phi_q = (nnf.pad(x, (0, 0, ext.ring, 0)) for x in (inputs.q, inputs.phi_q))
+    order = None
+    if inputs.attention_mask is not None:  # real tokens to the right end of each row: no holes inside a window
+        order = (ext.position >= 0).long().argsort(dim=-1, stable=True)
+        q, phi_q, ext = _reorder(q, order), _reorder(phi_q, order), _reorder_extended(ext, order)
+    chunks = _cut(q, phi_q, ext, settings, dtype)
+    numerator, denominator = _local(chunks, ext.sinks, inputs.window_factor, settings, dtype)
+    carry_num, carry_den = _carried(chunks, inputs, settings)
+    numerator, denominator = numerator + carry_num, denominator + carry_den
+    total = ext.position.shape[1]
+    numerator = numerator.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)[:, :, :total]
+    denominator = denominator.permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)[:, :, :total]
+    out = divide(numerator, denominator, ext.position)
+    if order is not None:
+        out = _reorder(out, order.argsort(dim=-1))
+    return out[:, :, total - n :]
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """x [B, h, T] or [B, h, T, d] with its tokens in `order` [B, T]."""
+    index = order[:, None].expand(-1, x.shape[1], -1)
+    return x.gather(2, index) if x.ndim == 3 else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def _reorder_extended(ext: Extended, order: Tensor) -> Extended:
+    decay = None if ext.log_decay is None else _reorder(ext.log_decay, order)
+    k, v, phi_k = (_reorder(x, order) for x in (ext.k, ext.v, ext.phi_k))
+    return Extended(k, v, phi_k, decay, ext.position.gather(1, order), None, ext.sinks, ext.length, ext.ring)
+
+
+def _reach(settings: Settings, total: int) -> int:
+    """Chunks before a query's own that may hold softmax keys, p."""
+    furthest = settings.window if settings.window_kind == "sliding" else 2 * settings.window
+    return max(0, -(-(min(furthest, total) - 1) // CHUNK))
+
+
+def _cut(q: Tensor, phi_q: Tensor, ext: Extended, settings: Settings, dtype: torch.dtype) -> _Chunks:
+    """Cut the extended sequence into chunks."""
+    total, kv_heads = ext.position.shape[1], ext.k.shape[1]
+    reach = _reach(settings, total)
+    right = -total % CHUNK
+
+    def own(x: Tensor) -> Tensor:  # [B, H, T, d] -> [B, KV, nC, G, C, d]
+        x = nnf.pad(x.to(dtype), (0, 0, 0, right)).unflatten(2, (-1, CHUNK))
+        return x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+
+    def local(x: Tensor) -> Tensor:  # [B, h, T, d] -> [B, h, nC, K, d]
+        x = nnf.pad(x.to(dtype), (0, 0, reach * CHUNK, right))
+        return x.unfold(2, (reach + 1) * CHUNK, CHUNK).mT
+
+    def rows(x: Tensor, left: int, value: int) -> Tensor:  # [b, T] -> [b, nC, left + C]
+        return nnf.pad(x, (left, right), value=value).unfold(1, left + CHUNK, CHUNK)
+
+    segment = ext.segment
+    decay = None
+    if ext.log_decay is not None:
+        decay = local(ext.log_decay[..., None]).squeeze(-1).cumsum(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    return _Chunks(
+        q=own(q),
+        phi_q=own(phi_q),
+        position=rows(ext.position, 0, -1),
+        k_local=local(ext.k),
+        v_local=local(ext.v),
+        phi_local=local(ext.phi_k).unflatten(1, (kv_heads, -1)).transpose(2, 3),
+        position_local=rows(ext.position, reach * CHUNK, -1),
+        segment=None if segment is None else rows(segment, 0, -1),
+        segment_local=None if segment is None else rows(segment, reach * CHUNK, -1),
+        decay_local=decay,
+    )
+
+
+def _grouped(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, KV, nC, G, C, a] @ y [B, KV, nC, a, b], without repeating y for each of the G heads."""
+    return (x.flatten(3, 4) @ y).unflatten(3, x.shape[3:5])
+
+
+def _local(
+    chunks: _Chunks, sinks: SinkKeys | None, window_factor: Tensor, settings: Settings, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sinks and local keys: numerator [B, KV, nC, G, C, Dv] and denominator [B, KV, nC, G, C]."""
+    same_text = None
+    if chunks.segment is not None and chunks.segment_local is not None:
+        same_text = chunks.segment[..., None] == chunks.segment_local[..., None, :]
+    near, far = pair_masks(chunks.position[..., None], chunks.position_local[..., None, :], settings, same_text)
+    scores = _grouped(chunks.q * settings.scale, chunks.k_local.mT).masked_fill(_to_pairs(~near), -torch.inf)
+    top = scores.detach().new_full((), -torch.inf) if settings.window == 0 else scores.amax(-1, keepdim=True)
+    sink_scores = sink_v = None
+    if sinks is not None:
+        sink_scores, sink_v = _sink_scores(chunks, sinks, settings, dtype)
+        top = torch.maximum(top, sink_scores.amax(-1, keepdim=True))
+    top = torch.where(torch.isinf(top), 0.0, top)
+    gate = torch.sigmoid(window_factor.to(dtype)).unflatten(0, (chunks.q.shape[1], -1))[:, None, :, None, None]
+    weights = gate * torch.exp(scores - top)
+    weights = _add_linear(weights, chunks, far, settings)
+    numerator, denominator = _grouped(weights, chunks.v_local), weights.sum(-1)
+    if sink_scores is not None and sink_v is not None:
+        sink_weights = gate * torch.exp(sink_scores - top)
+        if sink_v.ndim == 4:
+            numerator = numerator + _grouped(sink_weights, sink_v[:, :, None])
+        else:  # a set of sinks for each token
+            numerator = numerator + torch.einsum("bkngcs,bkncsd->bkngcd", sink_weights, sink_v)
+        denominator = denominator + sink_weights.sum(-1)
+    return numerator, denominator
+
+
+def _to_pairs(mask: Tensor) -> Tensor:
+    """[b, nC, C, K] -> [b, 1, nC, 1, C, K]."""
+    return mask[:, None, :, None]
+
+
+def _sink_scores(chunks: _Chunks, sinks: SinkKeys, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Masked scores [B, KV, nC, G, C, s] and the sink values, in chunks where each token has its own sinks."""
+    k, v = sinks.k.to(dtype), sinks.v.to(dtype)
+    q = chunks.q * settings.scale
+    if k.ndim == 4:
+        scores = _grouped(q, k[:, :, None].mT)
+    else:
+        pad = (0, 0, 0, 0, 0, q.shape[2] * CHUNK - k.shape[2])
+        k, v = (nnf.pad(x, pad).unflatten(2, (-1, CHUNK)) for x in (k, v))
+        scores = torch.einsum("bkngcd,bkncsd->bkngcs", q, k)
+    visible = sink_mask(chunks.position[..., None], settings.sinks)
+    return scores.masked_fill(_to_pairs(~visible), -torch.inf), v
+
+
+def _add_linear(weights: Tensor, chunks: _Chunks, far: Tensor, settings: Settings) -> Tensor:
+    """Add the weights of the linear pairs among the local keys."""
+    # A linear pair is at least `window` apart, so it lies in the first columns.
+    columns = min(weights.shape[-1], max(0, weights.shape[-1] - settings.window))
+    if columns == 0:
+        return weights
+    keys = chunks.phi_local[..., :columns, :]
+    linear = _grouped(chunks.phi_q, keys.squeeze(3).mT) if keys.shape[3] == 1 else chunks.phi_q @ keys.mT
+    mask = _to_pairs(far[..., :columns])
+    if chunks.decay_local is not None:
+        own = chunks.decay_local[..., -CHUNK:]
+        between = own[..., None] - chunks.decay_local[..., None, :columns]
+        linear = linear * torch.exp(torch.where(mask, between, 0.0))
+    linear = torch.where(mask, linear, 0.0)
+    return torch.cat([weights[..., :columns] + linear, weights[..., columns:]], -1)
+
+
+def _carried(chunks: _Chunks, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """All keys older than the local ones: numerator [B, KV, nC, G, C, Dv] and denominator [B, KV, nC, G, C]."""
+    keys, values = chunks.phi_local[..., -CHUNK:, :], chunks.v_local[..., -CHUNK:, :]
+    weight = (chunks.position >= settings.sinks).to(keys.dtype)[:, None, :, None, :]  # [b, 1, nC, 1, C]
+    decay = total = None
+    if chunks.decay_local is not None:
+        start = nnf.pad(chunks.decay_local, (1, 0))[..., -CHUNK - 1, None]
+        decay = chunks.decay_local[..., -CHUNK:] - start
+        total = decay[..., -1]  # [B, KV, nC, G]
+        weight = weight * torch.exp(total[..., None] - decay)
+    last_segment = None
+    if chunks.segment is not None:
+        last_segment = chunks.segment[..., -1]
+        weight = weight * (chunks.segment == last_segment[..., None]).to(weight.dtype)[:, None, :, None]
+    keys = keys * weight[..., None]
+    sums = LinearState((keys.mT.flatten(3, 4) @ values).unflatten(3, keys.mT.shape[3:5]), keys.sum(-2))
+    reach = chunks.position_local.shape[-1] // CHUNK - 1
+    states = carried_states(sums, total, last_segment, inputs.state, reach + 1)
+
+    phi_q = chunks.phi_q
+    if chunks.decay_local is not None:
+        phi_q = phi_q * chunks.decay_local[..., -CHUNK:, None].exp()
+    if chunks.segment is not None and last_segment is not None:
+        before = nnf.pad(last_segment, (reach + 1, 0), value=-1)[:, : last_segment.shape[1]]
+        phi_q = phi_q * (chunks.segment == before[..., None]).to(phi_q.dtype)[:, None, :, None, :, None]
+    if states.kv.shape[3] == 1:
+        numerator = _grouped(phi_q, states.kv.squeeze(3))
+        denominator = _grouped(phi_q, states.k_sum.squeeze(3)[..., None])
+    else:
+        numerator, denominator = phi_q @ states.kv, phi_q @ states.k_sum[..., None]
+    return numerator, denominator.squeeze(-1)

@@ -1,0 +1,211 @@
+"""Which token may see which, and what is left for later: shared by the implementations that see many tokens at once.
+
+The keys that a call works on are its *extended sequence*: the ring of the initial state (R slots), then the N new
+tokens, T = R + N. Sinks are kept apart, because every query may see them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ring_slots
+
+
+class Settings(NamedTuple):
+    """The numbers of one call: window, its kind, sinks, scale of the scores."""
+
+    window: int
+    window_kind: str
+    sinks: int
+    scale: float
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, checked; shapes as in `hybrid_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor
+    phi_k: Tensor
+    window_factor: Tensor
+    log_decay: Tensor | None
+    attention_mask: Tensor | None
+    segment_ids: Tensor | None
+    state: HybridState | None
+
+
+@dataclass
+class Extended:
+    """The extended sequence. `b` is B, or 1 where all rows are alike."""
+
+    k: Tensor  # [B, KV, T, D]
+    v: Tensor  # [B, KV, T, Dv]
+    phi_k: Tensor  # [B, H or KV, T, F]
+    log_decay: Tensor | None  # [B, H, T], 0 at padding
+    position: Tensor  # [b, T], -1 at padding and empty slots
+    segment: Tensor | None  # [b, T]
+    sinks: SinkKeys | None  # [B, KV, s, .]; with segments [B, KV, T, s, .], a set for each token
+    length: Tensor  # [B] tokens seen, the new ones included
+    ring: int  # R slots in front; 0 without an initial state
+
+
+def token_positions(inputs: Inputs) -> Tensor:
+    """Positions [b, N] of the new tokens in their own text; -1 at padding."""
+    n, device = inputs.q.shape[2], inputs.q.device
+    if inputs.segment_ids is not None:
+        index = torch.arange(n, device=device).expand_as(inputs.segment_ids)
+        is_start = torch.ones_like(inputs.segment_ids, dtype=torch.bool)
+        is_start[:, 1:] = inputs.segment_ids[:, 1:] != inputs.segment_ids[:, :-1]
+        position = index - torch.where(is_start, index, 0).cummax(-1).values
+        return torch.where(inputs.segment_ids >= 0, position, -1)
+    if inputs.attention_mask is None:
+        position = torch.arange(n, device=device)[None]
+    else:
+        mask = inputs.attention_mask.long()
+        position = torch.where(mask > 0, mask.cumsum(-1) - 1, -1)
+    if inputs.state is not None:
+        position = torch.where(position >= 0, position + inputs.state.length[:, None], -1)
+    return position
+
+
+def extend(inputs: Inputs, settings: Settings) -> Extended:
+    """Put the ring of the initial state before the new tokens and find the sinks."""
+    position = token_positions(inputs)
+    state, batch = inputs.state, inputs.q.shape[0]
+    k, v, phi_k, log_decay = inputs.k, inputs.v, inputs.phi_k, inputs.log_decay
+    if log_decay is not None:
+        log_decay = torch.where(position[:, None] >= 0, log_decay, 0.0)
+    sinks = find_sinks(inputs, settings, position)
+    length = (position >= 0).sum(-1).expand(batch)
+    ring = 0
+    if state is not None:
+        window = state.window
+        assert window.phi_k is not None
+        ring = window.k.shape[2]
+        k, v = torch.cat([window.k.to(k.dtype), k], 2), torch.cat([window.v.to(v.dtype), v], 2)
+        phi_k = torch.cat([window.phi_k.to(phi_k.dtype), phi_k], 2)
+        if log_decay is not None:
+            assert window.log_decay is not None
+            held = torch.where(window.position[:, None] >= 0, window.log_decay, 0.0)
+            log_decay = torch.cat([held.to(log_decay.dtype), log_decay], 2)
+        position = torch.cat([window.position, position.expand(batch, -1)], 1)
+        length = length + state.length
+    return Extended(k, v, phi_k, log_decay, position, inputs.segment_ids, sinks, length, ring)
+
+
+def find_sinks(inputs: Inputs, settings: Settings, position: Tensor) -> SinkKeys | None:
+    """The sink keys that the new tokens can see: [B, KV, s, .], or [B, KV, N, s, .] with segments."""
+    if settings.sinks == 0:
+        return None
+    slots = torch.arange(settings.sinks, device=position.device)
+    if inputs.segment_ids is not None:
+        start = torch.arange(position.shape[1], device=position.device) - position
+        index = (start[..., None] + slots).clamp(0, position.shape[1] - 1)  # [B, N, s]
+        flat = index.flatten(1)
+        return SinkKeys(*(_gather_tokens(x, flat).unflatten(2, index.shape[1:]) for x in (inputs.k, inputs.v)))
+    match = position[:, None] == slots[:, None]  # [b, s, N]
+    index = match.long().argmax(-1).expand(inputs.q.shape[0], -1)
+    found = SinkKeys(*(_gather_tokens(x, index) for x in (inputs.k, inputs.v)))
+    if inputs.state is None:
+        return found
+    assert inputs.state.sinks is not None
+    is_new = match.any(-1)[:, None, :, None]
+    return SinkKeys(*(torch.where(is_new, new, old.to(new.dtype)) for new, old in zip(found, inputs.state.sinks)))
+
+
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, h, N, d] at tokens index [B, m] -> [B, h, m, d]."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def in_window(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
+    """Whether a key position (<= the query position) belongs to the softmax window. Broadcasts."""
+    if settings.window == 0:
+        return torch.zeros(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=query.device)
+    if settings.window_kind == "sliding":
+        return query - key < settings.window
+    blocks = query.div(settings.window, rounding_mode="floor") - key.div(settings.window, rounding_mode="floor")
+    return blocks <= 1
+
+
+def pair_masks(query: Tensor, key: Tensor, settings: Settings, same_text: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Masks (softmax, linear) of query positions [..., C, 1] against key positions [..., 1, K], sinks excluded."""
+    seen = (key >= settings.sinks) & (key <= query)
+    if same_text is not None:
+        seen = seen & same_text
+    near = in_window(query, key, settings)
+    return seen & near, seen & ~near
+
+
+def sink_mask(query: Tensor, sinks: int) -> Tensor:
+    """Which sinks a query may see: positions [..., 1] -> bool [..., s]."""
+    return torch.arange(sinks, device=query.device) <= query
+
+
+def final_state(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dtype) -> HybridState:
+    """The state after the last token of the extended sequence."""
+    last = ext.length[:, None] - 1
+    position = ext.position.expand(last.shape[0], -1)
+    left = (position >= 0) & ~in_window(last, position, settings)
+    linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= settings.sinks, dtype)
+    # Stable sort by "is kept" right-aligns what stays, whatever side the padding was on.
+    kept = (position >= 0) & ~left
+    slots = ring_slots(settings.window, settings.window_kind)
+    order = kept.long().argsort(dim=-1, stable=True)
+    order = order[:, max(0, order.shape[1] - slots) :]
+    missing = slots - order.shape[1]
+
+    def take(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return torch.nn.functional.pad(_gather_tokens(x, order), (0, 0, missing, 0))
+
+    slot_position = torch.where(kept, position, -1).gather(1, order)
+    slot_position = torch.nn.functional.pad(slot_position, (missing, 0), value=-1)
+    log_decay = take(None if ext.log_decay is None else ext.log_decay[..., None])
+    k, v = take(ext.k), take(ext.v)
+    assert k is not None and v is not None
+    ring = WindowRing(
+        k, v, slot_position, take(ext.phi_k), None if log_decay is None else log_decay.squeeze(-1).to(dtype)
+    )
+    return HybridState(linear, ring, ext.sinks, ext.length)
+
+
+def fold(
+    state: HybridState | None,
+    phi_k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    leaving: Tensor,
+    counted: Tensor,
+    dtype: torch.dtype,
+) -> LinearState:
+    """Add keys to the linear state.
+
+    Args:
+        phi_k: features [B, S, T, F]; v: values [B, KV, T, Dv]; log_decay: [B, H, T] or None.
+        leaving: [B, T] bool, the keys that leave the window; a prefix of the real tokens in time.
+        counted: [B, T] bool, False for sinks, which leave the window but stay in the softmax half.
+    """
+    weight = (leaving & counted).to(dtype)[:, None]
+    decay_all = None
+    if log_decay is not None:
+        decay = torch.where(leaving[:, None], log_decay.to(dtype), 0.0)
+        after = decay.flip(-1).cumsum(-1).flip(-1) - decay  # decay of the leaving keys that come later
+        weight = weight * after.exp()
+        decay_all = decay.sum(-1).exp()
+    phi = phi_k.to(dtype) * weight[..., None]
+    groups = phi.shape[1] // v.shape[1]
+    kv = torch.einsum("bkgtf,bktd->bkgfd", phi.unflatten(1, (v.shape[1], groups)), v.to(dtype)).flatten(1, 2)
+    k_sum = phi.sum(2)
+    if state is not None:
+        old_kv, old_sum = (t.to(dtype) for t in state.linear)
+        if decay_all is not None:
+            old_kv, old_sum = old_kv * decay_all[..., None, None], old_sum * decay_all[..., None]
+        kv, k_sum = kv + old_kv, k_sum + old_sum
+    return LinearState(kv, k_sum)

@@ -1,0 +1,205 @@
+"""Hybrid attention one token at a time, with a state of constant size: what decoding does.
+
+Written apart from the reference on purpose, so that each checks the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lolcats.ops.hybrid.layout import Inputs, Settings, fold, in_window
+from lolcats.ops.types import (
+    HybridOutput,
+    HybridState,
+    LinearState,
+    SinkKeys,
+    WindowRing,
+    accumulation_dtype,
+    ring_slots,
+)
+
+
+def recurrent_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+    """Hybrid attention by N steps; arguments as checked by `hybrid_attention`."""
+    state = inputs.state if inputs.state is not None else empty_state(inputs, settings)
+    outputs = []
+    for i in range(inputs.q.shape[2]):
+        q, k, v, phi_q, phi_k = (x[:, :, i : i + 1] for x in inputs[:5])
+        log_decay = None if inputs.log_decay is None else inputs.log_decay[:, :, i : i + 1]
+        active = None if inputs.attention_mask is None else inputs.attention_mask[:, i]
+        assert state.window.phi_k is not None
+        ring_phi = torch.cat([state.window.phi_k.to(phi_k.dtype), phi_k], 2)
+        leaving = ring_phi[:, :, : leaving_slots(settings)]
+        out, new = hybrid_step(q, k, v, phi_q, leaving, inputs.window_factor, state, settings, log_decay, active)
+        ring_phi = ring_phi[:, :, 1:]
+        if active is not None:
+            ring_phi = torch.where(active[:, None, None, None] > 0, ring_phi, state.window.phi_k.to(phi_k.dtype))
+        state = new._replace(window=new.window._replace(phi_k=ring_phi))
+        outputs.append(out)
+    return HybridOutput(torch.cat(outputs, 2), state if return_state else None)
+
+
+def leaving_slots(settings: Settings) -> int:
+    """How many of the oldest tokens (ring, then the new one) can leave the window in one step."""
+    return max(1, settings.window) if settings.window_kind == "terraced" else 1
+
+
+def leaving_keys(state: HybridState, k: Tensor, settings: Settings) -> Tensor:
+    """The keys whose features `hybrid_step` needs: the oldest of the ring followed by k [B, KV, 1, D]."""
+    count = leaving_slots(settings)
+    ring = state.window.k
+    return ring[:, :, :count] if ring.shape[2] >= count else torch.cat([ring.to(k.dtype), k], 2)[:, :, :count]
+
+
+def hybrid_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_leaving: Tensor,
+    window_factor: Tensor,
+    state: HybridState,
+    settings: Settings,
+    log_decay: Tensor | None = None,
+    active: Tensor | None = None,
+) -> tuple[Tensor, HybridState]:
+    """Attend with one token and return its output and the next state.
+
+    Args:
+        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]; phi_q: [B, H, 1, F].
+        phi_leaving: [B, S, E, F], features of `leaving_keys(state, k, settings)`.
+        log_decay: [B, H, 1] or None; active: [B], 0 for rows whose token is padding (their state stays).
+
+    Returns:
+        out [B, H, 1, Dv] in the dtype of v; the new state, whose ring has no `phi_k`.
+    """
+    dtype = accumulation_dtype(q, v)
+    now = state.length[:, None]  # position of the new token, [B, 1]
+    window = state.window
+    keys, values = torch.cat([window.k.to(k.dtype), k], 2), torch.cat([window.v.to(v.dtype), v], 2)
+    position = torch.cat([window.position, now], 1)
+    decay = None
+    if log_decay is not None:
+        assert window.log_decay is not None
+        decay = torch.cat([window.log_decay, log_decay.to(window.log_decay.dtype)], 2)
+    near = in_window(now, position, settings) & (position >= 0)
+    linear = _fold_leaving(state, phi_leaving, values, decay, near, position, settings, dtype)
+    sinks = _place_sink(state.sinks, k, v, now)
+    out = _attend(q, phi_q, keys, values, near & (position >= settings.sinks), sinks, now, linear, decay, near,
+                  window_factor, settings, dtype)  # fmt: skip
+    kept = torch.where(near, position, -1)
+    ring = WindowRing(keys[:, :, 1:], values[:, :, 1:], kept[:, 1:], None, None if decay is None else decay[:, :, 1:])
+    new = HybridState(linear, ring, sinks, state.length + 1)
+    if active is not None:
+        out, new = _only_active(active > 0, out, new, state._replace(window=window._replace(phi_k=None)))
+    return out.to(v.dtype), new
+
+
+def _fold_leaving(
+    state: HybridState,
+    phi_leaving: Tensor,
+    values: Tensor,
+    decay: Tensor | None,
+    near: Tensor,
+    position: Tensor,
+    settings: Settings,
+    dtype: torch.dtype,
+) -> LinearState:
+    """Fold the candidates that are no longer near into the linear state."""
+    count = phi_leaving.shape[2]
+    oldest = position[:, :count]
+    leaving = ~near[:, :count] & (oldest >= 0)
+    decay = None if decay is None else decay[:, :, :count]
+    return fold(state, phi_leaving, values[:, :, :count], decay, leaving, oldest >= settings.sinks, dtype)
+
+
+def _place_sink(sinks: SinkKeys | None, k: Tensor, v: Tensor, now: Tensor) -> SinkKeys | None:
+    """Write the new token into its sink slot where it is one of the first s."""
+    if sinks is None:
+        return None
+    here = (torch.arange(sinks.k.shape[2], device=k.device) == now)[:, None, :, None]
+    return SinkKeys(torch.where(here, k, sinks.k.to(k.dtype)), torch.where(here, v, sinks.v.to(v.dtype)))
+
+
+def _attend(
+    q: Tensor,
+    phi_q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    sinks: SinkKeys | None,
+    now: Tensor,
+    linear: LinearState,
+    decay: Tensor | None,
+    near: Tensor,
+    window_factor: Tensor,
+    settings: Settings,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Output of one token from the ring (itself included), the sinks and the linear state: [B, H, 1, Dv]."""
+    if sinks is not None:
+        keys, values = torch.cat([sinks.k, keys], 2), torch.cat([sinks.v, values], 2)
+        visible = torch.cat([torch.arange(sinks.k.shape[2], device=q.device) <= now, visible], 1)
+    batch, heads, _, size = q.shape
+    grouped = q.to(dtype).reshape(batch, keys.shape[1], -1, size)  # [B, KV, G, D]
+    scores = (grouped @ keys.to(dtype).mT * settings.scale).masked_fill(~visible[:, None, None], -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(torch.isinf(top), 0.0, top)
+    gate = torch.sigmoid(window_factor.to(dtype)).reshape(keys.shape[1], -1, 1)
+    weights = gate * torch.exp(scores - top)
+    numerator = (weights @ values.to(dtype)).reshape(batch, heads, -1)
+    denominator = weights.sum(-1).reshape(batch, heads)
+
+    features = phi_q.to(dtype).squeeze(2)
+    if decay is not None:  # the linear state is decayed up to the last key that left
+        features = features * (decay.to(dtype) * near[:, None]).sum(-1, keepdim=True).exp()
+    features = features.unflatten(1, (linear.k_sum.shape[1], -1))  # [B, S, H/S, F]
+    numerator = numerator + (features @ linear.kv).flatten(1, 2)
+    denominator = denominator + (features @ linear.k_sum[..., None]).flatten(1)
+    seen = denominator > 0
+    out = numerator / torch.where(seen, denominator, 1.0)[..., None]
+    return torch.where(seen[..., None], out, 0.0).unsqueeze(2)
+
+
+def _only_active(active: Tensor, out: Tensor, new: HybridState, old: HybridState) -> tuple[Tensor, HybridState]:
+    """Keep the old state, and give zeros, in rows whose token is padding."""
+    before = iter(old.tensors())
+
+    def choose(t: Tensor) -> Tensor:
+        row = active.view(-1, *[1] * (t.ndim - 1))
+        return torch.where(row, t, next(before).to(t.dtype))
+
+    return torch.where(active[:, None, None, None], out, 0.0), new.map(choose)
+
+
+def empty_state(inputs: Inputs, settings: Settings) -> HybridState:
+    """The state before any token."""
+    batch, kv_heads, _, size = inputs.k.shape
+    dtype, device = accumulation_dtype(inputs.q, inputs.v), inputs.q.device
+    decays = inputs.log_decay is not None
+    state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
+    features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
+    slots = ring_slots(settings.window, settings.window_kind)
+
+    def zeros(*shape: int, like: Tensor) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
+
+    def accumulator(*shape: int) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+    ring = WindowRing(
+        zeros(kv_heads, slots, size, like=inputs.k),
+        zeros(kv_heads, slots, value_size, like=inputs.v),
+        torch.full((batch, slots), -1, dtype=torch.long, device=device),
+        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
+        accumulator(inputs.q.shape[1], slots) if decays else None,
+    )
+    sinks = None
+    if settings.sinks:
+        sinks = SinkKeys(
+            zeros(kv_heads, settings.sinks, size, like=inputs.k),
+            zeros(kv_heads, settings.sinks, value_size, like=inputs.v),
+        )
+    linear = LinearState(accumulator(state_heads, features, value_size), accumulator(state_heads, features))
+    return HybridState(linear, ring, sinks, torch.zeros(batch, dtype=torch.long, device=device))

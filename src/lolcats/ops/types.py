@@ -1,0 +1,98 @@
+"""The state that hybrid attention carries from one segment of a text to the next. Its size does not depend on length.
+
+Legend: B batch, H query heads, KV key/value heads, S state heads (H or KV), F features, D key size, Dv value size,
+R ring slots (`window` when sliding, `2 * window` when terraced), s sinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LinearState(NamedTuple):
+    """Sums over the keys that left the window.
+
+    With decay they are decayed up to the last key that left, so the keys still in the ring have not decayed them yet.
+    """
+
+    kv: Tensor
+    """[B, S, F, Dv] fp32: sum of phi_k(k_j) v_j^T."""
+    k_sum: Tensor
+    """[B, S, F] fp32: sum of phi_k(k_j)."""
+
+
+class WindowRing(NamedTuple):
+    """The last R tokens, oldest first, right-aligned: empty slots are on the left."""
+
+    k: Tensor
+    """[B, KV, R, D]."""
+    v: Tensor
+    """[B, KV, R, Dv]."""
+    position: Tensor
+    """[B, R] int64: index of the token in its own text, -1 for an empty slot."""
+    phi_k: Tensor | None
+    """[B, H or KV, R, F], or None where the owner recomputes features from `k` (the model's cache does)."""
+    log_decay: Tensor | None
+    """[B, H, R] fp32, or None without decay."""
+
+
+class SinkKeys(NamedTuple):
+    """The first s tokens of the text. Slot t is filled once the text has more than t tokens."""
+
+    k: Tensor
+    """[B, KV, s, D]."""
+    v: Tensor
+    """[B, KV, s, Dv]."""
+
+
+class HybridState(NamedTuple):
+    """All that later tokens need to know of earlier ones."""
+
+    linear: LinearState
+    window: WindowRing
+    sinks: SinkKeys | None
+    length: Tensor
+    """[B] int64: tokens seen in each row, padding not counted."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> HybridState:
+        """Apply `fn` to every tensor (all have the batch as dimension 0) and return the new state."""
+        return HybridState(
+            LinearState(*(fn(t) for t in self.linear)),
+            WindowRing(*(None if t is None else fn(t) for t in self.window)),  # type: ignore[arg-type]
+            None if self.sinks is None else SinkKeys(*(fn(t) for t in self.sinks)),
+            fn(self.length),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state, in a fixed order."""
+        found: list[Tensor] = []
+        self.map(lambda t: (found.append(t), t)[1])
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of all tensors, for the whole batch."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+class HybridOutput(NamedTuple):
+    """What `hybrid_attention` returns."""
+
+    out: Tensor
+    """[B, H, N, Dv], in the dtype of v; zero at padding."""
+    state: HybridState | None
+    """The state after the last token, or None unless `return_state=True`."""
+
+
+def ring_slots(window: int, window_kind: str) -> int:
+    """Number of ring slots R that a window needs."""
+    return window if window_kind == "sliding" else 2 * window
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

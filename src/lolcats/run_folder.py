@@ -1,0 +1,84 @@
+"""The folder of a run: what is in it, and how it is opened without losing anybody's work.
+
+    runs/NAME/config.yaml       the settings, complete
+              metrics.jsonl     a line a step
+              checkpoints/STAGE/{last,best}.safetensors
+              results.json      what was measured
+              model/            the artefact
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lolcats.config import RunConfig, dump_config
+from lolcats.errors import LolcatsError
+
+
+class RunFolder:
+    """A run on disk.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.results_file = path / "results.json"
+        self.model = path / "model"
+
+    @classmethod
+    def open(cls, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+        """Make the folder of a new run, or go on with one.
+
+        Raises:
+            LolcatsError: a run is there and neither `resume` nor `overwrite` was asked for; `resume` with other
+                settings; or `overwrite` of a folder that is no run.
+        """
+        folder = cls(Path(config.runs_dir) / config.name)
+        if folder.path.exists() and any(folder.path.iterdir()):
+            if not folder.config_file.exists():
+                raise LolcatsError(f"{folder.path} is not empty and is not a run of lolcats; choose another name=...")
+            if overwrite:
+                shutil.rmtree(folder.path)
+            elif not resume:
+                raise LolcatsError(
+                    f"{folder.path} already holds a run; give --resume to go on with it, --overwrite to replace it, "
+                    "or another name=..."
+                )
+            elif folder.config_file.read_text() != dump_config(config):
+                raise LolcatsError(f"{folder.config_file} has other settings than this command; resume with its own: "
+                                   f"lolcats linearize {folder.config_file} --resume")  # fmt: skip
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_text(folder.config_file, dump_config(config))
+        return folder
+
+    def checkpoints(self, stage: str) -> Path:
+        """Folder of a stage's checkpoints."""
+        return self.path / "checkpoints" / stage
+
+    def results(self) -> dict[str, Any]:
+        """What was measured so far."""
+        return json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Replace results.json."""
+        write_text(self.results_file, json.dumps(results, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LolcatsError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

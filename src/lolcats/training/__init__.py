@@ -1,0 +1,103 @@
+"""Both training stages on one loop."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.training.finetune import FinetuneStage
+from lolcats.training.loop import Stage, TrainingData, TrainResult, train
+from lolcats.training.report import Reporter
+from lolcats.training.transfer import TransferStage
+
+__all__ = [
+    "FinetuneStage",
+    "Reporter",
+    "Stage",
+    "TrainResult",
+    "TrainingData",
+    "TransferStage",
+    "finetune_lora",
+    "train",
+    "transfer_attention",
+]
+
+
+def transfer_attention(
+    model: PreTrainedModel,
+    data: TrainingData,
+    config: TransferConfig | None = None,
+    *,
+    folder: Path | None = None,
+    reporter: Reporter | None = None,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> TrainResult:
+    """Stage 1: train the feature maps and window factors of a converted model, in place; the best weights stay in it.
+
+    Args:
+        model: from `lolcats.convert`; its own weights do not change.
+        data: sequences to train and validate on.
+        config: settings; None is `TransferConfig()`.
+        folder: where checkpoints live, and from which an interrupted stage goes on; None keeps none.
+        reporter: where metrics go; None is silent.
+        seed: order of the sequences.
+        autocast: torch.bfloat16 for mixed precision.
+
+    Raises:
+        LolcatsError: the model is not converted, the loss is not finite, or a checkpoint does not fit.
+    """
+    stage = TransferStage(model, config or TransferConfig())
+    result = _run(stage, stage.config, model, data, folder, reporter, seed, autocast)
+    model.requires_grad_(False)
+    return result
+
+
+def finetune_lora(
+    model: PreTrainedModel,
+    data: TrainingData,
+    config: FinetuneConfig | None = None,
+    *,
+    folder: Path | None = None,
+    reporter: Reporter | None = None,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> tuple[TrainResult, PeftModel | None]:
+    """Stage 2: low-rank (or full) fine-tuning of a converted model, in place; arguments as in `transfer_attention`.
+
+    Returns:
+        The outcome, and the model with its adapters where `config.merge` is False (None where they are merged).
+    """
+    stage = FinetuneStage(model, config or FinetuneConfig())
+    result = _run(stage, stage.config, model, data, folder, reporter, seed, autocast)
+    return result, stage.finish()
+
+
+def _run(
+    stage: Stage,
+    config: TransferConfig | FinetuneConfig,
+    model: PreTrainedModel,
+    data: TrainingData,
+    folder: Path | None,
+    reporter: Reporter | None,
+    seed: int,
+    autocast: torch.dtype | None,
+) -> TrainResult:
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        return train(
+            stage,
+            config,
+            data,
+            folder or Path(temporary),
+            reporter or Reporter(),
+            accelerator=accelerator,
+            seed=seed,
+            autocast=autocast,
+        )

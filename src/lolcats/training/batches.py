@@ -1,0 +1,52 @@
+"""From packed sequences to batches on the device, in an order that depends only on the seed and the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lolcats.data import PackedDataset, epoch_order
+
+
+@dataclass
+class Batch:
+    """One batch; `document` and `position_ids` only where texts are kept apart."""
+
+    input_ids: Tensor  # [B, N] int64
+    loss_mask: Tensor  # [B, N] bool
+    document: Tensor | None  # [B, N] int64, negative at padding
+    position_ids: Tensor | None  # [B, N] int64, starting again at each document
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the batch, padding included."""
+        return self.input_ids.numel()
+
+
+def make_batch(data: PackedDataset, rows: np.ndarray, device: torch.device | str, keep_apart: bool) -> Batch:
+    """The sequences `rows` of `data`; `keep_apart` stops attention at document boundaries."""
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x[rows])).to(device, non_blocking=True)
+
+    document = position = None
+    if keep_apart:
+        document = tensor(data.document).long()
+        index = torch.arange(document.shape[1], device=document.device).expand_as(document)
+        starts = torch.ones_like(document, dtype=torch.bool)
+        starts[:, 1:] = document[:, 1:] != document[:, :-1]
+        position = index - torch.where(starts, index, 0).cummax(-1).values
+    return Batch(tensor(data.ids).long(), tensor(data.loss_mask), document, position)
+
+
+def step_rows(size: int, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """Rows of optimiser step `step` (from 0): the epochs' permutations one after the other, cut in batches."""
+    rows: list[int] = []
+    first = step * batch_size
+    while len(rows) < batch_size:
+        epoch, offset = divmod(first + len(rows), size)
+        rows.extend(epoch_order(size, epoch, seed)[offset : offset + batch_size - len(rows)].tolist())
+    return np.asarray(rows)

@@ -1,0 +1,137 @@
+"""Stage 2, low-rank adjustment: the linearized model learns to predict text, or to predict as its teacher does.
+
+The teacher is the same weights with softmax attention on and adapters off, so no second model is in memory (only full
+fine-tuning with KL needs one, because there the weights themselves change).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lolcats.config import FinetuneConfig
+from lolcats.errors import LolcatsError
+from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
+from lolcats.training.batches import Batch
+from lolcats.training.losses import next_token_loss, shifted_labels
+
+
+class FinetuneStage:
+    """LoRA (or full) fine-tuning for `train`.
+
+    Args:
+        model: a converted model. LoRA layers are put into it in place; `finish` takes them out again.
+        config: the stage's settings.
+
+    Raises:
+        LolcatsError: no module of the linearized layers has a name in `targets`.
+    """
+
+    name = "finetune"
+
+    def __init__(self, model: PreTrainedModel, config: FinetuneConfig) -> None:
+        self.model, self.config = model, config
+        self.adapter: PeftModel | None = None
+        self.teacher: PreTrainedModel | None = None
+        model.requires_grad_(False)
+        if config.method == "lora":
+            self.adapter = add_lora(model, config)
+        else:
+            if config.kl_factor > 0:
+                self.teacher = copy.deepcopy(model)
+            model.float()
+            model.requires_grad_(True)
+        for layer in linearized_layers(model):
+            for p in layer.attention_parameters().values():
+                p.requires_grad_(config.train_feature_maps)
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA matrices (or all weights), and the feature maps where asked for."""
+        return self._parameters
+
+    def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        """Gradient of the loss of a batch."""
+        loss, parts = self._loss(batch)
+        (loss * share).backward()
+        return {"loss": loss.detach(), **parts}
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss and its parts."""
+        loss, parts = self._loss(batch)
+        return {"loss": loss, **parts}
+
+    def where(self, metrics: Mapping[str, Tensor]) -> str:
+        """The first layer with a gradient that is not finite."""
+        for name, p in self._parameters.items():
+            if p.grad is not None and not bool(p.grad.isfinite().all()):
+                return f", first in {name}"
+        return ""
+
+    def finish(self) -> PeftModel | None:
+        """Merge the adapters into the weights if the settings say so; otherwise return the model with adapters."""
+        if self.adapter is None or not self.config.merge:
+            return self.adapter
+        self.adapter.merge_and_unload()
+        self.adapter = None
+        return None
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        teacher_hidden = None
+        if self.config.kl_factor > 0:
+            with torch.no_grad(), self._as_teacher() as teacher:
+                teacher_hidden = teacher.base_model(**inputs).last_hidden_state
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
+        labels = shifted_labels(batch.input_ids, counted, batch.document)
+        c = self.config
+        return next_token_loss(self.model, hidden, labels, teacher_hidden, c.cross_entropy_factor, c.kl_factor)
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[PreTrainedModel]:
+        model = self.teacher or self.model
+        with attention_mode(model, "softmax"):
+            if self.adapter is None:
+                yield model
+            else:
+                with self.adapter.disable_adapter():
+                    yield model
+
+
+def _real(batch: Batch) -> Tensor:
+    if batch.document is None:
+        return torch.ones_like(batch.loss_mask)
+    return batch.document >= 0
+
+
+def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
+    """Put LoRA layers on the targets inside the linearized attention layers (other target names: anywhere)."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
+    ]
+    inside = [n for n, m in model.named_modules() if isinstance(m, LinearizedAttention)]
+    attention = {n.rpartition(".")[2] for n in names if any(n.startswith(f"{p}.") for p in inside)}
+    # A name that occurs inside linearized attention (q_proj) is meant there; one that does not (gate_proj) everywhere.
+    chosen = [n for n in names if n.rpartition(".")[2] not in attention or any(n.startswith(f"{p}.") for p in inside)]
+    missing = [t for t in config.targets if t not in {n.rpartition(".")[2] for n in chosen}]
+    if missing:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise LolcatsError(f"finetune.targets {missing} are no linear layers of this model; it has {linear}")
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
+    adapter = get_peft_model(model, lora)
+    assert isinstance(adapter, PeftModel)
+    return adapter

@@ -1,0 +1,168 @@
+"""Losses of both stages."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lolcats.modeling import AttentionCall, LinearizedAttention
+from lolcats.ops import hybrid_attention
+
+HEAD_CHUNK = 2048
+"""Tokens whose logits are in memory at once: 2048 x 49,152 float32 logits are 0.4 GB."""
+
+
+def output_error(student: Tensor, teacher: Tensor, segments: Tensor | None) -> Tensor:
+    """Mean squared error of attention outputs [B, H, N, Dv], padding (negative segments [B, N]) left out."""
+    error = (student.float() - teacher.float()).square().mean((1, 3))
+    if segments is None:
+        return error.mean()
+    real = segments >= 0
+    return (error * real).sum() / real.sum().clamp_min(1)
+
+
+def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """Cross-entropy between the attention weights of teacher and hybrid (Hedgehog, arXiv 2402.04347); O(N^2) memory.
+
+    The weights come from attending to the identity matrix as values, so they are those of the operation itself.
+    """
+    n = call.q.shape[2]
+    identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
+    phi_q, phi_k, factor, log_decay = layer.features(call)
+    s = layer.settings
+    weights = hybrid_attention(
+        call.q, call.k, identity, phi_q, phi_k, factor, window=s.window, window_kind=s.window_kind, sinks=s.sinks,
+        scale=call.scale, log_decay=log_decay, segment_ids=call.facts.segments, impl="chunked",
+    ).out  # fmt: skip
+    causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
+    if call.facts.segments is not None:
+        causal = causal & (call.facts.segments[:, None, :, None] == call.facts.segments[:, None, None, :])
+    keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+    scores = (call.q.float() @ keys.mT * call.scale).masked_fill(~causal, -torch.inf)
+    return -(scores.softmax(-1) * weights.clamp_min(1e-12).log()).sum(-1).mean()
+
+
+def next_token_loss(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labels: Tensor,
+    teacher_hidden: Tensor | None,
+    cross_entropy_factor: float,
+    kl_factor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the next token and KL(teacher || student), from the last hidden states.
+
+    The logits are made a few thousand tokens at a time and never all at once.
+
+    Args:
+        hidden, teacher_hidden: [B, N, d_model].
+        labels: [B, N] int64, the next token of each position, -100 where it does not count.
+
+    Returns:
+        The weighted sum, differentiable in `hidden` (and in the head, where it is trained), and the mean over counted
+        tokens of each part by name, in nats.
+    """
+    counted = labels.flatten() != -100
+    rows = hidden.flatten(0, 1)[counted]
+    targets = labels.flatten()[counted]
+    teacher = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[counted]
+    head = OutputHead(model)
+    if any(p.requires_grad for p in head.parameters()):
+        parts = _loss_parts(head, rows, targets, teacher, kl_factor > 0)
+        sums = torch.stack(parts)
+    else:
+        sums = cast(Tensor, _ChunkedLoss.apply(rows, head, targets, teacher, cross_entropy_factor, kl_factor))
+    cross_entropy, kl = sums / max(1, targets.numel())
+    loss = cross_entropy_factor * cross_entropy + kl_factor * kl
+    named = {"cross_entropy": cross_entropy.detach()}
+    if kl_factor > 0:
+        named["kl"] = kl.detach()
+    return loss, named
+
+
+class OutputHead:
+    """The model's map from hidden states [T, d_model] to float32 logits [T, vocabulary], scaling and capping included."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        config = cast(Any, model.config.get_text_config(decoder=True))
+        self.head = head
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the head."""
+        return list(self.head.parameters())
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden).float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def _loss_parts(
+    head: OutputHead, rows: Tensor, targets: Tensor, teacher: Tensor | None, with_kl: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over rows of cross-entropy and KL."""
+    log_p = head(rows).log_softmax(-1)
+    cross_entropy = nnf.nll_loss(log_p, targets, reduction="sum")
+    if teacher is None or not with_kl:
+        return cross_entropy, torch.zeros_like(cross_entropy)
+    with torch.no_grad():
+        log_t = head(teacher).log_softmax(-1)
+    return cross_entropy, nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Both sums, with the gradient in the hidden states computed on the way forward, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        head: OutputHead,
+        targets: Tensor,
+        teacher: Tensor | None,
+        ce_factor: float,
+        kl_factor: float,
+    ) -> Tensor:
+        sums = torch.zeros(2, device=rows.device)
+        needs_grad = rows.requires_grad
+        gradient = torch.zeros_like(rows) if needs_grad else None
+        for begin in range(0, rows.shape[0], HEAD_CHUNK):
+            part = slice(begin, begin + HEAD_CHUNK)
+            chunk = rows[part].detach().requires_grad_(needs_grad)
+            with torch.set_grad_enabled(needs_grad):
+                parts = _loss_parts(head, chunk, targets[part], None if teacher is None else teacher[part], kl_factor > 0)
+                total = ce_factor * parts[0] + kl_factor * parts[1]
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(total, chunk)
+            sums += torch.stack([p.detach() for p in parts])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.factors = (ce_factor, kl_factor)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # The caller weighs the two sums by the same factors, so either one gives the common scale.
+        (gradient,) = ctx.saved_tensors
+        grad = grad_outputs[0]
+        index = 0 if ctx.factors[0] > 0 else 1
+        return gradient * (grad[index] / ctx.factors[index]).to(gradient.dtype), None, None, None, None, None
+
+
+def shifted_labels(input_ids: Tensor, loss_mask: Tensor, document: Tensor | None) -> Tensor:
+    """The next token of each position [B, N]; -100 at the end, where `loss_mask` is False, and across documents."""
+    labels = torch.where(loss_mask, input_ids, -100)
+    if document is not None:
+        starts = torch.ones_like(document, dtype=torch.bool)
+        starts[:, 1:] = document[:, 1:] != document[:, :-1]
+        labels = torch.where(starts, -100, labels)
+    return nnf.pad(labels[:, 1:], (0, 1), value=-100)

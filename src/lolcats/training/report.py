@@ -1,0 +1,71 @@
+"""What a run says while it trains: lines in metrics.jsonl and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Writes metrics.jsonl (None: nowhere) and draws progress on `console` (None: silently)."""
+
+    def __init__(self, path: Path | None = None, console: Console | None = None, enabled: bool = True) -> None:
+        self.path = path if enabled else None
+        self.console = console if enabled else None
+        self._progress: Progress | None = None
+
+    @contextmanager
+    def stage(self, name: str, steps: int, done: int) -> Iterator[Any]:
+        """A progress bar for `steps` steps of which `done` are done already."""
+        if self.console is None:
+            yield None
+            return
+        columns = (
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, refresh_per_second=2) as progress:
+            self._progress = progress
+            yield progress.add_task(name, total=steps, completed=done, loss="-", speed="-")
+        self._progress = None
+
+    def step(
+        self, bar: Any, stage: str, step: int, values: Mapping[str, Any], lr: float, speed: float, tokens: int
+    ) -> None:
+        """One optimiser step."""
+        rounded = {k: v for k, v in values.items() if not isinstance(v, list)}
+        self._write({"stage": stage, "step": step, "tokens": tokens, "lr": lr, "tokens_per_second": speed, **rounded})
+        if self._progress is not None:
+            self._progress.update(bar, completed=step, loss=f"{values['loss']:.4g}", speed=f"{speed:,.0f}")
+
+    def validation(self, stage: str, step: int, values: Mapping[str, Any], tokens: int) -> None:
+        """One validation; lists (a value a layer) are kept."""
+        named = {f"validation_{k}": v for k, v in values.items()}
+        self._write({"stage": stage, "step": step, "tokens": tokens, **named})
+        if self._progress is not None:
+            self._progress.console.print(f"{stage:<9} step {step}: validation loss {values['loss']:.4g}")
+
+    def resumed(self, stage: str, step: int) -> None:
+        """Drop lines written after the checkpoint from which the stage goes on."""
+        if self.path is None or not self.path.exists():
+            return
+        lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if not ((m := json.loads(line))["stage"] == stage and m["step"] > step)]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,94 @@
+"""Stage 1, attention transfer: each layer's hybrid learns to give the output of its own softmax attention.
+
+The model runs as its teacher. In every linearized layer both attentions see the same frozen q, k, v; the error is
+back-propagated there and then, and the teacher's output goes on to the next layer. So errors do not propagate, and
+memory is that of one layer, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lolcats.config import TransferConfig
+from lolcats.errors import LolcatsError
+from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.training.batches import Batch
+from lolcats.training.losses import output_error, weight_cross_entropy
+
+
+class TransferStage:
+    """Attention transfer for `train`.
+
+    Args:
+        model: a converted model; its weights are frozen here, the linearized layers' own parameters are trained.
+        config: the stage's settings.
+    """
+
+    name = "transfer"
+
+    def __init__(self, model: PreTrainedModel, config: TransferConfig) -> None:
+        self.model, self.config = model, config
+        self.layers = linearized_layers(model)
+        model.requires_grad_(False)
+        self._parameters = {n: p.requires_grad_() for n, p in _attention_parameters(model).items()}
+        if not self._parameters:
+            raise LolcatsError("nothing to train in stage 1: expected a converted model; call lolcats.convert first")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Feature maps, window factors, query scales and decay gates of all layers."""
+        return self._parameters
+
+    def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        """Run the teacher; each layer adds its gradient on the way."""
+        return self._run(batch, share)
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """The same errors without gradients."""
+        return self._run(batch, None)
+
+    def where(self, metrics: Mapping[str, Tensor]) -> str:
+        """The first layer whose error is not finite."""
+        bad = (~metrics["layers"].isfinite()).nonzero()
+        return f", first in layer {self.layers[int(bad[0])].layer_idx}" if len(bad) else ""
+
+    def _run(self, batch: Batch, share: float | None) -> dict[str, Tensor]:
+        errors: list[Tensor] = []
+
+        def observe(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:
+            with torch.set_grad_enabled(share is not None):
+                loss, error = self._layer_loss(layer, call, teacher)
+                if share is not None:
+                    (loss * (share / len(self.layers))).backward()
+            errors.append(torch.stack([loss.detach(), error.detach()]))
+
+        for layer in self.layers:
+            layer.observer = observe
+        try:
+            with torch.no_grad():
+                self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        finally:
+            for layer in self.layers:
+                layer.observer = None
+        stacked = torch.stack(errors)
+        return {"loss": stacked[:, 0].mean(), "mse": stacked[:, 1].mean(), "layers": stacked[:, 1]}
+
+    def _layer_loss(self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = layer.linear_attention(call) if self.config.target == "linear" else layer.hybrid(call)
+        error = output_error(student, teacher, call.facts.segments)
+        loss = self.config.mse_factor * error
+        if self.config.xent_factor:
+            loss = loss + self.config.xent_factor * weight_cross_entropy(layer, call)
+        return loss, error
+
+
+def _attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{key}": p
+        for name, module in model.named_modules()
+        if isinstance(module, LinearizedAttention)
+        for key, p in module.attention_parameters().items()
+    }

@@ -1,0 +1,194 @@
+"""Tiny models, tokens and tokenizers that the tests share. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from lolcats.config import LinearizationConfig
+from lolcats.data import PackedDataset
+from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
+from lolcats.training import TrainingData
+
+VOCABULARY = 97
+TEXT = (
+    "The river runs through a green valley, and the old mill still turns beside it. A miller lived there with "
+    "his daughter, who could count every stone in the wall and every star above it. "
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: loads real weights")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> Iterator[None]:
+    """The tensors are tiny: threads that wait for each other would cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    """A random Llama whose attention is far from uniform; the same one for the same settings."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 36,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # texts of a fixed length
+    return model
+
+
+@pytest.fixture(scope="session")
+def _llama() -> LlamaForCausalLM:
+    return llama()
+
+
+@pytest.fixture
+def make_teacher() -> Callable[..., LlamaForCausalLM]:
+    """Build a tiny Llama with other settings."""
+    return llama
+
+
+@pytest.fixture
+def teacher(_llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A tiny Llama of 3 layers, 6 query heads and 2 key heads."""
+    return copy.deepcopy(_llama)
+
+
+def perturb(model: PreTrainedModel, amount: float = 0.3) -> PreTrainedModel:
+    """Move every added parameter away from its start, so that no test passes by symmetry."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in linearized_layers(model):
+            for p in layer.attention_parameters().values():
+                p.add_(torch.randn(p.shape, generator=generator) * amount)
+    return model
+
+
+@pytest.fixture
+def make_student(_llama: LlamaForCausalLM) -> Callable[..., PreTrainedModel]:
+    """Convert a copy of the teacher with the given settings and perturb what was added."""
+
+    def make(model: PreTrainedModel | None = None, **settings: Any) -> PreTrainedModel:
+        converted = convert(copy.deepcopy(_llama if model is None else model), LinearizationConfig(**settings))
+        return perturb(converted)
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Callable[..., Tensor]:
+    """Random token ids [rows, length], none of them special."""
+
+    def make(rows: int = 2, length: int = 24, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+    return make
+
+
+@pytest.fixture
+def record_calls() -> Callable[[PreTrainedModel, Tensor], list[tuple[LinearizedAttention, AttentionCall, Tensor]]]:
+    """Run a model as its teacher; return (layer, what reached its attention, softmax output) of each layer."""
+
+    def run(model: PreTrainedModel, ids: Tensor) -> list[tuple[LinearizedAttention, AttentionCall, Tensor]]:
+        found: list[tuple[LinearizedAttention, AttentionCall, Tensor]] = []
+        for layer in linearized_layers(model):
+            layer.observer = lambda *args: found.append(args)
+        try:
+            with torch.no_grad():
+                model(input_ids=ids, use_cache=False)
+        finally:
+            for layer in linearized_layers(model):
+                layer.observer = None
+        return found
+
+    return run
+
+
+def quadratic(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """The hybrid [B, H, N, D] query by query, straight from the formula; for sliding windows without decay."""
+    heads, n = call.q.shape[1:3]
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (call.k, call.v))
+    phi_q, phi_k = layer.feature_q(call.q), layer.feature_k(call.k)
+    phi_q = phi_q * layer.query_scale.exp()[:, None, None]
+    phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
+    gate = layer.window_factor.sigmoid()[:, None]
+    rows = []
+    for i in range(n):
+        near = [j for j in range(i + 1) if j > i - layer.settings.window or j < layer.settings.sinks]
+        far = [j for j in range(i + 1) if j not in near]
+        scores = torch.einsum("bhd,bhjd->bhj", call.q[:, :, i], k[:, :, near]) * call.scale
+        soft = gate * (scores - scores.amax(-1, keepdim=True)).exp()
+        linear = torch.einsum("bhf,bhjf->bhj", phi_q[:, :, i], phi_k[:, :, far])
+        weights = torch.cat([soft, linear], -1)
+        values = torch.cat([v[:, :, near], v[:, :, far]], 2)
+        rows.append(torch.einsum("bhj,bhjd->bhd", weights, values) / weights.sum(-1, keepdim=True))
+    return torch.stack(rows, 2)
+
+
+@pytest.fixture(name="quadratic")
+def quadratic_fixture() -> Callable[[LinearizedAttention, AttentionCall], Tensor]:
+    """See `quadratic`."""
+    return quadratic
+
+
+def packed(ids: np.ndarray, document: np.ndarray | None = None, loss_mask: np.ndarray | None = None) -> PackedDataset:
+    """Sequences as a dataset; by default one document a sequence and every token counted."""
+    document = np.zeros_like(ids) if document is None else document
+    loss_mask = np.ones(ids.shape, bool) if loss_mask is None else loss_mask
+    return PackedDataset(ids.astype(np.int32), loss_mask, document.astype(np.int32))
+
+
+@pytest.fixture(name="packed")
+def packed_fixture() -> Callable[..., PackedDataset]:
+    """See `packed`."""
+    return packed
+
+
+@pytest.fixture
+def training_data(tokens: Callable[..., Tensor]) -> TrainingData:
+    """Ten sequences of 20 tokens to train on, three to validate on."""
+    return TrainingData(packed(tokens(10, 20, 7).numpy()), packed(tokens(3, 20, 8).numpy()))
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """A few kilobytes of English."""
+    return TEXT * 40
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens, <end> among them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")

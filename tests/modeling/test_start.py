@@ -1,0 +1,118 @@
+"""The matched start: each head's linear share is its teacher's before any training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from lolcats import LolcatsError
+from lolcats.config import LinearizationConfig
+from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
+
+Tokens = Callable[..., Tensor]
+SETTINGS = [
+    {"window": 6},
+    {"window": 6, "sinks": 2},
+    {"window": 4, "sinks": 1, "window_kind": "terraced"},
+    {"window": 6, "state_heads": "kv"},
+    {"window": 6, "decay": "gate"},
+    {"window": 6, "feature_map": "exp_dim", "layers": [0, 2]},
+]
+
+
+def shares(layer: LinearizedAttention, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Mean over far-seeing queries: (teacher's far share [H], log odds of the hybrid's linear share [H])."""
+    s, (heads, n) = layer.settings, call.q.shape[1:3]
+    k = call.k.repeat_interleave(heads // call.k.shape[1], 1)
+    phi_q = layer.feature_q(call.q) * layer.query_scale.exp()[:, None, None]
+    phi_k = layer.feature_k(call.k)
+    phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
+    decay = layer.log_decay(call.hidden)
+    teacher, odds = [], []
+    for i in range(n):
+        local = {j for j in range(i + 1) if (i - j < s.window if s.window_kind == "sliding" else i // s.window - j // s.window < 2)}
+        near = sorted(local | set(range(min(s.sinks, i + 1))))
+        far = sorted(set(range(i + 1)) - set(near))
+        if not far:
+            continue
+        scores = torch.einsum("bhd,bhjd->bhj", call.q[:, :, i], k[:, :, : i + 1]) * call.scale
+        teacher.append(scores.softmax(-1)[..., far].sum(-1))
+        soft = (scores[..., near] - scores[..., near].amax(-1, keepdim=True)).exp().sum(-1)
+        linear = torch.einsum("bhf,bhjf->bhj", phi_q[:, :, i], phi_k[:, :, far])
+        if decay is not None:
+            linear = linear * torch.stack([decay[:, :, j + 1 : i + 1].sum(-1).exp() for j in far], -1)
+        odds.append((linear.sum(-1) / soft).log())
+    return torch.stack(teacher).mean((0, 1)), torch.stack(odds).mean((0, 1))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_linear_share_is_the_teachers(
+    teacher: LlamaForCausalLM, tokens: Tokens, record_calls: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    ids = tokens(3, 30)
+    student = convert(teacher, LinearizationConfig(start="matched", **settings), input_ids=ids)
+    calls = record_calls(student, ids)
+    assert len(calls) == len(linearized_layers(student))
+    for layer, call, _ in calls:
+        expected, odds = shares(layer, call)
+        torch.testing.assert_close(odds, torch.logit(expected.clamp(1e-4, 1 - 1e-4)), atol=1e-3, rtol=1e-3)
+        assert float(layer.window_factor.sigmoid().min()) > 0.9
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "elu", "relu", "exp_dim"])
+def test_matched_start_is_finite_for_every_feature_map(
+    teacher: LlamaForCausalLM, tokens: Tokens, feature_map: Any
+) -> None:
+    config = LinearizationConfig(window=6, feature_map=feature_map, start="matched")
+    student = convert(teacher, config, input_ids=tokens(3, 30))
+    for layer in linearized_layers(student):
+        assert bool(layer.query_scale.isfinite().all())
+    with torch.no_grad():
+        assert bool(student(tokens()).logits.isfinite().all())
+
+
+def test_matched_start_is_nearer_to_the_teacher_than_the_papers(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    ids = tokens(4, 40)
+    expected = teacher(ids).logits.log_softmax(-1)
+    divergence = {}
+    for start in ("paper", "matched"):
+        config = LinearizationConfig(window=8, sinks=1, start=start)  # type: ignore[arg-type]
+        student: Any = convert(copy.deepcopy(teacher), config, input_ids=ids)
+        with torch.no_grad():
+            got = student(ids).logits.log_softmax(-1)
+        divergence[start] = float((expected.exp() * (expected - got)).sum(-1).mean())
+    assert divergence["matched"] < divergence["paper"]
+
+
+def test_matched_start_needs_tokens(teacher: LlamaForCausalLM) -> None:
+    with pytest.raises(LolcatsError, match="input_ids"):
+        convert(teacher, LinearizationConfig(start="matched"))
+    assert type(teacher) is LlamaForCausalLM
+
+
+def test_a_text_within_the_window_leaves_the_scales_alone(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    student = convert(teacher, LinearizationConfig(window=64, start="matched"), input_ids=tokens())
+    for layer in linearized_layers(student):
+        assert torch.equal(layer.query_scale, torch.zeros(6))
+
+
+def test_papers_start(teacher: LlamaForCausalLM) -> None:
+    for layer in linearized_layers(convert(teacher, LinearizationConfig())):
+        torch.testing.assert_close(layer.window_factor.detach().sigmoid(), torch.full((6,), 0.1))
+        assert torch.equal(layer.query_scale, torch.zeros(6))
+
+
+def test_matched_start_leaves_no_trace(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    weights = {name: p.clone() for name, p in teacher.named_parameters()}
+    student: PreTrainedModel = convert(teacher, LinearizationConfig(window=6, start="matched"), input_ids=tokens())
+    for layer in linearized_layers(student):
+        assert layer.observer is None
+        assert all(p.grad is None for p in layer.parameters())
+    kept = {n.replace(".inner.", "."): p for n, p in student.named_parameters()}
+    assert all(torch.equal(kept[name], value) for name, value in weights.items())

@@ -1,0 +1,265 @@
+"""State: a text may be cut anywhere, padded anywhere and batched with others; what is carried has a constant size."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CPU_IMPLEMENTATIONS,
+    Case,
+    Tensors,
+    assert_same,
+    assert_same_gradients,
+    assert_same_state,
+    make,
+    run,
+    state_of,
+)
+from torch import Tensor
+
+from lolcats.ops import HybridState
+
+SLIDING = Case(50, 8, "sliding", sinks=2, decay=True, groups=3, kv_heads=1)
+TERRACED = Case(50, 8, "terraced", sinks=2, decay=True, groups=2, kv_heads=2)
+PLAIN = Case(50, 8, "sliding", feature_heads="kv", groups=3)
+LINEAR = Case(50, 0, "sliding", feature_heads="kv", groups=2)
+CASES = [SLIDING, TERRACED, PLAIN, LINEAR]
+NAMES = ["sliding", "terraced", "plain", "linear"]
+
+
+def run_pieces(tensors: Tensors, case: Case, cuts: list[int], impls: list[str]) -> tuple[Tensor, HybridState]:
+    """The text in pieces that end at `cuts` and at its end, each piece with its own implementation."""
+    state, outputs = None, []
+    for (begin, end), impl in zip(itertools.pairwise([0, *cuts, case.n]), itertools.cycle(impls)):
+        result = run(tensors.tokens(begin, end), case, impl, initial_state=state, return_state=True)
+        state = result.state
+        outputs.append(result.out)
+    assert state is not None
+    return torch.cat(outputs, 2), state
+
+
+@pytest.mark.parametrize("second", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("first", CPU_IMPLEMENTATIONS)
+def test_split_is_the_full_pass(first: str, second: str) -> None:
+    for case in (SLIDING, TERRACED):
+        tensors = make(case)
+        full = run(tensors, case, "reference", return_state=True)
+        assert full.state is not None
+        for cut in (1, 2, 7, 8, 9, 16, 17, 31, 49):
+            out, state = run_pieces(tensors, case, [cut], [first, second])
+            assert_same(out, full.out, f"{case.kind}, cut at {cut}")
+            assert_same_state(state, full.state)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_many_pieces_are_the_full_pass(case: Case) -> None:
+    tensors = make(case)
+    full = run(tensors, case, "reference", return_state=True)
+    assert full.state is not None
+    for cuts in ([1, 2, 3], [8, 16, 24, 32, 40, 48], [5, 5 + 17, 40], list(range(1, 50))):
+        out, state = run_pieces(tensors, case, cuts, ["chunked", "recurrent", "reference"])
+        assert_same(out, full.out, f"cuts {cuts}")
+        assert_same_state(state, full.state)
+
+
+def test_split_of_a_text_longer_than_chunks_and_window() -> None:
+    for kind, window in (("sliding", 65), ("terraced", 64), ("sliding", 0)):
+        case = Case(400, window, kind, sinks=4, decay=True, groups=2, kv_heads=1, batch=1)
+        tensors = make(case)
+        out, _ = run_pieces(tensors, case, [63, 129, 130, 300], ["chunked"])
+        assert_same(out, run(tensors, case, "reference").out, f"{kind} {window}")
+
+
+def test_shorter_than_the_sinks() -> None:
+    """The state of a text that has not filled its sinks goes on filling them."""
+    case = Case(9, 3, sinks=6)
+    tensors = make(case)
+    want = run(tensors, case, "reference").out
+    for impl in CPU_IMPLEMENTATIONS:
+        assert_same(run_pieces(tensors, case, [2, 5], [impl])[0], want, impl)
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+def test_gradients_flow_through_the_state(impl: str) -> None:
+    for case in (SLIDING, TERRACED):
+        tensors = make(case)
+        out, _ = run_pieces(tensors, case, [11, 30], [impl])
+        assert_same_gradients(out, run(tensors, case, "reference").out, tensors)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
+def test_defect_03_prefill_and_decode_windows_agree(kind: str) -> None:
+    """Each token decoded after a prefill sees exactly the keys that it sees in the full pass."""
+    case = Case(40, 6, kind, kv_heads=1, batch=1)
+    tensors = make(case)
+    full = run(tensors, case, "reference").out
+    for cut in range(1, 40):
+        state = state_of(tensors.tokens(0, cut), case, "chunked")
+        decoded = run(tensors.tokens(cut, cut + 1), case, "recurrent", initial_state=state).out
+        assert_same(decoded, full[:, :, cut : cut + 1], f"token {cut}")
+
+
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
+def test_defect_04_chunked_prefill_keeps_every_key(kind: str) -> None:
+    """After pieces of one window each, every key is in the sums or in the window, none in both and none in neither."""
+    case = Case(320, 64, kind, sinks=3, feature_heads="kv", kv_heads=1, batch=1)
+    tensors = make(case)
+    for impl in ("reference", "chunked"):
+        out, state = run_pieces(tensors, case, [64, 128, 192, 256], [impl])
+        assert state.window.phi_k is not None
+        held = state.window.position[:, None, :, None] >= case.sinks
+        in_window = (state.window.phi_k * held).sum(2)
+        assert_same(state.linear.k_sum + in_window, tensors.phi_k[:, :, case.sinks :].sum(2), impl)
+        assert_same(out, run(tensors, case, "reference").out, impl)
+
+
+def padded_rows(tensors: Tensors, case: Case, lengths: list[int], side: str) -> tuple[Tensors, Tensor]:
+    """Row b holds the first lengths[b] tokens, garbage elsewhere; and the mask."""
+    parts = []
+    for row, length in enumerate(lengths):
+        missing = case.n - length
+        text = tensors.rows(row, row + 1).tokens(0, length)
+        parts.append(text.padded(missing, 0) if side == "left" else text.padded(0, missing))
+    joined: Any = [None if xs[0] is None else torch.cat(xs) for xs in zip(*parts, strict=True)]
+    joined[5] = tensors.window_factor
+    index = torch.arange(case.n)
+    mask = torch.stack([index >= case.n - m if side == "left" else index < m for m in lengths]).long()
+    return Tensors(*joined), mask
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_defect_06_padding_changes_nothing(side: str, impl: str) -> None:
+    """Outputs, zeros at padding, the state, and the text that goes on after it: as if each row were alone."""
+    for case in (SLIDING, TERRACED):
+        check_padding(case._replace(batch=3), side, impl)
+
+
+def check_padding(case: Case, side: str, impl: str) -> None:
+    tensors, lengths = make(case), [50, 23, 1]
+    padded, mask = padded_rows(tensors, case, lengths, side)
+    result = run(padded, case, impl, attention_mask=mask, return_state=True)
+    assert result.state is not None
+    assert result.out[~mask.bool()[:, None].expand(result.out.shape[:3])].abs().max() == 0
+    more = make(case._replace(n=5), seed=1)._replace(window_factor=tensors.window_factor)
+    later = run(more, case, impl, initial_state=result.state).out
+    for row, length in enumerate(lengths):
+        text = tensors.rows(row, row + 1).tokens(0, length)
+        alone = run(text, case, impl, return_state=True)
+        assert alone.state is not None
+        assert_same(result.out[row : row + 1][:, :, mask[row].bool()], alone.out, f"row {row}")
+        assert_same_state(result.state.map(lambda t, r=row: t[r : r + 1]), alone.state)
+        going_on = run(more.rows(row, row + 1), case, impl, initial_state=alone.state).out
+        assert_same(later[row : row + 1], going_on, f"row {row}, later")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+def test_padding_in_a_later_piece(impl: str, side: str) -> None:
+    """Padding between the tokens of the state and the new ones, longer than a chunk, counts for nothing."""
+    case, later, before, after = SLIDING._replace(batch=3), SLIDING._replace(batch=3, n=150), [50, 23, 9], [70, 150, 2]
+    tensors = make(case)
+    first, mask = padded_rows(tensors, case, before, "left")
+    state = state_of(first, case, impl, attention_mask=mask)
+    more = make(later, seed=1)._replace(window_factor=tensors.window_factor)
+    second, mask = padded_rows(more, later, after, side)
+    out = run(second, later, impl, attention_mask=mask, initial_state=state).out
+    for row in range(3):
+        alone = state_of(tensors.rows(row, row + 1).tokens(0, before[row]), case, "reference")
+        text = more.rows(row, row + 1).tokens(0, after[row])
+        want = run(text, later, "reference", initial_state=alone).out
+        real = mask[row].bool()
+        assert_same(out[row : row + 1, :, real], want, f"row {row}")
+        assert (out[row, :, ~real] == 0).all()
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+def test_batch_is_single(impl: str) -> None:
+    for case in CASES:
+        tensors = make(case)
+        batch = run(tensors, case, impl, return_state=True)
+        assert batch.state is not None
+        for row in range(case.batch):
+            single = run(tensors.rows(row, row + 1), case, impl, return_state=True)
+            assert single.state is not None
+            assert_same(batch.out[row : row + 1], single.out)
+            assert_same_state(batch.state.map(lambda t, r=row: t[r : r + 1]), single.state)
+
+
+def test_rows_of_a_state_can_be_reordered() -> None:
+    """What beam search does: rows change places, or are copied, between two calls."""
+    rows = torch.tensor([1, 1, 0])
+    for case in (SLIDING, TERRACED):
+        case = case._replace(batch=3)
+        before = make(case)
+        after = make(case._replace(n=6), seed=1)._replace(window_factor=before.window_factor)
+        state = state_of(before, case, "chunked").map(lambda t: t[rows])
+        out = run(after, case, "recurrent", initial_state=state).out
+        for place, row in enumerate(rows.tolist()):
+            alone = state_of(before.rows(row, row + 1), case, "reference")
+            want = run(after.rows(place, place + 1), case, "reference", initial_state=alone).out
+            assert_same(out[place : place + 1], want)
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+def test_size_does_not_depend_on_length(impl: str) -> None:
+    for case in CASES:
+        sizes = set()
+        for n in (1, 100, 1000 if impl == "chunked" else 300):
+            tensors = make(case._replace(n=n, batch=1), torch.float32).to(torch.float32)
+            state = state_of(tensors, case, impl)
+            behind = sum(t.untyped_storage().nbytes() for t in state.tensors())  # what views keep alive
+            sizes.add((state.nbytes, behind))
+        assert len(sizes) == 1
+
+
+def test_nbytes_counts_every_tensor() -> None:
+    state = state_of(make(SLIDING, torch.float32).to(torch.float32), SLIDING, "chunked")
+    batch, size, value, features, heads, slots, sinks = 2, 4, 3, 3, 3, 8, 2
+    floats = heads * features * (value + 1) + slots * (size + value + heads * features + heads) + sinks * (size + value)
+    assert state.nbytes == batch * (4 * floats + 8 * slots + 8)
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+def test_defect_05_sums_are_float32_for_bfloat16_inputs(impl: str) -> None:
+    for case in (SLIDING, PLAIN):
+        tensors = make(case).to(torch.bfloat16)
+        state = state_of(tensors, case, impl)
+        later = run(tensors, case, impl, initial_state=state, return_state=True)
+        assert later.state is not None
+        assert later.out.dtype == torch.bfloat16
+        for each in (state, later.state):
+            assert {t.dtype for t in each.linear} == {torch.float32}
+            assert {each.window.k.dtype, each.window.v.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize(("kind", "slots"), [("sliding", 8), ("terraced", 16)])
+def test_defect_08_keys_and_values_are_held_per_key_head(kind: str, slots: int, impl: str) -> None:
+    """6 query heads share 2 key heads: the ring, the sinks and one state a key head are not repeated for them."""
+    case = Case(30, 8, kind, sinks=2, feature_heads="kv", groups=3)
+    state = state_of(make(case), case, impl)
+    assert state.sinks is not None
+    assert state.window.phi_k is not None
+    assert state.window.k.shape == (2, 2, slots, 4)
+    assert state.window.v.shape == (2, 2, slots, 3)
+    assert state.window.phi_k.shape == (2, 2, slots, 3)
+    assert state.sinks.k.shape == (2, 2, 2, 4)
+    assert state.linear.kv.shape == (2, 2, 3, 3)
+    assert state.linear.k_sum.shape == (2, 2, 3)
+
+
+def test_initial_state_is_not_changed() -> None:
+    for impl in CPU_IMPLEMENTATIONS:
+        tensors = make(SLIDING)
+        state = state_of(tensors, SLIDING, impl)
+        before = [t.clone() for t in state.tensors()]
+        run(tensors, SLIDING, impl, initial_state=state, return_state=True)
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before, strict=True))
+
+
+def test_state_only_on_request() -> None:
+    assert run(make(PLAIN), PLAIN, "chunked").state is None
