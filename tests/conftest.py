@@ -26,7 +26,8 @@ TEXT = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: loads real weights")
+    # peft 0.21 asks transformers 5.23 a question by its old name.
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 @pytest.fixture(autouse=True, scope="session")

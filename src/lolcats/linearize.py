@@ -120,7 +120,8 @@ def _prepare(config: RunConfig, folder: RunFolder, device: torch.device, console
     run = _Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results)
     run.say(
         f"{type(model).__name__}: {len(layers)} of {model.config.num_hidden_layers} layers linearized, "
-        f"{len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, {results['device']}, {results['dtype']}"
+        f"{len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
+        f"{results['device']}, {results['dtype']}"
     )
     return run
 
@@ -202,7 +203,8 @@ def _train(run: _Run, stage: Stage, config: Any) -> TrainResult:
     run.results["seconds"][stage.name] = round(result.seconds, 2)
     run.results.setdefault("best", {})[stage.name] = {"step": result.best_step, "loss": result.best_loss}
     run.say(
-        f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s), "
+        f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s "
+        f"({result.tokens_per_second:,.0f} tokens/s), "
         f"best validation loss {result.best_loss:.4g} at step {result.best_step} of {result.steps}"
     )
     return result

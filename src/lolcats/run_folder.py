@@ -1,10 +1,10 @@
 """The folder of a run: what is in it, and how it is opened without losing anybody's work.
 
-    runs/NAME/config.yaml       the settings, complete
-              metrics.jsonl     a line a step
-              checkpoints/STAGE/{last,best}.safetensors
-              results.json      what was measured
-              model/            the artefact
+runs/NAME/config.yaml       the settings, complete
+          metrics.jsonl     a line a step
+          checkpoints/STAGE/{last,best}.safetensors
+          results.json      what was measured
+          model/            the artefact
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,16 +68,16 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         if bar:
             hf_logging.enable_progress_bar()
     _forget_quantization(model)
-    return model.to(dtype or torch.float32), tokenizer
+    return cast(Any, model).to(dtype or torch.float32), tokenizer
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Some releases load GGUF weights packed, and all note the file in the config: what we keep is an ordinary model."""
+    """Make it an ordinary model: some releases load GGUF weights packed, and all note the file in the config."""
     packed = [n for n, p in model.named_parameters() if not p.is_floating_point()]
     if packed:
-        model.dequantize(torch.float32)
+        cast(Any, model).dequantize(torch.float32)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in vars(model):
             delattr(model, name)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")

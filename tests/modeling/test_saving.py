@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lolcats import LolcatsError
 from lolcats.modeling import LinearizedAttention, linearized_layers
 
-Students = Callable[..., PreTrainedModel]
+Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
 
@@ -39,10 +39,11 @@ def test_loaded_is_saved(make_student: Students, tokens: Tokens, tmp_path: Path,
     student = make_student(**settings)
     expected = student(tokens()).logits
     student.save_pretrained(tmp_path / "a")
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded, report = load(tmp_path / "a", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded) is type(student)
-    assert isinstance(loaded, LlamaForCausalLM)
+    assert issubclass(type(loaded), LlamaForCausalLM)
     assert torch.equal(loaded(tokens()).logits, expected)
     text = student.generate(tokens(), max_new_tokens=5, do_sample=False)  # type: ignore[operator]
     assert torch.equal(loaded.generate(tokens(), max_new_tokens=5, do_sample=False, eos_token_id=None), text)
@@ -77,7 +78,7 @@ def test_added_parameters_stay_float32(make_student: Students, tokens: Tokens, t
     student = make_student(window=4, decay="gate")
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for before, after in zip(linearized_layers(student), linearized_layers(loaded)):
+    for before, after in zip(linearized_layers(student), linearized_layers(loaded), strict=True):
         assert {p.dtype for p in after.inner.parameters()} == {torch.bfloat16}
         for name, p in after.attention_parameters().items():
             assert p.dtype == torch.float32
@@ -89,7 +90,9 @@ def test_added_parameters_stay_float32(make_student: Students, tokens: Tokens, t
 def test_a_bfloat16_student_comes_back_as_it_was(
     make_teacher: Callable[..., LlamaForCausalLM], make_student: Students, tokens: Tokens, tmp_path: Path
 ) -> None:
-    student = make_student(make_teacher().to(torch.bfloat16), window=4)
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    teacher = LlamaForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.bfloat16)
+    student = make_student(teacher, window=4)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in student.parameters()]
@@ -107,9 +110,9 @@ def test_config_round_trip(make_student: Students, tmp_path: Path) -> None:
     assert config.linearization == student.config.linearization  # type: ignore[attr-defined]
     assert config.num_key_value_heads == 2
     assert type(config) is type(student.config)
-    assert config.to_dict() == student.config.to_dict() | {"dtype": config.to_dict()["dtype"]}
     config.save_pretrained(tmp_path / "again")
-    assert AutoConfig.from_pretrained(tmp_path / "again").to_dict() == config.to_dict()
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == written
 
 
 def test_a_model_can_be_made_from_the_config_alone(make_student: Students, tokens: Tokens) -> None:
@@ -120,12 +123,14 @@ def test_a_model_can_be_made_from_the_config_alone(make_student: Students, token
     assert torch.equal(made.eval()(tokens()).logits, student(tokens()).logits)
 
 
-@pytest.mark.parametrize("change", [{"base_model_type": "no-such-family"}, {"base_model_type": None}, {"linearization": None}])
+@pytest.mark.parametrize(
+    "change", [{"base_model_type": "no-such-family"}, {"base_model_type": None}, {"linearization": None}]
+)
 def test_a_broken_config_is_refused(make_student: Students, tmp_path: Path, change: dict[str, Any]) -> None:
     make_student(window=4).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    with pytest.raises(LolcatsError, match="save_pretrained"):
+    with pytest.raises(LolcatsError, match=r"save_pretrained"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

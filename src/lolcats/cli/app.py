@@ -26,7 +26,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted(ctx.invoked_subcommand) from error
+            raise Interrupted(str(ctx.invoked_subcommand)) from error
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return close_stdout()
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
-        verb = error.verb if isinstance(error, Interrupted) else None
+        verb = error.verb if isinstance(error, Interrupted) else ""
         print(process_prefix() + INTERRUPTED.get(verb, "interrupted"), file=sys.stderr)
         return 130
     except Exception as error:

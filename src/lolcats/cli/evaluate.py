@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lolcats.cli.load import find_model, read_recipe, silence
@@ -21,29 +24,37 @@ if TYPE_CHECKING:
     from lolcats.evaluation import Measurement
 
 CONTROLS = ", ".join(get_args(Control))
+MOST_SEGMENTS = 32
+
+
+Sources = Annotated[
+    list[str] | None, typer.Option(help="Text to measure on; repeatable. Default: the recipe's, or python-docs.")
+]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")]
+Last = Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")]
+Most = Annotated[int | None, typer.Option(min=1, help=f"Segments to read. Default: the recipe's, or {MOST_SEGMENTS}.")]
+Batch = Annotated[int, typer.Option(min=1, help="Segments at once.")]
+Controls = Annotated[list[str] | None, typer.Option(help=f"{CONTROLS}, or none; repeatable. Default: all of them.")]
+Teacher = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.")]
+ByPosition = Annotated[bool, typer.Option("--by-position", help="A second table, by place in the text.")]
 
 
 def evaluate(
     model: Model,
-    sources: Annotated[
-        list[str] | None, typer.Option(help="Text to measure on; repeatable. Default: the recipe's, or python-docs.")
-    ] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")] = None,
-    last: Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")] = None,
-    max_segments: Annotated[int | None, typer.Option(min=1, help="Read at most this many segments.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Segments at once.")] = 4,
-    control: Annotated[
-        list[str] | None, typer.Option(help=f"{CONTROLS}, or none; repeatable. Default: all of them.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
-    ] = None,
+    sources: Sources = None,
+    length: Length = None,
+    last: Last = None,
+    max_segments: Most = None,
+    batch_size: Batch = 4,
+    control: Controls = None,
+    teacher: Teacher = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.")
-    ] = None,
-    by_position: Annotated[bool, typer.Option("--by-position", help="A second table, by place in the text.")] = False,
+    json_file: JsonFile = None,
+    by_position: ByPosition = False,
 ) -> None:
     """Perplexity and distance from the teacher, with the controls beside it."""
     controls = _check_controls(control)
@@ -51,27 +62,40 @@ def evaluate(
         raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
     source = find_model(model)
     recipe = read_recipe(source)
-    settings = _settings(recipe, sources, length, last, max_segments, teacher)
+    given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
+    settings = _settings(recipe, given)
 
     from lolcats.evaluation.compare import compare
 
     silence()
     out = console()
-    columns = (TextColumn("segments"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bars:
-        bar = bars.add_task("segments", total=None)
+    with _progress(out) as show:
         scores = compare(
-            source, controls=controls, batch_size=batch_size, device=device, dtype=dtype,
-            progress=lambda done, count: bars.update(bar, completed=done, total=count), **settings,
-        )  # fmt: skip
-    out.print(score_table({n: s.perplexity for n, s in scores.items()}, {n: s.kl for n, s in scores.items()}, recipe))
-    counted = next(iter(scores.values())).tokens
-    out.print(f"\n{counted:,} tokens of {', '.join(settings['sources'])}{_warning(recipe, settings)}", markup=False)
-    if by_position:
-        out.print("\nperplexity by place in the text", markup=False)
-        out.print(position_table({name: score.by_position for name, score in scores.items()}))
+            source, controls=controls, batch_size=batch_size, device=device, dtype=dtype, progress=show, **settings
+        )
     if json_file is not None:
         _write(json_file, source, settings, scores)
+    _print_scores(out, scores, recipe, settings["sources"])
+    if by_position:
+        out.print("\nperplexity by place in the text")
+        out.print(position_table({name: score.by_position for name, score in scores.items()}))
+
+
+@contextmanager
+def _progress(out: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar of segments; what it yields takes (done, all)."""
+    columns = (TextColumn("segments"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bars:
+        bar = bars.add_task("segments", total=None)
+        yield lambda done, count: bars.update(bar, completed=done, total=count)
+
+
+def _print_scores(out: Console, scores: dict[str, Measurement], recipe: RunConfig | None, sources: list[str]) -> None:
+    learned = [] if recipe is None else [name for name in sources if name in recipe.data.sources]
+    note = f" (the model was trained on text of {', '.join(learned)})" if learned else ""
+    tokens = next(iter(scores.values())).tokens
+    out.print(score_table({n: s.perplexity for n, s in scores.items()}, {n: s.kl for n, s in scores.items()}, recipe))
+    out.print(f"\n{tokens:,} tokens of {', '.join(sources)}{note}", markup=False)
 
 
 def _check_controls(control: list[str] | None) -> list[str]:
@@ -83,31 +107,18 @@ def _check_controls(control: list[str] | None) -> list[str]:
     return chosen
 
 
-def _settings(
-    recipe: RunConfig | None,
-    sources: list[str] | None,
-    length: int | None,
-    last: int | None,
-    max_segments: int | None,
-    teacher: str | None,
-) -> dict[str, Any]:
-    """What the options leave open comes from the recipe; "last" only where the length does too."""
-    if recipe is None:
-        chosen: dict[str, Any] = {"sources": ["python-docs"], "length": 1024, "last": None, "teacher": None}
-    else:
+def _settings(recipe: RunConfig | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `compare`: what the options leave open comes from the recipe, `last` only with its length."""
+    chosen: dict[str, Any] = {"sources": ["python-docs"], "length": 1024, "last": None, "max_segments": MOST_SEGMENTS}
+    chosen["teacher"] = None
+    if recipe is not None:
         e = recipe.evaluation
-        default_length = e.segment_length or recipe.data.sequence_length
-        chosen = {"sources": e.sources or ["python-docs"], "length": default_length, "teacher": recipe.model}
-        chosen["last"] = e.last if length is None else None
-    given = {"sources": sources or None, "length": length, "last": last, "teacher": teacher}
-    chosen |= {name: value for name, value in given.items() if value is not None}
-    chosen["teacher"] = None if chosen["teacher"] == "none" else chosen["teacher"]
-    return chosen | {"max_segments": max_segments}
-
-
-def _warning(recipe: RunConfig | None, settings: dict[str, Any]) -> str:
-    learned = [] if recipe is None else [name for name in settings["sources"] if name in recipe.data.sources]
-    return f" (the model was trained on text of {', '.join(learned)})" if learned else ""
+        known = {"sources": e.sources, "length": e.segment_length or recipe.data.sequence_length, "last": e.last}
+        known |= {"max_segments": e.max_segments, "teacher": recipe.model}
+        chosen |= {name: value for name, value in known.items() if value}
+        chosen["last"] = e.last if given["length"] is None else None
+    chosen |= {name: value for name, value in given.items() if value}
+    return chosen | {"teacher": None if chosen["teacher"] == "none" else chosen["teacher"]}
 
 
 def _write(file: Path, model: str, settings: dict[str, Any], scores: dict[str, Measurement]) -> None:

@@ -16,7 +16,7 @@ INTERRUPTED = {"linearize": "interrupted; the last checkpoint is kept"}
 class Interrupted(Exception):
     """Ctrl-C inside a verb."""
 
-    def __init__(self, verb: str | None) -> None:
+    def __init__(self, verb: str) -> None:
         super().__init__(verb)
         self.verb = verb
 

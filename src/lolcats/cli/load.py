@@ -57,11 +57,13 @@ def read_results(source: str) -> dict[str, Any]:
 
 
 def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, ready to run."""
+    """Model and tokenizer, ready to run; a linearized model keeps its own format unless `dtype` names another."""
     import lolcats.modeling  # noqa: F401  (teaches transformers to load linearized models)
     from lolcats.device import choose_device, choose_dtype
+    from lolcats.saving import RECIPE_FILE
     from lolcats.teacher import load_teacher
 
     silence()
-    place = choose_device(device)
-    return load_teacher(find_model(source), dtype=choose_dtype(dtype, place), device=place)
+    folder, place = find_model(source), choose_device(device)
+    own = dtype == "auto" and (Path(folder) / RECIPE_FILE).is_file()
+    return load_teacher(folder, dtype=None if own else choose_dtype(dtype, place), device=place)

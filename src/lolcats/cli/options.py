@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
+
+
+def _check_device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name) is None:
+        raise typer.BadParameter(f"unknown device {name!r}; expected auto, cpu, mps, cuda or cuda:N")
+    return name
+
+
+def _check_dtype(name: str) -> str:
+    if name not in ("auto", "float32", "bfloat16"):
+        raise typer.BadParameter(f"unknown format {name!r}; expected auto, float32 or bfloat16")
+    return name
+
 
 Model = Annotated[
     str,
@@ -12,8 +26,8 @@ Model = Annotated[
         metavar="MODEL", help='A linearized model or its run folder; or a hub name, folder, .gguf file or "demo".'
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, mps, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(metavar="NAME", callback=_check_device, help="auto, cpu, mps, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", callback=_check_dtype, help="auto, float32 or bfloat16.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]

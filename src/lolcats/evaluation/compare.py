@@ -35,19 +35,15 @@ def compare(
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measurement]:
-    """Score a linearized model, its controls and its teacher; or a model that is not linearized, by itself.
+    """Score a linearized model, its controls and its teacher; or any other model by itself.
 
     Args:
-        model: an artefact, or any model that `load_teacher` takes; its score is then called "teacher".
-        teacher: where the weights from before the linearization are; None leaves out all that needs them.
-        sources: text, see `lolcats.data.iter_records`, or token files.
-        length: tokens a segment.
-        last: count only the last tokens of each segment.
-        max_segments: read at most this many.
-        batch_size: segments at once.
-        controls: see `lolcats.evaluation.controls`.
-        device, dtype: as in `RunConfig`; a linearized model in its own format is the "auto" dtype.
-        progress: called with (segments done, all segments).
+        model: what `load_teacher` takes; a model that is not linearized scores as "teacher".
+        teacher: the weights from before the linearization; None leaves out all that needs them.
+        sources: see `lolcats.data.iter_records`, or token files.
+        length, last, max_segments: tokens a segment, how many of them count (from the end), segments to read.
+        controls, batch_size, progress: see `lolcats.evaluation.controls` and `measure`.
+        device, dtype: as in `RunConfig`, but "auto" leaves a linearized model in its own format.
 
     Raises:
         LolcatsError: a model or a source that cannot be used, or a teacher of another model.
@@ -59,12 +55,11 @@ def compare(
     segments = _read_segments(sources, tokenizer, length, last, max_segments)
     if not linearized_layers(student):
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
-        variants, reference = {"teacher": Variant(student)}, None
-    else:
-        variants = student_variants(student, list(controls))
-        before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
-        reference = before.get("teacher")
-        variants = {name: v for name, v in before.items() if name == "teacher" or name in controls} | variants
+        return measure({"teacher": Variant(student)}, segments, last=last, batch_size=batch_size, progress=progress)
+    before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
+    variants = {name: variant for name, variant in before.items() if name == "teacher" or name in controls}
+    variants |= student_variants(student, list(controls))
+    reference = before.get("teacher")
     return measure(variants, segments, teacher=reference, last=last, batch_size=batch_size, progress=progress)
 
 

@@ -45,7 +45,6 @@ class Measurement:
 class _Sums:
     loss: Tensor  # [L - 1] float64, summed over segments
     kl: Tensor  # [L - 1] float64
-    segments: int = 0
 
 
 @torch.no_grad()
@@ -74,7 +73,8 @@ def measure(
     count, length = segments.shape
     if length < 2 or (last is not None and not 1 <= last < length):
         raise ValueError(f"expected segments longer than last={last} (and than 1 token); got {length} tokens")
-    sums = {name: _Sums(*(torch.zeros(length - 1, dtype=torch.float64) for _ in range(2))) for name in variants}
+    zeros = torch.zeros(length - 1, dtype=torch.float64)
+    sums = {name: _Sums(zeros.clone(), zeros.clone()) for name in variants}
     for begin in range(0, count, batch_size):
         ids = segments[begin : begin + batch_size].long()
         reference = None if teacher is None else (_hidden(teacher, ids), OutputHead(teacher.model))
@@ -137,7 +137,7 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
     while edge < length:
         edges.append(edge)
         edge *= 2
-    return list(zip(edges, [*edges[1:], length]))
+    return list(zip(edges, [*edges[1:], length], strict=True))
 
 
 def as_segments(ids: list[int] | Tensor, length: int) -> Tensor:

@@ -35,4 +35,3 @@ def evaluation_segments(config: RunConfig, tokenizer: PreTrainedTokenizerBase, v
     if e.last is not None and e.last >= segments.shape[1]:
         raise DataError(f"evaluation.last={e.last} must be less than the segment length {segments.shape[1]}")
     return segments if e.max_segments is None else segments[: e.max_segments]
-

@@ -92,12 +92,14 @@ class LinearizedAttention(nn.Module):
         """The parameters that the linearization added, by name."""
         return {n: p for n, p in self.named_parameters() if not n.startswith("inner.")}
 
-    def forward(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The family's forward; its cache is kept from it, because the hybrid keeps a state of its own."""
+        name = next((n for n in CACHE_ARGUMENTS if n in kwargs), CACHE_ARGUMENTS[0])
+        cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if self.mode == "softmax" and self.observer is None:
-            return self.inner(*args, past_key_values=past_key_values, linearized=(self, hidden, None), **kwargs)
-        return self.inner(*args, past_key_values=None, linearized=(self, hidden, past_key_values), **kwargs)
+            return self.inner(*args, **{name: cache}, linearized=(self, hidden, None), **kwargs)
+        return self.inner(*args, **{name: None}, linearized=(self, hidden, cache), **kwargs)
 
     def dispatch(self, call: AttentionCall, cache: Cache | None) -> Tensor:
         """Output [B, H, N, Dv] of the layer in its present mode."""
@@ -220,9 +222,7 @@ class LinearizedAttention(nn.Module):
         with torch.autocast(call.q.device.type, enabled=False):
             padding = call.facts.padding
             active = None if padding is None else padding[:, 0]
-            out, state = hybrid_step(
-                call.q, call.k, call.v, phi_q, leaving, factor, state, settings, log_decay, active
-            )
+            out, state = hybrid_step(call.q, call.k, call.v, phi_q, leaving, factor, state, settings, log_decay, active)
         layer.advance(state, 1)
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
@@ -233,6 +233,8 @@ def _compiled_hybrid() -> Callable[[LinearizedAttention, AttentionCall], Tensor]
     return torch.compile(LinearizedAttention._hybrid, dynamic=False)
 
 
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+"""Names under which families hand the cache to their attention module."""
 PAPER_WINDOW_FACTOR = -2.1972246
 """logit(0.1): the paper's initial window factor."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from lolcats.ops import HybridState
 
@@ -106,10 +106,14 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinearizedLayer):
         return layer
-    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+    if isinstance(layer, StaticLayer):
+        raise ValueError("a linearized model keeps a state of constant size by itself; got a static cache: leave out "
+                         "cache_implementation, or use DynamicCache")  # fmt: skip
+    held = int(cache.get_seq_length(layer_idx))
+    if held > 0:
         raise ValueError(
             f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
-            f"{int(layer.get_seq_length())} tokens of softmax attention"
+            f"{held} tokens of softmax attention"
         )
     new = LinearizedLayer()
     cache.layers[layer_idx] = new

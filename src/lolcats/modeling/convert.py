@@ -45,6 +45,7 @@ def convert(
     check_supported(model)
     if config.start == "matched" and input_ids is None:
         raise LolcatsError("start='matched' needs a batch of real text; pass input_ids [B, N] or use start='paper'")
+    choose_layers(list(attention_modules(model)), config.layers)  # refuse before anything changes
     mark_as_linearized(model, config)
     install(model, config)
     if config.start == "matched":
@@ -62,6 +63,8 @@ def check_supported(model: PreTrainedModel) -> None:
     if not model.can_generate():
         raise LolcatsError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
     if not attention_modules(model):
+        if any(calls_interface(module) for module in model.modules()):
+            raise LolcatsError(f"all attention layers of {type(model).__name__} are local (sliding window) already")
         raise LolcatsError(
             f"{type(model).__name__} has no attention module that calls transformers' attention interface; "
             "expected a model such as Llama, Mistral or Qwen"
@@ -127,7 +130,9 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
         wrapper = wrap(inner, config, model.config.get_text_config(decoder=True))
         inner.config = inner_config
         setattr(parent, child, wrapper)
-    if len(chosen) == len([m for m in model.modules() if getattr(m, "layer_idx", None) is not None and calls_interface(m)]):
+    if len(chosen) == len(
+        [m for m in model.modules() if getattr(m, "layer_idx", None) is not None and calls_interface(m)]
+    ):
         # No softmax layer is left, so nobody needs an [N, N] mask.
         model.config._attn_implementation = NAME
 
@@ -142,9 +147,7 @@ def wrap(inner: nn.Module, config: LinearizationConfig, model_config: Pretrained
         gate = nn.Linear(model_config.hidden_size, heads, dtype=torch.float32)
         nn.init.zeros_(gate.weight)
         nn.init.constant_(gate.bias, OPEN_GATE)
-    maps = [
-        build_feature_map(config.feature_map, count, head_dim, config.feature_size) for count in (heads, key_maps)
-    ]
+    maps = [build_feature_map(config.feature_map, count, head_dim, config.feature_size) for count in (heads, key_maps)]
     settings = Settings(config.window, config.window_kind, config.sinks, head_dim**-0.5)
     wrapper = LinearizedAttention(inner, maps[0], maps[1], heads, settings, resolve_impl(config.impl), gate)
     for name, parameter in wrapper.attention_parameters().items():
@@ -170,11 +173,11 @@ def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
 def attention_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Inside, every linearized layer computes `mode`: "softmax" is the teacher, the others are controls."""
     layers = linearized_layers(model)
-    before = [layer.mode for layer in layers]
+    before: list[Mode] = [layer.mode for layer in layers]
     try:
         for layer in layers:
             layer.mode = mode
         yield
     finally:
-        for layer, old in zip(layers, before):
+        for layer, old in zip(layers, before, strict=True):
             layer.mode = old

@@ -6,8 +6,9 @@ its config is the family's own with `model_type: lolcats` and two more entries, 
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -34,7 +35,7 @@ class LolcatsConfig(PretrainedConfig):
         if cls is not LolcatsConfig:
             return super().from_dict(config_dict, **kwargs)
         family = config_dict.get("base_model_type")
-        if family not in CONFIG_MAPPING or "linearization" not in config_dict:
+        if not isinstance(family, str) or family not in CONFIG_MAPPING or "linearization" not in config_dict:
             raise LolcatsError(
                 f"config.json says model_type 'lolcats' but has base_model_type {family!r} and "
                 f"{'a' if 'linearization' in config_dict else 'no'} linearization; was it written by save_pretrained?"
@@ -47,9 +48,13 @@ def linearized_config_class(base: type[PretrainedConfig]) -> type[PretrainedConf
     """`LlamaConfig` -> `LinearizedLlamaConfig`."""
     attributes = {"model_type": MODEL_TYPE, "base_model_type": base.model_type, "__module__": __name__}
     new = type(f"Linearized{base.__name__}", (base,), attributes)
-    model_class = linearized_model_class(AutoModelForCausalLM._model_mapping[base], new)
+    model_class = linearized_model_class(_model_class(base), new)
     AutoModelForCausalLM.register(new, model_class, exist_ok=True)
     return new
+
+
+def _model_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[config_class])
 
 
 def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> type[PreTrainedModel]:
@@ -73,14 +78,18 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
 
 def mark_as_linearized(model: PreTrainedModel, config: LinearizationConfig) -> None:
     """Give a model and its config their linearized classes, in place (weights and modules stay)."""
-    model_config = model.config
+    model_config = copy.deepcopy(model.config)  # another model may share it
     if type(model_config) not in AutoModelForCausalLM._model_mapping:
         raise LolcatsError(f"{type(model_config).__name__} is not a causal language model that transformers knows")
     config_class = linearized_config_class(type(model_config))
+    for module in model.modules():
+        if getattr(module, "config", None) is model.config and module is not model:
+            module.config = model_config
+    model.config = model_config
     model_config.__class__ = config_class
     model_config.linearization = config.model_dump(mode="json")
     model_config.base_model_type = config_class.base_model_type  # type: ignore[attr-defined]
-    model.__class__ = AutoModelForCausalLM._model_mapping[config_class]
+    model.__class__ = _model_class(config_class)
     model_config.architectures = [type(model).__name__]
 
 

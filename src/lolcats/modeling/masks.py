@@ -45,7 +45,7 @@ def token_mask(
         query = torch.arange(1, q_length, device=device)[None]
         starts = ~mask_function(rows, zero, query, query - 1)
         return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0)).expand(batch_size, -1)
-    if attention_mask is None or attention_mask.dtype == torch.bool and bool(attention_mask.all()):
+    if attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all())):
         return None
     return attention_mask.bool()
 
@@ -75,7 +75,7 @@ def read_mask(mask: Tensor | None, tokens: int, use_segments: bool) -> TokenFact
 
 
 def softmax_mask(facts: TokenFacts, mask: Tensor | None, tokens: int, keys: int) -> Tensor | None:
-    """A mask that SDPA takes for the softmax of the same tokens: bool [B or 1, 1, N, keys], or None for plain causal."""
+    """A mask that SDPA takes for the softmax of the same tokens: bool [B or 1, 1, N, keys], or None (plain causal)."""
     if mask is not None and mask.ndim == 4:
         return mask
     if facts.padding is None and facts.segments is None and (tokens == keys or tokens == 1):

@@ -1,11 +1,16 @@
-"""The matched start: set each head's linear share to the teacher's before any training.
+"""The matched start: set each head's linear share from one batch of the teacher, before any training.
 
 For a head let f be the teacher's mean attention outside window and sinks, and L_i, W_i the masses of the linear and
-the softmax half at query i. phi_q of the head is scaled by exp(s), s = logit(f) - mean_i log(L_i / W_i), and the window
-factor is set near 1. Training then starts near the training-free window with sinks instead of far above it.
+the softmax half at query i. Scaling phi_q of the head by exp(s), s = logit(f) - mean_i log(L_i / W_i), gives the linear
+half the teacher's share. But untrained features put that share on the wrong keys, and the errors of all layers add up:
+see docs/results.md for what this costs. So the share is then lowered where that brings the head's output nearer to the
+teacher's: of s + `OFFSETS`, the one with the smallest squared error is taken. The window factor is set near 1.
+Training then starts near the training-free window with sinks instead of far above it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +20,21 @@ from lolcats.ops.hybrid.layout import pair_masks
 
 MATCHED_WINDOW_FACTOR = 4.0
 """sigmoid(4) = 0.982."""
-MAX_TOKENS = 1024
-"""Tokens of each row that are looked at: the share is a mean, and the computation is quadratic."""
+OFFSETS = tuple(0.5 * i - 6.0 for i in range(15))
+"""-6 .. 1. At exp(-6) of its share the linear half is all but off, yet its gradient has not vanished."""
+MAX_ROWS, MAX_TOKENS = 4, 2048
+"""Texts and tokens of each that are looked at: the computation is quadratic."""
+
+
+class _Halves(NamedTuple):
+    """What both halves give at the queries of one text that have far keys (M of them)."""
+
+    teacher: Tensor  # [H, M, Dv] softmax output
+    share: Tensor  # [H, M] teacher's attention on far keys
+    near: Tensor  # [H, M, Dv] numerator of the softmax half
+    near_mass: Tensor  # [H, M]
+    far: Tensor  # [H, M, Dv] numerator of the linear half
+    far_mass: Tensor  # [H, M]
 
 
 @torch.no_grad()
@@ -26,50 +44,61 @@ def match_start(model: nn.Module, layers: list[LinearizedAttention], input_ids: 
     Args:
         model: the converted model, still with the teacher's weights.
         layers: its linearized layers.
-        input_ids: [B, N]; N must exceed the window, or nothing is far and the start stays as it is.
+        input_ids: [B, N]; N must exceed the window, or nothing is far and the scales stay as they are. Use texts as
+            long as those that matter: the linear mass grows with length.
     """
     for layer in layers:
         layer.observer = _match
     try:
-        model(input_ids=input_ids[:, :MAX_TOKENS].to(next(model.parameters()).device), use_cache=False)
+        device = next(model.parameters()).device
+        model(input_ids=input_ids[:MAX_ROWS, :MAX_TOKENS].to(device), use_cache=False)
     finally:
         for layer in layers:
             layer.observer = None
 
 
-def _match(layer: LinearizedAttention, call: AttentionCall, _: Tensor) -> None:
-    shares, ratios = [], []
-    for row in range(call.q.shape[0]):  # one row at a time: memory is quadratic in N
-        share, ratio = _masses(layer, call, row)
-        shares.append(share)
-        ratios.append(ratio)
+def _match(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:
     layer.window_factor.fill_(MATCHED_WINDOW_FACTOR)
-    if ratios[0] is None:
+    rows = [_halves(layer, call, teacher, row) for row in range(call.q.shape[0])]
+    if rows[0].share.shape[1] == 0:
         return
-    share = torch.stack(shares).mean(0).clamp(1e-4, 1 - 1e-4)
-    layer.query_scale.copy_(torch.logit(share) - torch.stack(ratios).mean(0))  # type: ignore[arg-type]
+    both = _Halves(*(torch.cat(parts, 1) for parts in zip(*rows, strict=True)))
+    share = both.share.mean(-1).clamp(1e-4, 1 - 1e-4)
+    matched = torch.logit(share) - torch.log(both.far_mass / both.near_mass).mean(-1)
+    errors = torch.stack([_output_error(both, matched + offset) for offset in OFFSETS])
+    best = errors.argmin(0)
+    layer.query_scale.copy_(matched + torch.tensor(OFFSETS, device=matched.device)[best])
 
 
-def _masses(layer: LinearizedAttention, call: AttentionCall, row: int) -> tuple[Tensor, Tensor | None]:
-    """Teacher's far share [H] and mean log(L / W) [H] of one row; None where nothing is far."""
+def _output_error(halves: _Halves, scale: Tensor) -> Tensor:
+    """Mean squared error [H] of the hybrid's output with phi_q scaled by exp(scale [H])."""
+    gate = torch.sigmoid(torch.tensor(MATCHED_WINDOW_FACTOR))
+    factor = scale.exp()[:, None]
+    numerator = gate * halves.near + factor[..., None] * halves.far
+    denominator = gate * halves.near_mass + factor * halves.far_mass
+    return (numerator / denominator[..., None] - halves.teacher).square().mean((1, 2))
+
+
+def _halves(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, row: int) -> _Halves:
+    """Both halves of one text, by the quadratic formula; one text at a time because of its memory."""
     heads, n = call.q.shape[1], call.q.shape[2]
     position = torch.arange(n, device=call.q.device)
     near, far = pair_masks(position[:, None], position[None], layer.settings, None)
     near = near | (position[None] < layer.settings.sinks) & (position[None] <= position[:, None])
-    has_far = far.any(-1)
-    repeat = heads // call.k.shape[1]
-    scores = call.q[row].float() @ call.k[row].float().repeat_interleave(repeat, 0).mT * call.scale
-    weights = scores.masked_fill(~(near | far), -torch.inf).softmax(-1)
-    share = (weights * far).sum(-1)[:, has_far].mean(-1)
-    if not bool(has_far.any()):
-        return share, None
-    top = scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)
-    softmax_mass = torch.exp(scores.masked_fill(~near, -torch.inf) - top).sum(-1)
-    phi_q, phi_k = layer.feature_q(call.q)[row], layer.feature_k(call.k)[row]
+    queries = far.any(-1)
+    near, far = near[queries], far[queries]
+    k, v = (x[row].float().repeat_interleave(heads // x.shape[1], 0) for x in (call.k, call.v))
+    scores = call.q[row, :, queries].float() @ k.mT * call.scale
+    share = (scores.masked_fill(~(near | far), -torch.inf).softmax(-1) * far).sum(-1)
+    near_scores = scores.masked_fill(~near, -torch.inf)
+    weights = torch.exp(near_scores - near_scores.amax(-1, keepdim=True))
+    phi_q, phi_k = layer.feature_q(call.q)[row, :, queries], layer.feature_k(call.k)[row]
     linear = phi_q @ phi_k.repeat_interleave(heads // phi_k.shape[0], 0).mT
     log_decay = layer.log_decay(call.hidden)
     if log_decay is not None:
         total = log_decay[row].cumsum(-1)
-        linear = linear * torch.exp((total[..., :, None] - total[..., None, :]).masked_fill(~far, 0.0))
-    linear_mass = (linear * far).sum(-1)
-    return share, torch.log(linear_mass / softmax_mass)[:, has_far].mean(-1)
+        between = total[:, queries, None] - total[:, None, :]
+        linear = linear * torch.exp(between.masked_fill(~far, 0.0))
+    linear = linear * far
+    target = teacher[row, :, queries].float()
+    return _Halves(target, share, weights @ v, weights.sum(-1), linear @ v, linear.sum(-1).clamp_min(1e-30))

@@ -43,7 +43,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise LolcatsError(f"{path} is not a checkpoint of lolcats (format {metadata.get('format')!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
         raise LolcatsError(f"cannot read the checkpoint {path}: {error}; delete it to start this stage anew") from error
     return tensors, json.loads(metadata["content"])
@@ -75,7 +75,9 @@ def restore_training(
     for name, p in parameters.items():
         if name in states:  # the step counter stays where AdamW keeps it: on the CPU unless fused
             fused = bool(optimizer.defaults.get("fused"))
-            optimizer.state[p] = {k: v if k == "step" and not fused else v.to(p.device) for k, v in states[name].items()}
+            optimizer.state[p] = {
+                k: v if k == "step" and not fused else v.to(p.device) for k, v in states[name].items()
+            }
     torch.set_rng_state(tensors["random:cpu"])
     if "random:cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random:cuda"])

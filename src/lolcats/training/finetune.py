@@ -131,7 +131,12 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     if missing:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise LolcatsError(f"finetune.targets {missing} are no linear layers of this model; it has {linear}")
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
+        lora_dropout=config.dropout,
+        target_modules=chosen,
+    )
     adapter = get_peft_model(model, lora)
     assert isinstance(adapter, PeftModel)
     return adapter

@@ -85,7 +85,7 @@ def next_token_loss(
 
 
 class OutputHead:
-    """The model's map from hidden states [T, d_model] to float32 logits [T, vocabulary], scaling and capping included."""
+    """The model's map from hidden states [T, d_model] to float32 logits [T, vocabulary], with scaling and capping."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
@@ -139,7 +139,8 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(begin, begin + HEAD_CHUNK)
             chunk = rows[part].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
-                parts = _loss_parts(head, chunk, targets[part], None if teacher is None else teacher[part], kl_factor > 0)
+                reference = None if teacher is None else teacher[part]
+                parts = _loss_parts(head, chunk, targets[part], reference, kl_factor > 0)
                 total = ce_factor * parts[0] + kl_factor * parts[1]
             if gradient is not None:
                 (gradient[part],) = torch.autograd.grad(total, chunk)

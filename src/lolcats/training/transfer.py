@@ -34,7 +34,9 @@ class TransferStage:
         self.model, self.config = model, config
         self.layers = linearized_layers(model)
         model.requires_grad_(False)
-        self._parameters = {n: p.requires_grad_() for n, p in _attention_parameters(model).items()}
+        self._parameters = _attention_parameters(model)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_()
         if not self._parameters:
             raise LolcatsError("nothing to train in stage 1: expected a converted model; call lolcats.convert first")
 

@@ -87,10 +87,18 @@ def hybrid_attention(
         _check_state(initial_state, q, ring_slots(window, window_kind), sinks, log_decay is not None)
     if log_decay is not None and phi_k.shape[1] != q.shape[1]:  # one decay a query head needs one state a query head
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
+    if segment_ids is not None:
+        segment_ids = _number_runs(segment_ids)
     settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale)
     inputs = Inputs(q, k, v, phi_q, phi_k, window_factor, log_decay, attention_mask, segment_ids, initial_state)
     with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
         return run(inputs, settings, return_state)
+
+
+def _number_runs(segment_ids: Tensor) -> Tensor:
+    """Number the runs of equal ids, so that an id that comes again is another text; -1 at padding."""
+    changes = torch.nn.functional.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).long(), (1, 0))
+    return torch.where(segment_ids >= 0, changes.cumsum(-1), -1)
 
 
 def _expect(condition: bool, what: str, got: object) -> None:

@@ -115,7 +115,9 @@ def find_sinks(inputs: Inputs, settings: Settings, position: Tensor) -> SinkKeys
         return found
     assert inputs.state.sinks is not None
     is_new = match.any(-1)[:, None, :, None]
-    return SinkKeys(*(torch.where(is_new, new, old.to(new.dtype)) for new, old in zip(found, inputs.state.sinks)))
+    return SinkKeys(
+        *(torch.where(is_new, new, old.to(new.dtype)) for new, old in zip(found, inputs.state.sinks, strict=True))
+    )
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import Inputs, Settings, fold, in_window
+from lolcats.ops.hybrid.layout import Inputs, Settings, fold, in_window, token_positions
 from lolcats.ops.types import (
     HybridOutput,
     HybridState,
@@ -23,11 +23,19 @@ from lolcats.ops.types import (
 def recurrent_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
     """Hybrid attention by N steps; arguments as checked by `hybrid_attention`."""
     state = inputs.state if inputs.state is not None else empty_state(inputs, settings)
+    position = active_all = None
+    if inputs.segment_ids is not None:
+        position, active_all = token_positions(inputs), inputs.segment_ids >= 0
+    elif inputs.attention_mask is not None:
+        active_all = inputs.attention_mask
+    empty = state.tensors()
     outputs = []
     for i in range(inputs.q.shape[2]):
         q, k, v, phi_q, phi_k = (x[:, :, i : i + 1] for x in inputs[:5])
         log_decay = None if inputs.log_decay is None else inputs.log_decay[:, :, i : i + 1]
-        active = None if inputs.attention_mask is None else inputs.attention_mask[:, i]
+        active = None if active_all is None else active_all[:, i]
+        if position is not None:  # a new text starts with an empty state
+            state = _restart(state, empty, position[:, i] == 0)
         assert state.window.phi_k is not None
         ring_phi = torch.cat([state.window.phi_k.to(phi_k.dtype), phi_k], 2)
         leaving = ring_phi[:, :, : leaving_slots(settings)]
@@ -38,6 +46,12 @@ def recurrent_attention(inputs: Inputs, settings: Settings, return_state: bool) 
         state = new._replace(window=new.window._replace(phi_k=ring_phi))
         outputs.append(out)
     return HybridOutput(torch.cat(outputs, 2), state if return_state else None)
+
+
+def _restart(state: HybridState, empty: list[Tensor], starts: Tensor) -> HybridState:
+    """`state` with the rows of `starts` [B] taken from the tensors of the empty state."""
+    before = iter(empty)
+    return state.map(lambda t: torch.where(starts.view(-1, *[1] * (t.ndim - 1)), next(before).to(t.dtype), t))
 
 
 def leaving_slots(settings: Settings) -> int:
@@ -157,7 +171,7 @@ def _attend(
     features = features.unflatten(1, (linear.k_sum.shape[1], -1))  # [B, S, H/S, F]
     numerator = numerator + (features @ linear.kv).flatten(1, 2)
     denominator = denominator + (features @ linear.k_sum[..., None]).flatten(1)
-    seen = denominator > 0
+    seen = denominator != 0  # NaN counts as seen: it must not be hidden
     out = numerator / torch.where(seen, denominator, 1.0)[..., None]
     return torch.where(seen[..., None], out, 0.0).unsqueeze(2)
 

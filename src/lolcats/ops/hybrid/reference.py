@@ -66,7 +66,7 @@ def reference_attention(inputs: Inputs, settings: Settings, return_state: bool) 
 
 def divide(numerator: Tensor, denominator: Tensor, query_position: Tensor) -> Tensor:
     """numerator / denominator; zero where a query sees nothing (an empty sum) and at padding."""
-    seen = (denominator > 0) & (query_position[:, None] >= 0)
+    seen = (denominator != 0) & (query_position[:, None] >= 0)  # NaN counts as seen: it must not be hidden
     out = numerator / torch.where(seen, denominator, 1.0)[..., None]
     return torch.where(seen[..., None], out, 0.0)
 

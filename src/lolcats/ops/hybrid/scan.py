@@ -26,15 +26,17 @@ def carried_states(
     chunks, kv_heads = sums.kv.shape[2], sums.kv.shape[1]
     first = LinearState(*(torch.zeros_like(x[:, :, 0]) for x in sums))
     if initial is not None:
-        first = LinearState(*(x.to(s.dtype).unflatten(1, (kv_heads, -1)) for x, s in zip(initial.linear, sums)))
+        first = LinearState(
+            *(x.to(s.dtype).unflatten(1, (kv_heads, -1)) for x, s in zip(initial.linear, sums, strict=True))
+        )
     used = max(0, chunks - delay)  # the last chunks' sums reach no one
     waiting = LinearState(*(torch.stack([x] * min(delay, chunks), 2) for x in first))
     parts = [waiting]
     if log_decay is None and segment is None:
-        parts.append(LinearState(*(x[:, :, :used].cumsum(2) + f[:, :, None] for x, f in zip(sums, first))))
+        parts.append(LinearState(*(x[:, :, :used].cumsum(2) + f[:, :, None] for x, f in zip(sums, first, strict=True))))
     else:
         parts.extend(_decayed(sums, log_decay, segment, first, used))
-    return LinearState(*(torch.cat(x, 2) for x in zip(*parts)))
+    return LinearState(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
 
 
 def _decayed(
@@ -54,7 +56,7 @@ def _decayed(
                 old = old * (group == carry_segment).to(old.dtype)[:, None, None]
             carry_segment = group[:, -1:]
         states = []
-        for x, c in zip((s[:, :, begin:end] for s in sums), carry):
+        for x, c in zip((s[:, :, begin:end] for s in sums), carry, strict=True):
             flat = x.transpose(2, 3).flatten(4)  # [B, KV, g, chunks, ...]
             new = factor @ flat + old[..., None] * c.flatten(3)[:, :, :, None]
             states.append(new.unflatten(-1, x.shape[4:]).transpose(2, 3))

@@ -1,0 +1,61 @@
+"""The command as a process of its own: exit codes, Ctrl-C, a closed pipe, and what is imported for --help."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMAND = [sys.executable, "-m", "lolcats.cli"]
+
+
+def test_interrupted_run_says_one_line_and_can_be_resumed(
+    arguments: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Ctrl-C in the middle of training."""
+    command = [*COMMAND, *arguments, "name=a", "transfer.tokens=10_000_000"]
+    metrics = tmp_path / "runs/a/metrics.jsonl"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline and not metrics.exists():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted; the last checkpoint is kept\n")
+    assert "Traceback" not in out
+    assert (tmp_path / "runs/a/checkpoints/transfer/last.safetensors").exists()
+
+
+def test_error_of_a_process(arguments: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
+    """Exit code 1 and nothing on stderr but the line, whatever the libraries would like to say."""
+    done = subprocess.run(
+        [*COMMAND, "linearize", "./nowhere", "device=cpu"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: cannot load './nowhere'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_closed_pipe_is_no_error(finished: Path, environment: dict[str, str]) -> None:
+    """`lolcats inspect ... | head -0`."""
+    command = f"{sys.executable} -m lolcats.cli inspect {finished} | true"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+
+
+def test_parsing_imports_no_torch(environment: dict[str, str]) -> None:
+    """Help answers at once: the modules of the command line leave torch to the verbs."""
+    code = (
+        "import importlib.util, sys, types\n"
+        "spec = importlib.util.find_spec('lolcats')\n"  # the package without its __init__
+        "package = types.ModuleType('lolcats')\n"
+        "package.__path__, package.__spec__ = spec.submodule_search_locations, spec\n"
+        "sys.modules['lolcats'] = package\n"
+        "from lolcats.cli import main\n"
+        "assert main(['--help']) == main(['linearize', '--help']) == 0\n"
+        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
