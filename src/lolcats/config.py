@@ -140,7 +140,7 @@ class FinetuneConfig(OptimConfig):
     cross_entropy_factor: Factor = 1.0  # weight of next-token cross-entropy
     kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits
     mask_prompt: bool = False  # count the loss only on responses
-    merge: bool = True  # fold LoRA into the weights on export
+    merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
 
 
 class EvaluationConfig(_Section):

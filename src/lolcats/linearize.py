@@ -81,10 +81,10 @@ def linearize(
     measure_teacher(run)
     transfer(run)
     finetune(run)
-    run.results["seconds"]["total"] = run.results["seconds"].get("before", 0.0) + time.perf_counter() - start
+    run.results["seconds"]["total"] = round(time.perf_counter() - start, 2)
     run.results["complete"] = True
-    folder.write_results(run.results)
     save_artefact(folder.model, run.model, run.tokenizer, config, run.results)
+    folder.write_results(run.results)
     return folder
 
 
@@ -172,10 +172,13 @@ def finetune(run: _Run) -> None:
     _use_compiled(run, False)
     variants = student_variants(run.model, list(run.config.evaluation.controls))
     _record(run, variants, plain, with_teacher=config.method == "lora" or not config.enabled)
-    merged = stage is not None and stage.finish() is None
-    if widened and merged:
+    if stage is not None and (adapter := stage.finish()) is not None:
+        # The artefact always holds merged weights; the adapter is kept apart, for those who want it alone.
+        adapter.save_pretrained(str(run.folder.adapter))
+        adapter.merge_and_unload()
+    if widened:
         cast_weights(run.model, torch.bfloat16)
-    if merged:
+    if stage is not None:
         # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
         _record(run, {"student": student_variants(run.model, [])["student"]}, with_teacher=False)
     run.results["generation"]["student"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)

@@ -32,6 +32,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"
         self.model = path / "model"
+        self.adapter = path / "adapter"
 
     @classmethod
     def open(cls, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunFolder:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -36,7 +37,7 @@ def load_teacher(
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, LolcatsError):
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -68,7 +69,11 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         if bar:
             hf_logging.enable_progress_bar()
     _forget_quantization(model)
-    return cast(Any, model).to(dtype or torch.float32), tokenizer
+    if dtype is not None:  # parameters only: rotary frequencies stay float32, as in from_pretrained
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+    return model, tokenizer
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

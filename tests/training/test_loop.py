@@ -60,6 +60,9 @@ class Scripted:
         self.losses = iter(losses)
         self.batches: list[Tensor] = []
 
+    def count(self, batch: Batch) -> int:
+        return batch.tokens
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return {"number": self.number}
 

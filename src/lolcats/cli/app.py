@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     words = [word for word in options if word != "--debug"] + words[len(options) :]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read at the import of tqdm; the GGUF reader has no other switch
     try:
         with warnings.catch_warnings():
             if not debug and not sys.warnoptions:

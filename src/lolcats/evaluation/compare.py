@@ -43,15 +43,14 @@ def compare(
         sources: see `lolcats.data.iter_records`, or token files.
         length, last, max_segments: tokens a segment, how many of them count (from the end), segments to read.
         controls, batch_size, progress: see `lolcats.evaluation.controls` and `measure`.
-        device, dtype: as in `RunConfig`, but "auto" leaves a linearized model in its own format.
+        device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
 
     Raises:
         LolcatsError: a model or a source that cannot be used, or a teacher of another model.
     """
     place = choose_device(device)
-    student, tokenizer = load_teacher(
-        model, dtype=None if dtype == "auto" else choose_dtype(dtype, place), device=place
-    )
+    wanted = None if dtype == "auto" else choose_dtype(dtype, place)
+    student, tokenizer = load_teacher(model, dtype=wanted, device=place)
     segments = _read_segments(sources, tokenizer, length, last, max_segments)
     if not linearized_layers(student):
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
@@ -59,8 +58,8 @@ def compare(
     before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
     variants = {name: variant for name, variant in before.items() if name == "teacher" or name in controls}
     variants |= student_variants(student, list(controls))
-    reference = before.get("teacher")
-    return measure(variants, segments, teacher=reference, last=last, batch_size=batch_size, progress=progress)
+    known = before.get("teacher")
+    return measure(variants, segments, teacher=known, last=last, batch_size=batch_size, progress=progress)
 
 
 def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:

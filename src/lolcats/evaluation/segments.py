@@ -22,9 +22,11 @@ def evaluation_segments(config: RunConfig, tokenizer: PreTrainedTokenizerBase, v
     """
     e = config.evaluation
     if not e.sources:
-        segments = torch.from_numpy(validation.ids).long()
-        if e.segment_length not in (None, segments.shape[1]):
-            segments = as_segments(segments.flatten(), e.segment_length or segments.shape[1])
+        real = torch.from_numpy(validation.ids[validation.document >= 0]).long()  # padding is no text
+        try:
+            segments = as_segments(real, e.segment_length or validation.ids.shape[1])
+        except ValueError as error:
+            raise DataError(f"held-out text: {error}; lower evaluation.segment_length") from error
     else:
         length = e.segment_length or config.data.sequence_length
         ids = np.concatenate([document.ids for document in read_documents(e.sources, "plain", tokenizer)])

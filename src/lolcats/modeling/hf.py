@@ -84,7 +84,7 @@ def mark_as_linearized(model: PreTrainedModel, config: LinearizationConfig) -> N
     config_class = linearized_config_class(type(model_config))
     for module in model.modules():
         if getattr(module, "config", None) is model.config and module is not model:
-            module.config = model_config
+            cast(Any, module).config = model_config
     model.config = model_config
     model_config.__class__ = config_class
     model_config.linearization = config.model_dump(mode="json")

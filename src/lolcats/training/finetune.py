@@ -57,6 +57,10 @@ class FinetuneStage:
         """LoRA matrices (or all weights), and the feature maps where asked for."""
         return self._parameters
 
+    def count(self, batch: Batch) -> int:
+        """Tokens whose loss counts in a batch."""
+        return int((self._labels(batch) != -100).sum())
+
     def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
         loss, parts = self._loss(batch)
@@ -94,10 +98,13 @@ class FinetuneStage:
             with torch.no_grad(), self._as_teacher() as teacher:
                 teacher_hidden = teacher.base_model(**inputs).last_hidden_state
         hidden = self.model.base_model(**inputs).last_hidden_state
-        counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
-        labels = shifted_labels(batch.input_ids, counted, batch.document)
         c = self.config
+        labels = self._labels(batch)
         return next_token_loss(self.model, hidden, labels, teacher_hidden, c.cross_entropy_factor, c.kl_factor)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
+        return shifted_labels(batch.input_ids, counted, batch.document)
 
     @contextmanager
     def _as_teacher(self) -> Iterator[PreTrainedModel]:

@@ -11,10 +11,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from lolcats.config import OptimConfig
@@ -40,6 +42,10 @@ class Stage(Protocol):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, float32, by name."""
+        ...
+
+    def count(self, batch: Batch) -> int:
+        """Tokens over which the loss of the batch is a mean: the weight of a micro-batch in its step."""
         ...
 
     def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
@@ -140,6 +146,8 @@ class _Loop:
         last = self.folder / "last.safetensors"
         if last.exists():
             self._restore(last)
+        else:
+            self.reporter.resumed(self.stage.name, 0)
         with self.reporter.stage(self.stage.name, self.steps, self.progress.step) as bar:
             while self.progress.step < self.steps:
                 self._step(bar)
@@ -158,17 +166,13 @@ class _Loop:
             group["lr"] = lr
         rows = step_rows(len(self.data.train), step, self.config.batch_size, self.seed)
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.config.micro_batch_size or self.config.batch_size
         totals: dict[str, Tensor] = {}
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
-            batch = make_batch(self.data.train, part, device, self.data.keep_apart)
-            share = len(part) / len(rows)
+        for batch, share in self._micro_batches(self.data.train, rows):
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                 metrics = self.stage.backward(batch, share)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0) + value.float() * share
-        self._reduce()
+        totals = self._reduce(totals)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         values = {n: v.tolist() for n, v in totals.items()} | {"gradient_norm": float(norm)}
         self._check_finite(values, totals)
@@ -179,13 +183,25 @@ class _Loop:
         speed = self.progress.step * self.config.batch_size * self.length / self.progress.seconds
         self.reporter.step(bar, self.stage.name, self.progress.step, values, lr, speed, self._tokens())
 
-    def _reduce(self) -> None:
-        """Average gradients over processes: only the few trained parameters, once a step."""
+    def _micro_batches(self, data: PackedDataset, rows: np.ndarray, alone: bool = False) -> list[tuple[Batch, float]]:
+        """Batches of `rows`, each with its share of the counted tokens (of all processes, unless `alone`)."""
+        device, size = self.accelerator.device, self.config.micro_batch_size or self.config.batch_size
+        parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        batches = [make_batch(data, part, device, self.data.keep_apart) for part in parts]
+        counts = [self.stage.count(batch) for batch in batches]
+        total = sum(counts)
+        if self.accelerator.num_processes > 1 and not alone:
+            total = int(cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")))
+        return [(batch, count / max(1, total)) for batch, count in zip(batches, counts, strict=True)]
+
+    def _reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add up gradients and metrics over processes: only the few trained parameters, once a step."""
         if self.accelerator.num_processes == 1:
-            return
+            return metrics
         for p in self.parameters.values():
             if p.grad is not None:
-                p.grad = self.accelerator.reduce(p.grad, "mean")  # type: ignore[assignment]
+                p.grad = cast(Tensor, self.accelerator.reduce(p.grad, "sum"))
+        return cast(dict[str, Tensor], self.accelerator.reduce(metrics, "sum"))
 
     def _check_finite(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
@@ -198,14 +214,11 @@ class _Loop:
 
     def _validate(self) -> None:
         device, totals = self.accelerator.device, {}
-        size = self.config.micro_batch_size or self.config.batch_size
         data = self.data.validation
-        for begin in range(0, len(data), size):
-            rows = torch.arange(begin, min(begin + size, len(data))).numpy()
-            batch = make_batch(data, rows, device, self.data.keep_apart)
+        for batch, share in self._micro_batches(data, np.arange(len(data)), alone=True):
             with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                 for name, value in self.stage.validate(batch).items():
-                    totals[name] = totals.get(name, 0) + value.double() * len(rows) / len(data)
+                    totals[name] = totals.get(name, 0) + value.double() * share
         values = {name: value.tolist() for name, value in totals.items()}
         self.schedule.observe(values["loss"])
         self.reporter.validation(self.stage.name, self.progress.step, values, self._tokens())
@@ -239,9 +252,11 @@ class _Loop:
 
     def _finish(self) -> TrainResult:
         best = self.folder / "best.safetensors"
-        self.accelerator.wait_for_everyone()
-        if best.exists():
+        if self.accelerator.is_main_process and best.exists():
             restore_parameters(best, load_tensors(best)[0], self.parameters)
+        if self.accelerator.num_processes > 1:
+            for p in self.parameters.values():
+                p.data.copy_(cast(Tensor, broadcast(p.data)))
         p = self.progress
         speed = self._tokens() / p.seconds if p.seconds else 0.0
         return TrainResult(p.step, self._tokens(), p.seconds, speed, p.best_step, p.best["loss"], p.best)

@@ -16,16 +16,19 @@ HEAD_CHUNK = 2048
 """Tokens whose logits are in memory at once: 2048 x 49,152 float32 logits are 0.4 GB."""
 
 
-def output_error(student: Tensor, teacher: Tensor, segments: Tensor | None) -> Tensor:
-    """Mean squared error of attention outputs [B, H, N, Dv], padding (negative segments [B, N]) left out."""
-    error = (student.float() - teacher.float()).square().mean((1, 3))
-    if segments is None:
-        return error.mean()
-    real = segments >= 0
-    return (error * real).sum() / real.sum().clamp_min(1)
+def output_error(student: Tensor, teacher: Tensor, document: Tensor | None) -> Tensor:
+    """Mean squared error of attention outputs [B, H, N, Dv], padding (negative `document` [B, N]) left out."""
+    return _mean_over_real((student.float() - teacher.float()).square().mean((1, 3)), document)
 
 
-def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+def _mean_over_real(values: Tensor, document: Tensor | None) -> Tensor:
+    if document is None:
+        return values.mean()
+    real = document >= 0
+    return (values * real).sum() / real.sum().clamp_min(1)
+
+
+def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall, document: Tensor | None) -> Tensor:
     """Cross-entropy between the attention weights of teacher and hybrid (Hedgehog, arXiv 2402.04347); O(N^2) memory.
 
     The weights come from attending to the identity matrix as values, so they are those of the operation itself.
@@ -43,7 +46,8 @@ def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Ten
         causal = causal & (call.facts.segments[:, None, :, None] == call.facts.segments[:, None, None, :])
     keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
     scores = (call.q.float() @ keys.mT * call.scale).masked_fill(~causal, -torch.inf)
-    return -(scores.softmax(-1) * weights.clamp_min(1e-12).log()).sum(-1).mean()
+    losses = -(scores.softmax(-1) * weights.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]
+    return _mean_over_real(losses, document)
 
 
 def next_token_loss(

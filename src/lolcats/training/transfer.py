@@ -44,6 +44,10 @@ class TransferStage:
         """Feature maps, window factors, query scales and decay gates of all layers."""
         return self._parameters
 
+    def count(self, batch: Batch) -> int:
+        """Real tokens of a batch."""
+        return batch.tokens if batch.document is None else int((batch.document >= 0).sum())
+
     def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """Run the teacher; each layer adds its gradient on the way."""
         return self._run(batch, share)
@@ -62,7 +66,7 @@ class TransferStage:
 
         def observe(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:
             with torch.set_grad_enabled(share is not None):
-                loss, error = self._layer_loss(layer, call, teacher)
+                loss, error = self._layer_loss(layer, call, teacher, batch.document)
                 if share is not None:
                     (loss * (share / len(self.layers))).backward()
             errors.append(torch.stack([loss.detach(), error.detach()]))
@@ -78,12 +82,14 @@ class TransferStage:
         stacked = torch.stack(errors)
         return {"loss": stacked[:, 0].mean(), "mse": stacked[:, 1].mean(), "layers": stacked[:, 1]}
 
-    def _layer_loss(self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _layer_loss(
+        self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, document: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         student = layer.linear_attention(call) if self.config.target == "linear" else layer.hybrid(call)
-        error = output_error(student, teacher, call.facts.segments)
+        error = output_error(student, teacher, document)
         loss = self.config.mse_factor * error
         if self.config.xent_factor:
-            loss = loss + self.config.xent_factor * weight_cross_entropy(layer, call)
+            loss = loss + self.config.xent_factor * weight_cross_entropy(layer, call, document)
         return loss, error
 
 

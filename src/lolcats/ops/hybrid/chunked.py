@@ -112,8 +112,10 @@ def _cut(q: Tensor, phi_q: Tensor, ext: Extended, settings: Settings, dtype: tor
         return x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
 
     def local(x: Tensor) -> Tensor:  # [B, h, T, d] -> [B, h, nC, K, d]
-        x = nnf.pad(x.to(dtype), (0, 0, reach * CHUNK, right))
-        return x.unfold(2, (reach + 1) * CHUNK, CHUNK).mT
+        # Not `unfold`: torch.compile gets its backward wrong on CPUs (torch 2.13).
+        x = nnf.pad(x.to(dtype), (0, 0, reach * CHUNK, right)).unflatten(2, (-1, CHUNK))
+        count = x.shape[2] - reach
+        return torch.cat([x[:, :, i : i + count] for i in range(reach + 1)], 3)
 
     def rows(x: Tensor, left: int, value: int) -> Tensor:  # [b, T] -> [b, nC, left + C]
         return nnf.pad(x, (left, right), value=value).unfold(1, left + CHUNK, CHUNK)
