@@ -1,0 +1,65 @@
+"""Tokens a second of both training stages.
+
+python benchmarks/training.py [--model demo] [--device cuda] [--length 2048] [--sequences 8] [--steps 4] [--plain]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+import lolcats
+from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.training import FinetuneStage, TransferStage
+from lolcats.training.batches import Batch
+
+
+def speed(stage: TransferStage | FinetuneStage, device: torch.device, shape: tuple[int, int], steps: int) -> float:
+    """Tokens a second over `steps` steps of random tokens [sequences, length], after two to warm up."""
+    optimizer = torch.optim.AdamW(list(stage.parameters().values()), lr=1e-3, fused=device.type == "cuda")
+    ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
+    start = 0.0
+    for step in range(steps + 2):
+        if step == 2:
+            _wait(device)
+            start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            stage.backward(batch, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    _wait(device)
+    return steps * ids.numel() / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--plain", action="store_true", help="do not compile")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")
+    model, _ = lolcats.load_teacher(args.model, dtype=torch.bfloat16, device=device)
+    lolcats.convert(model, lolcats.LinearizationConfig(sinks=4))
+    for layer in lolcats.linearized_layers(model):
+        layer.impl = "compiled" if device.type == "cuda" and not args.plain else layer.eager_impl
+    shape = (args.sequences, args.length)
+    print(f"transfer {speed(TransferStage(model, TransferConfig()), device, shape, args.steps):,.0f} tokens/s")
+    config = FinetuneConfig(rank=16, train_feature_maps=True, kl_factor=1.0, cross_entropy_factor=0.0)
+    print(f"finetune {speed(FinetuneStage(model, config), device, shape, args.steps):,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
