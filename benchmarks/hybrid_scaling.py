@@ -16,7 +16,6 @@ import multiprocessing
 import platform
 import resource
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -102,8 +101,8 @@ def find_error(setup: Setup) -> str | None:
     return None
 
 
-def median_ms(call: Callable[[], object], setup: Setup) -> float:
-    """Median wall time of `call` in milliseconds, after one call that does not count."""
+def least_ms(call: Callable[[], object], setup: Setup) -> float:
+    """Least wall time of `call` in milliseconds, after one that does not count: other jobs can only add to it."""
     times = []
     for _ in range(setup.repeats + 1):
         synchronize(setup.device)
@@ -111,7 +110,7 @@ def median_ms(call: Callable[[], object], setup: Setup) -> float:
         call()
         synchronize(setup.device)
         times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[1:])
+    return 1e3 * min(times[1:])
 
 
 def synchronize(device: str) -> None:
@@ -145,8 +144,8 @@ def measure(setup: Setup, length: int) -> Row:
     if setup.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(setup.device)
     before = peak_bytes(setup.device)
-    forward_ms = median_ms(forward, setup)
-    both_ms = median_ms(forward_backward, setup) if setup.backward else None
+    forward_ms = least_ms(forward, setup)
+    both_ms = least_ms(forward_backward, setup) if setup.backward else None
     return Row(length, forward_ms, both_ms, (peak_bytes(setup.device) - before) / 2**20)
 
 

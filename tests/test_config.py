@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from lolcats.config import (
-    FinetuneConfig,
+    DataConfig,
     LinearizationConfig,
     RunConfig,
     TransferConfig,
@@ -151,7 +151,7 @@ def test_overrides_win_and_leave_the_rest():
     config = load_config("recommended", ["finetune.lr=1e-3", "finetune.lr=2e-3", "linearization.layers=[0, -1]"])
     assert config.finetune.lr == 2e-3
     assert config.linearization.layers == [0, -1]
-    assert config.finetune.rank == 16
+    assert config.finetune.targets == "all"
 
 
 def test_override_of_a_shared_yaml_anchor_changes_one_section(load_text):
@@ -220,5 +220,5 @@ def test_steps_round_up(tokens, batch, length, steps):
 
 
 def test_sections_do_not_share_their_default_lists():
-    FinetuneConfig().targets.append("up_proj")
-    assert FinetuneConfig().targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    DataConfig().sources.append("more.txt")
+    assert DataConfig().sources == ["python-docs"]

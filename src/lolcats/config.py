@@ -135,7 +135,7 @@ class FinetuneConfig(OptimConfig):
     rank: Positive = 8
     alpha: Rate = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets: Literal["attention", "all"] | Names = "attention"  # linear layers in linearized attention, all, or names
     train_feature_maps: bool = False
     cross_entropy_factor: Factor = 1.0  # weight of next-token cross-entropy
     kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits

@@ -11,13 +11,16 @@ def choose_device(name: str) -> torch.device:
     """The device for `name`: "auto" is the first GPU, else the CPU.
 
     Raises:
-        LolcatsError: a GPU was asked for and there is none.
+        LolcatsError: a GPU was asked for and there is none, or no such device exists.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LolcatsError(f"device must be auto, cpu, cuda, cuda:N or mps; got {name!r}") from error
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    if not available.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise LolcatsError(f"device {name!r} was asked for, but this machine has none; use device=auto or device=cpu")
     return device
 

@@ -25,6 +25,7 @@ from lolcats.generation import sample
 from lolcats.modeling import attention_mode, convert, linearized_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
+from lolcats.processes import on_main_process
 from lolcats.run_folder import RunFolder
 from lolcats.saving import save_artefact
 from lolcats.teacher import load_teacher
@@ -48,6 +49,16 @@ class _Run:
     data: TrainingData
     segments: Tensor
     results: dict[str, Any]
+    started: float
+    """Clock at which the run would have started if it had never been interrupted."""
+
+    def count_seconds(self) -> None:
+        """Bring `seconds.total` up to date."""
+        self.results["seconds"]["total"] = round(time.perf_counter() - self.started, 2)
+
+    def write_results(self) -> None:
+        """Put results.json on disk."""
+        on_main_process(self.accelerator, lambda: self.folder.write_results(self.results))
 
     def say(self, text: str) -> None:
         """A line for the person watching."""
@@ -72,25 +83,29 @@ def linearize(
     Raises:
         LolcatsError: anything the user can mend; the message says how.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     device = choose_device(config.device)
-    folder = RunFolder.open(config, resume=resume, overwrite=overwrite)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    folder = RunFolder.of(config)
+    on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     if resume and folder.results().get("complete"):
         return folder
-    run = _prepare(config, folder, device, console)
+    run = _prepare(config, folder, accelerator, device, console)
+    run.started = started - run.results["seconds"].get("total", 0.0)
     measure_teacher(run)
     transfer(run)
     finetune(run)
-    run.results["seconds"]["total"] = round(time.perf_counter() - start, 2)
     run.results["complete"] = True
-    save_artefact(folder.model, run.model, run.tokenizer, config, run.results)
-    folder.write_results(run.results)
+    run.count_seconds()
+    on_main_process(accelerator, lambda: save_artefact(folder.model, run.model, run.tokenizer, config, run.results))
+    run.write_results()
     return folder
 
 
-def _prepare(config: RunConfig, folder: RunFolder, device: torch.device, console: Console | None) -> _Run:
+def _prepare(
+    config: RunConfig, folder: RunFolder, accelerator: Accelerator, device: torch.device, console: Console | None
+) -> _Run:
     set_seed(config.seed)
-    accelerator = Accelerator(cpu=device.type == "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
     dtype = choose_dtype(config.dtype, device)
@@ -117,7 +132,7 @@ def _prepare(config: RunConfig, folder: RunFolder, device: torch.device, console
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
     layers = linearized_layers(model)
-    run = _Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results)
+    run = _Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, 0.0)
     run.say(
         f"{type(model).__name__}: {len(layers)} of {model.config.num_hidden_layers} layers linearized, "
         f"{len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
@@ -135,7 +150,8 @@ def measure_teacher(run: _Run) -> None:
         _record(run, variants)
         with attention_mode(run.model, "softmax"):
             run.results["generation"]["teacher"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
-        run.folder.write_results(run.results)
+        run.count_seconds()
+        run.write_results()
 
 
 def transfer(run: _Run) -> None:
@@ -152,7 +168,8 @@ def transfer(run: _Run) -> None:
         match_start(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results["perplexity"]:
         _record(run, {"transfer": student_variants(run.model, [])["student"]})
-        run.folder.write_results(run.results)
+        run.count_seconds()
+        run.write_results()
 
 
 def finetune(run: _Run) -> None:
@@ -174,13 +191,13 @@ def finetune(run: _Run) -> None:
     _record(run, variants, plain, with_teacher=config.method == "lora" or not config.enabled)
     if stage is not None and (adapter := stage.finish()) is not None:
         # The artefact always holds merged weights; the adapter is kept apart, for those who want it alone.
-        adapter.save_pretrained(str(run.folder.adapter))
+        on_main_process(run.accelerator, lambda: adapter.save_pretrained(str(run.folder.adapter)))
         adapter.merge_and_unload()
     if widened:
         cast_weights(run.model, torch.bfloat16)
     if stage is not None:
         # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
-        _record(run, {"student": student_variants(run.model, [])["student"]}, with_teacher=False)
+        _record(run, {"student": student_variants(run.model, [])["student"]}, with_teacher=False, note=" (as saved)")
     run.results["generation"]["student"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
 
 
@@ -218,6 +235,7 @@ def _record(
     variants: dict[str, Variant],
     plain: Callable[[], AbstractContextManager[object]] = nullcontext,
     with_teacher: bool = True,
+    note: str = "",
 ) -> None:
     """Measure and put the numbers into the results."""
     teacher = teacher_variants(run.model, plain)["teacher"] if with_teacher else None
@@ -226,7 +244,7 @@ def _record(
     for name, score in scores.items():
         _store(run.results, name, score)
         distance = "" if score.kl is None or name == "teacher" else f", KL to the teacher {score.kl:.4f}"
-        run.say(f"{name:<14} perplexity {score.perplexity:.2f}{distance}")
+        run.say(f"{name:<14} perplexity {score.perplexity:.2f}{distance}{note}")
 
 
 def _store(results: dict[str, Any], name: str, score: Measurement) -> None:

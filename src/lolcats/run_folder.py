@@ -35,30 +35,32 @@ class RunFolder:
         self.adapter = path / "adapter"
 
     @classmethod
-    def open(cls, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-        """Make the folder of a new run, or go on with one.
+    def of(cls, config: RunConfig) -> RunFolder:
+        """The folder that the settings name."""
+        return cls(Path(config.runs_dir) / config.name)
+
+    def prepare(self, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Make the folder for a new run, or check that this run can go on in it.
 
         Raises:
             LolcatsError: a run is there and neither `resume` nor `overwrite` was asked for; `resume` with other
                 settings; or `overwrite` of a folder that is no run.
         """
-        folder = cls(Path(config.runs_dir) / config.name)
-        if folder.path.exists() and any(folder.path.iterdir()):
-            if not folder.config_file.exists():
-                raise LolcatsError(f"{folder.path} is not empty and is not a run of lolcats; choose another name=...")
+        if self.path.exists() and any(self.path.iterdir()):
+            if not self.config_file.exists():
+                raise LolcatsError(f"{self.path} is not empty and is not a run of lolcats; choose another name=...")
             if overwrite:
-                shutil.rmtree(folder.path)
+                shutil.rmtree(self.path)
             elif not resume:
                 raise LolcatsError(
-                    f"{folder.path} already holds a run; give --resume to go on with it, --overwrite to replace it, "
+                    f"{self.path} already holds a run; give --resume to go on with it, --overwrite to replace it, "
                     "or another name=..."
                 )
-            elif folder.config_file.read_text() != dump_config(config):
-                raise LolcatsError(f"{folder.config_file} has other settings than this command; resume with its own: "
-                                   f"lolcats linearize {folder.config_file} --resume")  # fmt: skip
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.config_file, dump_config(config))
-        return folder
+            elif self.config_file.read_text() != dump_config(config):
+                raise LolcatsError(f"{self.config_file} has other settings than this command; resume with its own: "
+                                   f"lolcats linearize {self.config_file} --resume")  # fmt: skip
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config_file, dump_config(config))
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""

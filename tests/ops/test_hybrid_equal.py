@@ -18,6 +18,8 @@ from helpers import (
     state_of,
 )
 
+from lolcats.ops.hybrid import chunked
+
 WINDOWS = [("sliding", w) for w in (0, 1, 16, 64, 65, 300)] + [("terraced", w) for w in (1, 16, 64, 65, 300)]
 
 
@@ -49,6 +51,12 @@ EDGES = [("sliding", 0), ("sliding", 1), ("sliding", 64), ("sliding", 65), ("ter
 
 @pytest.mark.parametrize("case", grid((65, 500), WINDOWS) + grid((1, 63, 64), EDGES), ids=name_of)
 def test_chunked_is_the_reference(case: Case) -> None:
+    check(case, "chunked")
+
+
+@pytest.mark.parametrize("case", grid((500,), [("sliding", 0), ("sliding", 16), ("terraced", 16)]), ids=name_of)
+def test_spans_of_a_long_text_are_one_text(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CPU_SPAN", 130)
     check(case, "chunked")
 
 

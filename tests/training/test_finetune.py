@@ -74,6 +74,17 @@ def test_a_name_outside_attention_is_meant_everywhere(make_student: Students) ->
     assert modules == {"model.layers.1.self_attn.inner.v_proj", *(f"model.layers.{i}.mlp.down_proj" for i in range(3))}
 
 
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_targets_may_be_named_by_their_place(make_student: Students, targets: str) -> None:
+    stage = FinetuneStage(make_student(window=4, layers=[1]), config(targets=targets))
+    modules = {name.partition(".lora_")[0] for name in stage.parameters()}
+    attention = {f"self_attn.inner.{x}_proj" for x in "qkvo"}
+    inside = {f"model.layers.1.{name}" for name in attention}
+    mlp = {f"model.layers.{i}.mlp.{x}_proj" for i in range(3) for x in ("gate", "up", "down")}
+    others = {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 2) for x in "qkvo"}
+    assert modules == (inside if targets == "attention" else inside | mlp | others)
+
+
 def test_unknown_names_are_refused_with_the_known_ones(make_student: Students) -> None:
     with pytest.raises(LolcatsError, match=r"\['nope'\].*'down_proj'.*'q_proj'"):
         FinetuneStage(make_student(window=4), config(targets=["q_proj", "nope"]))

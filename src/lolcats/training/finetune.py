@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
@@ -124,26 +125,46 @@ def _real(batch: Batch) -> Tensor:
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
-    """Put LoRA layers on the targets inside the linearized attention layers (other target names: anywhere)."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
-    ]
-    inside = [n for n, m in model.named_modules() if isinstance(m, LinearizedAttention)]
-    attention = {n.rpartition(".")[2] for n in names if any(n.startswith(f"{p}.") for p in inside)}
-    # A name that occurs inside linearized attention (q_proj) is meant there; one that does not (gate_proj) everywhere.
-    chosen = [n for n in names if n.rpartition(".")[2] not in attention or any(n.startswith(f"{p}.") for p in inside)]
-    missing = [t for t in config.targets if t not in {n.rpartition(".")[2] for n in chosen}]
-    if missing:
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise LolcatsError(f"finetune.targets {missing} are no linear layers of this model; it has {linear}")
+    """Put LoRA layers on the targets (see `lora_targets`).
+
+    Raises:
+        LolcatsError: a name in `config.targets` is no linear layer of the model.
+    """
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
         lora_dropout=config.dropout,
-        target_modules=chosen,
+        target_modules=lora_targets(model, config.targets),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
     )
     adapter = get_peft_model(model, lora)
     assert isinstance(adapter, PeftModel)
     return adapter
+
+
+def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
+    """Full names of the linear layers that `targets` stands for.
+
+    Args:
+        targets: "attention" is every linear layer inside linearized attention, "all" every linear layer but the
+            output embedding. In a list, a name that occurs inside linearized attention (q_proj) is meant there, one
+            that does not (gate_proj) everywhere.
+    """
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    layers = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, LinearizedAttention))
+    inside = [n for n in linear if n.startswith(layers)]
+    if targets == "attention":
+        return inside
+    if targets == "all":
+        return list(linear)
+    own = {_last(n) for n in inside}
+    missing = [t for t in targets if t not in {_last(n) for n in linear}]
+    if missing:
+        known = sorted({_last(n) for n in linear})
+        raise LolcatsError(f"finetune.targets {missing} are no linear layers of this model; it has {known}")
+    return [n for n in linear if _last(n) in targets and (_last(n) not in own or n in inside)]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

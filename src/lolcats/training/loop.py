@@ -246,6 +246,9 @@ class _Loop:
                 f"{path} is of stage {metadata.get('stage')!r} with {metadata.get('steps')} steps; this run's is "
                 f"{self.stage.name!r} with {self.steps}. Use the run's own configuration or another name"
             )
+        if metadata.get("seed", self.seed) != self.seed:
+            raise LolcatsError(f"{path} was made with seed {metadata['seed']}, not {self.seed}: the order of the data "
+                               "would change; use the run's own seed or another name")  # fmt: skip
         self.progress = _Progress(metadata["step"], metadata["seconds"], metadata["best_step"], metadata["best"])
         self.schedule.restore(metadata["schedule"])
         self.reporter.resumed(self.stage.name, self.progress.step)

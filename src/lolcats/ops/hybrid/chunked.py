@@ -26,6 +26,8 @@ from lolcats.ops.hybrid.scan import carried_states
 from lolcats.ops.types import HybridOutput, LinearState, SinkKeys, accumulation_dtype
 
 CHUNK = 64
+CPU_SPAN = 2048
+"""Tokens that a CPU works on at once: with more, the intermediate results fall out of its caches."""
 
 
 class _Chunks(NamedTuple):
@@ -45,6 +47,31 @@ class _Chunks(NamedTuple):
 
 def chunked_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
     """Linear-time hybrid attention; arguments as checked by `hybrid_attention`."""
+    n, span = inputs.q.shape[2], max(CPU_SPAN, 8 * settings.window)
+    if inputs.q.device.type != "cpu" or inputs.segment_ids is not None or n <= span:
+        return _at_once(inputs, settings, return_state)
+    outs, state = [], inputs.state
+    parts = _split(inputs, span)
+    for index, part in enumerate(parts):
+        out, state = _at_once(part._replace(state=state), settings, return_state or index + 1 < len(parts))
+        outs.append(out)
+    return HybridOutput(torch.cat(outs, 2), state)
+
+
+def _split(inputs: Inputs, span: int) -> list[Inputs]:
+    """The call cut into calls of `span` tokens."""
+    # Not slices: the gradient of each slice would be as large as the whole.
+    names = ["q", "k", "v", "phi_q", "phi_k"] + ["log_decay"] * (inputs.log_decay is not None)
+    pieces = [getattr(inputs, name).split(span, 2) for name in names]
+    mask = inputs.attention_mask
+    masks = [None] * len(pieces[0]) if mask is None else mask.split(span, 1)
+    return [
+        inputs._replace(attention_mask=m, **dict(zip(names, tensors, strict=True)))
+        for m, *tensors in zip(masks, *pieces, strict=True)
+    ]
+
+
+def _at_once(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
     dtype = accumulation_dtype(inputs.q, inputs.v)
     ext = extend(inputs, settings)
     out = _forward(inputs, ext, settings, dtype)
@@ -54,11 +81,11 @@ def chunked_attention(inputs: Inputs, settings: Settings, return_state: bool) ->
 
 @functools.cache
 def _compiled() -> object:
-    return torch.compile(chunked_attention, dynamic=False)
+    return torch.compile(_at_once, dynamic=False)
 
 
 def compiled_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
-    """`chunked_attention` under torch.compile: for training, where the shapes stay the same."""
+    """Chunked attention under torch.compile: for training, where the shapes stay the same."""
     return _compiled()(inputs, settings, return_state)  # type: ignore[operator]
 
 
