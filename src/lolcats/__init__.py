@@ -5,6 +5,7 @@ Importing the package also teaches transformers to load linearized models with `
 
 from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.errors import LolcatsError
+from lolcats.export import export_model, load_adapter
 from lolcats.linearize import linearize
 from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
 from lolcats.ops import HybridOutput, HybridState, LinearState, hybrid_attention
@@ -25,10 +26,12 @@ __all__ = [
     "__version__",
     "attention_mode",
     "convert",
+    "export_model",
     "finetune_lora",
     "hybrid_attention",
     "linearize",
     "linearized_layers",
+    "load_adapter",
     "load_config",
     "load_teacher",
     "transfer_attention",

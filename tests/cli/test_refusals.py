@@ -104,7 +104,7 @@ def test_attention_that_cannot_be_taken_over(
 ) -> None:
     """The line names the model and families that work."""
     folder = save(build(), tmp_path / "model")
-    cli("linearize", folder, *arguments[2:]).refused("no attention module", "Llama")
+    cli("linearize", folder, *arguments[2:]).refused("cannot be linearized", "Llama")
     answer = cli("inspect", folder)
     assert answer.code == 0 and "cannot be linearized" in answer.out
 

@@ -23,7 +23,7 @@ def test_version_and_help(cli: Run) -> None:
     """Both without a verb; no verb at all is help."""
     assert cli("--version").out.startswith("lolcats 0.")
     assert cli("--help").out == cli().out
-    assert all(verb in cli().out for verb in ("linearize", "evaluate", "generate", "chat", "inspect"))
+    assert all(verb in cli().out for verb in ("linearize", "evaluate", "generate", "chat", "inspect", "export"))
 
 
 def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: Path) -> None:

@@ -29,11 +29,13 @@ class Case(NamedTuple):
     size: int = 4  # D
     value_size: int = 3  # Dv
     features: int = 3  # F
+    softcap: float | None = None
+    learned: bool = False  # learned sinks
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `hybrid_attention`."""
-        return {"window": self.window, "window_kind": self.kind, "sinks": self.sinks}
+        return {"window": self.window, "window_kind": self.kind, "sinks": self.sinks, "softcap": self.softcap}
 
 
 class Tensors(NamedTuple):
@@ -46,6 +48,7 @@ class Tensors(NamedTuple):
     phi_k: Tensor
     window_factor: Tensor
     log_decay: Tensor | None
+    sink_logits: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
         """The tensors that exist."""
@@ -53,7 +56,12 @@ class Tensors(NamedTuple):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tensors:
         """Apply `fn` to every tensor."""
-        return self._over_tokens(fn)._replace(window_factor=fn(self.window_factor))
+        return self._over_tokens(fn)._replace(**{name: fn(x) for name, x in self.per_head().items()})
+
+    def per_head(self) -> dict[str, Tensor]:
+        """The tensors that do not depend on the text, by name."""
+        logits = {} if self.sink_logits is None else {"sink_logits": self.sink_logits}
+        return {"window_factor": self.window_factor, **logits}
 
     def tokens(self, begin: int, end: int | None = None) -> Tensors:
         """Tokens begin .. end - 1."""
@@ -78,9 +86,8 @@ class Tensors(NamedTuple):
 
     def _over_tokens(self, fn: Callable[[Tensor], Tensor]) -> Tensors:
         q, k, v, phi_q, phi_k = (fn(x) for x in self[:5])
-        return Tensors(
-            q, k, v, phi_q, phi_k, self.window_factor, None if self.log_decay is None else fn(self.log_decay)
-        )
+        log_decay = None if self.log_decay is None else fn(self.log_decay)
+        return self._replace(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, log_decay=log_decay)
 
 
 def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:
@@ -104,12 +111,14 @@ def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tenso
         phi_k=uniform(batch, key_heads, n, case.features),
         window_factor=normal(heads),
         log_decay=uniform(batch, heads, n, factor=-0.3) if case.decay else None,
+        sink_logits=normal(heads) if case.learned else None,
     )
 
 
 def run(tensors: Tensors, case: Case, impl: str, **options: Any) -> HybridOutput:
     """Call `hybrid_attention`."""
-    return hybrid_attention(*tensors[:6], log_decay=tensors.log_decay, impl=impl, **case.options, **options)
+    extra = {"log_decay": tensors.log_decay, "sink_logits": tensors.sink_logits}
+    return hybrid_attention(*tensors[:6], impl=impl, **extra, **case.options, **options)
 
 
 def state_of(tensors: Tensors, case: Case, impl: str, **options: Any) -> HybridState:
@@ -160,10 +169,11 @@ def assert_same_state(got: HybridState, want: HybridState) -> None:
 
 
 def scalar_truth(tensors: Tensors, case: Case, row: int = 0) -> Tensor:
-    """Eq. 6 with sinks, decay and both windows, one number at a time: [H, N, Dv] of one batch row."""
+    """Eq. 6 with sinks (also learned), cap, decay and both windows, number by number: [H, N, Dv] of one batch row."""
     n, heads, size = case.n, case.kv_heads * case.groups, case.size
     q, k, v, phi_q, phi_k, factors = (x.tolist() if x.ndim == 1 else x[row].tolist() for x in tensors[:6])
     decay = None if tensors.log_decay is None else tensors.log_decay[row].tolist()
+    learned = None if tensors.sink_logits is None else tensors.sink_logits.tolist()
     out = torch.zeros(heads, n, case.value_size, dtype=torch.float64)
     for h in range(heads):
         kh, fh = h // case.groups, h * len(phi_k) // heads
@@ -173,11 +183,16 @@ def scalar_truth(tensors: Tensors, case: Case, row: int = 0) -> Tensor:
             first = max(0, block * case.window if case.kind == "terraced" else i - case.window + 1)
             near = [j for j in range(i + 1) if j >= first or j < case.sinks]
             scores = {j: sum(a * b for a, b in zip(q[h][i], k[kh][j], strict=True)) / math.sqrt(size) for j in near}
-            top = max(scores.values(), default=0.0)
+            if case.softcap is not None:
+                scores = {j: case.softcap * math.tanh(s / case.softcap) for j, s in scores.items()}
+            without_value = [] if learned is None else [learned[h]]
+            top = max([*scores.values(), *without_value], default=0.0)
             weights = {j: gate * math.exp(s - top) for j, s in scores.items()}
+            total = sum(gate * math.exp(s - top) for s in without_value)
             for j in set(range(i + 1)) - set(near):
                 between = 0.0 if decay is None else sum(decay[h][j + 1 : i + 1])
                 weights[j] = sum(a * b for a, b in zip(phi_q[h][i], phi_k[fh][j], strict=True)) * math.exp(between)
+            total += sum(weights.values())
             for d in range(case.value_size):
-                out[h, i, d] = sum(w * v[kh][j][d] for j, w in weights.items()) / sum(weights.values())
+                out[h, i, d] = sum(w * v[kh][j][d] for j, w in weights.items()) / total
     return out

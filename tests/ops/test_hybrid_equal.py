@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from lolcats.ops.hybrid import chunked
 WINDOWS = [("sliding", w) for w in (0, 1, 16, 64, 65, 300)] + [("terraced", w) for w in (1, 16, 64, 65, 300)]
 
 
-def varied(n: int, kind: str, window: int, index: int, **numbers: int) -> Case:
+def varied(n: int, kind: str, window: int, index: int, **numbers: Any) -> Case:
     """A case whose other options change with `index`, so that a grid of cases meets all of them."""
     sinks, heads = (0, 1, 4)[index % 3], ("query", "kv")[index // 2 % 2]
     return Case(n, window, kind, sinks, index % 2 == 0, heads, (1, 3)[index // 3 % 2], batch=1, **numbers)

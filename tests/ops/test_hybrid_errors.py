@@ -46,6 +46,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "terraced window 0": ({"window": 0, "window_kind": "terraced"}, r"an integer window >= 1; got 0"),
     "window not an integer": ({"window": 2.0}, r"an integer window >= 0; got 2.0"),
     "negative sinks": ({"sinks": -1}, r"an integer number of sinks >= 0; got -1"),
+    "softcap 0": ({"softcap": 0.0}, r"a softcap > 0, or None; got 0.0"),
+    "learned sinks a key head": ({"sink_logits": zeros(2)}, r"sink_logits \(4,\); got \(2,\)"),
     "decay a key head": ({"log_decay": zeros(2, 2, 6)}, r"log_decay \(2, 4, 6\); got \(2, 2, 6\)"),
     "mask of other length": ({"attention_mask": zeros(2, 7)}, r"attention_mask \(2, 6\); got \(2, 7\)"),
     "segments of other batch": ({"segment_ids": zeros(1, 6)}, r"segment_ids \(2, 6\); got \(1, 6\)"),

@@ -23,7 +23,7 @@ from torch import Tensor
 from lolcats.ops import HybridState
 
 SLIDING = Case(50, 8, "sliding", sinks=2, decay=True, groups=3, kv_heads=1)
-TERRACED = Case(50, 8, "terraced", sinks=2, decay=True, groups=2, kv_heads=2)
+TERRACED = Case(50, 8, "terraced", sinks=2, decay=True, groups=2, kv_heads=2, softcap=1.0, learned=True)
 PLAIN = Case(50, 8, "sliding", feature_heads="kv", groups=3)
 LINEAR = Case(50, 0, "sliding", feature_heads="kv", groups=2)
 CASES = [SLIDING, TERRACED, PLAIN, LINEAR]
@@ -124,10 +124,9 @@ def padded_rows(tensors: Tensors, case: Case, lengths: list[int], side: str) -> 
         text = tensors.rows(row, row + 1).tokens(0, length)
         parts.append(text.padded(missing, 0) if side == "left" else text.padded(0, missing))
     joined: Any = [None if xs[0] is None else torch.cat(xs) for xs in zip(*parts, strict=True)]
-    joined[5] = tensors.window_factor
     index = torch.arange(case.n)
     mask = torch.stack([index >= case.n - m if side == "left" else index < m for m in lengths]).long()
-    return Tensors(*joined), mask
+    return Tensors(*joined)._replace(**tensors.per_head()), mask
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
@@ -144,7 +143,7 @@ def check_padding(case: Case, side: str, impl: str) -> None:
     result = run(padded, case, impl, attention_mask=mask, return_state=True)
     assert result.state is not None
     assert result.out[~mask.bool()[:, None].expand(result.out.shape[:3])].abs().max() == 0
-    more = make(case._replace(n=5), seed=1)._replace(window_factor=tensors.window_factor)
+    more = make(case._replace(n=5), seed=1)._replace(**tensors.per_head())
     later = run(more, case, impl, initial_state=result.state).out
     for row, length in enumerate(lengths):
         text = tensors.rows(row, row + 1).tokens(0, length)
@@ -164,7 +163,7 @@ def test_padding_in_a_later_piece(impl: str, side: str) -> None:
     tensors = make(case)
     first, mask = padded_rows(tensors, case, before, "left")
     state = state_of(first, case, impl, attention_mask=mask)
-    more = make(later, seed=1)._replace(window_factor=tensors.window_factor)
+    more = make(later, seed=1)._replace(**tensors.per_head())
     second, mask = padded_rows(more, later, after, side)
     out = run(second, later, impl, attention_mask=mask, initial_state=state).out
     for row in range(3):
@@ -195,7 +194,7 @@ def test_rows_of_a_state_can_be_reordered() -> None:
     for case in (SLIDING, TERRACED):
         case = case._replace(batch=3)
         before = make(case)
-        after = make(case._replace(n=6), seed=1)._replace(window_factor=before.window_factor)
+        after = make(case._replace(n=6), seed=1)._replace(**before.per_head())
         state = state_of(before, case, "chunked").map(lambda t: t[rows])
         out = run(after, case, "recurrent", initial_state=state).out
         for place, row in enumerate(rows.tolist()):

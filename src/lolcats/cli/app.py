@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from lolcats.cli.chat import chat
 from lolcats.cli.evaluate import evaluate
+from lolcats.cli.export import export
 from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describe, is_usage_error, process_prefix
 from lolcats.cli.generate import generate
 from lolcats.cli.inspect import inspect
@@ -31,7 +32,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for verb in (linearize, evaluate, generate, chat, inspect):
+for verb in (linearize, evaluate, generate, chat, inspect, export):
     app.command()(verb)
 
 

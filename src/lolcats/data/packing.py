@@ -117,27 +117,28 @@ def _begin_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def tokens_file(
     path: Path, tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None = None
 ) -> Iterator[EncodedDocument]:
-    """Read a raw file of little-endian uint16 token ids; each end token closes a document.
+    """Read a raw file of little-endian token ids; each end token closes a document.
 
     Args:
-        path: the file; without an end token in it (or in the tokenizer) it is one document.
+        path: the file, uint32 if its name ends in .u32, else uint16. Without an end token in it (or in the tokenizer)
+            it is one document.
         tokenizer: the one that made the tokens.
         max_tokens: read at most this many from the beginning.
 
     Raises:
-        DataError: an empty file, an odd number of bytes, or ids that the tokenizer does not have.
+        DataError: an empty file, one cut inside a token, or ids that the tokenizer does not have.
     """
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise DataError(f"{path} has {size} bytes; expected uint16 token ids, two bytes each")
-    ids = np.fromfile(path, "<u2", count=-1 if max_tokens is None else max_tokens).astype(np.int32)
+    size, width = path.stat().st_size, 4 if path.suffix == ".u32" else 2
+    if size == 0 or size % width:
+        raise DataError(f"{path} has {size} bytes; expected uint{8 * width} token ids, {width} bytes each")
+    ids = np.fromfile(path, f"<u{width}", count=-1 if max_tokens is None else max_tokens)
     if ids.max() >= len(tokenizer):
         raise DataError(f"{path} holds token {ids.max()}, but the tokenizer ends at {len(tokenizer) - 1}; wrong file?")
     eos = tokenizer.eos_token_id
     ends = np.flatnonzero(ids == eos) + 1 if eos is not None else []
     for part in np.split(ids, ends):
         if len(part):
-            yield EncodedDocument(part, 0)
+            yield EncodedDocument(part.astype(np.int32), 0)
 
 
 def read_documents(
@@ -146,7 +147,7 @@ def read_documents(
     """Tokenise whole sources, one after the other; with `max_tokens` the document that crosses it is cut there.
 
     Args:
-        sources: what `iter_records` takes, and paths or globs of token files, which end in .u16 or .bin.
+        sources: what `iter_records` takes, and paths or globs of token files, which end in .u16, .u32 or .bin.
         template: how records become text, see `render`.
         tokenizer: a tokenizer with an end token.
         max_tokens: the cap on all sources together; None reads everything.

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, final
 from lolcats.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-TOKEN_SUFFIXES = (".u16", ".bin")
+TOKEN_SUFFIXES = (".u16", ".u32", ".bin")
 _SHAPES = '"text", "instruction" and "output", "prompt" and "completion", or "messages"'
 
 

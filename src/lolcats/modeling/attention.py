@@ -8,7 +8,6 @@ passes itself along as a keyword, so nothing of any family is copied here.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +20,9 @@ from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
 from lolcats.feature_maps import FeatureMap
-from lolcats.modeling.cache import LinearizedLayer, linearized_layer, to_device
+from lolcats.modeling.cache import LinearizedLayer, linearized_layer, own_column, to_device
 from lolcats.modeling.masks import NAME, TokenFacts, read_mask, softmax_mask
+from lolcats.modeling.softmax import capped_softmax
 from lolcats.ops import HybridState, hybrid_attention
 from lolcats.ops.hybrid import hybrid_step, leaving_keys
 from lolcats.ops.hybrid.layout import Settings
@@ -43,7 +43,19 @@ class AttentionCall:
     mask: Tensor | None
     facts: TokenFacts
     scale: float
-    extra: dict[str, Any]
+    softcap: float | None = None
+    """Cap of the scores (Gemma 2)."""
+    sink_logits: Tensor | None = None
+    """[H], learned sinks (gpt-oss)."""
+
+
+@dataclass
+class Handover:
+    """What a wrapper passes through its family's forward. No tuple: accelerate's hooks would move its parts about."""
+
+    layer: LinearizedAttention
+    hidden: Tensor
+    cache: Cache | None
 
 
 Observer = Callable[["LinearizedAttention", AttentionCall, Tensor], None]
@@ -92,14 +104,24 @@ class LinearizedAttention(nn.Module):
         """The parameters that the linearization added, by name."""
         return {n: p for n, p in self.named_parameters() if not n.startswith("inner.")}
 
+    def check_sizes(self, q: Tensor, k: Tensor) -> None:
+        """Raise LolcatsError where q [B, H, N, D] or k [B, KV, N, D] are not what the feature maps were made for."""
+        expected = (self.feature_q.heads, self.feature_q.head_dim)
+        got = (q.shape[1], q.shape[3])
+        if got != expected or self.feature_k.heads % k.shape[1] or k.shape[3] != expected[1]:
+            raise LolcatsError(
+                f"expected {expected[0]} query heads of size {expected[1]}; {type(self.inner).__name__} gives "
+                f"queries {tuple(q.shape)} and keys {tuple(k.shape)}; leave this layer out with `layers`"
+            )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The family's forward; its cache is kept from it, because the hybrid keeps a state of its own."""
         name = next((n for n in CACHE_ARGUMENTS if n in kwargs), CACHE_ARGUMENTS[0])
         cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if self.mode == "softmax" and self.observer is None:
-            return self.inner(*args, **{name: cache}, linearized=(self, hidden, None), **kwargs)
-        return self.inner(*args, **{name: None}, linearized=(self, hidden, cache), **kwargs)
+            return self.inner(*args, **{name: cache}, linearized=Handover(self, hidden, None), **kwargs)
+        return self.inner(*args, **{name: None}, linearized=Handover(self, hidden, cache), **kwargs)
 
     def dispatch(self, call: AttentionCall, cache: Cache | None) -> Tensor:
         """Output [B, H, N, Dv] of the layer in its present mode."""
@@ -120,24 +142,14 @@ class LinearizedAttention(nn.Module):
 
     def softmax(self, call: AttentionCall) -> Tensor:
         """What the teacher computes: exact attention, O(N) memory."""
-        if any(call.extra.get(name) is not None for name in ("softcap", "s_aux")):
-            return self._eager(call)
         mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2])
+        if call.softcap is not None or call.sink_logits is not None:
+            return capped_softmax(call.q, call.k, call.v, mask, call.scale, call.softcap, call.sink_logits)
         causal = mask is None and call.q.shape[2] > 1
         grouped = call.q.shape[1] != call.k.shape[1]
         return nnf.scaled_dot_product_attention(
             call.q, call.k, call.v, attn_mask=mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
         )
-
-    def _eager(self, call: AttentionCall) -> Tensor:
-        eager = sys.modules[type(self.inner).__module__].eager_attention_forward  # type: ignore[attr-defined]
-        n, keys = call.q.shape[2], call.k.shape[2]
-        mask = softmax_mask(call.facts, call.mask, n, keys)
-        if mask is None:
-            mask = torch.ones(n, keys, dtype=torch.bool, device=call.q.device).tril(keys - n)[None, None]
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=call.q.dtype).masked_fill(~mask, torch.finfo(call.q.dtype).min)
-        return eager(self.inner, call.q, call.k, call.v, mask, scaling=call.scale, **call.extra)[0].transpose(1, 2)
 
     def features(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """phi_q [B, H, N, F], phi_k [B, H or KV, N, F], window factor [H], log decay [B, H, N] of the present mode."""
@@ -179,7 +191,7 @@ class LinearizedAttention(nn.Module):
         phi_q, phi_k, factor, log_decay = self.features(call)
         out = hybrid_attention(
             call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, impl=self._plain_impl(),
-            attention_mask=call.facts.padding, segment_ids=call.facts.segments, **self._options(call),
+            attention_mask=call.facts.padding, segment_ids=call.facts.segments, **self.options(call),
         ).out  # fmt: skip
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
@@ -187,9 +199,17 @@ class LinearizedAttention(nn.Module):
         # Compilation is for training on equal shapes; prompts differ in length.
         return self.eager_impl if self.impl == "compiled" else self.impl
 
-    def _options(self, call: AttentionCall) -> dict[str, Any]:
+    def options(self, call: AttentionCall) -> dict[str, Any]:
+        """What `hybrid_attention` is to do: the layer's settings, and what the family does with its scores."""
         s = self.settings
-        return {"window": s.window, "window_kind": s.window_kind, "sinks": s.sinks, "scale": call.scale}
+        return {
+            "window": s.window,
+            "window_kind": s.window_kind,
+            "sinks": s.sinks,
+            "scale": call.scale,
+            "softcap": call.softcap,
+            "sink_logits": call.sink_logits,
+        }
 
     def _prefill(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
         phi_q, phi_k, factor, log_decay = self.features(call)
@@ -198,7 +218,7 @@ class LinearizedAttention(nn.Module):
             state = state._replace(window=state.window._replace(phi_k=self._ring_features(state)))
         result = hybrid_attention(
             call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, impl=self._plain_impl(),
-            attention_mask=call.facts.padding, initial_state=state, return_state=True, **self._options(call),
+            attention_mask=call.facts.padding, initial_state=state, return_state=True, **self.options(call),
         )  # fmt: skip
         assert result.state is not None
         kept = result.state._replace(window=result.state.window._replace(phi_k=None))
@@ -216,13 +236,15 @@ class LinearizedAttention(nn.Module):
     def _step(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
         state = layer.state
         assert state is not None
-        settings = self.settings._replace(scale=call.scale)
+        settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
         phi_q, _, factor, log_decay = self.features(call)
         leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
         with torch.autocast(call.q.device.type, enabled=False):
             padding = call.facts.padding
             active = None if padding is None else padding[:, 0]
-            out, state = hybrid_step(call.q, call.k, call.v, phi_q, leaving, factor, state, settings, log_decay, active)
+            out, state = hybrid_step(
+                call.q, call.k, call.v, phi_q, leaving, factor, state, settings, log_decay, active, call.sink_logits
+            )
         layer.advance(state, 1)
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
@@ -246,8 +268,10 @@ def hybrid_interface(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    linearized: tuple[LinearizedAttention, Tensor, Cache | None] | None = None,
-    **kwargs: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    linearized: Handover | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers: hands the call to the `LinearizedAttention` that started it."""
     if linearized is None:
@@ -255,16 +279,11 @@ def hybrid_interface(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function, so it cannot be "
             "linearized; leave this layer out with `layers`"
         )
-    layer, hidden, cache = linearized
-    if layer.mode != "softmax" and any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
-        raise LolcatsError(
-            f"{type(module).__name__} caps its attention scores or has learned sinks, which the hybrid does not have; "
-            "leave these layers out with `layers`"
-        )
+    layer, hidden, cache = linearized.layer, linearized.hidden, linearized.cache
+    layer.check_sizes(query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    facts = read_mask(attention_mask, query.shape[2], use_segments=cache is None)
-    extra = {k: v for k, v in kwargs.items() if k in ("softcap", "s_aux", "sliding_window")}
-    call = AttentionCall(query, key, value, hidden, attention_mask, facts, scale, extra)
+    facts = read_mask(attention_mask, query.shape[2], cache is None, own_column(cache, layer.layer_idx))
+    call = AttentionCall(query, key, value, hidden, attention_mask, facts, scale, softcap, s_aux)
     out = layer.dispatch(call, cache)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 

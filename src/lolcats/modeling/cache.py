@@ -95,6 +95,78 @@ class LinearizedLayer(CacheLayerMixin):
         self._map(lambda t: t[indices.to(t.device)])
 
 
+class StaticLinearizedLayer(LinearizedLayer):
+    """The same in tensors that never move, for `torch.compile` and CUDA graphs: each step is copied into place.
+
+    Args:
+        max_cache_len: what `StaticCache` was made for. Masks have this length; the state itself has no limit.
+    """
+
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.counter = torch.tensor(0)
+        self._buffers: HybridState | None = None
+
+    def advance(self, state: HybridState, tokens: int) -> None:
+        """Write the state after `tokens` more tokens over the old one."""
+        self._hold(state)
+        if not self.is_initialized:
+            self.counter = self.counter.to(state.length.device)
+            _keep_address([self.counter])
+        self.counter.add_(tokens)
+        self.is_initialized = True
+
+    def _hold(self, state: HybridState) -> None:
+        held = [] if self._buffers is None else self._buffers.tensors()
+        new = state.tensors()
+        if [(t.shape, t.dtype, t.device) for t in held] == [(t.shape, t.dtype, t.device) for t in new]:
+            for old, tensor in zip(held, new, strict=True):
+                old.copy_(tensor)
+        else:
+            self._buffers = state.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+            _keep_address(self._buffers.tensors())
+        self.state = self._buffers
+
+    def _map(self, fn: Any) -> None:
+        if self.state is not None:
+            self._hold(self.state.map(fn))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that masks speak of: all that the cache was made for."""
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen so far: a tensor, so that a compiled step is not compiled again for each token."""
+        return self.counter if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """What the cache was made for."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget everything; the tensors stay where they are."""
+        super().reset()
+        self.counter.zero_()
+
+
+def _keep_address(tensors: list[Tensor]) -> None:
+    """Tell the compiler that these tensors stay where they are."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def own_column(cache: Cache | None, layer_idx: int) -> int | Tensor | None:
+    """Column of the first new token in a mask of a static cache; None elsewhere: the new tokens come last."""
+    if cache is None or layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer.get_seq_length() if isinstance(layer, StaticLayer | StaticLinearizedLayer) else None
+
+
 def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     """The linearized layer at `layer_idx`, put there in place of an empty one at its first use.
 
@@ -106,16 +178,13 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinearizedLayer):
         return layer
-    if isinstance(layer, StaticLayer):
-        raise ValueError("a linearized model keeps a state of constant size by itself; got a static cache: leave out "
-                         "cache_implementation, or use DynamicCache")  # fmt: skip
     held = int(cache.get_seq_length(layer_idx))
     if held > 0:
         raise ValueError(
             f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
             f"{held} tokens of softmax attention"
         )
-    new = LinearizedLayer()
+    new = StaticLinearizedLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else LinearizedLayer()
     cache.layers[layer_idx] = new
     return new
 

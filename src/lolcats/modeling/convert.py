@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,12 +64,19 @@ def check_supported(model: PreTrainedModel) -> None:
     if not model.can_generate():
         raise LolcatsError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
     if not attention_modules(model):
-        if any(calls_interface(module) for module in model.modules()):
-            raise LolcatsError(f"all attention layers of {type(model).__name__} are local (sliding window) already")
-        raise LolcatsError(
-            f"{type(model).__name__} has no attention module that calls transformers' attention interface; "
-            "expected a model such as Llama, Mistral or Qwen"
-        )
+        raise LolcatsError(f"{type(model).__name__} cannot be linearized: {_why_not(model)}")
+
+
+def _why_not(model: nn.Module) -> str:
+    """Why a model has no attention module that can be taken over."""
+    if any(calls_interface(module) for module in model.modules()):
+        return "all its attention layers are local (sliding window) already"
+    classes = {type(module).__name__ for module in model.modules()}
+    attention = ", ".join(sorted(name for name in classes if name.endswith(("Attention", "Mixer"))))
+    return (
+        f"its attention ({attention or 'of which it has none'}) does not go through transformers' attention interface, "
+        "where linearization replaces it; expected a model such as Llama, Mistral or Qwen"
+    )
 
 
 def attention_modules(model: nn.Module) -> dict[int, str]:
@@ -140,7 +148,7 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
 def wrap(inner: nn.Module, config: LinearizationConfig, model_config: PretrainedConfig) -> LinearizedAttention:
     """A `LinearizedAttention` around one attention module, on the device of its weights."""
     heads, kv_heads, head_dim = head_sizes(inner, model_config)
-    device = next(inner.parameters()).device
+    device = next(itertools.chain(inner.parameters(), inner.buffers())).device  # quantized weights may be buffers
     key_maps = heads if config.state_heads == "query" else kv_heads
     gate = None
     if config.decay == "gate":
@@ -157,11 +165,12 @@ def wrap(inner: nn.Module, config: LinearizationConfig, model_config: Pretrained
 
 
 def head_sizes(inner: nn.Module, config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query heads, key/value heads, head size) of an attention module."""
+    """(query heads, key/value heads, size of queries and keys) of an attention module."""
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = getattr(inner, "head_dim", None) or getattr(config, "head_dim", None)
-    return heads, kv_heads, int(head_dim or config.hidden_size // heads)
+    # Multi-head latent attention has three sizes, and its `head_dim` is none of those that arrive here.
+    known = (getattr(inner, "qk_head_dim", None), getattr(inner, "head_dim", None), getattr(config, "head_dim", None))
+    return heads, kv_heads, int(next((size for size in known if size), config.hidden_size // heads))
 
 
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:

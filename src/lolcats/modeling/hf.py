@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import transformers
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lolcats.config import LinearizationConfig
@@ -50,6 +53,7 @@ def linearized_config_class(base: type[PretrainedConfig]) -> type[PretrainedConf
     new = type(f"Linearized{base.__name__}", (base,), attributes)
     model_class = linearized_model_class(_model_class(base), new)
     AutoModelForCausalLM.register(new, model_class, exist_ok=True)
+    setattr(transformers, model_class.__name__, model_class)  # where `transformers serve` looks up `architectures`
     return new
 
 
@@ -66,9 +70,30 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
 
         install(self, LinearizationConfig(**config.linearization))  # type: ignore[attr-defined]
 
+    def _apply(self: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
+        # half(), bfloat16() and to(dtype) come through here.
+        added = {n: p.data for n, p in self.named_parameters() if is_added(n) and p.dtype == torch.float32}
+        base._apply(self, fn, recurse)
+        for name, parameter in self.named_parameters():
+            if name in added and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = added[name].to(parameter.device)
+        return self
+
+    def _no_pages(self: PreTrainedModel) -> None:
+        raise AttributeError  # `transformers serve` looks whether it is there, and does without
+
+    def refuse(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        raise LolcatsError(
+            "continuous batching keeps keys in pages, which linearized layers do not have; call generate with a padded "
+            "batch instead (left padding)"
+        )
+
     strict = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | FLOAT32_PARAMETERS
     attributes = {
         "__init__": __init__,
+        "_apply": _apply,
+        "init_continuous_batching": property(_no_pages),
+        "continuous_batching_context_manager": refuse,
         "__module__": __name__,
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,
@@ -93,12 +118,27 @@ def mark_as_linearized(model: PreTrainedModel, config: LinearizationConfig) -> N
     model_config.architectures = [type(model).__name__]
 
 
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name came with the linearization; such parameters stay float32."""
+    return any(part in FLOAT32_PARAMETERS for part in name.split("."))
+
+
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Change the dtype of a linearized model's weights in place; what the linearization added stays float32."""
     for name, parameter in model.named_parameters():
-        if not any(part in FLOAT32_PARAMETERS for part in name.split(".")):
+        if parameter.is_floating_point() and not is_added(name):  # quantized weights are integers
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
+
+
+def __getattr__(name: str) -> Any:
+    """Linearized classes by name: unpickling asks for them, maybe before they were made in this process."""
+    base = getattr(transformers, name.removeprefix("Linearized"), None) if name.startswith("Linearized") else None
+    if isinstance(base, type) and issubclass(base, PretrainedConfig):
+        return linearized_config_class(base)
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return _model_class(linearized_config_class(cast(Any, base).config_class))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)

@@ -45,33 +45,45 @@ def token_mask(
         query = torch.arange(1, q_length, device=device)[None]
         starts = ~mask_function(rows, zero, query, query - 1)
         return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0)).expand(batch_size, -1)
-    if attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all())):
+    if attention_mask is None:
+        return None
+    # Inside a compiled step a look at the values would break the graph, and with it CUDA graphs.
+    if not torch.compiler.is_compiling() and attention_mask.dtype == torch.bool and bool(attention_mask.all()):
         return None
     return attention_mask.bool()
 
 
-def read_mask(mask: Tensor | None, tokens: int, use_segments: bool) -> TokenFacts:
-    """Facts of the last `tokens` tokens from whatever mask the model made.
+def read_mask(mask: Tensor | None, tokens: int, use_segments: bool, offset: int | Tensor | None = None) -> TokenFacts:
+    """Facts of the new tokens from whatever mask the model made.
 
     Args:
         mask: None, a result of `token_mask`, or a [B, 1, N, kv] causal mask (bool, or additive with 0 = visible).
         tokens: N.
+        offset: column of the first new token, where the mask has columns for tokens to come (static caches); None
+            if the new tokens have the last columns.
         use_segments: read packed texts out of a [B, 1, N, kv] mask; False with a cache, where texts are not packed.
     """
     if mask is None:
         return TokenFacts(None, None)
     if mask.ndim == 2:
         if mask.dtype == torch.bool:
-            return TokenFacts(mask[:, -tokens:], None)
+            return TokenFacts(_own_columns(mask[:, None], tokens, offset)[:, 0], None)
         return TokenFacts(None, mask)
     if mask.ndim != 4:
         raise ValueError(f"expected an attention mask of 2 or 4 dimensions; got {tuple(mask.shape)}")
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    own = visible[:, :, -tokens:].diagonal(dim1=1, dim2=2)
+    own = _own_columns(visible, tokens, offset).diagonal(dim1=1, dim2=2)
     if not use_segments:
         return TokenFacts(own, None)
     first = visible.long().argmax(-1)
     return TokenFacts(None, torch.where(own, first, -1))
+
+
+def _own_columns(mask: Tensor, tokens: int, offset: int | Tensor | None) -> Tensor:
+    """Columns of the new tokens in a mask [B, rows, kv]: [B, rows, tokens]."""
+    if offset is None:
+        return mask[:, :, -tokens:]
+    return mask.index_select(2, torch.arange(tokens, device=mask.device) + offset)
 
 
 def softmax_mask(facts: TokenFacts, mask: Tensor | None, tokens: int, keys: int) -> Tensor | None:

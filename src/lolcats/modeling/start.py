@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lolcats.modeling.attention import AttentionCall, LinearizedAttention
+from lolcats.modeling.softmax import softmax_with_sinks
 from lolcats.ops.hybrid.layout import pair_masks
+from lolcats.ops.hybrid.scores import cap_scores
 
 MATCHED_WINDOW_FACTOR = 4.0
 """sigmoid(4) = 0.982."""
@@ -88,10 +90,10 @@ def _halves(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, ro
     queries = far.any(-1)
     near, far = near[queries], far[queries]
     k, v = (x[row].float().repeat_interleave(heads // x.shape[1], 0) for x in (call.k, call.v))
-    scores = call.q[row, :, queries].float() @ k.mT * call.scale
-    share = (scores.masked_fill(~(near | far), -torch.inf).softmax(-1) * far).sum(-1)
-    near_scores = scores.masked_fill(~near, -torch.inf)
-    weights = torch.exp(near_scores - near_scores.amax(-1, keepdim=True))
+    scores = cap_scores(call.q[row, :, queries].float() @ k.mT * call.scale, call.softcap)
+    seen = scores.masked_fill(~(near | far), -torch.inf)
+    share = (softmax_with_sinks(seen, call.sink_logits) * far).sum(-1)
+    weights, sink_weight = _near_weights(scores.masked_fill(~near, -torch.inf), call.sink_logits)
     phi_q, phi_k = layer.feature_q(call.q)[row, :, queries], layer.feature_k(call.k)[row]
     linear = phi_q @ phi_k.repeat_interleave(heads // phi_k.shape[0], 0).mT
     log_decay = layer.log_decay(call.hidden)
@@ -101,4 +103,14 @@ def _halves(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, ro
         linear = linear * torch.exp(between.masked_fill(~far, 0.0))
     linear = linear * far
     target = teacher[row, :, queries].float()
-    return _Halves(target, share, weights @ v, weights.sum(-1), linear @ v, linear.sum(-1).clamp_min(1e-30))
+    near_mass, far_mass = weights.sum(-1) + sink_weight, linear.sum(-1).clamp_min(1e-30)
+    return _Halves(target, share, weights @ v, near_mass, linear @ v, far_mass)
+
+
+def _near_weights(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """Weights [H, M, N] of the softmax half, and the one [H, M] of a learned sink."""
+    if sink_logits is None:
+        return torch.exp(scores - scores.amax(-1, keepdim=True)), 0.0
+    logit = sink_logits.float()[:, None, None]
+    top = torch.maximum(scores.amax(-1, keepdim=True), logit)
+    return torch.exp(scores - top), torch.exp(logit - top).squeeze(-1)

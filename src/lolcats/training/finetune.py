@@ -20,8 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
+from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
 from lolcats.training.losses import next_token_loss, shifted_labels
+
+ROUTERS = {"router", "gate", "shared_expert_gate"}
+"""Names of modules that choose experts: what they choose must not change by the way."""
 
 
 class FinetuneStage:
@@ -146,12 +150,16 @@ def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
     """Full names of the linear layers that `targets` stands for.
 
     Args:
-        targets: "attention" is every linear layer inside linearized attention, "all" every linear layer but the
-            output embedding. In a list, a name that occurs inside linearized attention (q_proj) is meant there, one
-            that does not (gate_proj) everywhere.
+        targets: "attention" is every linear layer of the family inside linearized attention, "all" every linear layer
+            but the output embedding, routers of experts and what the linearization added. In a list, a name that
+            occurs inside linearized attention (q_proj) is meant there, one that does not (gate_proj) everywhere.
     """
     head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    linear = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and m is not head and not is_added(n) and not ROUTERS & set(n.split("."))
+    }
     layers = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, LinearizedAttention))
     inside = [n for n in linear if n.startswith(layers)]
     if targets == "attention":

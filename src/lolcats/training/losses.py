@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats.modeling import AttentionCall, LinearizedAttention
+from lolcats.modeling.softmax import softmax_with_sinks
 from lolcats.ops import hybrid_attention
+from lolcats.ops.hybrid.scores import cap_scores
 
 HEAD_CHUNK = 2048
 """Tokens whose logits are in memory at once: 2048 x 49,152 float32 logits are 0.4 GB."""
@@ -36,17 +38,16 @@ def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall, docume
     n = call.q.shape[2]
     identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
     phi_q, phi_k, factor, log_decay = layer.features(call)
-    s = layer.settings
     weights = hybrid_attention(
-        call.q, call.k, identity, phi_q, phi_k, factor, window=s.window, window_kind=s.window_kind, sinks=s.sinks,
-        scale=call.scale, log_decay=log_decay, segment_ids=call.facts.segments, impl="chunked",
+        call.q, call.k, identity, phi_q, phi_k, factor, log_decay=log_decay, segment_ids=call.facts.segments,
+        impl="chunked", **layer.options(call),
     ).out  # fmt: skip
     causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
     if call.facts.segments is not None:
         causal = causal & (call.facts.segments[:, None, :, None] == call.facts.segments[:, None, None, :])
     keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
-    scores = (call.q.float() @ keys.mT * call.scale).masked_fill(~causal, -torch.inf)
-    losses = -(scores.softmax(-1) * weights.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]
+    scores = cap_scores(call.q.float() @ keys.mT * call.scale, call.softcap).masked_fill(~causal, -torch.inf)
+    losses = -(softmax_with_sinks(scores, call.sink_logits) * weights.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]
     return _mean_over_real(losses, document)
 
 

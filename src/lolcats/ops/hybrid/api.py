@@ -47,6 +47,8 @@ def hybrid_attention(
     sinks: int = 0,
     log_decay: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     attention_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     initial_state: HybridState | None = None,
@@ -68,6 +70,9 @@ def hybrid_attention(
         sinks: the first tokens of the text that always belong to the softmax half.
         log_decay: [B, H, N] <= 0; a pair j -> i of the linear half is multiplied by exp of its sum over j+1 .. i.
         scale: of the scores; None is 1 / sqrt(D).
+        softcap: scores of the softmax half become softcap tanh(score / softcap) (Gemma 2).
+        sink_logits: [H] learned sinks without a value (gpt-oss): a logit a query head, which takes part in the row
+            maximum m and adds g exp(logit - m) to the denominator.
         attention_mask: [B, N], nonzero at real tokens; padding may be on the left or on the right.
         segment_ids: [B, N] integers; tokens see only their own segment (a run of equal numbers; negative is
             padding). Excludes `attention_mask`, `initial_state` and `return_state`.
@@ -81,16 +86,18 @@ def hybrid_attention(
     """
     run = IMPLEMENTATIONS[resolve_impl(impl)]
     _check_shapes(q, k, v, phi_q, phi_k, window_factor)
-    _check_numbers(window, window_kind, sinks)
-    _check_optional(q, log_decay, attention_mask, segment_ids, initial_state, return_state)
+    _check_numbers(window, window_kind, sinks, softcap)
+    _check_optional(q, log_decay, sink_logits, attention_mask, segment_ids, initial_state, return_state)
     if initial_state is not None:
         _check_state(initial_state, q, ring_slots(window, window_kind), sinks, log_decay is not None)
     if log_decay is not None and phi_k.shape[1] != q.shape[1]:  # one decay a query head needs one state a query head
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
     if segment_ids is not None:
         segment_ids = _number_runs(segment_ids)
-    settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale)
-    inputs = Inputs(q, k, v, phi_q, phi_k, window_factor, log_decay, attention_mask, segment_ids, initial_state)
+    settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    inputs = Inputs(
+        q, k, v, phi_q, phi_k, window_factor, log_decay, attention_mask, segment_ids, initial_state, sink_logits
+    )
     with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
         return run(inputs, settings, return_state)
 
@@ -122,16 +129,18 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor,
     _expect(window_factor.shape == (heads,), f"window_factor ({heads},)", tuple(window_factor.shape))
 
 
-def _check_numbers(window: int, window_kind: str, sinks: int) -> None:
+def _check_numbers(window: int, window_kind: str, sinks: int, softcap: float | None) -> None:
     _expect(window_kind in ("sliding", "terraced"), "window_kind 'sliding' or 'terraced'", repr(window_kind))
     smallest = 1 if window_kind == "terraced" else 0
     _expect(isinstance(window, int) and window >= smallest, f"an integer window >= {smallest}", window)
     _expect(isinstance(sinks, int) and sinks >= 0, "an integer number of sinks >= 0", sinks)
+    _expect(softcap is None or softcap > 0, "a softcap > 0, or None", softcap)
 
 
 def _check_optional(
     q: Tensor,
     log_decay: Tensor | None,
+    sink_logits: Tensor | None,
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
     initial_state: HybridState | None,
@@ -140,6 +149,8 @@ def _check_optional(
     batch, heads, n, _ = q.shape
     if log_decay is not None:
         _expect(log_decay.shape == (batch, heads, n), f"log_decay {(batch, heads, n)}", tuple(log_decay.shape))
+    if sink_logits is not None:
+        _expect(sink_logits.shape == (heads,), f"sink_logits ({heads},)", tuple(sink_logits.shape))
     for name, x in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if x is not None:
             _expect(x.shape == (batch, n), f"{name} {(batch, n)}", tuple(x.shape))

@@ -23,6 +23,7 @@ from torch import Tensor
 from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, pair_masks, sink_mask
 from lolcats.ops.hybrid.reference import divide
 from lolcats.ops.hybrid.scan import carried_states
+from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import HybridOutput, LinearState, SinkKeys, accumulation_dtype
 
 CHUNK = 64
@@ -98,7 +99,7 @@ def _forward(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dty
         order = (ext.position >= 0).long().argsort(dim=-1, stable=True)
         q, phi_q, ext = _reorder(q, order), _reorder(phi_q, order), _reorder_extended(ext, order)
     chunks = _cut(q, phi_q, ext, settings, dtype)
-    numerator, denominator = _local(chunks, ext.sinks, inputs.window_factor, settings, dtype)
+    numerator, denominator = _local(chunks, ext.sinks, inputs, settings, dtype)
     carry_num, carry_den = _carried(chunks, inputs, settings)
     numerator, denominator = numerator + carry_num, denominator + carry_den
     total = ext.position.shape[1]
@@ -171,21 +172,25 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _local(
-    chunks: _Chunks, sinks: SinkKeys | None, window_factor: Tensor, settings: Settings, dtype: torch.dtype
+    chunks: _Chunks, sinks: SinkKeys | None, inputs: Inputs, settings: Settings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Sinks and local keys: numerator [B, KV, nC, G, C, Dv] and denominator [B, KV, nC, G, C]."""
     same_text = None
     if chunks.segment is not None and chunks.segment_local is not None:
         same_text = chunks.segment[..., None] == chunks.segment_local[..., None, :]
     near, far = pair_masks(chunks.position[..., None], chunks.position_local[..., None, :], settings, same_text)
-    scores = _grouped(chunks.q * settings.scale, chunks.k_local.mT).masked_fill(_to_pairs(~near), -torch.inf)
-    top = scores.detach().new_full((), -torch.inf) if settings.window == 0 else scores.amax(-1, keepdim=True)
-    sink_scores = sink_v = None
+    scores = cap_scores(_grouped(chunks.q * settings.scale, chunks.k_local.mT), settings.softcap)
+    scores = scores.masked_fill(_to_pairs(~near), -torch.inf)
+    parts = [] if settings.window == 0 else [scores]
+    sink_scores = sink_v = learned = None
     if sinks is not None:
         sink_scores, sink_v = _sink_scores(chunks, sinks, settings, dtype)
-        top = torch.maximum(top, sink_scores.amax(-1, keepdim=True))
-    top = torch.where(torch.isinf(top), 0.0, top)
-    gate = torch.sigmoid(window_factor.to(dtype)).unflatten(0, (chunks.q.shape[1], -1))[:, None, :, None, None]
+        parts.append(sink_scores)
+    if inputs.sink_logits is not None:
+        learned = _to_rows(inputs.sink_logits.to(dtype), chunks).expand(*scores.shape[:-1], 1)
+        parts.append(learned)
+    top = row_max(parts) if parts else 0.0
+    gate = _to_rows(torch.sigmoid(inputs.window_factor.to(dtype)), chunks)
     weights = gate * torch.exp(scores - top)
     weights = _add_linear(weights, chunks, far, settings)
     numerator, denominator = _grouped(weights, chunks.v_local), weights.sum(-1)
@@ -196,7 +201,14 @@ def _local(
         else:  # a set of sinks for each token
             numerator = numerator + torch.einsum("bkngcs,bkncsd->bkngcd", sink_weights, sink_v)
         denominator = denominator + sink_weights.sum(-1)
+    if learned is not None:
+        denominator = denominator + (gate * torch.exp(learned - top)).squeeze(-1)
     return numerator, denominator
+
+
+def _to_rows(x: Tensor, chunks: _Chunks) -> Tensor:
+    """[H] -> [KV, 1, G, 1, 1]."""
+    return x.unflatten(0, (chunks.q.shape[1], -1))[:, None, :, None, None]
 
 
 def _to_pairs(mask: Tensor) -> Tensor:
@@ -215,7 +227,7 @@ def _sink_scores(chunks: _Chunks, sinks: SinkKeys, settings: Settings, dtype: to
         k, v = (nnf.pad(x, pad).unflatten(2, (-1, CHUNK)) for x in (k, v))
         scores = torch.einsum("bkngcd,bkncsd->bkngcs", q, k)
     visible = sink_mask(chunks.position[..., None], settings.sinks)
-    return scores.masked_fill(_to_pairs(~visible), -torch.inf), v
+    return cap_scores(scores, settings.softcap).masked_fill(_to_pairs(~visible), -torch.inf), v
 
 
 def _add_linear(weights: Tensor, chunks: _Chunks, far: Tensor, settings: Settings) -> Tensor:

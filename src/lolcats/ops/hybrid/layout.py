@@ -16,12 +16,13 @@ from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ri
 
 
 class Settings(NamedTuple):
-    """The numbers of one call: window, its kind, sinks, scale of the scores."""
+    """The numbers of one call: window, its kind, sinks, scale and cap of the scores."""
 
     window: int
     window_kind: str
     sinks: int
     scale: float
+    softcap: float | None = None
 
 
 class Inputs(NamedTuple):
@@ -37,6 +38,7 @@ class Inputs(NamedTuple):
     attention_mask: Tensor | None
     segment_ids: Tensor | None
     state: HybridState | None
+    sink_logits: Tensor | None = None
 
 
 @dataclass

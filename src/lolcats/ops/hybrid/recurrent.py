@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.layout import Inputs, Settings, fold, in_window, token_positions
+from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import (
     HybridOutput,
     HybridState,
@@ -39,7 +40,8 @@ def recurrent_attention(inputs: Inputs, settings: Settings, return_state: bool) 
         assert state.window.phi_k is not None
         ring_phi = torch.cat([state.window.phi_k.to(phi_k.dtype), phi_k], 2)
         leaving = ring_phi[:, :, : leaving_slots(settings)]
-        out, new = hybrid_step(q, k, v, phi_q, leaving, inputs.window_factor, state, settings, log_decay, active)
+        out, new = hybrid_step(q, k, v, phi_q, leaving, inputs.window_factor, state, settings, log_decay, active,
+                               inputs.sink_logits)  # fmt: skip
         ring_phi = ring_phi[:, :, 1:]
         if active is not None:
             ring_phi = torch.where(active[:, None, None, None] > 0, ring_phi, state.window.phi_k.to(phi_k.dtype))
@@ -77,6 +79,7 @@ def hybrid_step(
     settings: Settings,
     log_decay: Tensor | None = None,
     active: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, HybridState]:
     """Attend with one token and return its output and the next state.
 
@@ -84,6 +87,7 @@ def hybrid_step(
         q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]; phi_q: [B, H, 1, F].
         phi_leaving: [B, S, E, F], features of `leaving_keys(state, k, settings)`.
         log_decay: [B, H, 1] or None; active: [B], 0 for rows whose token is padding (their state stays).
+        sink_logits: [H] or None.
 
     Returns:
         out [B, H, 1, Dv] in the dtype of v; the new state, whose ring has no `phi_k`.
@@ -101,7 +105,7 @@ def hybrid_step(
     linear = _fold_leaving(state, phi_leaving, values, decay, near, position, settings, dtype)
     sinks = _place_sink(state.sinks, k, v, now)
     out = _attend(q, phi_q, keys, values, near & (position >= settings.sinks), sinks, now, linear, decay, near,
-                  window_factor, settings, dtype)  # fmt: skip
+                  window_factor, sink_logits, settings, dtype)  # fmt: skip
     kept = torch.where(near, position, -1)
     ring = WindowRing(keys[:, :, 1:], values[:, :, 1:], kept[:, 1:], None, None if decay is None else decay[:, :, 1:])
     new = HybridState(linear, ring, sinks, state.length + 1)
@@ -148,6 +152,7 @@ def _attend(
     decay: Tensor | None,
     near: Tensor,
     window_factor: Tensor,
+    sink_logits: Tensor | None,
     settings: Settings,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -157,12 +162,14 @@ def _attend(
         visible = torch.cat([torch.arange(sinks.k.shape[2], device=q.device) <= now, visible], 1)
     batch, heads, _, size = q.shape
     grouped = q.to(dtype).reshape(batch, keys.shape[1], -1, size)  # [B, KV, G, D]
-    scores = (grouped @ keys.to(dtype).mT * settings.scale).masked_fill(~visible[:, None, None], -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    top = torch.where(torch.isinf(top), 0.0, top)
+    scores = cap_scores(grouped @ keys.to(dtype).mT * settings.scale, settings.softcap)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    if sink_logits is not None:
+        learned = sink_logits.to(dtype).view(keys.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, learned], -1)
     gate = torch.sigmoid(window_factor.to(dtype)).reshape(keys.shape[1], -1, 1)
-    weights = gate * torch.exp(scores - top)
-    numerator = (weights @ values.to(dtype)).reshape(batch, heads, -1)
+    weights = gate * torch.exp(scores - row_max([scores]))
+    numerator = (weights[..., : keys.shape[2]] @ values.to(dtype)).reshape(batch, heads, -1)
     denominator = weights.sum(-1).reshape(batch, heads)
 
     features = phi_q.to(dtype).squeeze(2)

@@ -6,7 +6,8 @@ g = sigmoid(window_factor), LoLCATs (arXiv 2410.10254, Eq. 6):
     out_i = [ sum_{j in W(i)} g exp(s_ij - m_i) v_j + sum_{j not in W(i)} d_ij phi_q(i).phi_k(j) v_j ]
             / [ the same sums without v_j ],            d_ij = exp(sum of log_decay over j+1 .. i)
 
-m_i is part of the function: the linear terms are not rescaled by it, and gradients flow through it.
+m_i is part of the function: the linear terms are not rescaled by it, and gradients flow through it. With a cap (see
+scores.py) s_ij is capped; a learned sink is one more column s_i, in m_i and in the denominator, without a value.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, pair_masks, sink_mask
+from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import HybridOutput, accumulation_dtype
 
 
@@ -29,15 +31,19 @@ def reference_attention(inputs: Inputs, settings: Settings, return_state: bool) 
 
     same_text = None if ext.segment is None else ext.segment[:, None, :, None] == ext.segment[:, None, None, :]
     near, far = pair_masks(query_position[:, None, :, None], ext.position[:, None, None, :], settings, same_text)
-    scores = (q @ k.mT * settings.scale).masked_fill(~near, -torch.inf)
+    scores = cap_scores(q @ k.mT * settings.scale, settings.softcap).masked_fill(~near, -torch.inf)
+    sink_scores, learned = scores[..., :0], scores[..., :0]
     if ext.sinks is not None:
         visible = sink_mask(query_position[..., None], settings.sinks)[:, None]  # [b, 1, N, s]
-        sink_scores = _sink_scores(q, ext, dtype, heads) * settings.scale
-        scores = torch.cat([sink_scores.masked_fill(~visible, -torch.inf), scores], -1)
+        sink_scores = cap_scores(_sink_scores(q, ext, dtype, heads) * settings.scale, settings.softcap)
+        sink_scores = sink_scores.masked_fill(~visible, -torch.inf)
+    if inputs.sink_logits is not None:
+        learned = inputs.sink_logits.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)
     gate = torch.sigmoid(inputs.window_factor.to(dtype))[:, None, None]
-    top = _row_max(scores)
-    weights = gate * torch.exp(scores - top)
-    sink_weights, local_weights = weights.split([scores.shape[-1] - k.shape[2], k.shape[2]], -1)
+    columns = [sink_scores, scores, learned]
+    scores = torch.cat(columns, -1)
+    weights = gate * torch.exp(scores - row_max([scores]))
+    sink_weights, local_weights, learned_weights = weights.split([x.shape[-1] for x in columns], -1)
 
     linear = phi_q @ phi_k.mT
     total = None
@@ -48,7 +54,7 @@ def reference_attention(inputs: Inputs, settings: Settings, return_state: bool) 
     local_weights = local_weights + linear.masked_fill(~far, 0.0)
 
     numerator = local_weights @ v
-    denominator = local_weights.sum(-1)
+    denominator = local_weights.sum(-1) + learned_weights.sum(-1)
     if ext.sinks is not None:
         sink_v = _to_heads(ext.sinks.v.to(dtype), heads)
         equation = "bhns,bhnsd->bhnd" if ext.segment is not None else "bhns,bhsd->bhnd"
@@ -69,14 +75,6 @@ def divide(numerator: Tensor, denominator: Tensor, query_position: Tensor) -> Te
     seen = (denominator != 0) & (query_position[:, None] >= 0)  # NaN counts as seen: it must not be hidden
     out = numerator / torch.where(seen, denominator, 1.0)[..., None]
     return torch.where(seen[..., None], out, 0.0)
-
-
-def _row_max(scores: Tensor) -> Tensor:
-    """Largest finite score of each row, 0 for rows that see nothing: [..., K] -> [..., 1]."""
-    if scores.shape[-1] == 0:
-        return scores.new_zeros(*scores.shape[:-1], 1)
-    top = scores.amax(-1, keepdim=True)
-    return torch.where(torch.isinf(top), 0.0, top)
 
 
 def _sink_scores(q: Tensor, ext: Extended, dtype: torch.dtype, heads: int) -> Tensor:

@@ -1,0 +1,62 @@
+"""`lolcats export`: write a linearized model so that others can load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lolcats.cli.load import silence
+from lolcats.cli.tables import show_bytes
+from lolcats.errors import LolcatsError
+
+Source = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="The folder of a finished run or of its model.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+FormatName = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="merged (the whole model), adapter (LoRA and feature maps only) or remote-code (the whole model, "
+        "loadable without lolcats).",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the base model is called elsewhere. Default: the recipe's model."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
+Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Also upload it to the Hugging Face hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository private if it is new.")]
+
+
+def export(
+    model: Source,
+    out: Out,
+    format_name: FormatName = "merged",
+    base: Base = None,
+    overwrite: Overwrite = False,
+    push_to_hub: Push = None,
+    private: Private = False,
+) -> None:
+    """Write a model with its card: whole, as an adapter, or with the code that runs it."""
+    if private and push_to_hub is None:
+        raise LolcatsError("--private is about the hub; give --push-to-hub USER/NAME too")
+
+    import lolcats.modeling  # noqa: F401  (teaches transformers to load linearized models)
+    from lolcats.export import export_model
+    from lolcats.export.api import check_shareable
+    from lolcats.export.hub import check_login, push_folder
+
+    silence()
+    if push_to_hub is not None:  # before anything is written
+        check_login(push_to_hub)
+        check_shareable(model, base)
+    done = export_model(
+        model, out, format_name, base=base, overwrite=overwrite, name=push_to_hub, hide_paths=push_to_hub is not None
+    )
+    share = f", {done.size / done.model_size:.1%} of the model's {show_bytes(done.model_size)}"
+    typer.echo(f"{format_name}: {done.folder}, {show_bytes(done.size)}{share if format_name == 'adapter' else ''}")
+    if push_to_hub is not None:
+        typer.echo(f"uploaded: {push_folder(done.folder, push_to_hub, private=private)}")

@@ -1,0 +1,178 @@
+"""The adapter: LoRA matrices and what the linearization added, in a folder that peft loads.
+
+peft puts every tensor of an adapter's file whose name the model knows into the model, its own layers or not. So feature
+maps, window factors and query scales lie beside the LoRA matrices in `adapter_model.safetensors`, and one
+`PeftModel.from_pretrained(converted_model, folder)` restores both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lolcats.config import FinetuneConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.export.source import Source
+from lolcats.modeling import LinearizedAttention, convert
+from lolcats.saving import RECIPE_FILE
+from lolcats.teacher import load_teacher
+from lolcats.training.checkpoint import load_tensors
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+"""What peft puts before the names of the base model's parameters."""
+NO_TARGETS = "dummy-target-modules"
+"""peft's word for an adapter without layers of its own: a run without stage 2 has feature maps only."""
+
+
+def write_adapter(source: Source, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        LolcatsError: the run trained all weights, or what it trained is not there any more.
+    """
+    finetune = source.config.finetune
+    lora = trained_lora(source) if finetune.enabled else {}
+    model = skeleton(source.model)
+    added = [f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, LinearizedAttention)
+             for p in m.attention_parameters()]  # fmt: skip
+    tensors = lora | read_tensors(source.model, added)
+    config = lora_config(finetune, model, sorted({n.partition(".lora_A.")[0] for n in lora if ".lora_A." in n}))
+    config.base_model_name_or_path = source.config.model
+    ready = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(ready, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def trained_lora(source: Source) -> dict[str, Tensor]:
+    """The LoRA matrices of a run, by the names that peft saves them under, without its prefix."""
+    if source.config.finetune.method != "lora":
+        raise LolcatsError(
+            "the run trained all weights (finetune.method=full), so there is no adapter apart from the model; "
+            "use the format merged"
+        )
+    if source.run is None:
+        raise LolcatsError(
+            f"{source.model} holds merged weights only; the adapter is made from the checkpoints of its run: "
+            "give the folder of the run"
+        )
+    best, kept = source.run.checkpoints("finetune") / "best.safetensors", source.run.adapter / WEIGHTS_FILE
+    if best.is_file():
+        tensors = {n.removeprefix("parameter:"): t for n, t in load_tensors(best)[0].items()}
+    elif kept.is_file():
+        tensors = {n.removeprefix(PREFIX): t for n, t in _read_file(kept).items()}
+    else:
+        raise LolcatsError(f"no {best}, which holds the adapter; use the format merged, or run the recipe again")
+    return {n.replace(".default.", "."): t for n, t in tensors.items() if ".lora_" in n}
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a folder without memory for its weights."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def lora_config(finetune: FinetuneConfig, model: nn.Module, targets: list[str]) -> LoraConfig:
+    """What peft needs to build the LoRA layers again; `targets` are full names of modules."""
+    modules = dict(model.named_modules())
+    if missing := [name for name in targets if name not in modules]:
+        raise LolcatsError(f"the run's checkpoint adapts {missing[0]}, which the model does not have: they differ")
+    return LoraConfig(
+        r=finetune.rank,
+        lora_alpha=finetune.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
+        lora_dropout=finetune.dropout,
+        target_modules=targets or NO_TARGETS,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+
+
+def read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """Some tensors of a saved model, the others unread.
+
+    Raises:
+        LolcatsError: a file cannot be read or a tensor is missing.
+    """
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= _read_file(file, set(names))
+    if missing := [name for name in names if name not in found]:
+        raise LolcatsError(f"{folder} has no tensor {missing[0]}; was it written by lolcats linearize?")
+    return found
+
+
+def _read_file(file: Path, wanted: set[str] | None = None) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = [n for n in tensors.keys() if wanted is None or n in wanted]  # noqa: SIM118  # not a dict
+            return {name: tensors.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise LolcatsError(f"cannot read {file}: {error}") from error
+
+
+def load_adapter(
+    source: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the base model, convert it as the adapter's recipe says, and put the adapter on it.
+
+    Args:
+        source: a folder that `lolcats export --format adapter` wrote, or the hub name of one.
+        base: the base model, as for `load_teacher`; None is the one that the adapter names.
+        dtype, device: of the base model, as for `load_teacher`.
+
+    Returns:
+        The model, with LoRA apart (`merge_and_unload()` merges it), and the base model's tokenizer.
+
+    Raises:
+        LolcatsError: no such adapter or base model, or they do not fit each other.
+    """
+    folder = _local_folder(str(source))
+    if not (folder / CONFIG_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+        raise LolcatsError(f"{source} is no exported adapter: expected {CONFIG_FILE} and {RECIPE_FILE} in it")
+    layer = load_config(folder / RECIPE_FILE).linearization
+    name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not name:
+        raise LolcatsError(f"{source} does not say what its base model is; give base=...")
+    model, tokenizer = load_teacher(name, dtype=dtype, device=device)
+    convert(model, layer.model_copy(update={"start": "paper"}))  # the start is overwritten by what was trained
+    model.config.linearization = layer.model_dump(mode="json")  # type: ignore[attr-defined]
+    return _put_adapter(model, folder, name), tokenizer
+
+
+def _put_adapter(model: PreTrainedModel, folder: Path, base: str | Path) -> PeftModel:
+    try:
+        adapter = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise LolcatsError(f"the adapter {folder} does not fit the base model {base}: {first}") from error
+    known = set(adapter.state_dict())
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        strange = [n for n in file.keys() if ".lora_" not in n and n not in known]  # noqa: SIM118  # not a dict
+    if strange:  # peft passes over what it does not know
+        raise LolcatsError(f"the adapter {folder} does not fit the base model {base}, which has no {strange[0]}")
+    return adapter
+
+
+def _local_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LolcatsError(f"no adapter {source!r}: neither a folder nor a name on the hub; {first}") from error

@@ -1,0 +1,107 @@
+"""`export_model`: one finished model, written in one of three formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from lolcats.config import dump_config
+from lolcats.errors import LolcatsError
+from lolcats.export.adapter import write_adapter
+from lolcats.export.card import Format, model_card
+from lolcats.export.folder import new_folder
+from lolcats.export.remote_code import write_code
+from lolcats.export.source import Source, is_local, last_part, open_source, without_paths
+from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+
+FORMATS: tuple[Format, ...] = ("merged", "adapter", "remote-code")
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    folder: Path
+    size: int
+    """Bytes of all files."""
+    model_size: int
+    """Bytes of the whole model's weights, to compare an adapter with."""
+
+
+def export_model(
+    source: str | Path,
+    out: str | Path,
+    format: str = "merged",
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    name: str | None = None,
+    hide_paths: bool = False,
+) -> Exported:
+    """Write a linearized model so that others can load it.
+
+    Args:
+        source: the folder of a finished run, or of the model in it.
+        out: the folder to write; it appears only when it is complete.
+        format: "merged" (the whole model), "adapter" (LoRA and what the linearization added, a peft adapter) or
+            "remote-code" (the whole model, and the code to load it without this package).
+        base: what the base model is called where the readers are; None is the recipe's `model`.
+        overwrite: replace an earlier export at `out`.
+        name: what the model card calls the exported model; None is the folder's name.
+        hide_paths: write file names instead of this machine's paths into the recipe; always so if `base` is given.
+
+    Raises:
+        LolcatsError: no such format, model or run, a place that cannot be written, or a run without an adapter.
+    """
+    if format not in FORMATS:
+        raise LolcatsError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    opened, out = open_source(Path(source)), Path(out)
+    if base is not None or hide_paths:
+        opened.config = without_paths(opened.config, base or last_part(opened.config.model))
+        opened.results = opened.results | {"model": opened.config.model}
+    keep = [opened.model] if opened.run is None else [opened.model, opened.run.path]
+    with new_folder(out, overwrite=overwrite, keep=keep) as folder:
+        write_format(opened, folder, format)
+        write_texts(opened, folder, cast(Format, format), name or out.name)
+    return Exported(out, _size(out, "*"), _size(opened.model, "*.safetensors"))
+
+
+def write_format(source: Source, folder: Path, format: str) -> None:
+    """Weights and what is needed to load them."""
+    if format == "adapter":
+        write_adapter(source, folder)
+        return
+    copy_model(source.model, folder)
+    if format == "remote-code":
+        write_code(folder)
+
+
+def copy_model(model: Path, folder: Path) -> None:
+    """Weights, configurations and tokenizer; not code, nor the card of an earlier export."""
+    for file in sorted(model.iterdir()):
+        if file.is_file() and file.suffix not in (".py", ".md") and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    for entry in ("auto_map", "_name_or_path"):
+        config.pop(entry, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_texts(source: Source, folder: Path, format: Format, name: str) -> None:
+    """Recipe, results and model card."""
+    (folder / RECIPE_FILE).write_text(dump_config(source.config))
+    (folder / RESULTS_FILE).write_text(json.dumps(source.results, indent=2) + "\n")
+    card = model_card(source.config, source.results, format, name=name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_shareable(source: str | Path, base: str | None) -> None:
+    """Raise LolcatsError if the base model has no name that readers elsewhere could know."""
+    model = base or open_source(Path(source)).config.model
+    if is_local(model) or Path(model).exists():
+        raise LolcatsError(f"the base model {model} is a path of this machine; say what it is called: --base NAME")
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in folder.glob(pattern) if file.is_file())

@@ -1,0 +1,59 @@
+"""A folder that appears complete or not at all, and replaces another only when asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lolcats.errors import LolcatsError
+from lolcats.saving import RECIPE_FILE
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool, keep: list[Path]) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place at the end.
+
+    Args:
+        out: the folder that is wanted; its parents are made.
+        overwrite: replace `out` if it is an earlier export.
+        keep: folders that must stay, with all that is in them.
+
+    Raises:
+        LolcatsError: `out` is there and may not be replaced, or the disk is full; nothing is left behind then.
+    """
+    check_place(out, overwrite, keep)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.exists():
+            os.replace(out, old)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LolcatsError(f"cannot write {out}: {reason}; nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(out: Path, overwrite: bool, keep: list[Path]) -> None:
+    """Raise LolcatsError unless `out` may be written."""
+    place = out.resolve()
+    for folder in keep:
+        if place == folder.resolve() or place in folder.resolve().parents:
+            raise LolcatsError(f"{out} holds the model that is exported; choose another folder")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not (out / RECIPE_FILE).is_file():
+        raise LolcatsError(f"{out} exists and is no export of lolcats; choose another folder")
+    if not overwrite:
+        raise LolcatsError(f"{out} already holds an export; give --overwrite to replace it, or another folder")

@@ -1,0 +1,130 @@
+"""The code beside the weights, for those who do not have this package.
+
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` copies the module named in `auto_map` and what it
+imports relatively, as flat files. So each module of the package that a linearized model needs becomes one file, its own
+source with the imports made relative. Only the settings are another class: the package's check what users write with
+pydantic, which a model that is merely loaded does not need.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING
+
+from lolcats.config import LinearizationConfig
+from lolcats.errors import LolcatsError
+
+START, SETTINGS, ENTRY = "lolcats.modeling.hf", "lolcats.config", "modeling_lolcats"
+IMPORT = re.compile(r"^(\s*)from (lolcats(?:\.\w+)*) import ", re.MULTILINE)
+REGISTRATION = "AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)\n"
+HOOK_NAME = 'NAME = "lolcats"\n'
+HEADER = "# Written by `lolcats export` from the sources of lolcats {version}, Apache License 2.0.\n"
+
+
+def write_code(folder: Path) -> None:
+    """Put the code into a model's folder and name it in its config.json.
+
+    Raises:
+        LolcatsError: config.json names a family that transformers does not know.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    family = config.get("base_model_type")
+    if family not in CONFIG_MAPPING:
+        raise LolcatsError(f"{folder / 'config.json'} has base_model_type {family!r}, which transformers does not know")
+    from lolcats import __version__  # the package itself imports this module
+
+    config_class, model_class = f"Linearized{CONFIG_MAPPING[family].__name__}", config["architectures"][0]
+    files = collect_sources()
+    files[ENTRY] = _entry_source(family, config_class, model_class)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(HEADER.format(version=__version__) + text, encoding="utf-8")
+    config["auto_map"] = {
+        "AutoConfig": f"{ENTRY}.{config_class}",
+        "AutoModelForCausalLM": f"{ENTRY}.{model_class}",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def collect_sources() -> dict[str, str]:
+    """Flat module name -> source, of every module that building and running a linearized model imports."""
+    found: dict[str, str] = {}
+    waiting = [START]
+    while waiting:
+        module = waiting.pop()
+        if flat_name(module) in found:
+            continue
+        text = settings_source() if module == SETTINGS else _read_source(module)
+        waiting += [match[2] for match in IMPORT.finditer(text)]
+        found[flat_name(module)] = IMPORT.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", text)
+    return _stand_alone(found)
+
+
+def flat_name(module: str) -> str:
+    """`lolcats.ops.types` -> `lolcats_ops_types`."""
+    return module.replace(".", "_")
+
+
+def settings_source() -> str:
+    """A plain class with the fields and defaults of `LinearizationConfig`."""
+    fields = "".join(
+        f"    {name}: Any = {field.get_default(call_default_factory=True)!r}\n"
+        for name, field in LinearizationConfig.model_fields.items()
+    )
+    return f'''"""The settings of linearized layers, as config.json holds them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class LinearizationConfig:
+{fields}
+    def model_dump(self, mode: str = "json") -> dict[str, Any]:
+        return asdict(self)
+'''
+
+
+def _read_source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        plain = isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "lolcats" for alias in node.names)
+        assert not plain, f"{module} must import from the package by `from lolcats... import`"
+        if isinstance(node, ast.ImportFrom) and node.module == SETTINGS:
+            names = {alias.name for alias in node.names}
+            assert names == {"LinearizationConfig"}, f"{module} imports {names} from {SETTINGS}"
+    return text
+
+
+def _stand_alone(files: dict[str, str]) -> dict[str, str]:
+    """Keep the code of each folder to itself: several models, of several versions, may be in one process."""
+    edits = {
+        "lolcats_modeling_hf": (REGISTRATION, ""),
+        "lolcats_modeling_masks": (HOOK_NAME, "NAME = __name__\n"),
+    }
+    for name, (old, new) in edits.items():
+        assert files[name].count(old) == 1, f"{name} has no line {old!r}"
+        files[name] = files[name].replace(old, new)
+    return files
+
+
+def _entry_source(family: str, config_class: str, model_class: str) -> str:
+    return f'''"""What config.json names: the classes of this linearized model."""
+
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from .{flat_name(START)} import linearized_config_class
+
+{config_class} = linearized_config_class(CONFIG_MAPPING["{family}"])
+{model_class} = AutoModelForCausalLM._model_mapping[{config_class}]
+for made in ({config_class}, {model_class}):
+    made.__module__ = __name__  # save_pretrained copies the file of this module and those it imports
+{config_class}.register_for_auto_class("AutoConfig")
+{model_class}.register_for_auto_class("AutoModelForCausalLM")
+'''

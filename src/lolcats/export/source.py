@@ -1,0 +1,80 @@
+"""What is exported: a finished run or a linearized model's folder, and what of its recipe others may see."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lolcats.config import RunConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.run_folder import RunFolder
+from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+
+
+@dataclass
+class Source:
+    """A linearized model on disk."""
+
+    model: Path
+    """Folder with config.json and safetensors."""
+    run: RunFolder | None
+    """The run that made it, None where only the model is there."""
+    config: RunConfig
+    results: dict[str, Any]
+
+
+def open_source(place: Path) -> Source:
+    """The model at `place`, a run's folder or a model's.
+
+    Raises:
+        LolcatsError: nothing is there, the run has not finished, or it was not made by a recipe.
+    """
+    run = next((RunFolder(p) for p in (place, place.resolve().parent) if _is_run_of(p, place)), None)
+    model = run.model if run is not None else place
+    if run is not None and not (model / "config.json").is_file():
+        raise LolcatsError(
+            f"{place} is a run without a model yet; finish it: lolcats linearize {run.config_file} --resume"
+        )
+    if not (model / "config.json").is_file():
+        raise LolcatsError(f"no linearized model or run at {place}; expected a folder that lolcats linearize wrote")
+    if not (model / RECIPE_FILE).is_file():
+        raise LolcatsError(
+            f"{model} has no {RECIPE_FILE}: without its recipe nobody could know how the model was made; "
+            "expected a folder that lolcats linearize wrote"
+        )
+    return Source(model, run, load_config(model / RECIPE_FILE), _read_json(model / RESULTS_FILE))
+
+
+def _is_run_of(folder: Path, place: Path) -> bool:
+    run = RunFolder(folder)
+    own = folder == place and not (place / "config.json").is_file()
+    return run.config_file.is_file() and (own or run.model == place.resolve())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise LolcatsError(f"{file} is not JSON: {error}") from error
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data source is a path that says something only on one machine."""
+    return name.startswith(("/", "~", ".", "\\")) or Path(name).is_absolute() or name.endswith(".gguf")
+
+
+def last_part(name: str) -> str:
+    """A path without its folders; other names as they are."""
+    return Path(name).name if is_local(name) else name
+
+
+def without_paths(config: RunConfig, base: str) -> RunConfig:
+    """The recipe as strangers may read it: `base` as its teacher, file names instead of paths."""
+    settings = config.model_dump()
+    settings["model"] = base
+    settings["runs_dir"] = RunConfig().runs_dir
+    for section in ("data", "evaluation"):
+        settings[section]["sources"] = [last_part(name) for name in settings[section]["sources"]]
+    return RunConfig.model_validate(settings)

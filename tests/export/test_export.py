@@ -1,0 +1,154 @@
+"""The merged format, the folder that is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lolcats import LolcatsError, export_model, load_config
+from lolcats.export import FORMATS
+
+from .conftest import Runs
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_merged_is_the_model_with_its_card(runs: Runs, ids: Tensor, tmp_path: Path, part: str) -> None:
+    run = runs()
+    done = export_model(run.path / part, tmp_path / "deep" / "out")
+    loaded, original = (AutoModelForCausalLM.from_pretrained(p) for p in (done.folder, run.model))
+    assert torch.equal(loaded(input_ids=ids).logits, original(input_ids=ids).logits)
+    assert (
+        AutoTokenizer.from_pretrained(done.folder).get_vocab() == AutoTokenizer.from_pretrained(run.model).get_vocab()
+    )
+    names = {p.name for p in done.folder.iterdir()}
+    assert names == {p.name for p in run.model.iterdir()} | {"README.md"}
+    assert {"generation_config.json", "lolcats_recipe.yaml", "lolcats_results.json", "tokenizer.json"} <= names
+    assert load_config(done.folder / "lolcats_recipe.yaml") == load_config(run.config_file)
+    assert json.loads((done.folder / "lolcats_results.json").read_text()) == run.results()
+    assert done.size == sum(map(len, contents(done.folder).values()))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_an_export_can_be_exported_again(runs: Runs, tmp_path: Path) -> None:
+    first = export_model(runs().path, tmp_path / "a" / "same").folder
+    second = export_model(first, tmp_path / "b" / "same").folder
+    assert contents(first) == contents(second)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_path_of_this_machine_where_the_base_is_named(runs: Runs, tmp_path: Path, format: str) -> None:
+    run = runs()
+    local = load_config(run.config_file).runs_dir
+    done = export_model(run.path, tmp_path / "out", format, base="someone/teacher")
+    files = contents(done.folder)
+    assert not [name for name, data in files.items() if local.encode() in data or str(tmp_path).encode() in data]
+    recipe = load_config(done.folder / "lolcats_recipe.yaml")
+    assert (recipe.model, recipe.data.sources) == ("someone/teacher", ["river.txt"])
+    assert b"base_model: someone/teacher" in files["README.md"]
+    assert json.loads(files["lolcats_results.json"])["model"] == "someone/teacher"
+
+
+def test_an_export_is_replaced_only_when_asked(runs: Runs, tmp_path: Path) -> None:
+    out = export_model(runs().path, tmp_path / "out", "adapter").folder
+    before = contents(out)
+    with pytest.raises(LolcatsError, match=r"already holds an export; give --overwrite"):
+        export_model(runs().path, out)
+    assert contents(out) == before
+    export_model(runs().path, out, overwrite=True)
+    assert (out / "config.json").is_file() and not (out / "adapter_config.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_export_is_never_replaced(runs: Runs, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(LolcatsError, match=r"is no export of lolcats"):
+            export_model(runs().path, tmp_path / name, overwrite=overwrite)
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert export_model(runs().path, tmp_path / "empty").size > 0
+
+
+def test_the_source_is_never_replaced(runs: Runs, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(runs().path, run)
+    before = contents(run)
+    for source in (run, run / "model"):
+        for out in (run, run / "model", run.parent, run / "model" / ".." / "model"):
+            with pytest.raises(LolcatsError, match=r"holds the model that is exported"):
+                export_model(source, out, overwrite=True)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_leaves_nothing_and_what_was_there(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    run, out = runs(), tmp_path / "out"
+    export_model(run.path, out)
+    before = contents(out)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lolcats.export.api.shutil.copyfile", full)
+    monkeypatch.setattr("lolcats.export.adapter.save_file", full)
+    for overwrite, place in ((True, out), (False, tmp_path / "new")):
+        with pytest.raises(LolcatsError, match=r"cannot write .*No space left on device; nothing was changed"):
+            export_model(run.path, place, format, overwrite=overwrite)
+    assert contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_fails_at_the_last_moment_puts_the_old_back(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = export_model(runs().path, tmp_path / "out", "adapter").folder
+    before = contents(out)
+    original = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        original(source, target)
+
+    monkeypatch.setattr("lolcats.export.folder.os.replace", fail)
+    with pytest.raises(LolcatsError, match=r"Input/output error; nothing was changed"):
+        export_model(runs().path, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(LolcatsError, match=r"unknown format 'gguf'; expected one of merged, adapter, remote-code"):
+        export_model(runs().path, tmp_path / "out", "gguf")
+    with pytest.raises(LolcatsError, match=r"no linearized model or run at .*nowhere"):
+        export_model(tmp_path / "nowhere", tmp_path / "out")
+    shutil.copytree(runs().path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
+    with pytest.raises(LolcatsError, match=r"run without a model yet; finish it: lolcats linearize .* --resume"):
+        export_model(tmp_path / "unfinished", tmp_path / "out")
+    shutil.copytree(runs().model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.yaml"))
+    with pytest.raises(LolcatsError, match=r"has no lolcats_recipe.yaml"):
+        export_model(tmp_path / "plain", tmp_path / "out")
+    shutil.copytree(runs().model, tmp_path / "broken")
+    (tmp_path / "broken" / "lolcats_results.json").write_text("{")
+    with pytest.raises(LolcatsError, match=r"lolcats_results.json is not JSON"):
+        export_model(tmp_path / "broken", tmp_path / "out")
+    adapter = export_model(runs().path, tmp_path / "adapter", "adapter").folder
+    with pytest.raises(LolcatsError, match=r"no linearized model or run at"):
+        export_model(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

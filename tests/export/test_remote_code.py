@@ -1,0 +1,198 @@
+"""Loading without the package, in a process where it cannot be imported."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from lolcats import LolcatsError, RunConfig, export_model
+from lolcats.export import remote_code
+from lolcats.saving import RECIPE_FILE, save_artefact
+
+from .conftest import Runs
+
+READER = """
+import sys
+sys.modules["lolcats"] = sys.modules["pydantic"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+def answer(model):
+    text = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    return {"logits": model(input_ids=ids).logits, "text": text, "name": type(model).__name__}
+
+folder, ids, out, again = sys.argv[1:]
+ids = torch.load(ids)
+model = load(folder)
+with torch.no_grad():
+    first = answer(model)
+    model.save_pretrained(again)
+    second = answer(load(again))
+    third = answer(model)  # two copies of the code in one process
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+words = tokenizer("the river")["input_ids"]
+try:
+    import lolcats
+except ImportError:
+    torch.save([first, second, third, words], out)
+"""
+
+
+def read_elsewhere(folder: Path, ids: Tensor, place: Path) -> list[Any]:
+    """Logits, greedy text and class name from a process without the package; the same after save_pretrained there."""
+    torch.save(ids, place / "ids.pt")
+    (place / "reader.py").write_text(READER)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("HF_")}
+    environment |= {"HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    words = [folder, place / "ids.pt", place / "answer.pt", place / "again"]
+    done = subprocess.run(
+        [sys.executable, "-I", str(place / "reader.py"), *map(str, words)],
+        env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return torch.load(place / "answer.pt")
+
+
+def check_same(model: Any, found: list[Any], ids: Tensor) -> None:
+    """What another process found is what this one computes."""
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        text = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for answer in found[:3]:
+        assert answer["name"] == type(model).__name__
+        torch.testing.assert_close(answer["logits"], expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(answer["text"], text)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [[], ["linearization.decay=gate", "linearization.state_heads=kv", "finetune.train_feature_maps=true"]],
+    ids=str,
+)
+def test_a_run_is_loaded_without_the_package(runs: Runs, ids: Tensor, tmp_path: Path, kind: list[str]) -> None:
+    run = runs(*kind)
+    folder = export_model(run.path, tmp_path / "my-model.v1", "remote-code").folder
+    found = read_elsewhere(folder, ids, tmp_path)
+    check_same(AutoModelForCausalLM.from_pretrained(run.model).eval(), found, ids)
+    assert found[3]
+
+
+def gemma() -> PreTrainedModel:
+    """Local layers between global ones, which alone are linearized."""
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+            pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def gpt2() -> PreTrainedModel:
+    """Learned positions, Conv1D layers, biases."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0,
+                                      eos_token_id=0))  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [gemma, gpt2])
+def test_other_families(build: Any, make_student: Any, tiny_tokenizer: Any, ids: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = make_student(build().eval(), window=4, sinks=1)
+    save_artefact(tmp_path / "model", student, tiny_tokenizer, RunConfig(), {})
+    folder = export_model(tmp_path / "model", tmp_path / "out", "remote-code").folder
+    check_same(student, read_elsewhere(folder, ids, tmp_path), ids)
+
+
+def test_with_the_package_its_own_code_is_used(runs: Runs, ids: Tensor, tmp_path: Path) -> None:
+    """Trusted or not; nothing of the folder is executed."""
+    folder = export_model(runs().path, tmp_path / "out", "remote-code").folder
+    (folder / "modeling_lolcats.py").write_text("raise RuntimeError('executed')\n")
+    expected = AutoModelForCausalLM.from_pretrained(runs().model)
+    for trust in (None, True, False):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+        assert type(loaded) is type(expected)
+        assert torch.equal(loaded(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_the_code_is_the_packages_own() -> None:
+    """Every file but settings and entry is a module of the package, with nothing changed but imports and two lines."""
+    files = remote_code.collect_sources()
+    assert {
+        "lolcats_modeling_hf",
+        "lolcats_modeling_attention",
+        "lolcats_ops_hybrid_api",
+        "lolcats_feature_maps",
+    } <= set(files)
+    source = Path(remote_code.__file__).parents[1]
+    different = []
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not {n.split(".")[0] for n in names} & {"lolcats", "pydantic", "yaml"}, name
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert node.module in files, (name, node.module)
+        if name == "lolcats_config":
+            continue
+        parts = name.split("_", 1)[1]
+        own = next(p for p in source.rglob("*.py") if _flat(p.relative_to(source)) == parts).read_text()
+        old, new = own.splitlines(), text.splitlines()
+        different += [line for line in set(new) - set(old) if not line.lstrip().startswith("from .")]
+        different += [line for line in set(old) - set(new) if not line.lstrip().startswith("from lolcats")]
+    assert sorted(line[:16] for line in different) == ["AutoConfig.regis", 'NAME = "lolcats"', "NAME = __name__"]
+
+
+def _flat(path: Path) -> str:
+    parts = [*path.parts[:-1], path.stem] if path.stem != "__init__" else list(path.parts[:-1])
+    return "_".join(parts)
+
+
+def test_the_settings_have_the_packages_fields_and_defaults() -> None:
+    from lolcats import LinearizationConfig
+
+    space: dict[str, Any] = {"__name__": "settings"}
+    exec(compile(remote_code.settings_source(), "settings", "exec", dont_inherit=True), space)
+    made = space["LinearizationConfig"]
+    assert made().model_dump() == LinearizationConfig().model_dump(mode="json")
+    chosen = LinearizationConfig(window=7, layers=[0, 1], sinks=2)
+    assert made(**chosen.model_dump(mode="json")).model_dump() == chosen.model_dump(mode="json")
+
+
+def test_an_unknown_family_is_refused(runs: Runs, tmp_path: Path) -> None:
+    folder = export_model(runs().path, tmp_path / "a").folder
+    config = json.loads((folder / "config.json").read_text()) | {"base_model_type": "nothing"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (folder / RECIPE_FILE).is_file()
+    with pytest.raises(LolcatsError, match=r"'nothing'"):
+        export_model(folder, tmp_path / "b", "remote-code")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_code_does_not_go_into_other_formats(runs: Runs, tmp_path: Path) -> None:
+    code = export_model(runs().path, tmp_path / "code", "remote-code").folder
+    assert "auto_map" in json.loads((code / "config.json").read_text())
+    plain = export_model(code, tmp_path / "plain").folder
+    assert not list(plain.glob("*.py"))
+    assert "auto_map" not in json.loads((plain / "config.json").read_text())
+    assert not hasattr(AutoConfig.from_pretrained(plain), "auto_map")
