@@ -39,6 +39,13 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """For modules that only look at outputs: `pytestmark = pytest.mark.usefixtures("no_gradients")`."""
+    with torch.no_grad():
+        yield
+
+
 def llama(**changes: Any) -> LlamaForCausalLM:
     """A random Llama whose attention is far from uniform; the same one for the same settings."""
     settings: dict[str, Any] = {

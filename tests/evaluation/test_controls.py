@@ -22,11 +22,7 @@ from lolcats.training import FinetuneStage
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def window_mask(length: int, window: int, sinks: int, kind: str) -> Tensor:

@@ -19,6 +19,8 @@ from lolcats.run_folder import RunFolder
 
 from .conftest import Runs
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 KINDS = [
     [],
     ["finetune.targets=all", "finetune.train_feature_maps=true"],
@@ -27,12 +29,6 @@ KINDS = [
     ["finetune.enabled=false"],
     ["transfer.enabled=false"],
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:

@@ -15,11 +15,7 @@ from lolcats.modeling import LinearizedLayer, attention_mode, state_bytes
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def filled(model: Any, ids: Tensor) -> Any:

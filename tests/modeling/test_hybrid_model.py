@@ -19,6 +19,8 @@ from lolcats.modeling import LinearizedAttention, attention_mode, convert, linea
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 LAYERS = [
     pytest.param({"window": 8}, id="sliding"),
     pytest.param({"window": 0}, id="no-window"),
@@ -33,12 +35,6 @@ LAYERS = [
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,7 @@ from lolcats.modeling import LinearizedAttention, linearized_layers
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,7 @@ from transformers import StaticCache
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize("layers", ["all", [1]], ids=str)

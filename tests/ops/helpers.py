@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lolcats.ops import HybridOutput, HybridState, hybrid_attention
 
+CAP = 0.7  # the scores of the tests are about +-1: most are bent, none is flat
 CPU_IMPLEMENTATIONS = ("reference", "chunked", "recurrent")
 
 
