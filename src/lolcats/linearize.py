@@ -90,8 +90,7 @@ def linearize(
     on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     if resume and folder.results().get("complete"):
         return folder
-    run = _prepare(config, folder, accelerator, device, console)
-    run.started = started - run.results["seconds"].get("total", 0.0)
+    run = _prepare(config, folder, accelerator, device, console, started)
     measure_teacher(run)
     transfer(run)
     finetune(run)
@@ -103,7 +102,12 @@ def linearize(
 
 
 def _prepare(
-    config: RunConfig, folder: RunFolder, accelerator: Accelerator, device: torch.device, console: Console | None
+    config: RunConfig,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    device: torch.device,
+    console: Console | None,
+    started: float,
 ) -> _Run:
     set_seed(config.seed)
     if device.type == "cuda":
@@ -132,7 +136,8 @@ def _prepare(
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
     layers = linearized_layers(model)
-    run = _Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, 0.0)
+    started -= results["seconds"].get("total", 0.0)
+    run = _Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
     run.say(
         f"{type(model).__name__}: {len(layers)} of {model.config.num_hidden_layers} layers linearized, "
         f"{len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "

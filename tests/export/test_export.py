@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_nothing_and_what_was_there(
     monkeypatch.setattr("lolcats.export.api.shutil.copyfile", full)
     monkeypatch.setattr("lolcats.export.adapter.save_file", full)
     for overwrite, place in ((True, out), (False, tmp_path / "new")):
-        with pytest.raises(LolcatsError, match=r"cannot write .*No space left on device; nothing was changed"):
+        with pytest.raises(LolcatsError, match=r"cannot write .*No space left on device; .*untouched"):
             export_model(run.path, place, format, overwrite=overwrite)
     assert contents(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -127,8 +127,8 @@ def test_a_replacement_that_fails_at_the_last_moment_puts_the_old_back(
             raise OSError(5, "Input/output error")
         original(source, target)
 
-    monkeypatch.setattr("lolcats.export.folder.os.replace", fail)
-    with pytest.raises(LolcatsError, match=r"Input/output error; nothing was changed"):
+    monkeypatch.setattr("lolcats.saving.os.replace", fail)
+    with pytest.raises(LolcatsError, match=r"Input/output error; what was there before is untouched"):
         export_model(runs().path, out, overwrite=True)
     assert contents(out) == before
 

@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from lolcats.config import FinetuneConfig, load_config
+from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.export.source import Source
 from lolcats.modeling import LinearizedAttention, convert
 from lolcats.saving import RECIPE_FILE
 from lolcats.teacher import load_teacher
 from lolcats.training.checkpoint import load_tensors
+from lolcats.training.finetune import lora_config
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -46,7 +46,12 @@ def write_adapter(source: Source, folder: Path) -> None:
     added = [f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, LinearizedAttention)
              for p in m.attention_parameters()]  # fmt: skip
     tensors = lora | read_tensors(source.model, added)
-    config = lora_config(finetune, model, sorted({n.partition(".lora_A.")[0] for n in lora if ".lora_A." in n}))
+    targets = sorted({n.partition(".lora_A.")[0] for n in lora if ".lora_A." in n})
+    if missing := set(targets) - {n for n, _ in model.named_modules()}:
+        raise LolcatsError(f"the run's checkpoint adapts {min(missing)}, which the model does not have: they differ")
+    config = lora_config(model, finetune, targets)
+    config.target_modules = targets or NO_TARGETS
+    config.inference_mode = True
     config.base_model_name_or_path = source.config.model
     ready = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(ready, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -80,22 +85,6 @@ def skeleton(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def lora_config(finetune: FinetuneConfig, model: nn.Module, targets: list[str]) -> LoraConfig:
-    """What peft needs to build the LoRA layers again; `targets` are full names of modules."""
-    modules = dict(model.named_modules())
-    if missing := [name for name in targets if name not in modules]:
-        raise LolcatsError(f"the run's checkpoint adapts {missing[0]}, which the model does not have: they differ")
-    return LoraConfig(
-        r=finetune.rank,
-        lora_alpha=finetune.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
-        lora_dropout=finetune.dropout,
-        target_modules=targets or NO_TARGETS,
-        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
 
 
 def read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from lolcats.errors import LolcatsError
-from lolcats.saving import RECIPE_FILE
+from lolcats.saving import RECIPE_FILE, atomic_folder
 
 
 @contextmanager
@@ -27,22 +23,8 @@ def new_folder(out: Path, *, overwrite: bool, keep: list[Path]) -> Iterator[Path
         LolcatsError: `out` is there and may not be replaced, or the disk is full; nothing is left behind then.
     """
     check_place(out, overwrite, keep)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(out) as temporary:
         yield temporary
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise LolcatsError(f"cannot write {out}: {reason}; nothing was changed") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_place(out: Path, overwrite: bool, keep: list[Path]) -> None:

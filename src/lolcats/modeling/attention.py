@@ -153,13 +153,17 @@ class LinearizedAttention(nn.Module):
 
     def features(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """phi_q [B, H, N, F], phi_k [B, H or KV, N, F], window factor [H], log decay [B, H, N] of the present mode."""
-        phi_q, phi_k = self.query_features(call.q), self.feature_k(call.k)
-        factor = self.window_factor
+        phi_q, factor, log_decay = self._query_side(call)
+        return phi_q, self.feature_k(call.k), factor, log_decay
+
+    def _query_side(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`features` without phi_k: decoding maps keys when they leave the window, not when they come."""
+        phi_q, factor = self.query_features(call.q), self.window_factor
         if self.mode == "window_only":
             phi_q = torch.zeros_like(phi_q)
         elif self.mode == "linear_only":
             factor = torch.full_like(factor, -torch.inf)
-        return phi_q, phi_k, factor, self.log_decay(call.hidden)
+        return phi_q, factor, self.log_decay(call.hidden)
 
     def query_features(self, q: Tensor) -> Tensor:
         """phi_q(q), scaled for each head: the scale sets the share of the linear half."""
@@ -237,7 +241,7 @@ class LinearizedAttention(nn.Module):
         state = layer.state
         assert state is not None
         settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
-        phi_q, _, factor, log_decay = self.features(call)
+        phi_q, factor, log_decay = self._query_side(call)
         leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
         with torch.autocast(call.q.device.type, enabled=False):
             padding = call.facts.padding

@@ -134,16 +134,22 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     Raises:
         LolcatsError: a name in `config.targets` is no linear layer of the model.
     """
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
-        lora_dropout=config.dropout,
-        target_modules=lora_targets(model, config.targets),
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-    )
+    lora = lora_config(model, config, lora_targets(model, config.targets))
     adapter = get_peft_model(model, lora)
     assert isinstance(adapter, PeftModel)
     return adapter
+
+
+def lora_config(model: nn.Module, config: FinetuneConfig, targets: list[str]) -> LoraConfig:
+    """What peft needs to put LoRA layers on `targets`, full names of linear layers of `model`."""
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+        task_type="CAUSAL_LM",
+    )
 
 
 def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
