@@ -1,6 +1,7 @@
-"""Tokens a second of both training stages.
+"""Tokens a second of both training stages, with the settings of a recipe.
 
-python benchmarks/training.py [--model demo] [--device cuda] [--length 2048] [--sequences 8] [--steps 4] [--plain]
+python benchmarks/training.py [--recipe recommended] [--model demo] [--device cuda] [--length 2048] [--sequences 8]
+    [--steps 4] [--plain]
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 import torch
 
 import lolcats
-from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.device import describe_device
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
 
@@ -42,6 +43,7 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="recommended", help="a shipped recipe or a YAML file")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, default=2048)
@@ -52,13 +54,14 @@ def main() -> None:
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
     model, _ = lolcats.load_teacher(args.model, dtype=torch.bfloat16, device=device)
-    lolcats.convert(model, lolcats.LinearizationConfig(sinks=4))
+    recipe = lolcats.load_config(args.recipe)
+    lolcats.convert(model, recipe.linearization.model_copy(update={"start": "paper"}))  # no text here to match
     for layer in lolcats.linearized_layers(model):
         layer.impl = "compiled" if device.type == "cuda" and not args.plain else layer.eager_impl
     shape = (args.sequences, args.length)
-    print(f"transfer {speed(TransferStage(model, TransferConfig()), device, shape, args.steps):,.0f} tokens/s")
-    config = FinetuneConfig(rank=16, train_feature_maps=True, kl_factor=1.0, cross_entropy_factor=0.0)
-    print(f"finetune {speed(FinetuneStage(model, config), device, shape, args.steps):,.0f} tokens/s")
+    print(f"{args.recipe} {args.sequences} x {args.length}, {describe_device(device)}, torch {torch.__version__}")
+    print(f"transfer {speed(TransferStage(model, recipe.transfer), device, shape, args.steps):,.0f} tokens/s")
+    print(f"finetune {speed(FinetuneStage(model, recipe.finetune), device, shape, args.steps):,.0f} tokens/s")
 
 
 if __name__ == "__main__":
