@@ -1,7 +1,7 @@
 """Tokens a second of both training stages, with the settings of a recipe.
 
 python benchmarks/training.py [--recipe recommended] [--model demo] [--device cuda] [--length 2048] [--sequences 8]
-    [--steps 4] [--plain]
+    [--steps 4] [--impl auto]
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--plain", action="store_true", help="do not compile")
+    parser.add_argument(
+        "--impl", default="auto", help="implementation of the attention: auto, triton, compiled, chunked"
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
@@ -57,9 +59,10 @@ def main() -> None:
     recipe = lolcats.load_config(args.recipe)
     lolcats.convert(model, recipe.linearization.model_copy(update={"start": "paper"}))  # no text here to match
     for layer in lolcats.linearized_layers(model):
-        layer.impl = "compiled" if device.type == "cuda" and not args.plain else layer.eager_impl
+        layer.impl = args.impl
     shape = (args.sequences, args.length)
-    print(f"{args.recipe} {args.sequences} x {args.length}, {describe_device(device)}, torch {torch.__version__}")
+    where = f"{describe_device(device)}, torch {torch.__version__}"
+    print(f"{args.recipe}, {args.impl}, {args.sequences} x {args.length}, {where}")
     print(f"transfer {speed(TransferStage(model, recipe.transfer), device, shape, args.steps):,.0f} tokens/s")
     print(f"finetune {speed(FinetuneStage(model, recipe.finetune), device, shape, args.steps):,.0f} tokens/s")
 

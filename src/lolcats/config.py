@@ -46,7 +46,7 @@ class LinearizationConfig(_Section):
     sinks: Count = 0  # first tokens of the text that always keep softmax attention
     state_heads: Literal["query", "kv"] = "query"  # one linear state a query head, or one a key/value head
     layers: Literal["all"] | list[int] | float = "all"  # indices (negative from the end), or a fraction in (0, 1]
-    impl: Literal["auto", "reference", "chunked", "recurrent"] = "auto"
+    impl: Literal["auto", "triton", "chunked", "recurrent", "reference"] = "auto"
     start: Literal["paper", "matched"] = "paper"
     decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay a head
 

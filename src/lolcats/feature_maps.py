@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from lolcats.ops.maps import MapWeights, hedgehog, project, t2r
+
 
 class FeatureMap(nn.Module):
     """Base: maps x [B, h, N, D] to features [B, heads, N, F].
@@ -69,8 +71,7 @@ class _Projected(FeatureMap):
 
     def project(self, x: Tensor) -> Tensor:
         """xW: [B, h, N, D] -> [B, heads, N, f]."""
-        weight = self.weight.to(x.dtype).unflatten(0, (x.shape[1], -1))  # [h, heads / h, D, f]
-        return (x[:, :, None] @ weight).flatten(1, 2)
+        return project(x, self.weight)
 
 
 class Hedgehog(_Projected):
@@ -81,8 +82,7 @@ class Hedgehog(_Projected):
         return 2 * self.feature_size
 
     def phi(self, x: Tensor) -> Tensor:
-        y = self.project(x)
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(1e-12)
+        return hedgehog(self.project(x))
 
 
 class T2R(_Projected):
@@ -97,7 +97,7 @@ class T2R(_Projected):
         return self.feature_size
 
     def phi(self, x: Tensor) -> Tensor:
-        return (self.project(x) + self.bias[:, None].to(x.dtype)).relu()
+        return t2r(self.project(x), self.bias)
 
 
 class ExpDim(_Projected):
@@ -133,6 +133,15 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "relu": Relu,
     "exp_dim": ExpDim,
 }
+
+
+def map_weights(feature_q: FeatureMap, feature_k: FeatureMap, log_scale: Tensor | None) -> MapWeights | None:
+    """The two maps as the weights that `mapped_attention` takes; None where they are not of a kind that it knows."""
+    if isinstance(feature_q, Hedgehog) and isinstance(feature_k, Hedgehog):
+        return MapWeights("hedgehog", feature_q.weight, feature_k.weight, log_scale=log_scale)
+    if isinstance(feature_q, T2R) and isinstance(feature_k, T2R):
+        return MapWeights("t2r", feature_q.weight, feature_k.weight, feature_q.bias, feature_k.bias, log_scale)
+    return None
 
 
 def build_feature_map(name: str, heads: int, head_dim: int, feature_size: int | None = None) -> FeatureMap:

@@ -25,6 +25,7 @@ from lolcats.generation import sample
 from lolcats.modeling import attention_mode, convert, linearized_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
+from lolcats.ops import kernels_available
 from lolcats.processes import on_main_process
 from lolcats.run_folder import RunFolder
 from lolcats.saving import save_artefact
@@ -262,7 +263,8 @@ def _store(results: dict[str, Any], name: str, score: Measurement) -> None:
 
 
 def _use_compiled(run: _Run, setting: str | bool) -> None:
-    """Compile the layers' attention for training where that pays: on a GPU."""
-    wanted = run.accelerator.device.type == "cuda" if setting == "auto" else setting
+    """Compile the layers' attention for training where that pays: on a GPU that the kernels do not know."""
+    device = run.accelerator.device
+    wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
     for layer in linearized_layers(run.model):
         layer.impl = "compiled" if wanted else layer.eager_impl

@@ -105,8 +105,7 @@ def test_segments_and_initial_state() -> None:
 
 
 def test_resolve_impl() -> None:
-    assert resolve_impl("auto") == "chunked"
-    assert [resolve_impl(name) for name in IMPLEMENTATIONS] == list(IMPLEMENTATIONS)
+    assert [resolve_impl(name) for name in ("auto", *IMPLEMENTATIONS)] == ["auto", *IMPLEMENTATIONS]
     with pytest.raises(ValueError, match="'recurrent'"):
         resolve_impl("Recurrent")
 

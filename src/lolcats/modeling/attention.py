@@ -19,11 +19,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
-from lolcats.feature_maps import FeatureMap
+from lolcats.feature_maps import FeatureMap, map_weights
 from lolcats.modeling.cache import LinearizedLayer, linearized_layer, own_column, to_device
 from lolcats.modeling.masks import NAME, TokenFacts, read_mask, softmax_mask
 from lolcats.modeling.softmax import capped_softmax
-from lolcats.ops import HybridState, hybrid_attention
+from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention
 from lolcats.ops.hybrid import hybrid_step, leaving_keys
 from lolcats.ops.hybrid.layout import Settings
 
@@ -158,12 +158,13 @@ class LinearizedAttention(nn.Module):
 
     def _query_side(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """`features` without phi_k: decoding maps keys when they leave the window, not when they come."""
-        phi_q, factor = self.query_features(call.q), self.window_factor
+        phi_q = self.query_features(call.q)
         if self.mode == "window_only":
             phi_q = torch.zeros_like(phi_q)
-        elif self.mode == "linear_only":
-            factor = torch.full_like(factor, -torch.inf)
-        return phi_q, factor, self.log_decay(call.hidden)
+        return phi_q, self._factor(), self.log_decay(call.hidden)
+
+    def _factor(self) -> Tensor:
+        return torch.full_like(self.window_factor, -torch.inf) if self.mode == "linear_only" else self.window_factor
 
     def query_features(self, q: Tensor) -> Tensor:
         """phi_q(q), scaled for each head: the scale sets the share of the linear half."""
@@ -185,19 +186,21 @@ class LinearizedAttention(nn.Module):
 
     def linear_attention(self, call: AttentionCall) -> Tensor:
         """Linear attention alone, over all keys, as if there were no window: a target of attention transfer."""
-        phi_q, phi_k, factor, log_decay = self.features(call)
-        return hybrid_attention(
-            call.q, call.k, call.v, phi_q, phi_k, factor, window=0, log_decay=log_decay, impl=self._plain_impl(),
-            attention_mask=call.facts.padding, segment_ids=call.facts.segments,
-        ).out  # fmt: skip
+        return self._attend(call, window=0, segment_ids=call.facts.segments).out
 
     def _hybrid(self, call: AttentionCall) -> Tensor:
-        phi_q, phi_k, factor, log_decay = self.features(call)
-        out = hybrid_attention(
-            call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, impl=self._plain_impl(),
-            attention_mask=call.facts.padding, segment_ids=call.facts.segments, **self.options(call),
-        ).out  # fmt: skip
+        out = self._attend(call, segment_ids=call.facts.segments, **self.options(call)).out
         return torch.zeros_like(out) if self.mode == "no_attention" else out
+
+    def _attend(self, call: AttentionCall, **options: Any) -> HybridOutput:
+        options.update(attention_mask=call.facts.padding, impl=self._plain_impl())
+        maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
+        if maps is None or self.mode == "window_only":
+            phi_q, phi_k, factor, log_decay = self.features(call)
+            return hybrid_attention(call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, **options)
+        return mapped_attention(
+            call.q, call.k, call.v, maps, self._factor(), log_decay=self.log_decay(call.hidden), **options
+        )
 
     def _plain_impl(self) -> str:
         # Compilation is for training on equal shapes; prompts differ in length.
@@ -216,14 +219,10 @@ class LinearizedAttention(nn.Module):
         }
 
     def _prefill(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
-        phi_q, phi_k, factor, log_decay = self.features(call)
         state = layer.state
         if state is not None:
             state = state._replace(window=state.window._replace(phi_k=self._ring_features(state)))
-        result = hybrid_attention(
-            call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, impl=self._plain_impl(),
-            attention_mask=call.facts.padding, initial_state=state, return_state=True, **self.options(call),
-        )  # fmt: skip
+        result = self._attend(call, initial_state=state, return_state=True, **self.options(call))
         assert result.state is not None
         kept = result.state._replace(window=result.state.window._replace(phi_k=None))
         layer.advance(kept, call.q.shape[2])

@@ -1,6 +1,14 @@
 """Hybrid attention: softmax over a window (and sinks), a learned linear attention over the rest, one denominator."""
 
-from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, resolve_impl
+from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, kernels_available, mapped_attention, resolve_impl
 from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
 
-__all__ = ["IMPLEMENTATIONS", "hybrid_attention", "hybrid_step", "leaving_keys", "resolve_impl"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "hybrid_attention",
+    "hybrid_step",
+    "kernels_available",
+    "leaving_keys",
+    "mapped_attention",
+    "resolve_impl",
+]

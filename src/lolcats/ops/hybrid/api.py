@@ -1,8 +1,12 @@
-"""`hybrid_attention`: checks its arguments and calls one implementation."""
+"""`hybrid_attention` and `mapped_attention`: check their arguments and call one implementation."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,27 +15,64 @@ from lolcats.ops.hybrid.chunked import chunked_attention, compiled_attention
 from lolcats.ops.hybrid.layout import Inputs, Settings
 from lolcats.ops.hybrid.recurrent import recurrent_attention
 from lolcats.ops.hybrid.reference import reference_attention
+from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, HybridState, ring_slots
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The module of the Triton kernels, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    # By name: a plain import would make Triton a requirement of the code that `lolcats export` writes.
+    return importlib.import_module("lolcats.ops.hybrid.kernels.attention")
+
+
+def _triton(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+    return _kernels().kernel_attention(inputs, settings, return_state)
+
 
 IMPLEMENTATIONS: dict[str, Callable[[Inputs, Settings, bool], HybridOutput]] = {
     "reference": reference_attention,
     "chunked": chunked_attention,
     "recurrent": recurrent_attention,
     "compiled": compiled_attention,
+    "triton": _triton,
 }
 
 
 def resolve_impl(impl: str) -> str:
-    """Name of the implementation that `impl` stands for ("auto" is "chunked").
+    """`impl` itself, if it is a name of an implementation or "auto".
 
     Raises:
-        ValueError: `impl` is not "auto" or one of `IMPLEMENTATIONS`.
+        ValueError: `impl` is not "auto" or one of `IMPLEMENTATIONS`, or Triton is asked for and not installed.
     """
-    if impl == "auto":
-        return "chunked"
-    if impl not in IMPLEMENTATIONS:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, IMPLEMENTATIONS))}; got {impl!r}")
+    if impl == "triton" and _kernels() is None:
+        raise ValueError("impl 'triton' needs the package triton, which is not installed here")
     return impl
+
+
+def kernels_available(device: torch.device) -> bool:
+    """Whether "auto" means the Triton kernels on `device`."""
+    return device.type == "cuda" and _kernels() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _choose(impl: str, inputs: Inputs, maps: MapWeights | None, return_state: bool) -> str:
+    """The implementation of one call: kernels on a GPU where they can, else the chunked form."""
+    impl = resolve_impl(impl)
+    if impl not in ("auto", "triton"):
+        return impl
+    # Kernels are for eager code: under torch.compile the chunked form is what its compiler can work on.
+    if impl == "auto" and (inputs.q.device.type != "cuda" or torch.compiler.is_compiling() or _kernels() is None):
+        return "chunked"
+    reason = _kernels().refusal(inputs, maps, return_state)
+    if reason is None:
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f"impl 'triton' cannot run this call: {reason}; use impl 'auto'")
+    return "chunked"
 
 
 def hybrid_attention(
@@ -79,27 +120,96 @@ def hybrid_attention(
         initial_state: the `state` of an earlier call on the tokens before these.
         return_state: also return the state after the last token.
         impl: "reference" (quadratic), "chunked" (linear in N), "recurrent" (a step a token), "compiled" (chunked
-            under torch.compile) or "auto".
+            under torch.compile), "triton" (kernels, on CUDA devices) or "auto": "triton" where it can run the call
+            and nothing is being compiled, else "chunked". The kernels sum in float32; of tied largest scores the first
+            takes the whole gradient of m.
 
     Raises:
         ValueError: a shape, a number or a name that does not fit; the message says what was expected.
     """
-    run = IMPLEMENTATIONS[resolve_impl(impl)]
     _check_shapes(q, k, v, phi_q, phi_k, window_factor)
-    _check_numbers(window, window_kind, sinks, softcap)
-    _check_optional(q, log_decay, sink_logits, attention_mask, segment_ids, initial_state, return_state)
-    if initial_state is not None:
-        _check_state(initial_state, q, ring_slots(window, window_kind), sinks, log_decay is not None)
     if log_decay is not None and phi_k.shape[1] != q.shape[1]:  # one decay a query head needs one state a query head
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
-    if segment_ids is not None:
-        segment_ids = _number_runs(segment_ids)
     settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     inputs = Inputs(
         q, k, v, phi_q, phi_k, window_factor, log_decay, attention_mask, segment_ids, initial_state, sink_logits
     )
+    inputs = _checked(inputs, settings, return_state)
     with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
-        return run(inputs, settings, return_state)
+        return IMPLEMENTATIONS[_choose(impl, inputs, None, return_state)](inputs, settings, return_state)
+
+
+def mapped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: MapWeights,
+    window_factor: Tensor,
+    *,
+    window: int = 64,
+    window_kind: str = "sliding",
+    sinks: int = 0,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    initial_state: HybridState | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> HybridOutput:
+    """`hybrid_attention` of phi_q = maps.phi_q(q) and phi_k = maps.phi_k(k), with gradients for the maps' weights.
+
+    The kernels ("triton") make the features themselves, so that they are never in memory; every other implementation
+    gets them made before, which is also what this function is defined as. The state's ring may lack `phi_k`, and does
+    in the state that the kernels return.
+
+    Args:
+        maps: weights of the feature maps, see `lolcats.ops.maps`.
+        q, k, v and all others: as in `hybrid_attention`.
+
+    Raises:
+        ValueError: as in `hybrid_attention`.
+    """
+    options: dict[str, Any] = {
+        "window": window, "window_kind": window_kind, "sinks": sinks, "log_decay": log_decay, "scale": scale,
+        "softcap": softcap, "sink_logits": sink_logits, "attention_mask": attention_mask, "segment_ids": segment_ids,
+        "return_state": return_state,
+    }  # fmt: skip
+    settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    inputs = Inputs(
+        q, k, v, q, k, window_factor, log_decay, attention_mask, segment_ids, initial_state, sink_logits
+    )  # with q and k in the place of their features
+    impl = _choose(impl, inputs, maps, return_state)
+    if impl == "triton" and _kernels().fits(q, maps):
+        _check_shapes(q, k, v, q, k, window_factor)
+        _check_maps(maps, q, k)
+        inputs = _checked(inputs, settings, return_state)
+        with torch.autocast(q.device.type, enabled=False):
+            return _kernels().kernel_attention(inputs, settings, return_state, maps)
+    phi_q, phi_k = maps.phi_q(q), maps.phi_k(k)
+    if initial_state is not None and initial_state.window.phi_k is None:
+        held = maps.phi_k(initial_state.window.k)
+        if log_decay is not None:
+            held = held.repeat_interleave(q.shape[1] // held.shape[1], 1)
+        initial_state = initial_state._replace(window=initial_state.window._replace(phi_k=held))
+    return hybrid_attention(q, k, v, phi_q, phi_k, window_factor, initial_state=initial_state, impl=impl, **options)
+
+
+def _checked(inputs: Inputs, settings: Settings, return_state: bool) -> Inputs:
+    """Check all but the shapes of the tokens; number the segments."""
+    q, state = inputs.q, inputs.state
+    _check_numbers(settings.window, settings.window_kind, settings.sinks, settings.softcap)
+    _check_optional(
+        q, inputs.log_decay, inputs.sink_logits, inputs.attention_mask, inputs.segment_ids, state, return_state
+    )
+    if state is not None:
+        slots = ring_slots(settings.window, settings.window_kind)
+        _check_state(state, q, slots, settings.sinks, inputs.log_decay is not None, inputs.phi_k is not inputs.k)
+    if inputs.segment_ids is not None:
+        inputs = inputs._replace(segment_ids=_number_runs(inputs.segment_ids))
+    return inputs
 
 
 def _number_runs(segment_ids: Tensor) -> Tensor:
@@ -127,6 +237,15 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor,
     allowed = [(batch, h, n, features) for h in (heads, kv_heads)]
     _expect(tuple(phi_k.shape) in allowed, f"phi_k {allowed[0]} or {allowed[1]}", tuple(phi_k.shape))
     _expect(window_factor.shape == (heads,), f"window_factor ({heads},)", tuple(window_factor.shape))
+
+
+def _check_maps(maps: MapWeights, q: Tensor, k: Tensor) -> None:
+    heads, kv_heads, size = q.shape[1], k.shape[1], q.shape[3]
+    _expect(maps.q.ndim == 3 and maps.k.ndim == 3, "maps with weights [heads, D, f]", (maps.q.shape, maps.k.shape))
+    width = maps.q.shape[2]
+    _expect(tuple(maps.q.shape) == (heads, size, width), f"maps.q ({heads}, {size}, f)", tuple(maps.q.shape))
+    allowed = [(h, size, width) for h in (heads, kv_heads)]
+    _expect(tuple(maps.k.shape) in allowed, f"maps.k {allowed[0]} or {allowed[1]}", tuple(maps.k.shape))
 
 
 def _check_numbers(window: int, window_kind: str, sinks: int, softcap: float | None) -> None:
@@ -159,11 +278,11 @@ def _check_optional(
         _expect(alone, "segment_ids without attention_mask, initial_state or return_state", "a combination")
 
 
-def _check_state(state: HybridState, q: Tensor, slots: int, sinks: int, decays: bool) -> None:
+def _check_state(state: HybridState, q: Tensor, slots: int, sinks: int, decays: bool, features: bool) -> None:
     batch = q.shape[0]
     _expect(state.length.shape == (batch,), f"a state for a batch of {batch}", tuple(state.length.shape))
     _expect(state.window.k.shape[2] == slots, f"a state with {slots} window slots", state.window.k.shape[2])
     held = 0 if state.sinks is None else state.sinks.k.shape[2]
     _expect(held == sinks, f"a state with {sinks} sinks", held)
-    _expect(state.window.phi_k is not None, "a state whose window holds phi_k", "none")
+    _expect(not features or state.window.phi_k is not None, "a state whose window holds phi_k", "none")
     _expect((state.window.log_decay is not None) == decays, f"a state {'with' if decays else 'without'} decay", "other")

@@ -151,12 +151,20 @@ def sink_mask(query: Tensor, sinks: int) -> Tensor:
     return torch.arange(sinks, device=query.device) <= query
 
 
-def final_state(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dtype) -> HybridState:
-    """The state after the last token of the extended sequence."""
-    last = ext.length[:, None] - 1
-    position = ext.position.expand(last.shape[0], -1)
-    left = (position >= 0) & ~in_window(last, position, settings)
-    linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= settings.sinks, dtype)
+def left_window(ext: Extended, settings: Settings) -> Tensor:
+    """Tokens [B, T] that have left the window after the last one."""
+    position = ext.position.expand(ext.length.shape[0], -1)
+    return (position >= 0) & ~in_window(ext.length[:, None] - 1, position, settings)
+
+
+def final_state(
+    inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dtype, linear: LinearState | None = None
+) -> HybridState:
+    """The state after the last token of the extended sequence; its sums are `linear` where the caller has them."""
+    left = left_window(ext, settings)
+    position = ext.position.expand(left.shape[0], -1)
+    if linear is None:
+        linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= settings.sinks, dtype)
     # Stable sort by "is kept" right-aligns what stays, whatever side the padding was on.
     kept = (position >= 0) & ~left
     slots = ring_slots(settings.window, settings.window_kind)
