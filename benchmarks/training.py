@@ -15,20 +15,22 @@ import lolcats
 from lolcats.device import describe_device
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
+from lolcats.training.graphs import EAGER_STEPS, GraphedStage
 
 
 def speed(stage: TransferStage | FinetuneStage, device: torch.device, shape: tuple[int, int], steps: int) -> float:
-    """Tokens a second over `steps` steps of random tokens [sequences, length], after two to warm up."""
+    """Tokens a second over `steps` steps of random tokens [sequences, length], as `train` takes them, once warm."""
+    runner = GraphedStage(stage) if device.type == "cuda" else stage
     optimizer = torch.optim.AdamW(list(stage.parameters().values()), lr=1e-3, fused=device.type == "cuda")
     ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0)).to(device)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
     start = 0.0
-    for step in range(steps + 2):
-        if step == 2:
+    for step in range(steps + EAGER_STEPS + 1):
+        if step == EAGER_STEPS + 1:
             _wait(device)
             start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
-            stage.backward(batch, 1.0)
+            runner.backward(batch, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     _wait(device)

@@ -100,6 +100,7 @@ class OptimConfig(_Section):
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # plateau multiplies lr by this ...
     plateau_patience: Count = 2  # ... after this many validations without a gain
     compile: Literal["auto"] | bool = "auto"
+    cuda_graph: bool = True  # on CUDA devices, record a step once and replay it
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:

@@ -13,12 +13,13 @@ from torch import Tensor
 from lolcats.ops import MapWeights
 
 pytestmark = pytest.mark.gpu
-MARGIN = 1.25  # how much larger than that of the same maths in eager low precision the error may be
-FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-3}
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # of one number, fp32: of a sum
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / (want.double().norm() + 1e-3))
+    """Error relative to the numbers, or to 0.2 where they are smaller: gradients that come in are about 1."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / (want.norm() + 0.2 * want.numel() ** 0.5))
 
 
 def leaves_of(tensors: Tensors, maps: MapWeights) -> list[Tensor]:
@@ -33,7 +34,9 @@ def outcome(tensors: Tensors, maps: MapWeights, case: Case, impl: str, **options
     return [out, *torch.autograd.grad((out.float() * weight).sum(), leaves_of(tensors, maps))]
 
 
-def inputs(case: Case, kind: str, dtype: torch.dtype, like: tuple[Tensors, MapWeights] | None = None) -> Any:
+def inputs(
+    case: Case, kind: str, dtype: torch.dtype, like: tuple[Tensors, MapWeights] | None = None
+) -> tuple[Tensors, MapWeights]:
     """Inputs in `dtype` (parameters at least float32), equal to those of `like` where given."""
     tensors, maps = like or (make(case, torch.float32), map_weights(kind, case, torch.float32))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -52,12 +55,11 @@ def inputs(case: Case, kind: str, dtype: torch.dtype, like: tuple[Tensors, MapWe
 def check(case: Case, kind: str, dtype: torch.dtype, **options: Any) -> None:
     low = inputs(case, kind, dtype)
     exact = inputs(case, kind, torch.float64, (low[0].map(lambda x: x.cpu()), map_weights(kind, case, torch.float32)))
-    want = outcome(*exact, case, "reference", **options)
-    got, eager = (outcome(*low, case, impl, **options) for impl in ("triton", "chunked"))
-    del eager  # sums in float32 throughout: its error is no measure for products of low precision
+    want = outcome(exact[0], exact[1], case, "reference", **options)
+    got = outcome(low[0], low[1], case, "triton", **options)
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         error = relative(a, b)
-        assert error <= MARGIN * 2 * FLOOR[dtype], f"result {index} of {case}: {error:.2e}"
+        assert error <= 2 * ROUNDING[dtype], f"result {index} of {case}: {error:.2e}"
 
 
 SIZES = [(64, 64), (80, 40), (96, 96), (128, 64), (32, 32)]
@@ -87,10 +89,9 @@ def test_types(dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
 def test_windows(window: int, kind: str) -> None:
     window = max(window, 1) if kind == "terraced" else window
-    check(
-        Case(700, window, kind, 2, window != 16, "kv", 2, 2, 1, 64, 64, 64, 5.0 if window == 16 else None, window == 100),
-        "hedgehog", torch.bfloat16,
-    )  # fmt: skip
+    cap = 5.0 if window == 16 else None
+    case = Case(700, window, kind, 2, window != 16, "kv", 2, 2, 1, 64, 64, 64, cap, window == 100)
+    check(case, "hedgehog", torch.bfloat16)
 
 
 def test_packed_documents() -> None:
@@ -106,11 +107,11 @@ def test_large_heads(size: tuple[int, int], dtype: torch.dtype) -> None:
     case = Case(300, 64, sinks=2, groups=2, kv_heads=1, batch=1, size=size[0], value_size=size[1], features=256)
     tensors = make(case, torch.float32).map(lambda x: x.detach() / 4).map(lambda x: x.cuda().to(dtype))
     got = run(tensors, case, "triton").out
-    assert relative(got, run(tensors.to(torch.float64), case, "reference").out) <= 2.5 * FLOOR[dtype]
+    assert relative(got, run(tensors.to(torch.float64), case, "reference").out) <= 2 * ROUNDING[dtype]
 
 
 def test_same_numbers_again() -> None:
     case = Case(1000, 64, sinks=2, groups=3, size=64, value_size=64, features=64)
     low = inputs(case, "hedgehog", torch.bfloat16)
-    first, second = (outcome(*low, case, "triton") for _ in range(2))
+    first, second = (outcome(low[0], low[1], case, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -66,7 +66,7 @@ class FinetuneStage:
         """Tokens whose loss counts in a batch."""
         return int((self._labels(batch) != -100).sum())
 
-    def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
+    def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
         loss, parts = self._loss(batch)
         (loss * share).backward()
@@ -103,9 +103,12 @@ class FinetuneStage:
             with torch.no_grad(), self._as_teacher() as teacher:
                 teacher_hidden = teacher.base_model(**inputs).last_hidden_state
         hidden = self.model.base_model(**inputs).last_hidden_state
-        c = self.config
-        labels = self._labels(batch)
-        return next_token_loss(self.model, hidden, labels, teacher_hidden, c.cross_entropy_factor, c.kl_factor)
+        c, labels = self.config, self._labels(batch)
+        plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row
+        if plain:
+            hidden, labels = hidden[:, :-1], labels[:, :-1]
+            teacher_hidden = None if teacher_hidden is None else teacher_hidden[:, :-1]
+        return next_token_loss(self.model, hidden, labels, teacher_hidden, c.cross_entropy_factor, c.kl_factor, plain)
 
     def _labels(self, batch: Batch) -> Tensor:
         counted = batch.loss_mask if self.config.mask_prompt else _real(batch)

@@ -30,6 +30,7 @@ from lolcats.training.checkpoint import (
     save_tensors,
     training_tensors,
 )
+from lolcats.training.graphs import GraphedStage
 from lolcats.training.report import Reporter
 from lolcats.training.schedule import Schedule
 
@@ -48,7 +49,7 @@ class Stage(Protocol):
         """Tokens over which the loss of the batch is a mean: the weight of a micro-batch in its step."""
         ...
 
-    def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
+    def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Add `share` times the gradient of the batch; return metrics, "loss" among them (detached, not yet read)."""
         ...
 
@@ -130,7 +131,9 @@ class _Loop:
         seed: int,
         autocast: torch.dtype | None,
     ) -> None:
-        self.stage, self.config, self.data, self.folder = stage, config, data, folder
+        graphs = accelerator.device.type == "cuda" and config.cuda_graph
+        self.stage: Stage = GraphedStage(stage) if graphs else stage
+        self.config, self.data, self.folder = config, data, folder
         self.reporter, self.accelerator, self.seed, self.autocast = reporter, accelerator, seed, autocast
         self.length = data.train.ids.shape[1]
         self.steps = config.steps(self.length)

@@ -58,6 +58,7 @@ def next_token_loss(
     teacher_hidden: Tensor | None,
     cross_entropy_factor: float,
     kl_factor: float,
+    all_counted: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the next token and KL(teacher || student), from the last hidden states.
 
@@ -66,15 +67,18 @@ def next_token_loss(
     Args:
         hidden, teacher_hidden: [B, N, d_model].
         labels: [B, N] int64, the next token of each position, -100 where it does not count.
+        all_counted: the caller knows that there is no -100, so that the device need not be asked for it.
 
     Returns:
         The weighted sum, differentiable in `hidden` (and in the head, where it is trained), and the mean over counted
         tokens of each part by name, in nats.
     """
-    counted = labels.flatten() != -100
-    rows = hidden.flatten(0, 1)[counted]
-    targets = labels.flatten()[counted]
-    teacher = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[counted]
+    rows, targets = hidden.flatten(0, 1), labels.flatten()
+    teacher = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
+    if not all_counted:
+        counted = targets != -100
+        rows, targets = rows[counted], targets[counted]
+        teacher = None if teacher is None else teacher[counted]
     head = OutputHead(model)
     if any(p.requires_grad for p in head.parameters()):
         parts = _loss_parts(head, rows, targets, teacher, kl_factor > 0)

@@ -48,7 +48,7 @@ class TransferStage:
         """Real tokens of a batch."""
         return batch.tokens if batch.document is None else int((batch.document >= 0).sum())
 
-    def backward(self, batch: Batch, share: float) -> dict[str, Tensor]:
+    def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Run the teacher; each layer adds its gradient on the way."""
         return self._run(batch, share)
 
@@ -61,7 +61,7 @@ class TransferStage:
         bad = (~metrics["layers"].isfinite()).nonzero()
         return f", first in layer {self.layers[int(bad[0])].layer_idx}" if len(bad) else ""
 
-    def _run(self, batch: Batch, share: float | None) -> dict[str, Tensor]:
+    def _run(self, batch: Batch, share: float | Tensor | None) -> dict[str, Tensor]:
         errors: list[Tensor] = []
 
         def observe(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:

@@ -108,7 +108,7 @@ class Plan:
             "BD": padded(self.d),
             "WIDTH": self.width,
             "F": self.f,
-            "BF": padded(self.width),
+            "BF": max(64, padded(self.width)),  # rows of a product of the tensor cores
             "DV": self.dv,
             "BV": padded(self.dv),
             "MAP": KINDS[self.kind],
