@@ -199,7 +199,7 @@ def test_later_tokens_change_nothing() -> None:
 def test_what_the_kernels_refuse(features: int) -> None:
     case = Case(20, 4, features=features)
     tensors = make(case, torch.float64 if features == 6 else torch.float32)
-    with pytest.raises(ValueError, match=r"float32$|float32;|sizes up to 256") as error:
+    with pytest.raises(ValueError, match=r"float32$|float32;|sizes up to 128 in") as error:
         run(tensors, case, "triton")
     assert "impl 'triton' cannot run this call" in str(error.value) and "use impl 'auto'" in str(error.value)
 

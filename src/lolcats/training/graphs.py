@@ -8,12 +8,14 @@ kept apart, run as ever.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from lolcats.training.batches import Batch
 
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
 
 EAGER_STEPS = 3
 """Steps before the recording: kernels are compiled and libraries make their workspaces in them."""
+
+
+@contextmanager
+def one_text_a_row() -> Iterator[None]:
+    """Tell transformers that no row is packed: else it asks the device, and in a recording it assumes that all are."""
+    module: Any = masking_utils
+    find = getattr(module, "find_packed_sequence_indices", None)
+    if find is not None:
+        module.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        if find is not None:
+            module.find_packed_sequence_indices = find
 
 
 @dataclass
@@ -92,7 +108,7 @@ class GraphedStage:
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with one_text_a_row(), torch.cuda.graph(graph):
                 metrics = self.stage.backward(static, share)
             gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         finally:

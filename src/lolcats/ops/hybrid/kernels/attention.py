@@ -19,7 +19,7 @@ from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, LinearState
 
-LARGEST = 256
+LARGEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 """Largest D, Dv and F."""
 LARGEST_MAP = 128 * 128
 """Largest D times width of a map that the kernels compute; features of larger ones are made before."""
@@ -33,11 +33,12 @@ def refusal(inputs: Inputs, maps: MapWeights | None, return_state: bool) -> str 
         return f"it needs a CUDA device; the tensors are on {q.device}"
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
-    if any(x.dtype not in (torch.bfloat16, torch.float16, torch.float32) for x in (q, inputs.k, v)):
+    if any(x.dtype not in LARGEST for x in (q, inputs.k, v)):
         return "it takes bfloat16, float16 and float32"
     features = inputs.phi_q.shape[-1] if maps is None else maps.q.shape[-1] * (2 if maps.kind == "hedgehog" else 1)
-    if max(q.shape[-1], v.shape[-1], features) > LARGEST:
-        return f"it takes sizes up to {LARGEST}; got D {q.shape[-1]}, Dv {v.shape[-1]}, F {features}"
+    largest = LARGEST[v.dtype]
+    if max(q.shape[-1], v.shape[-1], features) > largest:
+        return f"it takes sizes up to {largest} in {v.dtype}; got D {q.shape[-1]}, Dv {v.shape[-1]}, F {features}"
     tensors = [x for x in (*inputs[:7], inputs.sink_logits, *(maps or ())[1:]) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and (return_state or inputs.state is not None) and any(x.requires_grad for x in tensors):
         return "it gives no gradient through a state"

@@ -24,7 +24,6 @@ from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     LOG2E,
     cap,
-    cap_slope,
     load_matrix,
     load_tile,
     load_vector,
@@ -33,6 +32,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
     real_keys,
     store_tile,
     store_vector,
+    times_slope,
 )
 
 NOWHERE: tl.constexpr = tl.constexpr(2147483647)
@@ -166,15 +166,15 @@ def query_inputs(
             w = tl.exp2(tl.where(near, s * LOG2E - base[:, None], -float("inf")))
             dw = (tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION) - product[:, None]) * r[:, None]
             ds = w * dw + tl.where(best[:, None] == key[None, :], a[:, None], 0.0)
-            ds = ds * (cap_slope(s, SOFTCAP) * scale)
+            ds = times_slope(ds, s, SOFTCAP) * scale
             acc = tl.dot(ds.to(dtype), k_tile, acc, input_precision=PRECISION)
     if SINKS > 0:
         sv = load_tile(sink_v + sinks_at * SINKS * DV, DV, row * 0, SINKS, 0, BS, DV, BV).to(dtype)
         w = tl.exp2(sink_scores - base[:, None])
         dw = (tl.dot(g_tile, tl.trans(sv), input_precision=PRECISION) - product[:, None]) * r[:, None]
         ds = w * dw + tl.where(best[:, None] == -1 - sink[None, :], a[:, None], 0.0)
-        slope = cap_slope(tl.where(visible, sink_scores * (1.0 / LOG2E), 0.0), SOFTCAP)
-        ds = tl.where(visible, ds * slope * scale, 0.0).to(dtype)
+        ds = times_slope(ds, tl.where(visible, sink_scores * (1.0 / LOG2E), 0.0), SOFTCAP)
+        ds = tl.where(visible, ds * scale, 0.0).to(dtype)
         acc = tl.dot(ds, sk, acc, input_precision=PRECISION)
         w = tl.where(visible & (query < length)[:, None], w * r[:, None], 0.0).to(dtype)
         at = ((row * HEADS + head) * tiles + tile).to(tl.int64) * SINKS
@@ -279,7 +279,7 @@ def key_inputs(
                 best = load_vector(place + token0, query0, length, C)
                 dw = (tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION) - product[None, :]) * r[None, :]
                 ds = w * dw + tl.where(best[None, :] == key[:, None], a[None, :], 0.0)
-                ds = ds * (cap_slope(s, SOFTCAP) * scale)
+                ds = times_slope(ds, s, SOFTCAP) * scale
                 dk_acc = tl.dot(ds.to(dtype), q_tile, dk_acc, input_precision=PRECISION)
         if HAS_SINKS:  # what the sinks of this text got from all queries, gathered by the query side
             at = (row * HEADS + head).to(tl.int64) * SINKS

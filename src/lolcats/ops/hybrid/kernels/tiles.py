@@ -84,11 +84,12 @@ def load_matrix(base, R: tl.constexpr, BR: tl.constexpr, stride, columns: tl.con
     """Matrix [R, columns] from `column0` on as [BR, block]; zero outside."""
     row = tl.arange(0, BR)
     column = column0 + tl.arange(0, block)
+    source = base + row[:, None] * stride + column[None, :]
     if (R == BR) and (columns % block == 0):
-        return tl.load(base + row[:, None] * stride + column[None, :])
-    return tl.load(
-        base + row[:, None] * stride + column[None, :], mask=(row < R)[:, None] & (column < columns)[None, :], other=0.0
-    )
+        matrix = tl.load(source)
+    else:
+        matrix = tl.load(source, mask=(row < R)[:, None] & (column < columns)[None, :], other=0.0)
+    return matrix
 
 
 @triton.jit
@@ -102,13 +103,37 @@ def store_matrix(
     tl.store(target, tile.to(base.dtype.element_ty), mask=(row < R)[:, None] & (column < columns)[None, :])
 
 
+# One return a function: Triton reads on after a return in a branch, whatever the branch's condition is.
 @triton.jit
 def load_bias(base, WIDTH: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
     """T2R's bias of one head as [BF] fp32."""
     column = tl.arange(0, BF)
     if MAP == T2R:
-        return tl.load(base + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    return tl.zeros((BF,), tl.float32)
+        bias = tl.load(base + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros((BF,), tl.float32)
+    return bias
+
+
+@triton.jit
+def hedgehog_halves(y, scale, WIDTH: tl.constexpr, BF: tl.constexpr):
+    """scale softmax(y) and scale softmax(-y) over the features, at least 1e-12 scale: [rows, BF] each."""
+    y *= LOG2E
+    if WIDTH != BF:
+        real = (tl.arange(0, BF) < WIDTH)[None, :]
+        above = tl.max(tl.where(real, y, -float("inf")), 1)
+        below = tl.min(tl.where(real, y, float("inf")), 1)
+        front = tl.where(real, tl.exp2(y - above[:, None]), 0.0)
+        back = tl.where(real, tl.exp2(below[:, None] - y), 0.0)
+    else:
+        front = tl.exp2(y - tl.max(y, 1)[:, None])
+        back = tl.exp2(tl.min(y, 1)[:, None] - y)
+    front = tl.maximum(front * (scale / tl.sum(front, 1))[:, None], 1e-12 * scale)
+    back = tl.maximum(back * (scale / tl.sum(back, 1))[:, None], 1e-12 * scale)
+    if WIDTH != BF:
+        front = tl.where(real, front, 0.0)
+        back = tl.where(real, back, 0.0)
+    return front, back
 
 
 @triton.jit
@@ -118,39 +143,28 @@ def map_features(x, w, bias, scale, WIDTH: tl.constexpr, BF: tl.constexpr, MAP: 
     x is [rows, BD] and w [BD, BF]; with MAP == GIVEN, x are the features.
     """
     if MAP == GIVEN:
-        return (x.to(tl.float32) * scale,)
-    y = tl.dot(x, w, input_precision=PRECISION)
-    if MAP == T2R:
-        return (tl.maximum(y + bias[None, :], 0.0) * scale,)
-    y *= LOG2E
-    if WIDTH != BF:
-        real = (tl.arange(0, BF) < WIDTH)[None, :]
-        above = tl.max(tl.where(real, y, -float("inf")), 1)
-        below = tl.min(tl.where(real, y, float("inf")), 1)
-        front = tl.where(real, tl.exp2(y - above[:, None]), 0.0)
-        back = tl.where(real, tl.exp2(below[:, None] - y), 0.0)
-        front = tl.maximum(front * (scale / tl.sum(front, 1))[:, None], 1e-12 * scale)
-        back = tl.maximum(back * (scale / tl.sum(back, 1))[:, None], 1e-12 * scale)
-        return (tl.where(real, front, 0.0), tl.where(real, back, 0.0))
-    front = tl.exp2(y - tl.max(y, 1)[:, None])
-    back = tl.exp2(tl.min(y, 1)[:, None] - y)
-    front = tl.maximum(front * (scale / tl.sum(front, 1))[:, None], 1e-12 * scale)
-    back = tl.maximum(back * (scale / tl.sum(back, 1))[:, None], 1e-12 * scale)
-    return (front, back)
+        phi = (x.to(tl.float32) * scale,)
+    elif MAP == T2R:
+        phi = (tl.maximum(tl.dot(x, w, input_precision=PRECISION) + bias[None, :], 0.0) * scale,)
+    else:
+        phi = hedgehog_halves(tl.dot(x, w, input_precision=PRECISION), scale, WIDTH, BF)
+    return phi
 
 
 @triton.jit
 def map_backward(phi, dphi, MAP: tl.constexpr):
-    """Gradient [C, BF] with respect to xW (the features themselves with GIVEN) from the parts of phi and dphi."""
+    """Gradient [rows, BF] with respect to xW (the features themselves with GIVEN) from the parts of phi and dphi."""
     if MAP == GIVEN:
-        return dphi[0]
-    if MAP == T2R:
-        return tl.where(phi[0] > 0.0, dphi[0], 0.0)
-    front = tl.where(phi[0] > 1e-12, dphi[0], 0.0)  # phi without its scale
-    back = tl.where(phi[1] > 1e-12, dphi[1], 0.0)
-    front = phi[0] * (front - tl.sum(phi[0] * front, 1)[:, None])
-    back = phi[1] * (back - tl.sum(phi[1] * back, 1)[:, None])
-    return front - back
+        dx = dphi[0]
+    elif MAP == T2R:
+        dx = tl.where(phi[0] > 0.0, dphi[0], 0.0)
+    else:
+        front = tl.where(phi[0] > 1e-12, dphi[0], 0.0)  # phi without its scale
+        back = tl.where(phi[1] > 1e-12, dphi[1], 0.0)
+        front = phi[0] * (front - tl.sum(phi[0] * front, 1)[:, None])
+        back = phi[1] * (back - tl.sum(phi[1] * back, 1)[:, None])
+        dx = front - back
+    return dx
 
 
 @triton.jit
@@ -159,17 +173,16 @@ def cap(s, SOFTCAP: tl.constexpr):
     if SOFTCAP > 0:
         e = tl.exp(-2.0 * tl.abs(s) / SOFTCAP)
         bent = SOFTCAP * (1.0 - e) / (1.0 + e)
-        return tl.where(s < 0, -bent, bent)
+        s = tl.where(s < 0, -bent, bent)
     return s
 
 
 @triton.jit
-def cap_slope(s, SOFTCAP: tl.constexpr):
-    """Derivative of `cap`, from the capped score."""
+def times_slope(ds, s, SOFTCAP: tl.constexpr):
+    """ds times the derivative of `cap`, from the capped score s."""
     if SOFTCAP > 0:
-        bent = tl.where(s == -float("inf"), 0.0, s / SOFTCAP)  # masked pairs
-        return 1.0 - bent * bent
-    return 1.0
+        ds = ds * (1.0 - (s / SOFTCAP) * (s / SOFTCAP))
+    return ds
 
 
 @triton.jit
@@ -183,11 +196,16 @@ def pair_masks(query, key, offset, WINDOW: tl.constexpr, TERRACED: tl.constexpr)
     """Which pairs are softmax pairs and which linear ones, from `real_keys`; `query` and `key` broadcast."""
     distance = query - key
     if WINDOW == 0:
-        return distance < -2147483647, distance >= 0
-    if TERRACED:
+        far = distance >= 0
+        near = distance < -2147483647
+    elif TERRACED:
         apart = (query + offset) // WINDOW - (key + offset) // WINDOW
-        return (distance >= 0) & (apart <= 1), apart > 1
-    return distance.to(tl.uint32, bitcast=True) < WINDOW, distance >= WINDOW
+        near = (distance >= 0) & (apart <= 1)
+        far = apart > 1
+    else:
+        near = distance.to(tl.uint32, bitcast=True) < WINDOW
+        far = distance >= WINDOW
+    return near, far
 
 
 @triton.jit
