@@ -166,11 +166,18 @@ class RunConfig(_Section):
     seed: Count = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # of the teacher's linear layers while training
     linearization: LinearizationConfig = Field(default_factory=LinearizationConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        if self.quantization != "none" and self.finetune.enabled and self.finetune.method == "full":
+            raise ValueError(f"finetune.method full cannot train weights of {self.quantization}; use lora")
+        return self
 
     @field_validator("linearization", "data", "transfer", "finetune", "evaluation", mode="before")
     @classmethod

@@ -27,6 +27,7 @@ from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
 from lolcats.ops import kernels_available
 from lolcats.processes import on_main_process
+from lolcats.quantization import dequantize, dequantize_below
 from lolcats.run_folder import RunFolder
 from lolcats.saving import save_artefact
 from lolcats.teacher import load_teacher
@@ -114,7 +115,7 @@ def _prepare(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
     dtype = choose_dtype(config.dtype, device)
-    model, tokenizer = load_teacher(config.model, dtype=dtype, device=device)
+    model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     train_set, validation = build_datasets(config.data, tokenizer, config.seed)
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation)
@@ -124,6 +125,7 @@ def _prepare(
         "model": config.model,
         "device": describe_device(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization": config.quantization,
         "seed": config.seed,
         "evaluation": {"segments": segments.shape[0], "length": segments.shape[1], "last": config.evaluation.last},
         "perplexity": {},
@@ -195,6 +197,8 @@ def finetune(run: _Run) -> None:
     _use_compiled(run, False)
     variants = student_variants(run.model, list(run.config.evaluation.controls))
     _record(run, variants, plain, with_teacher=config.method == "lora" or not config.enabled)
+    if run.config.quantization != "none":
+        _dequantize(run, stage)
     if stage is not None and (adapter := stage.finish()) is not None:
         # The artefact always holds merged weights; the adapter is kept apart, for those who want it alone.
         on_main_process(run.accelerator, lambda: adapter.save_pretrained(str(run.folder.adapter)))
@@ -207,8 +211,19 @@ def finetune(run: _Run) -> None:
     run.results["generation"]["student"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
 
 
+def _dequantize(run: _Run, stage: FinetuneStage | None) -> None:
+    """Ordinary weights for the artefact, before adapters are merged into them."""
+    dtype = getattr(torch, run.results["dtype"])
+    if stage is not None and stage.adapter is not None:
+        stage.adapter = dequantize_below(stage.adapter, dtype)
+    else:
+        dequantize(run.model, dtype)
+
+
 def _slow_backward(run: _Run) -> bool:
     """Whether stage 2 is better done in float32: CPUs run bfloat16 forward twice as fast, but backward far slower."""
+    if run.config.quantization != "none":
+        return False
     return run.config.dtype == "auto" and run.accelerator.device.type == "cpu" and run.results["dtype"] == "bfloat16"
 
 

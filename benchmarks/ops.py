@@ -1,0 +1,208 @@
+"""Hybrid attention by the Triton kernels, feature maps included, against other attention: a dated table on a GPU.
+
+python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads 32] [--kv-heads 8] [--size 128]
+    [--window 64] [--sinks 0] [--state-heads query] [--json FILE]
+
+Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
+form on the same numbers; a result that is off stops the program. The peers: SDPA with flash attention and with cuDNN
+(causal), FlexAttention over the window alone, and flash-linear-attention's chunk_linear_attn (the linear half alone,
+features given), where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lolcats.device import describe_device
+from lolcats.ops import MapWeights, mapped_attention
+
+REPLAYS = 30
+
+
+def time_graph(run: Callable[[], Any]) -> float:
+    """Milliseconds of one call, replayed from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+class Inputs:
+    """q [1, H, N, D], k and v [1, KV, N, D] bfloat16, in the layout of a layer, and the maps (F = D)."""
+
+    def __init__(self, n: int, args: argparse.Namespace, gradients: bool = False) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        heads, kv_heads, size = args.heads, args.kv_heads, args.size
+
+        def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+        self.q, self.k, self.v = (normal(1, n, h, size).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
+        map_heads = heads if args.state_heads == "query" else kv_heads
+        weights = (normal(h, size, size // 2, dtype=torch.float32) / 5 for h in (heads, map_heads))
+        self.maps = MapWeights("hedgehog", *weights, log_scale=torch.zeros(heads, device="cuda"))
+        self.factor = torch.zeros(heads, device="cuda")
+        self.options = {"window": args.window, "sinks": args.sinks}
+        self.leaves = [self.q, self.k, self.v, self.maps.q, self.maps.k, self.factor]
+        for leaf in self.leaves:
+            leaf.requires_grad_(gradients)
+
+    def hybrid(self, impl: str = "triton") -> Tensor:
+        """The layer."""
+        return mapped_attention(self.q, self.k, self.v, self.maps, self.factor, impl=impl, **self.options).out
+
+    def repeated(self) -> tuple[Tensor, Tensor]:
+        """k and v for each query head, for peers that want them so."""
+        groups = self.q.shape[1] // self.k.shape[1]
+        return self.k.repeat_interleave(groups, 1), self.v.repeat_interleave(groups, 1)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Stop if the kernels are not what torch computes, in outputs or gradients."""
+    x = Inputs(1000, args, gradients=True)
+    results = []
+    for impl in ("triton", "chunked"):
+        out = x.hybrid(impl)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), x.leaves)])
+    for index, (got, want) in enumerate(zip(*results, strict=True)):
+        error = float((got - want).float().norm() / want.float().norm())
+        if not error <= 0.02:
+            raise SystemExit(f"result {index} of the kernels is off by {error:.3g}: nothing is timed")
+
+
+def peers(x: Inputs) -> dict[str, Callable[[], Any]]:
+    """Other attention on the same numbers."""
+    k, v = x.repeated()
+    found: dict[str, Callable[[], Any]] = {}
+    for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)):
+        found[name] = functools.partial(_sdpa, backend, x.q, k, v)
+    window = x.options["window"]
+    found["FlexAttention window"] = _flex(x.q, k, v, window)
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
+    except ImportError:
+        return found
+    phi_q, phi_k = (f.to(torch.bfloat16).transpose(1, 2).contiguous() for f in (x.maps.phi_q(x.q), x.maps.phi_k(x.k)))
+    if phi_k.shape[2] == phi_q.shape[2]:
+        values = v.transpose(1, 2).contiguous()
+        found["fla linear alone"] = lambda: chunk_linear_attn(phi_q, phi_k, values, normalize=False)
+    return found
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n = q.shape[2]
+
+    def near(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (j <= i) & (i - j < window)
+
+    mask = create_block_mask(near, None, None, n, n, device="cuda")
+    run = torch.compile(flex_attention, dynamic=False)
+    return lambda: run(q, k, v, block_mask=mask)
+
+
+def forward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Forward passes at one length, and the bytes a second that the kernels move of what they must move."""
+    x = Inputs(n, args)
+    with torch.no_grad():
+        row: dict[str, Any] = {"pass": "forward", "tokens": n, "hybrid": time_graph(x.hybrid)}
+        for name, run in peers(x).items():
+            row[name] = _or_reason(run)
+    moved = 2 * (2 * x.q.numel() + x.k.numel() + x.v.numel())
+    row["GB/s of q, k, v, out"] = moved / row["hybrid"] / 1e6
+    return row
+
+
+def backward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Forward and backward: all gradients, and those of attention transfer."""
+    x = Inputs(n, args, gradients=True)
+    grad = torch.randn_like(x.q)
+    row: dict[str, Any] = {"pass": "forward + backward", "tokens": n}
+    row["hybrid"] = time_graph(lambda: torch.autograd.grad(x.hybrid(), x.leaves, grad))
+    k, v = (t.detach().requires_grad_() for t in x.repeated())
+    flash = functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION, x.q, k, v)
+    row["SDPA flash"] = _or_reason(lambda: torch.autograd.grad(flash(), [x.q, k, v], grad))
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(x.hybrid(), x.leaves, grad)
+    row["peak / (q + k + v)"] = torch.cuda.max_memory_allocated() / (2 * (x.q.numel() + 2 * x.k.numel()))
+    for leaf in x.leaves[:3]:
+        leaf.requires_grad_(False)
+    row["hybrid, maps only"] = time_graph(lambda: torch.autograd.grad(x.hybrid(), x.leaves[3:], grad))
+    return row
+
+
+def _or_reason(run: Callable[[], Any]) -> float | str:
+    try:
+        return time_graph(run)
+    except Exception as error:  # a peer that cannot run here is a line in the table, not the end of it
+        return str(error).strip().splitlines()[0][:60]
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a copy on the device, read and written bytes counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_graph(lambda: target.copy_(source)) / 1e6
+
+
+def main() -> None:
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 16384, 32768, 131072])
+    parser.add_argument("--backward", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--sinks", type=int, default=0)
+    parser.add_argument("--state-heads", choices=["query", "kv"], default="query")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/ops.py needs a CUDA device: kernels are not timed elsewhere")
+    check(args)
+    device = describe_device(torch.device("cuda"))
+    head = {"date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__}
+    result = {**head, "copy GB/s": copy_bandwidth(), "settings": {k: v for k, v in vars(args).items() if k != "json"}}
+    result["rows"] = [forward_row(n, args) for n in args.lengths] + [backward_row(n, args) for n in args.backward]
+    print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
+    for row in result["rows"]:
+        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
