@@ -3,12 +3,17 @@
 Importing the package also teaches transformers to load linearized models with `AutoModelForCausalLM.from_pretrained`.
 """
 
+import logging
+
+# bitsandbytes, which peft imports where it is installed, says at every start that a kernel for CPUs is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.export import export_model, load_adapter
 from lolcats.linearize import linearize
 from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
-from lolcats.ops import HybridOutput, HybridState, LinearState, hybrid_attention
+from lolcats.ops import HybridOutput, HybridState, LinearState, MapWeights, hybrid_attention, mapped_attention
 from lolcats.teacher import load_teacher
 from lolcats.training import TrainingData, finetune_lora, transfer_attention
 
@@ -21,6 +26,7 @@ __all__ = [
     "LinearizationConfig",
     "LinearizedAttention",
     "LolcatsError",
+    "MapWeights",
     "RunConfig",
     "TrainingData",
     "__version__",
@@ -34,5 +40,6 @@ __all__ = [
     "load_adapter",
     "load_config",
     "load_teacher",
+    "mapped_attention",
     "transfer_attention",
 ]

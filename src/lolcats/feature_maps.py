@@ -136,7 +136,12 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 
 
 def map_weights(feature_q: FeatureMap, feature_k: FeatureMap, log_scale: Tensor | None) -> MapWeights | None:
-    """The two maps as the weights that `mapped_attention` takes; None where they are not of a kind that it knows."""
+    """The two maps as the weights that `mapped_attention` takes; None where they are not of a kind that it knows.
+
+    None also where the weights are not at hand: accelerate brings offloaded ones only when the module itself is called.
+    """
+    if any(p.is_meta for module in (feature_q, feature_k) for p in module.parameters()):
+        return None
     if isinstance(feature_q, Hedgehog) and isinstance(feature_k, Hedgehog):
         return MapWeights("hedgehog", feature_q.weight, feature_k.weight, log_scale=log_scale)
     if isinstance(feature_q, T2R) and isinstance(feature_k, T2R):

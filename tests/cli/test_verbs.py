@@ -176,7 +176,7 @@ def test_inspect_of_a_linearized_model(cli: Run, finished: Path) -> None:
     """Layers, settings, memory and what was measured; the run's folder will do."""
     answer = cli("inspect", finished)
     assert answer.code == 0 and answer.err == ""
-    for part in ("LinearizedLlamaForCausalLM", "0-1 (2 layers)", "chunked", "hedgehog", "8 tokens, sliding", "4 sinks"):
+    for part in ("LinearizedLlamaForCausalLM", "0-1 (2 layers)", "auto", "hedgehog", "8 tokens, sliding", "4 sinks"):
         assert part in answer.out
     assert "after LoRA (student)" in answer.out and "128k" in answer.out
     assert cli("inspect", finished / "model").out == answer.out
