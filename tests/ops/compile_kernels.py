@@ -1,0 +1,77 @@
+"""Compile every kernel for compute capability 9.0, without a GPU, for one kind of call; print what fails.
+
+The interpreter takes Python that Triton's compiler refuses, so passing there is not enough. Run as a program, in a
+process of its own where the interpreter is off: python compile_kernels.py KIND WINDOW_KIND.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lolcats.ops.hybrid.kernels import backward, launch
+from lolcats.ops.hybrid.layout import Settings
+
+SHARED_MEMORY = 232_448  # bytes of a block on an H100
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def compile_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """What is wrong with one launch; empty if nothing."""
+    names = kernel.arg_names
+    constants = {name: value for name, value in named.items() if name not in OPTIONS}
+    signature: dict[str, str] = dict.fromkeys(names, "constexpr")
+    for name, value in zip(names, arguments, strict=False):
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else type_of(value)
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    options = {name: value for name, value in named.items() if name in OPTIONS}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Exception as error:
+        return f"{kernel.__name__}: {str(error).strip()[-300:]}"
+    used = compiled.metadata.shared
+    return f"{kernel.__name__}: {used} bytes of shared memory" if used > SHARED_MEMORY else ""
+
+
+def type_of(value: float) -> str:
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def run(kind: str, window_kind: str) -> list[str]:
+    """Launch forward and backward with kernels that are compiled and not run."""
+    problems: list[str] = []
+
+    def on(kernel: Any, grid: tuple[int, ...]) -> Any:
+        del grid
+        return lambda *arguments, **named: problems.append(compile_launch(kernel, arguments, named))
+
+    for module in (launch, backward):
+        module.on = on  # type: ignore[attr-defined]
+    batch, heads, kv_heads, n, size, width = 2, 4, 2, 700, 64, 32
+    q, k = (torch.empty(batch, n, h, size, dtype=torch.bfloat16).transpose(1, 2) for h in (heads, kv_heads))
+    given, plain = kind == "given", window_kind == "sliding"
+    features = torch.empty(batch, heads, n, width, dtype=torch.bfloat16)
+    maps = features if given else torch.empty(heads, size, width)
+    bias = torch.empty(heads, width) if kind == "t2r" else None
+    logits = torch.empty(heads) if plain else None
+    decay = torch.empty(batch, heads, n) if plain else None
+    factor = None if given else torch.empty(heads)
+    x = launch.Operands(q, k, k, maps, maps, torch.empty(heads), bias, bias, factor, logits, decay)
+    settings = Settings(64, window_kind, 2 if plain else 0, 0.125, 5.0 if kind == "t2r" else None)
+    context = launch.Context() if plain else launch.Context(torch.zeros(batch, 4, dtype=torch.int32))
+    plan = launch.make_plan(x, context, settings, kind)
+    saved = launch.run_forward(plan, x, context, save=True)
+    needs = tuple(t is not None for t in x)
+    backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
+    return [problem for problem in problems if problem]
+
+
+if __name__ == "__main__":
+    for line in run(*sys.argv[1:]):
+        print(line)
