@@ -23,8 +23,8 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # bitsandbytes and peft warn of roundings that are tested here
 KINDS = ["8bit", "4bit"]
-ROUNDING = {"8bit": 0.4, "4bit": 1e-3}
-"""Of gradients: int8 products round their inputs too, which a model this small feels; without a gradient it is 1."""
+ROUNDING = {"8bit": 0.25, "4bit": 1e-3}
+"""Of all gradients together: int8 products round their inputs too (0.04 to 0.1 here); without a gradient it is 1."""
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_stage_one_trains_and_touches_no_weight(folder: str, kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_on_quantized_weights_is_lora_on_their_values(folder: str, kind: Any) -> None:
     """Same loss and gradients as on the weights written out."""
+    torch.manual_seed(0)
     model, _ = load_teacher(folder, torch.float32, quantization=kind)
     convert(model, LinearizationConfig(window=4))
     stage = FinetuneStage(model, FinetuneConfig(kl_factor=1.0, targets="all"))
-    torch.manual_seed(0)
     for name, p in stage.parameters().items():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
@@ -76,11 +76,12 @@ def test_lora_on_quantized_weights_is_lora_on_their_values(folder: str, kind: An
     assert not is_quantized(model) and not hasattr(model.config, "quantization_config")
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
-    assert float(stage.backward(make_batch(), 1.0)["loss"]) == pytest.approx(loss, rel=1e-3)
-    for name, p in model.named_parameters():
-        if name in gradients:
-            assert p.grad is not None
-            assert (p.grad - gradients[name]).norm() <= ROUNDING[kind] * p.grad.norm() + 1e-5, name
+    assert float(stage.backward(make_batch(), 1.0)["loss"]) == pytest.approx(loss, rel=5e-3)
+    expected = {n: p.grad for n, p in model.named_parameters() if n in gradients and p.grad is not None}
+    assert expected.keys() == gradients.keys() and all(g.any() for g in gradients.values())
+    joined = torch.cat([g.flatten() for g in expected.values()])
+    difference = joined - torch.cat([gradients[n].flatten() for n in expected])
+    assert difference.norm() <= ROUNDING[kind] * joined.norm()
     before = model(make_batch().input_ids).logits
     stage.finish()
     torch.testing.assert_close(model(make_batch().input_ids).logits, before, rtol=1e-4, atol=1e-4)
