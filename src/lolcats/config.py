@@ -4,7 +4,6 @@ Unknown keys and wrong types are errors. `configs/smollm2_135m.yaml` in the repo
 """
 
 import difflib
-import re
 from collections.abc import Sequence
 from functools import partial
 from importlib import resources
@@ -16,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import Self
 
 from lolcats.errors import ConfigError
+from lolcats.strict_yaml import read_yaml, write_yaml
 
 
 def _whole(value: object) -> object:
@@ -186,26 +186,6 @@ class RunConfig(_Section):
         return {} if value is None else value
 
 
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-        if repeated:
-            raise yaml.MarkedYAMLError(problem=f"duplicate key {', '.join(repeated)}", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-# PyYAML reads 1e-4 as text because YAML 1.1 wants 1.0e-4. The dumper must agree, or the text "1e4" would not be quoted.
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-
-
 def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Build the settings of a run from a file or a shipped recipe, then apply overrides.
 
@@ -217,7 +197,7 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
     Raises:
         ConfigError: no such file or recipe, broken YAML, or wrong settings; all of these in one message, a line each.
     """
-    settings = {} if path_or_recipe is None else _read_yaml(path_or_recipe)
+    settings = {} if path_or_recipe is None else _read_settings(path_or_recipe)
     try:
         return RunConfig.model_validate(_merged(settings, parse_overrides(overrides)))
     except ValidationError as error:
@@ -227,7 +207,7 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
 
 def dump_config(config: RunConfig) -> str:
     """Write every setting as YAML that `load_config` reads back to an equal `RunConfig`."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -244,7 +224,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             problems.append(f"override {override!r}: expected key=value, such as finetune.lr=1e-4")
             continue
         try:
-            value = yaml.load(text, _Loader)
+            value = read_yaml(text)
         except yaml.YAMLError:
             problems.append(f"override {override!r}: the part after = is not valid YAML; quote it if it is text")
             continue
@@ -261,7 +241,7 @@ def _merged(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return base | new | {key: _merged(base[key], new[key]) for key in nested}
 
 
-def _read_yaml(path_or_recipe: str | Path) -> dict[str, Any]:
+def _read_settings(path_or_recipe: str | Path) -> dict[str, Any]:
     shipped = (resources.files("lolcats") / "recipes").iterdir()
     recipes = {item.name.removesuffix(".yaml"): item for item in shipped if item.name.endswith(".yaml")}
     file = recipes.get(str(path_or_recipe)) or Path(path_or_recipe).expanduser()
@@ -269,7 +249,7 @@ def _read_yaml(path_or_recipe: str | Path) -> dict[str, Any]:
         names = ", ".join(sorted(recipes))
         raise ConfigError(f"no configuration file {path_or_recipe}; give a YAML file or a shipped recipe: {names}")
     try:
-        settings = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        settings = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path_or_recipe}: {error}") from error
     if not isinstance(settings, dict | None):

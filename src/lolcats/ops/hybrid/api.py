@@ -127,16 +127,11 @@ def hybrid_attention(
     Raises:
         ValueError: a shape, a number or a name that does not fit; the message says what was expected.
     """
-    _check_shapes(q, k, v, phi_q, phi_k, window_factor)
-    if log_decay is not None and phi_k.shape[1] != q.shape[1]:  # one decay a query head needs one state a query head
-        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
     settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     inputs = Inputs(
         q, k, v, phi_q, phi_k, window_factor, log_decay, attention_mask, segment_ids, initial_state, sink_logits
     )
-    inputs = _checked(inputs, settings, return_state)
-    with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
-        return IMPLEMENTATIONS[_choose(impl, inputs, None, return_state)](inputs, settings, return_state)
+    return _attend(inputs, settings, None, return_state, impl)
 
 
 def mapped_attention(
@@ -172,41 +167,53 @@ def mapped_attention(
     Raises:
         ValueError: as in `hybrid_attention`.
     """
-    options: dict[str, Any] = {
-        "window": window, "window_kind": window_kind, "sinks": sinks, "log_decay": log_decay, "scale": scale,
-        "softcap": softcap, "sink_logits": sink_logits, "attention_mask": attention_mask, "segment_ids": segment_ids,
-        "return_state": return_state,
-    }  # fmt: skip
     settings = Settings(window, window_kind, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     inputs = Inputs(
         q, k, v, q, k, window_factor, log_decay, attention_mask, segment_ids, initial_state, sink_logits
-    )  # with q and k in the place of their features
+    )  # tokens stand where their features will be
+    return _attend(inputs, settings, maps, return_state, impl)
+
+
+def _attend(inputs: Inputs, settings: Settings, maps: MapWeights | None, return_state: bool, impl: str) -> HybridOutput:
+    """Check a call, choose its implementation and run it, on the features of `maps` where they are given."""
+    inputs = _checked(inputs, settings, maps, return_state)
     impl = _choose(impl, inputs, maps, return_state)
-    if impl == "triton" and _kernels().fits(q, maps):
-        _check_shapes(q, k, v, q, k, window_factor)
-        _check_maps(maps, q, k)
-        inputs = _checked(inputs, settings, return_state)
-        with torch.autocast(q.device.type, enabled=False):
+    fused = maps is not None and impl == "triton" and _kernels().fits(inputs.q, maps)
+    if maps is not None and not fused:
+        inputs = _with_features(inputs, maps)
+    heads, features = inputs.q.shape[1], inputs.phi_k
+    if inputs.log_decay is not None and not fused:  # one decay a query head needs one state a query head
+        inputs = inputs._replace(phi_k=features.repeat_interleave(heads // features.shape[1], 1))
+    with torch.autocast(inputs.q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
+        if fused:
             return _kernels().kernel_attention(inputs, settings, return_state, maps)
-    phi_q, phi_k = maps.phi_q(q), maps.phi_k(k)
-    if initial_state is not None and initial_state.window.phi_k is None:
-        held = maps.phi_k(initial_state.window.k)
-        if log_decay is not None:
-            held = held.repeat_interleave(q.shape[1] // held.shape[1], 1)
-        initial_state = initial_state._replace(window=initial_state.window._replace(phi_k=held))
-    return hybrid_attention(q, k, v, phi_q, phi_k, window_factor, initial_state=initial_state, impl=impl, **options)
+        return IMPLEMENTATIONS[impl](inputs, settings, return_state)
 
 
-def _checked(inputs: Inputs, settings: Settings, return_state: bool) -> Inputs:
-    """Check all but the shapes of the tokens; number the segments."""
+def _with_features(inputs: Inputs, maps: MapWeights) -> Inputs:
+    """The features of the tokens, and of the keys in the state's ring where it lacks them."""
+    state = inputs.state
+    if state is not None and state.window.phi_k is None:
+        held = maps.phi_k(state.window.k)
+        if inputs.log_decay is not None:
+            held = held.repeat_interleave(inputs.q.shape[1] // held.shape[1], 1)
+        state = state._replace(window=state.window._replace(phi_k=held))
+    return inputs._replace(phi_q=maps.phi_q(inputs.q), phi_k=maps.phi_k(inputs.k), state=state)
+
+
+def _checked(inputs: Inputs, settings: Settings, maps: MapWeights | None, return_state: bool) -> Inputs:
+    """Check all arguments; number the segments."""
     q, state = inputs.q, inputs.state
+    _check_shapes(*inputs[:6])
+    if maps is not None:
+        _check_maps(maps, q, inputs.k)
     _check_numbers(settings.window, settings.window_kind, settings.sinks, settings.softcap)
     _check_optional(
         q, inputs.log_decay, inputs.sink_logits, inputs.attention_mask, inputs.segment_ids, state, return_state
     )
     if state is not None:
         slots = ring_slots(settings.window, settings.window_kind)
-        _check_state(state, q, slots, settings.sinks, inputs.log_decay is not None, inputs.phi_k is not inputs.k)
+        _check_state(state, q, slots, settings.sinks, inputs.log_decay is not None, maps is None)
     if inputs.segment_ids is not None:
         inputs = inputs._replace(segment_ids=_number_runs(inputs.segment_ids))
     return inputs

@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, pair_masks, sink_mask
+from lolcats.ops.hybrid.layout import (
+    Extended,
+    Inputs,
+    Settings,
+    extend,
+    final_state,
+    pair_masks,
+    sink_mask,
+    take_tokens,
+)
 from lolcats.ops.hybrid.reference import divide
 from lolcats.ops.hybrid.scan import carried_states
 from lolcats.ops.hybrid.scores import cap_scores, row_max
@@ -97,7 +106,7 @@ def _forward(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dty
     order = None
     if inputs.attention_mask is not None:  # real tokens to the right end of each row: no holes inside a window
         order = (ext.position >= 0).long().argsort(dim=-1, stable=True)
-        q, phi_q, ext = _reorder(q, order), _reorder(phi_q, order), _reorder_extended(ext, order)
+        q, phi_q, ext = take_tokens(q, order), take_tokens(phi_q, order), _reordered(ext, order)
     chunks = _cut(q, phi_q, ext, settings, dtype)
     numerator, denominator = _local(chunks, ext.sinks, inputs, settings, dtype)
     carry_num, carry_den = _carried(chunks, inputs, settings)
@@ -107,19 +116,13 @@ def _forward(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dty
     denominator = denominator.permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)[:, :, :total]
     out = divide(numerator, denominator, ext.position)
     if order is not None:
-        out = _reorder(out, order.argsort(dim=-1))
+        out = take_tokens(out, order.argsort(dim=-1))
     return out[:, :, total - n :]
 
 
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """x [B, h, T] or [B, h, T, d] with its tokens in `order` [B, T]."""
-    index = order[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(2, index) if x.ndim == 3 else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
-
-
-def _reorder_extended(ext: Extended, order: Tensor) -> Extended:
-    decay = None if ext.log_decay is None else _reorder(ext.log_decay, order)
-    k, v, phi_k = (_reorder(x, order) for x in (ext.k, ext.v, ext.phi_k))
+def _reordered(ext: Extended, order: Tensor) -> Extended:
+    decay = None if ext.log_decay is None else take_tokens(ext.log_decay, order)
+    k, v, phi_k = (take_tokens(x, order) for x in (ext.k, ext.v, ext.phi_k))
     return Extended(k, v, phi_k, decay, ext.position.gather(1, order), None, ext.sinks, ext.length, ext.ring)
 
 

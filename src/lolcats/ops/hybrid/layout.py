@@ -109,10 +109,10 @@ def find_sinks(inputs: Inputs, settings: Settings, position: Tensor) -> SinkKeys
         start = torch.arange(position.shape[1], device=position.device) - position
         index = (start[..., None] + slots).clamp(0, position.shape[1] - 1)  # [B, N, s]
         flat = index.flatten(1)
-        return SinkKeys(*(_gather_tokens(x, flat).unflatten(2, index.shape[1:]) for x in (inputs.k, inputs.v)))
+        return SinkKeys(*(take_tokens(x, flat).unflatten(2, index.shape[1:]) for x in (inputs.k, inputs.v)))
     match = position[:, None] == slots[:, None]  # [b, s, N]
     index = match.long().argmax(-1).expand(inputs.q.shape[0], -1)
-    found = SinkKeys(*(_gather_tokens(x, index) for x in (inputs.k, inputs.v)))
+    found = SinkKeys(*(take_tokens(x, index) for x in (inputs.k, inputs.v)))
     if inputs.state is None:
         return found
     assert inputs.state.sinks is not None
@@ -122,9 +122,10 @@ def find_sinks(inputs: Inputs, settings: Settings, position: Tensor) -> SinkKeys
     )
 
 
-def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, h, N, d] at tokens index [B, m] -> [B, h, m, d]."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, h, N, d] or [B, h, N] at tokens index [B, m] -> [B, h, m, d] or [B, h, m]."""
+    index = index[:, None].expand(-1, x.shape[1], -1)
+    return x.gather(2, index) if x.ndim == 3 else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
 def in_window(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
@@ -175,16 +176,15 @@ def final_state(
     def take(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        return torch.nn.functional.pad(_gather_tokens(x, order), (0, 0, missing, 0))
+        front = (0, 0, missing, 0) if x.ndim == 4 else (missing, 0)
+        return torch.nn.functional.pad(take_tokens(x, order), front)
 
     slot_position = torch.where(kept, position, -1).gather(1, order)
     slot_position = torch.nn.functional.pad(slot_position, (missing, 0), value=-1)
-    log_decay = take(None if ext.log_decay is None else ext.log_decay[..., None])
+    log_decay = take(ext.log_decay)
     k, v = take(ext.k), take(ext.v)
     assert k is not None and v is not None
-    ring = WindowRing(
-        k, v, slot_position, take(ext.phi_k), None if log_decay is None else log_decay.squeeze(-1).to(dtype)
-    )
+    ring = WindowRing(k, v, slot_position, take(ext.phi_k), None if log_decay is None else log_decay.to(dtype))
     return HybridState(linear, ring, ext.sinks, ext.length)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.backward import run_backward
 from lolcats.ops.hybrid.kernels.launch import Context, Operands, Saved, States, make_plan, run_forward, sum_states
-from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, left_window
+from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, left_window, take_tokens
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, LinearState
 
@@ -76,7 +76,7 @@ def kernel_attention(
     out = _Attention.apply(kind, settings, call.context, *operands)
     assert isinstance(out, Tensor)
     if call.order is not None:
-        out = _take(out, call.order.argsort(dim=-1))[:, :, -inputs.q.shape[2] :]
+        out = take_tokens(out, call.order.argsort(dim=-1))[:, :, -inputs.q.shape[2] :]
     state = None
     if return_state:
         assert ext is not None
@@ -113,20 +113,14 @@ def _operands(inputs: Inputs, maps: MapWeights | None) -> Operands:
     return Operands(q, k, v, map_q, map_k, inputs.window_factor, bias_q, bias_k, log_scale, logits, decay)
 
 
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """x [B, h, T, d] or [B, h, T] with its tokens in `order` [B, T]."""
-    index = order[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(2, index) if x.ndim == 3 else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
-
-
 def _aligned(inputs: Inputs, ext: Extended) -> _Call:
     """The extended sequence without gaps."""
     batch = inputs.q.shape[0]
     position = ext.position.expand(batch, -1)
     order = (position < 0).long().argsort(dim=-1, stable=True)
-    q, phi_q = (_take(nnf.pad(x, (0, 0, ext.ring, 0)), order) for x in (inputs.q, inputs.phi_q))
-    k, v, phi_k = (_take(x, order) for x in (ext.k, ext.v, ext.phi_k))
-    decay = None if ext.log_decay is None else _take(ext.log_decay, order)
+    q, phi_q = (take_tokens(nnf.pad(x, (0, 0, ext.ring, 0)), order) for x in (inputs.q, inputs.phi_q))
+    k, v, phi_k = (take_tokens(x, order) for x in (ext.k, ext.v, ext.phi_k))
+    decay = None if ext.log_decay is None else take_tokens(ext.log_decay, order)
     length = (position >= 0).sum(-1)
     first = position.gather(1, order[:, :1]).squeeze(1).clamp_min(0)
     rows = torch.stack([torch.arange(batch, device=first.device), torch.zeros_like(first), length, first], 1).int()

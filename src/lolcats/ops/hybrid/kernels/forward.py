@@ -1,4 +1,4 @@
-"""Forward pass: the output of one tile of T = 128 queries a program.
+"""Forward pass: the output of one tile of T queries a program (T is 128, less where sizes are large: launch.py).
 
 Algorithm, for a tile of head h (see states.py for the states and tiles.py for blocks and reach):
 1. scores against the keys from REACH blocks before the tile to its end, and the sinks: their row maximum m;
