@@ -13,10 +13,17 @@ def test_interrupted_run_says_one_line_and_can_be_resumed(
     arguments: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """Ctrl-C in the middle of training."""
+
+    def heed_interrupts() -> None:
+        """A shell starts its background jobs with SIGINT ignored, and children inherit that."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     command = [*COMMAND, *arguments, "name=a", "transfer.tokens=10_000_000"]
     metrics = tmp_path / "runs/a/metrics.jsonl"
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
+    ) as process:
         deadline = time.monotonic() + 100
         while process.poll() is None and time.monotonic() < deadline and not metrics.exists():
             time.sleep(0.1)
