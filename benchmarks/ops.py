@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lolcats.device import describe_device
 from lolcats.ops import MapWeights, mapped_attention
 
-REPLAYS = 30
+REPLAYS, LEAST, SECONDS = 30, 5, 2.0
+"""Replays of one measurement: at most REPLAYS, fewer where they take longer than SECONDS, never less than LEAST."""
 
 
 def time_graph(run: Callable[[], Any]) -> float:
@@ -43,7 +44,7 @@ def time_graph(run: Callable[[], Any]) -> float:
     with torch.cuda.graph(graph):
         run()
     times = []
-    for _ in range(REPLAYS):
+    while len(times) < REPLAYS and (len(times) < LEAST or sum(times) < 1000 * SECONDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -150,13 +151,14 @@ def backward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     x = Inputs(n, args, gradients=True)
     grad = torch.randn_like(x.q)
     row: dict[str, Any] = {"pass": "forward + backward", "tokens": n}
+    torch.autograd.grad(x.hybrid(), x.leaves, grad)
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(x.hybrid(), x.leaves, grad)
+    row["peak / (q + k + v)"] = torch.cuda.max_memory_allocated() / (2 * (x.q.numel() + 2 * x.k.numel()))
     row["hybrid"] = time_graph(lambda: torch.autograd.grad(x.hybrid(), x.leaves, grad))
     k, v = (t.detach().requires_grad_() for t in x.repeated())
     flash = functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION, x.q, k, v)
     row["SDPA flash"] = _or_reason(lambda: torch.autograd.grad(flash(), [x.q, k, v], grad))
-    torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(x.hybrid(), x.leaves, grad)
-    row["peak / (q + k + v)"] = torch.cuda.max_memory_allocated() / (2 * (x.q.numel() + 2 * x.k.numel()))
     for leaf in x.leaves[:3]:
         leaf.requires_grad_(False)
     row["hybrid, maps only"] = time_graph(lambda: torch.autograd.grad(x.hybrid(), x.leaves[3:], grad))
@@ -181,7 +183,7 @@ def main() -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 16384, 32768, 131072])
-    parser.add_argument("--backward", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--backward", type=int, nargs="*", default=[4096, 16384, 131072])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
