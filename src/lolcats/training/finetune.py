@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -68,7 +69,8 @@ class FinetuneStage:
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
-        loss, parts = self._loss(batch)
+        with self._autocast_casts():
+            loss, parts = self._loss(batch)
         (loss * share).backward()
         return {"loss": loss.detach(), **parts}
 
@@ -113,6 +115,16 @@ class FinetuneStage:
     def _labels(self, batch: Batch) -> Tensor:
         counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
         return shifted_labels(batch.input_ids, counted, batch.document)
+
+    @contextmanager
+    def _autocast_casts(self) -> Iterator[None]:
+        """Under autocast peft need not cast inputs to float32, which autocast would cast back for the product."""
+        device = self.model.device.type
+        if self.adapter is None or not torch.is_autocast_enabled(device):
+            yield
+        else:
+            with disable_input_dtype_casting(self.adapter):
+                yield
 
     @contextmanager
     def _as_teacher(self) -> Iterator[PreTrainedModel]:

@@ -21,6 +21,8 @@ SUM_PROGRAMS = 264
 """Programs that sum states at once: two for each multiprocessor of an H100."""
 SUM_STAGES, FORWARD_STAGES = 2, 2
 """Depth of software pipelining."""
+SMALLEST = 64
+"""Rows of a product on the tensor cores: with less Triton 3.6 was seen to give wrong numbers on an H100."""
 KINDS = {"given": tiles.GIVEN.value, "hedgehog": tiles.HEDGEHOG.value, "t2r": tiles.T2R.value}
 
 
@@ -105,12 +107,12 @@ class Plan:
         """Sizes of tiles."""
         return {
             "D": self.d,
-            "BD": padded(self.d),
+            "BD": max(SMALLEST, padded(self.d)),
             "WIDTH": self.width,
             "F": self.f,
-            "BF": max(64, padded(self.width)),  # rows of a product of the tensor cores
+            "BF": max(SMALLEST, padded(self.width)),
             "DV": self.dv,
-            "BV": padded(self.dv),
+            "BV": max(SMALLEST, padded(self.dv)),
             "MAP": KINDS[self.kind],
             "C": self.tile // 2,
             "T": self.tile,
@@ -255,7 +257,7 @@ def sum_states(
     source = (x.map_q if given else x.q) if reverse else (x.map_k if given else x.k)
     inverse, delta = terms or (sums, sums)
     weight, bias = (x.map_q, x.bias_q) if reverse else (x.map_k, x.bias_k)
-    value_block = min(padded(p.dv), 128 if padded(p.width) <= 128 else 64)
+    value_block = min(max(SMALLEST, padded(p.dv)), 128 if padded(p.width) <= 128 else 64)
     reach = p.reach if keep is None else 0
     on(sum_segments, (heads, segments, p.rows * -(-p.dv // value_block)))(
         source, values, weight, either(bias, sums), either(x.factor, sums), inverse, delta,
