@@ -1,15 +1,19 @@
-"""Tokens a second of both training stages, with the settings of a recipe.
+"""Tokens a second and peak memory of both training stages, with the settings of a recipe.
 
 python benchmarks/training.py [--recipe recommended] [--model demo] [--device cuda] [--length 2048] [--sequences 8]
     [--steps 4] [--impl auto]
+
+--model llama-3-8b-shape is a Llama of the sizes of Llama 3 8B with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lolcats
 from lolcats.device import describe_device
@@ -37,6 +41,34 @@ def speed(stage: TransferStage | FinetuneStage, device: torch.device, shape: tup
     return steps * ids.numel() / (time.perf_counter() - start)
 
 
+def load(name: str, device: torch.device) -> Any:
+    """A teacher in bfloat16."""
+    if name != "llama-3-8b-shape":
+        return lolcats.load_teacher(name, dtype=torch.bfloat16, device=device)[0]
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def report(stage: TransferStage | FinetuneStage, device: torch.device, shape: tuple[int, int], steps: int) -> None:
+    """Print a line for one stage."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        line = f"{stage.name} {speed(stage, device, shape, steps):,.0f} tokens/s"
+    except torch.OutOfMemoryError:
+        line = f"{stage.name} out of memory"
+    memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    print(line + memory)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -57,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
-    model, _ = lolcats.load_teacher(args.model, dtype=torch.bfloat16, device=device)
+    model = load(args.model, device)
     recipe = lolcats.load_config(args.recipe)
     lolcats.convert(model, recipe.linearization.model_copy(update={"start": "paper"}))  # no text here to match
     for layer in lolcats.linearized_layers(model):
@@ -65,8 +97,8 @@ def main() -> None:
     shape = (args.sequences, args.length)
     where = f"{describe_device(device)}, torch {torch.__version__}"
     print(f"{args.recipe}, {args.impl}, {args.sequences} x {args.length}, {where}")
-    print(f"transfer {speed(TransferStage(model, recipe.transfer), device, shape, args.steps):,.0f} tokens/s")
-    print(f"finetune {speed(FinetuneStage(model, recipe.finetune), device, shape, args.steps):,.0f} tokens/s")
+    report(TransferStage(model, recipe.transfer), device, shape, args.steps)
+    report(FinetuneStage(model, recipe.finetune), device, shape, args.steps)
 
 
 if __name__ == "__main__":
