@@ -24,7 +24,7 @@ from lolcats.modeling.cache import LinearizedLayer, linearized_layer, own_column
 from lolcats.modeling.masks import NAME, TokenFacts, read_mask, softmax_mask
 from lolcats.modeling.softmax import capped_softmax
 from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention
-from lolcats.ops.hybrid import hybrid_step, leaving_keys
+from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
 from lolcats.ops.hybrid.layout import Settings
 
 Mode = Literal["hybrid", "softmax", "window_only", "linear_only", "no_attention"]
@@ -240,14 +240,19 @@ class LinearizedAttention(nn.Module):
         state = layer.state
         assert state is not None
         settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
-        phi_q, factor, log_decay = self._query_side(call)
-        leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
-        with torch.autocast(call.q.device.type, enabled=False):
-            padding = call.facts.padding
-            active = None if padding is None else padding[:, 0]
-            out, state = hybrid_step(
-                call.q, call.k, call.v, phi_q, leaving, factor, state, settings, log_decay, active, call.sink_logits
-            )
+        padding = call.facts.padding
+        active = None if padding is None else padding[:, 0]
+        maps = None if self.mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
+        fused = fused_step(call.q, call.v, maps, settings)
+        if fused is not None:
+            rest = (self._factor(), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
+            out, state = fused(call.q, call.k, call.v, maps, *rest)
+        else:
+            phi_q, factor, log_decay = self._query_side(call)
+            leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
+            rest = (factor, state, settings, log_decay, active, call.sink_logits)
+            with torch.autocast(call.q.device.type, enabled=False):
+                out, state = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
         layer.advance(state, 1)
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 

@@ -2,9 +2,11 @@
 
 from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, kernels_available, mapped_attention, resolve_impl
 from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
+from lolcats.ops.hybrid.step import fused_step
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "fused_step",
     "hybrid_attention",
     "hybrid_step",
     "kernels_available",

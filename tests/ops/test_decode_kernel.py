@@ -1,0 +1,56 @@
+"""The fused decoding step is `hybrid_step`, outputs and states, also on a GPU; on a CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case, make
+from test_kernels import assert_near, map_weights, name_of
+
+from lolcats.ops.hybrid.layout import Inputs, Settings
+from lolcats.ops.hybrid.recurrent import empty_state, hybrid_step, leaving_keys
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [
+    Case(40, 16, features=8),
+    Case(30, 5, sinks=3, groups=3, feature_heads="kv", features=5, softcap=0.7, learned=True),
+    Case(40, 16, decay=True, groups=2, feature_heads="kv", size=20, value_size=17, features=6),
+    Case(12, 1, sinks=1, groups=2, batch=1, features=3),
+]
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("padded", [False, True], ids=["all", "some rows pause"])
+@torch.no_grad()
+def test_steps(case: Case, kind: str, padded: bool) -> None:
+    from lolcats.ops.hybrid.kernels.decode import can_step, decode_step
+
+    tensors = make(case, torch.float32).map(lambda x: x.detach().to(DEVICE))
+    maps = map_weights(kind, case, torch.float32)
+    maps = maps._replace(
+        **{n: x.detach().to(DEVICE) for n, x in zip(maps._fields[1:], maps[1:], strict=True) if x is not None}
+    )
+    settings = Settings(case.window, "sliding", case.sinks, case.size**-0.5, case.softcap)
+    assert can_step(tensors.q, tensors.v, maps, settings)
+    phi_q, phi_k = maps.phi_q(tensors.q), maps.phi_k(tensors.k)
+    inputs = Inputs(*tensors[:3], phi_q, phi_k, tensors.window_factor, tensors.log_decay, None, None, None)
+    plain = empty_state(inputs, settings)
+    plain = plain._replace(window=plain.window._replace(phi_k=None))
+    fused = plain.map(lambda t: t.clone())
+    addresses = [t.data_ptr() for t in fused.tensors()]
+    for i in range(case.n):
+        q, k, v, features = (x[:, :, i : i + 1] for x in (*tensors[:3], phi_q))
+        decay = None if tensors.log_decay is None else tensors.log_decay[:, :, i : i + 1]
+        active = (torch.arange(case.batch, device=DEVICE) + i) % 3 if padded else None
+        leaving = maps.phi_k(leaving_keys(plain, k, settings))
+        if decay is not None:
+            leaving = leaving.repeat_interleave(plain.linear.kv.shape[1] // leaving.shape[1], 1)
+        rest = (settings, decay, active, tensors.sink_logits)
+        want, plain = hybrid_step(q, k, v, features, leaving, tensors.window_factor, plain, *rest)
+        got, fused = decode_step(q, k, v, maps, tensors.window_factor, fused, *rest)
+        assert_near(got, want.double(), f"output {i}")
+        for a, b in zip(fused.tensors(), plain.tensors(), strict=True):
+            assert_near(a, b.double(), f"state {i}", 1e-5)
+    assert addresses == [t.data_ptr() for t in fused.tensors()]
