@@ -293,7 +293,7 @@ def decode_step(
         BG=padded(heads // kv_heads), D=size, BD=max(SMALLEST, padded(size)), WIDTH=width, F=features, BF=block, DV=dv,
         BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind], SINKS=settings.sinks, BS=padded(settings.sinks),
         SOFTCAP=float(settings.softcap or 0.0), LEARNED=sink_logits is not None, HAS_FACTOR=maps.log_scale is not None,
-        HAS_DECAY=decay is not None, PRECISION=precision(v.dtype), **flags, num_warps=8, num_stages=1,
+        HAS_DECAY=decay is not None, PRECISION=precision(v.dtype), **flags, num_warps=4, num_stages=1,
     )  # fmt: skip
     on(advance_kernel, (batch,))(state.length, window.position, either(active, q), **flags, num_warps=1)
     return out, state
