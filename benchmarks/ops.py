@@ -1,7 +1,7 @@
 """Hybrid attention by the Triton kernels, feature maps included, against other attention: a dated table on a GPU.
 
 python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads 32] [--kv-heads 8] [--size 128]
-    [--window 64] [--sinks 0] [--state-heads query] [--json FILE]
+    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--json FILE]
 
 Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
 form on the same numbers; a result that is off stops the program. The peers: SDPA with flash attention and with cuDNN
@@ -27,6 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lolcats.device import describe_device
 from lolcats.ops import MapWeights, mapped_attention
+from lolcats.ops.hybrid import hybrid_step, leaving_keys
+from lolcats.ops.hybrid.kernels.decode import decode_step
+from lolcats.ops.hybrid.layout import Settings
 
 REPLAYS, LEAST, SECONDS = 30, 5, 2.0
 """Replays of one measurement: at most REPLAYS, fewer where they take longer than SECONDS, never less than LEAST."""
@@ -55,16 +58,16 @@ def time_graph(run: Callable[[], Any]) -> float:
 
 
 class Inputs:
-    """q [1, H, N, D], k and v [1, KV, N, D] bfloat16, in the layout of a layer, and the maps (F = D)."""
+    """q [B, H, N, D], k and v [B, KV, N, D] bfloat16, in the layout of a layer, and the maps (F = D)."""
 
-    def __init__(self, n: int, args: argparse.Namespace, gradients: bool = False) -> None:
+    def __init__(self, n: int, args: argparse.Namespace, gradients: bool = False, batch: int = 1) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
         heads, kv_heads, size = args.heads, args.kv_heads, args.size
 
         def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
 
-        self.q, self.k, self.v = (normal(1, n, h, size).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
+        self.q, self.k, self.v = (normal(batch, n, h, size).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
         map_heads = heads if args.state_heads == "query" else kv_heads
         weights = (normal(h, size, size // 2, dtype=torch.float32) / 5 for h in (heads, map_heads))
         self.maps = MapWeights("hedgehog", *weights, log_scale=torch.zeros(heads, device="cuda"))
@@ -170,6 +173,26 @@ def backward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+@torch.no_grad()
+def decode_row(batch: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """One decoding step with a full ring, beside the time of its bytes at `bandwidth` (GB/s) and plain torch."""
+    x = Inputs(args.window + 6, args, batch=batch)
+    state = mapped_attention(x.q, x.k, x.v, x.maps, x.factor, impl="triton", return_state=True, **x.options).state
+    assert state is not None
+    q, k, v = (t[:, :, -1:].contiguous() for t in (x.q, x.k, x.v))
+    settings = Settings(args.window, "sliding", args.sinks, args.size**-0.5)
+
+    def plain() -> Any:
+        leaving = x.maps.phi_k(leaving_keys(state, k, settings))
+        return hybrid_step(q, k, v, x.maps.phi_q(q), leaving, x.factor, state, settings)
+
+    parts = (*state.linear, state.window.k, state.window.v)
+    least = 2e-6 * sum(t.numel() * t.element_size() for t in parts) / bandwidth
+    row: dict[str, Any] = {"pass": "decode", "batch": batch, "plain torch": time_graph(plain)}
+    row["hybrid"] = time_graph(lambda: decode_step(q, k, v, x.maps, x.factor, state, settings))
+    return {**row, "bytes / bandwidth": least, "ratio": row["hybrid"] / least}
+
+
 def _or_reason(run: Callable[[], Any]) -> float | str:
     try:
         return time_graph(run)
@@ -195,6 +218,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--sinks", type=int, default=0)
     parser.add_argument("--state-heads", choices=["query", "kv"], default="query")
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 64], help="batch sizes of a decoding step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -202,8 +226,10 @@ def main() -> None:
     check(args)
     device = describe_device(torch.device("cuda"))
     head = {"date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__}
-    result = {**head, "copy GB/s": copy_bandwidth(), "settings": {k: v for k, v in vars(args).items() if k != "json"}}
+    bandwidth = copy_bandwidth()
+    result = {**head, "copy GB/s": bandwidth, "settings": {k: v for k, v in vars(args).items() if k != "json"}}
     result["rows"] = [forward_row(n, args) for n in args.lengths] + [backward_row(n, args) for n in args.backward]
+    result["rows"] += [decode_row(batch, args, bandwidth) for batch in args.decode]
     print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
     for row in result["rows"]:
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))

@@ -14,11 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lolcats.ops.hybrid.kernels import backward, launch
+from lolcats.ops.hybrid.kernels import backward, decode, launch
 from lolcats.ops.hybrid.layout import Settings
+from lolcats.ops.maps import MapWeights
+from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing
 
 SHARED_MEMORY = 232_448  # bytes of a block on an H100
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -51,7 +53,7 @@ def run(kind: str, window_kind: str) -> list[str]:
         del grid
         return lambda *arguments, **named: problems.append(compile_launch(kernel, arguments, named))
 
-    for module in (launch, backward):
+    for module in (launch, backward, decode):
         module.on = on  # type: ignore[attr-defined]
     batch, heads, kv_heads, n, size, width = 2, 4, 2, 700, 64, 32
     q, k = (torch.empty(batch, n, h, size, dtype=torch.bfloat16).transpose(1, 2) for h in (heads, kv_heads))
@@ -69,7 +71,24 @@ def run(kind: str, window_kind: str) -> list[str]:
     saved = launch.run_forward(plan, x, context, save=True)
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
+    if plain and not given:
+        step(MapWeights(kind, maps, maps, bias, bias, factor), q, k, settings, logits)
     return [problem for problem in problems if problem]
+
+
+def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, settings: Settings, logits: torch.Tensor | None) -> None:
+    """Launch a decoding step, with decay and padding."""
+    (batch, heads, _, size), kv_heads = q.shape, k.shape[1]
+    features = maps.q.shape[2] * (2 if maps.kind == "hedgehog" else 1)
+    ring = torch.empty(batch, kv_heads, settings.window, size, dtype=k.dtype)
+    position, length = torch.zeros(batch, settings.window, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+    window = WindowRing(ring, ring, position, None, torch.empty(batch, heads, settings.window))
+    linear = LinearState(torch.empty(batch, heads, features, size), torch.empty(batch, heads, features))
+    sinks = SinkKeys(*(ring[:, :, : settings.sinks].contiguous() for _ in range(2)))
+    state, losses = HybridState(linear, window, sinks, length), torch.empty(batch, heads, 1)
+    token = k[:, :, :1]
+    factor = torch.empty(heads)
+    decode.decode_step(q[:, :, :1], token, token, maps, factor, state, settings, losses, length, logits)
 
 
 if __name__ == "__main__":

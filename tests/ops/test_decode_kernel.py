@@ -12,6 +12,7 @@ from lolcats.ops.hybrid.recurrent import empty_state, hybrid_step, leaving_keys
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CASES = [
     Case(40, 16, features=8),
     Case(30, 5, sinks=3, groups=3, feature_heads="kv", features=5, softcap=0.7, learned=True),
@@ -43,7 +44,9 @@ def test_steps(case: Case, kind: str, padded: bool) -> None:
     for i in range(case.n):
         q, k, v, features = (x[:, :, i : i + 1] for x in (*tensors[:3], phi_q))
         decay = None if tensors.log_decay is None else tensors.log_decay[:, :, i : i + 1]
-        active = (torch.arange(case.batch, device=DEVICE) + i) % 3 if padded else None
+        active = None
+        if padded:  # as the model gives it: a column of a wider mask
+            active = ((torch.arange(case.batch, device=DEVICE) + i) % 3)[:, None].repeat(1, 4)[:, -1]
         leaving = maps.phi_k(leaving_keys(plain, k, settings))
         if decay is not None:
             leaving = leaving.repeat_interleave(plain.linear.kv.shape[1] // leaving.shape[1], 1)

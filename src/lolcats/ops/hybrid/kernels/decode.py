@@ -282,6 +282,8 @@ def decode_step(
     out = make(batch, heads, 1, dv, dtype=v.dtype, device=v.device)
     decay = None if log_decay is None else log_decay.float().contiguous()
     slots = padded(settings.window)
+    if active is not None:  # often a column of a wide mask
+        active = active.contiguous()
     flags = {"WINDOW": settings.window, "BR": slots, "HAS_ACTIVE": active is not None}
     block, features = max(SMALLEST, padded(width)), state.linear.kv.shape[2]
     on(decode_kernel, (batch, kv_heads))(
