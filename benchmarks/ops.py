@@ -4,9 +4,10 @@ python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads
     [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--json FILE]
 
 Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
-form on the same numbers; a result that is off stops the program. The peers: SDPA with flash attention and with cuDNN
-(causal), FlexAttention over the window alone, and flash-linear-attention's chunk_linear_attn (the linear half alone,
-features given), where they are installed.
+form on the same numbers; a result that is off stops the program. The peers, where they are installed: SDPA with flash
+attention and with cuDNN (causal), FlexAttention over the window alone, flash-linear-attention's chunk_linear_attn (the
+linear half alone, features given), and these two joined into the hybrid layer (features given, keys delayed by the
+window, row sums from columns of ones, FlexAttention's log-sum-exp as the window's denominator).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def check(args: argparse.Namespace) -> None:
         out = x.hybrid(impl)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), x.leaves)])
     for index, (got, want) in enumerate(zip(*results, strict=True)):
-        error = float((got - want).float().norm() / want.float().norm())
+        error = float((got - want).detach().float().norm() / want.detach().float().norm())
         if not error <= 0.02:
             raise SystemExit(f"result {index} of the kernels is off by {error:.3g}: nothing is timed")
 
@@ -116,7 +117,29 @@ def peers(x: Inputs) -> dict[str, Callable[[], Any]]:
     if phi_k.shape[2] == phi_q.shape[2]:
         values = v.transpose(1, 2).contiguous()
         found["fla linear alone"] = lambda: chunk_linear_attn(phi_q, phi_k, values, normalize=False)
+        linear = functools.partial(chunk_linear_attn, normalize=False)
+        found["joined"] = _joined(linear, (phi_q, phi_k, values), _flex(x.q, k, v, window, True), window)
     return found
+
+
+def _joined(linear: Callable[..., Any], operands: tuple[Tensor, ...], near: Callable[[], Any], w: int) -> Any:
+    """The hybrid layer of two peers: `linear` over keys delayed by w tokens, and the window."""
+    phi_q, phi_k, values = operands
+    ones = torch.ones_like(values[..., :16])
+    delayed_k, delayed_v = (nnf.pad(t, (0, 0, 0, 0, w, 0))[:, :-w] for t in (phi_k, torch.cat([values, ones], -1)))
+    delayed_k, delayed_v = delayed_k.contiguous(), delayed_v.contiguous()
+
+    @torch.compile(dynamic=False)
+    def join(out: Tensor, lse: Tensor, sums: Tensor) -> Tensor:
+        share = 0.5 * torch.exp(lse)[..., None]
+        sums = sums.transpose(1, 2).float()
+        return ((share * out + sums[..., :-16]) / (share + sums[..., -1:])).to(out.dtype)
+
+    def run() -> Tensor:
+        sums = linear(phi_q, delayed_k, delayed_v)
+        return join(*near(), sums[0] if isinstance(sums, tuple) else sums)
+
+    return run
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +147,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Callable[[], Any]:
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, with_sum: bool = False) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     n = q.shape[2]
@@ -139,11 +162,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Callable[[], Any]:
         # Compiled: eagerly it would hold the mask of all pairs.
         return torch.compile(create_block_mask)(near, None, None, n, n, device="cuda")
 
-    return lambda: run(q, k, v, block_mask=mask())
+    return lambda: run(q, k, v, block_mask=mask(), return_lse=with_sum)
 
 
 def forward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     """Forward passes at one length, and the bytes a second that the kernels move of what they must move."""
+    torch.compiler.reset()  # each length is compiled anew, and there is a limit on that
     x = Inputs(n, args)
     with torch.no_grad():
         row: dict[str, Any] = {"pass": "forward", "tokens": n, "hybrid": time_graph(x.hybrid)}
@@ -228,13 +252,18 @@ def main() -> None:
     head = {"date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__}
     bandwidth = copy_bandwidth()
     result = {**head, "copy GB/s": bandwidth, "settings": {k: v for k, v in vars(args).items() if k != "json"}}
-    result["rows"] = [forward_row(n, args) for n in args.lengths] + [backward_row(n, args) for n in args.backward]
-    result["rows"] += [decode_row(batch, args, bandwidth) for batch in args.decode]
-    print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
-    for row in result["rows"]:
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(", ".join(f"{k} {v}" for k, v in result.items()), flush=True)
+    jobs = [functools.partial(forward_row, n, args) for n in args.lengths]
+    jobs += [functools.partial(backward_row, n, args) for n in args.backward]
+    jobs += [functools.partial(decode_row, batch, args, bandwidth) for batch in args.decode]
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        rows.append(job())
+        print(
+            "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
+        )
+        if args.json:  # after each row: a long run that is stopped keeps what it has
+            args.json.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lolcats.ops.hybrid.kernels import backward, decode, launch
 from lolcats.ops.hybrid.layout import Settings
 from lolcats.ops.maps import MapWeights
-from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing
+from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ring_slots
 
 SHARED_MEMORY = 232_448  # bytes of a block on an H100
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -30,7 +31,7 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any
     constants = {name: value for name, value in named.items() if name not in OPTIONS}
     signature: dict[str, str] = dict.fromkeys(names, "constexpr")
     for name, value in zip(names, arguments, strict=False):
-        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else type_of(value)
+        signature[name] = type_of(value)
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     options = {name: value for name, value in named.items() if name in OPTIONS}
     try:
@@ -41,7 +42,11 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any
     return f"{kernel.__name__}: {used} bytes of shared memory" if used > SHARED_MEMORY else ""
 
 
-def type_of(value: float) -> str:
+def type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}]>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -59,7 +64,8 @@ def run(kind: str, window_kind: str) -> list[str]:
     q, k = (torch.empty(batch, n, h, size, dtype=torch.bfloat16).transpose(1, 2) for h in (heads, kv_heads))
     given, plain = kind == "given", window_kind == "sliding"
     features = torch.empty(batch, heads, n, width, dtype=torch.bfloat16)
-    maps = features if given else torch.empty(heads, size, width)
+    weights = torch.empty(heads, size, width)
+    maps = features if given else weights.to(q.dtype)
     bias = torch.empty(heads, width) if kind == "t2r" else None
     logits = torch.empty(heads) if plain else None
     decay = torch.empty(batch, heads, n) if plain else None
@@ -71,8 +77,8 @@ def run(kind: str, window_kind: str) -> list[str]:
     saved = launch.run_forward(plan, x, context, save=True)
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
-    if plain and not given:
-        step(MapWeights(kind, maps, maps, bias, bias, factor), q, k, settings, logits)
+    if not given:
+        step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, settings, logits)
     return [problem for problem in problems if problem]
 
 
@@ -80,9 +86,10 @@ def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, settings: Settings,
     """Launch a decoding step, with decay and padding."""
     (batch, heads, _, size), kv_heads = q.shape, k.shape[1]
     features = maps.q.shape[2] * (2 if maps.kind == "hedgehog" else 1)
-    ring = torch.empty(batch, kv_heads, settings.window, size, dtype=k.dtype)
-    position, length = torch.zeros(batch, settings.window, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
-    window = WindowRing(ring, ring, position, None, torch.empty(batch, heads, settings.window))
+    slots = ring_slots(settings.window, settings.window_kind)
+    ring = torch.empty(batch, kv_heads, slots, size, dtype=k.dtype)
+    position, length = torch.zeros(batch, slots, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+    window = WindowRing(ring, ring, position, None, torch.empty(batch, heads, slots))
     linear = LinearState(torch.empty(batch, heads, features, size), torch.empty(batch, heads, features))
     sinks = SinkKeys(*(ring[:, :, : settings.sinks].contiguous() for _ in range(2)))
     state, losses = HybridState(linear, window, sinks, length), torch.empty(batch, heads, 1)

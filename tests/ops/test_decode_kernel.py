@@ -18,6 +18,9 @@ CASES = [
     Case(30, 5, sinks=3, groups=3, feature_heads="kv", features=5, softcap=0.7, learned=True),
     Case(40, 16, decay=True, groups=2, feature_heads="kv", size=20, value_size=17, features=6),
     Case(12, 1, sinks=1, groups=2, batch=1, features=3),
+    Case(30, 5, "terraced", sinks=3, groups=3, feature_heads="kv", features=5, learned=True),
+    Case(40, 8, "terraced", decay=True, groups=2, feature_heads="kv", size=20, value_size=17, features=6),
+    Case(8, 1, "terraced", batch=1, features=3),
 ]
 
 
@@ -33,7 +36,7 @@ def test_steps(case: Case, kind: str, padded: bool) -> None:
     maps = maps._replace(
         **{n: x.detach().to(DEVICE) for n, x in zip(maps._fields[1:], maps[1:], strict=True) if x is not None}
     )
-    settings = Settings(case.window, "sliding", case.sinks, case.size**-0.5, case.softcap)
+    settings = Settings(case.window, case.kind, case.sinks, case.size**-0.5, case.softcap)
     assert can_step(tensors.q, tensors.v, maps, settings)
     phi_q, phi_k = maps.phi_q(tensors.q), maps.phi_k(tensors.k)
     inputs = Inputs(*tensors[:3], phi_q, phi_k, tensors.window_factor, tensors.log_decay, None, None, None)

@@ -120,6 +120,21 @@ def test_maps_in_the_kernels(case: Case, kind: str) -> None:
     compare(got, want, inputs, wanted, [names[i] for i in held])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
+def test_tiles_through_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of whole 16 bytes, which the copy engine takes; the tests above mostly use pointers."""
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    from lolcats.ops.hybrid.kernels import attention
+
+    plans = []
+    make_plan = attention.make_plan
+    monkeypatch.setattr(attention, "make_plan", lambda *a: plans.append(make_plan(*a)) or plans[-1])
+    sizes: dict[str, Any] = {"groups": 2, "kv_heads": 1, "size": 16, "value_size": 24}
+    test_maps_in_the_kernels(Case(200, 64, features=8, batch=2, **sizes), kind)
+    test_maps_in_the_kernels(Case(200, 16, sinks=2, decay=True, batch=1, features=16, **sizes), kind)
+    assert all(plan.tma for plan in plans)
+
+
 @pytest.mark.parametrize("padding", [(5, 0), (0, 70), (3, 4)])
 def test_padding(padding: tuple[int, int]) -> None:
     case = Case(130, 16, sinks=2, groups=2, feature_heads="kv")

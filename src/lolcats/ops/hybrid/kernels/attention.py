@@ -153,6 +153,7 @@ def _final_sums(kind: str, settings: Settings, call: _Call, x: Operands, ext: Ex
         left = left.gather(1, call.order)
     if x.log_decay is not None:
         x = x._replace(log_decay=torch.where(left[:, None], x.log_decay, 0.0))
+    x = _lowered(x, kind)
     plan = make_plan(x, call.context, settings, kind)
     _, final = sum_states(plan, x, call.context, x.v, keep=left.float().contiguous())
     assert final is not None
@@ -160,18 +161,25 @@ def _final_sums(kind: str, settings: Settings, call: _Call, x: Operands, ext: Ex
     return LinearState(kv.unflatten(-1, (plan.f, plan.dv)).contiguous(), k_sum.contiguous())
 
 
+def _lowered(x: Operands, kind: str) -> Operands:
+    """The maps' weights in the type of the products, converted once rather than by every program."""
+    x = x._replace(window_factor=x.window_factor.float())
+    return x if kind == "given" else x._replace(map_q=x.map_q.to(x.v.dtype), map_k=x.map_k.to(x.v.dtype))
+
+
 class _Attention(torch.autograd.Function):
     """The kernels, for autograd. Arguments: kind of features, settings, context, then the operands."""
 
     @staticmethod
     def forward(ctx: Any, kind: str, settings: Settings, context: Context, *operands: Tensor | None) -> Tensor:
-        x = Operands(*operands)  # type: ignore[arg-type]
+        x = _lowered(Operands(*operands), kind)  # type: ignore[arg-type]
         plan = make_plan(x, context, settings, kind)
         saved = run_forward(plan, x, context, any(ctx.needs_input_grad))
         ctx.plan, ctx.context = plan, context
+        ctx.dtypes = [None if t is None else t.dtype for t in operands]
         states = saved.states
         ctx.numbers = None if states is None else states[5:]
-        tensors = [*operands, *saved[:3], *saved[4:], *((None,) * 5 if states is None else states[:5])]
+        tensors = [*x, *saved[:3], *saved[4:], *((None,) * 5 if states is None else states[:5])]
         ctx.save_for_backward(*tensors)
         return saved.out
 
@@ -186,7 +194,7 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         found = run_backward(ctx.plan, x, ctx.context, saved, grad_outputs[0], needs)
         grads = (
-            g.to(t.dtype) if need and g is not None and t is not None else None
-            for g, t, need in zip(found, x, needs, strict=True)
-        )  # fmt: skip
+            g.to(dtype) if need and g is not None else None
+            for g, dtype, need in zip(found, ctx.dtypes, needs, strict=True)
+        )
         return None, None, None, *grads

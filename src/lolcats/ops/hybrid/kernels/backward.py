@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,13 +11,18 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.backward_features import key_features, output_terms, query_features, weight_kernel
 from lolcats.ops.hybrid.kernels.backward_inputs import NOWHERE, key_inputs, query_inputs
+from lolcats.ops.hybrid.kernels.backward_values import key_values
 from lolcats.ops.hybrid.kernels.launch import (
+    BLOCK,
     SUM_PROGRAMS,
+    TILE,
     Context,
     Operands,
     Plan,
     Saved,
+    can_describe,
     either,
+    feature_strides,
     flags,
     on,
     padded,
@@ -57,16 +62,16 @@ def run_backward(p: Plan, x: Operands, c: Context, saved: Saved, grad: Tensor, n
     """Gradients of the operands; `needs` tells of each operand, in order, whether its gradient is wanted."""
     need = Operands(*needs)  # type: ignore[arg-type]
     grad = grad.to(x.v.dtype)
-    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    grad = grad if grad.stride(3) == 1 and (not p.tma or can_describe(grad)) else grad.contiguous()
     make: Callable[..., Tensor] = torch.empty if c.rows is None else torch.zeros
 
     def per_query(dtype: torch.dtype = torch.float32) -> Tensor:
         return make(p.batch, p.heads, p.tokens, dtype=dtype, device=x.q.device)
 
     rows = _Rows(per_query(), per_query(), per_query(torch.int32))
-    on(output_terms, (triton.cdiv(p.tokens, p.tile), p.batch * p.heads))(
+    on(output_terms, (triton.cdiv(p.tokens, TILE), p.batch * p.heads))(
         saved.out, grad, rows.delta, *strides(saved.out), *strides(grad), p.tokens,
-        HEADS=p.heads, DV=p.dv, BV=padded(p.dv), C=p.tile,
+        HEADS=p.heads, DV=p.dv, BV=padded(p.dv), C=TILE,
     )  # fmt: skip
     inputs = bool(need.q or need.k or need.v or need.sink_logits)
     map_q, map_k = bool(need.map_q or need.bias_q), bool(need.map_k or need.bias_k)
@@ -99,13 +104,15 @@ def _query_features(
     make: Callable[..., Tensor],
 ) -> Tensor | None:
     dy = _features(p, x, make) if need_dy else None
-    pointers, numbers, constants = state_arguments(p, saved.states, rows.delta)
-    on(query_features, (p.heads, p.groups, p.rows))(
-        x.q, x.k, x.v, x.map_q, x.map_k, either(x.bias_q, x.q), either(x.bias_k, x.q), either(x.factor, x.q),
-        either(x.log_decay, rows.delta), *pointers, either(c.rows, x.q), grad, saved.inverse, rows.delta,
-        either(dy, x.q), rows.linear, *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, *numbers,
+    pointers, numbers, constants = state_arguments(p, saved.states, rows.delta, p.sizes()["BV"])
+    on(query_features, (p.heads, p.blocks, p.rows))(
+        *_inputs(p, x), *_maps(p, x),
+        either(x.log_decay, rows.delta), *pointers, either(c.rows, x.q), p.tokens_of(grad), saved.inverse, rows.delta,
+        either(dy, x.q), rows.linear, *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad),
+        *feature_strides(p, x), p.tokens, *numbers,
         STATE_GROUP=p.heads // p.map_heads, MAP_GROUP=p.heads // p.map_heads, **flags(x, c), NEED_DY=need_dy,
-        PRECISION=precision(x.v.dtype), **constants, **p.pieces(), **p.window(), **p.sizes(), **p.launch(1),
+        PRECISION=precision(x.v.dtype), **constants, MIXED=p.mixed, **p.window(), **p.sizes(),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return dy
 
@@ -117,14 +124,14 @@ def _query_inputs(
     # In the layout of q, as autograd wants it.
     dq = torch.empty_like(x.q) if c.rows is None else torch.zeros_like(x.q)
     s, kind = p.settings.sinks, {"dtype": torch.float32, "device": x.q.device}
-    sinks = tuple(make(p.rows, p.heads, p.groups, s, d, **kind) for d in (p.d, p.dv)) if s else None
-    on(query_inputs, (p.heads, p.groups, p.rows))(
-        x.q, x.k, x.v, x.map_q, x.window_factor, either(x.sink_logits, x.q), either(saved.sink_k, x.q),
-        either(saved.sink_v, x.q), either(c.rows, x.q), grad, saved.inverse, rows.delta, rows.linear, either(dy, x.q),
-        dq, rows.place, *(sinks or (rows.delta, rows.delta)),
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *strides(dq), p.tokens, p.groups, p.settings.scale,
+    sinks = tuple(make(p.rows, p.heads, p.blocks, s, d, **kind) for d in (p.d, p.dv)) if s else None
+    on(query_inputs, (p.heads, p.blocks, p.rows))(
+        *_inputs(p, x), p.map_of(x.map_q), x.window_factor, either(x.sink_logits, x.q), either(saved.sink_k, x.q),
+        either(saved.sink_v, x.q), either(c.rows, x.q), p.tokens_of(grad), saved.inverse, rows.delta, rows.linear,
+        either(dy, x.q), dq, rows.place, *(sinks or (rows.delta, rows.delta)),
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *strides(dq), p.tokens, p.blocks, p.settings.scale,
         BS=padded(s), LEARNED=x.sink_logits is not None, HAS_ROWS=c.rows is not None,
-        PRECISION=precision(x.v.dtype), **p.softmax(), **_without(p.sizes(), "F"), **p.launch(1),
+        PRECISION=precision(x.v.dtype), **p.softmax(), **_without(p.sizes(), "F", "T"), num_warps=4, num_stages=1,
     )  # fmt: skip
     return dq, None if sinks is None else (sinks[0].sum(2), sinks[1].sum(2))
 
@@ -137,16 +144,23 @@ def _key_features(
     dy = _features(p, x, make) if need_dy else None
     key_part = torch.zeros_like(rows.linear) if x.log_decay is not None else rows.linear
     states = sum_states(p, x, c, grad, (saved.inverse, rows.delta))[0] if p.groups > 1 else None
-    pointers, numbers, constants = state_arguments(p, states, rows.delta)
-    share = p.heads // p.kv_heads if need_dv else 1
-    on(key_features, (p.heads // share, p.groups, p.rows))(
-        x.q, x.k, x.v, x.map_q, x.map_k, either(x.bias_q, x.q), either(x.bias_k, x.q), either(x.factor, x.q),
-        either(x.log_decay, rows.delta), *pointers, either(c.rows, x.q), grad, saved.inverse, rows.delta,
-        either(dv, x.q), either(dy, x.q), key_part,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, *numbers,
-        MAP_GROUP=p.heads // p.map_heads, FIRST=p.first, SHARE=share, **flags(x, c), NEED_DV=need_dv, NEED_DY=need_dy,
-        PRECISION=precision(x.v.dtype), **constants, **p.window(), **p.sizes(), **p.launch(1),
+    pointers, numbers, constants = state_arguments(p, states, rows.delta, p.sizes()["BV"])
+    shared = {"MAP_GROUP": p.heads // p.map_heads, "FIRST": p.first, "PRECISION": precision(x.v.dtype)}
+    shared |= {**flags(x, c), **constants, **p.window(), **p.sizes(), "num_warps": 4, "num_stages": 1}
+    q, k, v = _inputs(p, x)
+    maps = _maps(p, x)
+    decay, row_table = either(x.log_decay, rows.delta), either(c.rows, x.q)
+    on(key_features, (p.heads, p.blocks, p.rows))(
+        q, k, v, *maps, decay, *pointers, row_table, p.tokens_of(grad), saved.inverse, rows.delta, either(dy, x.q),
+        key_part, *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *feature_strides(p, x), p.tokens,
+        *numbers, NEED_DY=need_dy, **shared,
     )  # fmt: skip
+    if dv is not None:
+        local, _, local_decay, after, _ = pointers
+        on(key_values, (p.kv_heads, p.blocks, p.rows))(
+            q, k, *maps, decay, local, local_decay, after, row_table, p.tokens_of(grad), saved.inverse, dv,
+            *strides(x.q), *strides(x.k), *strides(grad), *feature_strides(p, x), p.tokens, *numbers, **shared,
+        )  # fmt: skip
     return dy, dv, key_part
 
 
@@ -155,18 +169,27 @@ def _key_inputs(
     sinks: tuple[Tensor, Tensor] | None, make: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     dk = make(p.batch, p.kv_heads, p.tokens, p.d, dtype=x.v.dtype, device=x.q.device)
-    on(key_inputs, (p.kv_heads, p.groups, p.rows))(
-        x.q, x.k, x.v, x.map_k, x.window_factor, either(c.rows, x.q), grad, saved.inverse, rows.delta, saved.maximum,
+    on(key_inputs, (p.kv_heads, p.blocks, p.rows))(
+        *_inputs(p, x), p.map_of(x.map_k), x.window_factor, either(c.rows, x.q), p.tokens_of(grad),
+        saved.inverse, rows.delta, saved.maximum,
         rows.linear, rows.place, *(sinks or (rows.delta, rows.delta)), either(dy, x.q), dk, dv,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, p.settings.scale,
         MAP_GROUP=p.heads // p.map_heads, HAS_SINKS=sinks is not None, HAS_ROWS=c.rows is not None,
-        PRECISION=precision(x.v.dtype), **p.softmax(), **_without(p.sizes(), "F"), **p.launch(1),
+        PRECISION=precision(x.v.dtype), **p.softmax(), **_without(p.sizes(), "F", "T"), num_warps=4, num_stages=1,
     )  # fmt: skip
     return dk
 
 
-def _without(sizes: dict[str, int], name: str) -> dict[str, int]:
-    return {k: v for k, v in sizes.items() if k != name}
+def _inputs(p: Plan, x: Operands) -> tuple[Any, Any, Any]:
+    return p.tokens_of(x.q), p.tokens_of(x.k), p.tokens_of(x.v)
+
+
+def _maps(p: Plan, x: Operands) -> tuple[Any, ...]:
+    return p.map_of(x.map_q), p.map_of(x.map_k), either(x.bias_q, x.q), either(x.bias_k, x.q), either(x.factor, x.q)
+
+
+def _without(sizes: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in sizes.items() if k not in names}
 
 
 def _map_gradient(
@@ -176,7 +199,7 @@ def _map_gradient(
     assert dy is not None
     if p.kind == "given":
         return (dy if heads == p.heads else dy.unflatten(1, (heads, -1)).sum(2)), None
-    splits = max(1, min(triton.cdiv(p.tokens, p.tile // 2), SUM_PROGRAMS // (p.batch * p.heads)))
+    splits = max(1, min(triton.cdiv(p.tokens, BLOCK), SUM_PROGRAMS // (p.batch * p.heads)))
     shape = (p.batch, p.heads, splits, p.d + 1, p.width)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
     sizes = {k: v for k, v in p.sizes().items() if k in ("D", "BD", "WIDTH", "BF", "C")}

@@ -30,8 +30,9 @@ from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
     load_bias,
-    load_matrix,
-    load_state,
+    load_part,
+    load_rows,
+    load_sums,
     load_tile,
     load_vector,
     map_backward,
@@ -90,14 +91,16 @@ def query_features(
     g_b,
     g_h,
     g_n,
+    fq_b,
+    fq_h,
+    fk_b,
+    fk_h,
     tokens,
     segments,
     groups,
     SEGMENT: tl.constexpr,
     REACH: tl.constexpr,
-    TILES: tl.constexpr,
-    FULL: tl.constexpr,
-    LINEAR: tl.constexpr,
+    MIXED: tl.constexpr,
     KV_GROUP: tl.constexpr,
     STATE_GROUP: tl.constexpr,
     MAP_GROUP: tl.constexpr,
@@ -120,44 +123,38 @@ def query_features(
     HAS_ROWS: tl.constexpr,
     NEED_DY: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
 ):
-    """a_i and dy of a tile of queries. Grid: (HEADS, tiles, rows)."""
+    """a_i and dy of a block of queries. Grid: (HEADS, blocks, rows)."""
     head = tl.program_id(0)
-    group = tl.program_id(1)
+    block = tl.program_id(1)
     row = tl.program_id(2)
     batch, start, length, offset = read_row(rows, row, tokens, HAS_ROWS)
-    first = group * T
+    first = block * C
     if first >= length:
         return
-    dtype = v.dtype.element_ty
+    dtype = grad.dtype if TMA else grad.dtype.element_ty
     state_dtype = tl.bfloat16 if dtype == tl.float16 else dtype
+    group = first // T
+    behind = block - group * (T // C)  # blocks of the tile before this one
     kv_head = head // KV_GROUP
+    map_head = head // MAP_GROUP
     token0 = (batch * HEADS + head) * tokens + start
-    k += batch * k_b + kv_head * k_h + start * k_n
-    v += batch * v_b + kv_head * v_h + start * v_n
     decay += token0
     PARTS: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    query = first + tl.arange(0, T)
-    g_tile = load_tile(grad + batch * g_b + head * g_h + start * g_n, g_n, first, length, 0, T, DV, BV)
-    product = load_vector(delta + token0, first, length, T)
-    if MAP != GIVEN:
-        map_head = head // MAP_GROUP
-        bias_q = load_bias(bias_q + head * WIDTH, WIDTH, BF, MAP)
-        bias_k = load_bias(bias_k + map_head * WIDTH, WIDTH, BF, MAP)
-        wk = load_matrix(map_k + map_head * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
-    else:
-        map_k += ((batch * (HEADS // MAP_GROUP) + head // MAP_GROUP) * tokens + start) * F
-        wk = 0.0
+    query = first + tl.arange(0, C)
+    g_tile = load_rows(grad, g_b, g_h, g_n, batch, head, start, first, length, 0, C, DV, BV, TMA)
+    product = load_vector(delta + token0, first, length, C)
 
     # the state
     if HAS_DECAY:
-        passed = tl.cumsum(load_vector(decay, first, length, T), 0)  # from the start of the reach
-        for t in tl.static_range(1, REACH + 1):
+        passed = tl.cumsum(load_vector(decay, first, length, C), 0)  # from the start of the reach
+        for t in range(1, REACH + behind + 1):
             passed += tl.sum(load_vector(decay, first - t * C, length, C), 0)
-    dphi_front = tl.zeros((T, BF), tl.float32)
-    dphi_back = tl.zeros((T, BF), tl.float32)
+    dphi_front = tl.zeros((C, BF), tl.float32)
+    dphi_back = tl.zeros((C, BF), tl.float32)
     if HAS_STATES:
         row_head = (row * (HEADS // STATE_GROUP) + head // STATE_GROUP).to(tl.int64)
         at = row_head * groups + group
@@ -166,11 +163,15 @@ def query_features(
         if HAS_DECAY and SPLIT:
             fade = tl.exp(tl.load(local_decay + at))
         for i in tl.static_range(PARTS):
-            kv, k_sum = load_state(
-                local + at * F * DV, local_sum + at * F, before + at_before * F * DV,
-                before_sum + at_before * F * (DV + 1) + F * DV, fade, i, SPLIT, WIDTH, BF, DV, 0, BV,
-            )  # fmt: skip
+            k_sum = load_sums(
+                local_sum + at * F, before_sum + at_before * F * (DV + 1) + F * DV, fade, i, SPLIT, WIDTH, BF
+            )
+            kv = load_part(local, at * PARTS + i, WIDTH, BF, DV, 0, BV, TMA)
             part = tl.dot(g_tile.to(state_dtype), tl.trans(kv), input_precision=PRECISION)
+            if SPLIT:
+                kv = load_part(before, at_before * PARTS + i, WIDTH, BF, DV, 0, BV, TMA)
+                older = tl.dot(g_tile.to(state_dtype), tl.trans(kv), input_precision=PRECISION)
+                part += older * fade
             part = part - product[:, None] * k_sum[None, :]
             if HAS_DECAY:
                 part = part * tl.exp(passed)[:, None]
@@ -180,47 +181,50 @@ def query_features(
                 dphi_back = part
 
     # the keys in reach
-    for e in tl.static_range(TILES):
-        key0 = first - REACH * C + e * T
+    if MAP != GIVEN:
+        wk = load_part(map_k, map_head, D, BD, WIDTH, 0, BF, TMA)
+        bk = load_bias(bias_k + map_head * WIDTH, WIDTH, BF, MAP)
+    for c in range(-REACH - behind, MIXED):
+        key0 = first + c * C
+        key = real_keys(key0 + tl.arange(0, C), offset, SINKS)
+        near, far = pair_masks(query[:, None], key[None, :], offset, WINDOW, TERRACED)
+        v_tile = load_rows(v, v_b, v_h, v_n, batch, kv_head, start, key0, length, 0, C, DV, BV, TMA)
+        dw = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION) - product[:, None]
         if HAS_DECAY:
-            key_losses = load_vector(decay, key0, length, T if e < FULL else C)
-        if (LINEAR >> e) & 1:
-            key = real_keys(key0 + tl.arange(0, T if e < FULL else C), offset, SINKS)
-            near, far = pair_masks(query[:, None], key[None, :], offset, WINDOW, TERRACED)
-            v_tile = load_tile(v, v_n, key0, length, 0, T if e < FULL else C, DV, BV)
-            if MAP != GIVEN:
-                tile = load_tile(k, k_n, key0, length, 0, T if e < FULL else C, D, BD)
-            else:
-                tile = load_tile(map_k, F, key0, length, 0, T if e < FULL else C, F, BF)
-            phi_k = map_features(tile, wk, bias_k, 1.0, WIDTH, BF, MAP, PRECISION)
-            dw = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION) - product[:, None]
-            if HAS_DECAY:
-                dw *= tl.exp(tl.where(far, passed[:, None] - tl.cumsum(key_losses, 0)[None, :], 0.0))
-            dw = tl.where(far, dw, 0.0).to(dtype)
-            dphi_front = tl.dot(dw, phi_k[0].to(dtype), dphi_front, input_precision=PRECISION)
-            if MAP == HEDGEHOG:
-                dphi_back = tl.dot(dw, phi_k[1].to(dtype), dphi_back, input_precision=PRECISION)
-        if HAS_DECAY:
-            passed -= tl.sum(key_losses, 0)
+            losses = load_vector(decay, key0, length, C)
+            dw *= tl.exp(tl.where(far, passed[:, None] - tl.cumsum(losses, 0)[None, :], 0.0))
+            passed -= tl.sum(losses, 0)
+        dw = tl.where(far, dw, 0.0).to(dtype)
+        if MAP != GIVEN:
+            k_tile = load_rows(k, k_b, k_h, k_n, batch, kv_head, start, key0, length, 0, C, D, BD, TMA)
+            phi_k = map_features(k_tile, wk, bk, 1.0, WIDTH, BF, MAP, PRECISION)
+        else:
+            k_phi = load_rows(map_k, fk_b, fk_h, F, batch, map_head, start, key0, length, 0, C, F, BF, TMA)
+            phi_k = (k_phi.to(tl.float32),)
+        dphi_front = tl.dot(dw, phi_k[0].to(dtype), dphi_front, input_precision=PRECISION)
+        if MAP == HEDGEHOG:
+            dphi_back = tl.dot(dw, phi_k[1].to(dtype), dphi_back, input_precision=PRECISION)
 
-    r = load_vector(inverse + token0, first, length, T)
+    r = load_vector(inverse + token0, first, length, C)
     if HAS_FACTOR:
         r *= tl.exp(tl.load(factor + head).to(tl.float32))
     dphi_front = dphi_front * r[:, None]
     dphi_back = dphi_back * r[:, None]
     if MAP != GIVEN:
-        q_tile = load_tile(q + batch * q_b + head * q_h + start * q_n, q_n, first, length, 0, T, D, BD)
-        w = load_matrix(map_q + head * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
-        phi = map_features(q_tile, w, bias_q, 1.0, WIDTH, BF, MAP, PRECISION)
+        q_tile = load_rows(q, q_b, q_h, q_n, batch, head, start, first, length, 0, C, D, BD, TMA)
+        w = load_part(map_q, head, D, BD, WIDTH, 0, BF, TMA)
+        bq = load_bias(bias_q + head * WIDTH, WIDTH, BF, MAP)
+        phi = map_features(q_tile, w, bq, 1.0, WIDTH, BF, MAP, PRECISION)
     else:
-        phi = (load_tile(map_q + token0 * F, F, first, length, 0, T, F, BF).to(tl.float32),)
+        q_phi = load_rows(map_q, fq_b, fq_h, F, batch, head, start, first, length, 0, C, F, BF, TMA)
+        phi = (q_phi.to(tl.float32),)
     a = tl.sum(phi[0] * dphi_front, 1)
     if MAP == HEDGEHOG:
         a += tl.sum(phi[1] * dphi_back, 1)
-    store_vector(linear_part + token0, first, length, a, T)
+    store_vector(linear_part + token0, first, length, a, C)
     if NEED_DY:
         dx = map_backward(phi, (dphi_front, dphi_back), MAP)
-        store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, T, WIDTH, BF)
+        store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, C, WIDTH, BF)
 
 
 @triton.jit
@@ -243,7 +247,6 @@ def key_features(
     grad,
     inverse,
     delta,
-    dv,
     dy,
     key_part,
     q_b,
@@ -258,6 +261,10 @@ def key_features(
     g_b,
     g_h,
     g_n,
+    fq_b,
+    fq_h,
+    fk_b,
+    fk_h,
     tokens,
     segments,
     groups,
@@ -283,127 +290,121 @@ def key_features(
     HAS_STATES: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    NEED_DV: tl.constexpr,
     NEED_DY: tl.constexpr,
-    SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
 ):
-    """b_j, dy and dv of a tile of keys. Grid: (HEADS / SHARE, tiles, rows).
+    """b_j and dy of a block of keys. Grid: (HEADS, blocks, rows).
 
-    A program serves SHARE query heads: all heads of a group where dv is wanted, which they share, else one. Linear
-    pairs start with query block FIRST, counted from the tile's start.
+    Linear pairs start with query block FIRST, counted from the block of the keys.
     """
-    group = tl.program_id(1)
+    head = tl.program_id(0)
+    block = tl.program_id(1)
     row = tl.program_id(2)
     batch, start, length, offset = read_row(rows, row, tokens, HAS_ROWS)
-    first = group * T
+    first = block * C
     if first >= length:
         return
-    dtype = v.dtype.element_ty
+    dtype = grad.dtype if TMA else grad.dtype.element_ty
     state_dtype = tl.bfloat16 if dtype == tl.float16 else dtype
-    kv_head = tl.program_id(0) * SHARE // KV_GROUP
+    group = first // T
+    ahead = (group + 1) * (T // C) - 1 - block  # blocks of the tile after this one
+    kv_head = head // KV_GROUP
+    map_head = head // MAP_GROUP
+    token0 = (batch * HEADS + head) * tokens + start
     PARTS: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    v_tile = load_tile(v + batch * v_b + kv_head * v_h + start * v_n, v_n, first, length, 0, T, DV, BV)
-    if MAP != GIVEN:
-        k_tile = load_tile(k + batch * k_b + kv_head * k_h + start * k_n, k_n, first, length, 0, T, D, BD)
-    key = real_keys(first + tl.arange(0, T), offset, SINKS)
+    key = real_keys(first + tl.arange(0, C), offset, SINKS)
     counted = (key < length).to(tl.float32)
     blocks = (length - first + C - 1) // C  # of queries, to the end of the text
-    dv_acc = tl.zeros((T, BV), tl.float32)
-    for h in range(SHARE):
-        head = tl.program_id(0) * SHARE + h
-        token0 = (batch * HEADS + head) * tokens + start
-        phi_scale = 1.0
-        if HAS_FACTOR:
-            phi_scale = tl.exp(tl.load(factor + head).to(tl.float32))
-        if MAP != GIVEN:
-            map_head = head // MAP_GROUP
-            w = load_matrix(map_k + map_head * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
-            wq = load_matrix(map_q + head * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
-            bk = load_bias(bias_k + map_head * WIDTH, WIDTH, BF, MAP)
-            bq = load_bias(bias_q + head * WIDTH, WIDTH, BF, MAP)
-            phi_k = map_features(k_tile, w, bk, 1.0, WIDTH, BF, MAP, PRECISION)
-        else:
-            wq = 0.0
-            bq = 0.0
-            key_at = ((batch * (HEADS // MAP_GROUP) + head // MAP_GROUP) * tokens + start) * F
-            phi_k = (load_tile(map_k + key_at, F, first, length, 0, T, F, BF).to(tl.float32),)
-        if HAS_DECAY:
-            key_losses = load_vector(decay + token0, first, length, T)
-            between = -tl.cumsum(key_losses, 0)  # from the key to the query block that comes next
+    phi_scale = 1.0
+    if HAS_FACTOR:
+        phi_scale = tl.exp(tl.load(factor + head).to(tl.float32))
+    v_tile = load_rows(v, v_b, v_h, v_n, batch, kv_head, start, first, length, 0, C, DV, BV, TMA)
+    if HAS_DECAY:
+        key_losses = load_vector(decay + token0, first, length, C)
+        between = -tl.cumsum(key_losses, 0)  # from the key to the query block that comes next
 
-        # the state: later queries
-        dphi_front = tl.zeros((T, BF), tl.float32)
-        dphi_back = tl.zeros((T, BF), tl.float32)
-        if HAS_STATES:
-            at = (row * HEADS + head).to(tl.int64) * groups + group
-            at_after = (row * HEADS + head).to(tl.int64) * segments + group // SEGMENT
-            fade = 1.0
-            if HAS_DECAY and SPLIT:
-                fade = tl.exp(tl.load(local_decay + at))
-            weight = counted
-            if HAS_DECAY:
-                weight *= tl.exp(tl.sum(key_losses, 0) + between)
-            for i in tl.static_range(PARTS):
-                kv, k_sum = load_state(
-                    local + at * F * DV, local_sum + at * F, after + at_after * F * DV,
-                    after_sum + at_after * F * (DV + 1) + F * DV, fade, i, SPLIT, WIDTH, BF, DV, 0, BV,
-                )  # fmt: skip
-                part = tl.dot(v_tile.to(state_dtype), tl.trans(kv), input_precision=PRECISION) + k_sum[None, :]
-                part = part * weight[:, None]
-                if NEED_DV:
-                    weighted = (phi_k[i] * weight[:, None]).to(state_dtype)
-                    dv_acc = tl.dot(weighted, kv, dv_acc, input_precision=PRECISION)
-                if i == 0:
-                    dphi_front = part
-                else:
-                    dphi_back = part
-
-        # queries in reach
+    # the state: later queries
+    dphi_front = tl.zeros((C, BF), tl.float32)
+    dphi_back = tl.zeros((C, BF), tl.float32)
+    if HAS_STATES:
+        at = (row * HEADS + head).to(tl.int64) * groups + group
+        at_after = (row * HEADS + head).to(tl.int64) * segments + group // SEGMENT
+        fade = 1.0
+        if HAS_DECAY and SPLIT:
+            fade = tl.exp(tl.load(local_decay + at))
+        weight = counted
         if HAS_DECAY:
-            for c in range(FIRST):
-                between += tl.sum(load_vector(decay + token0, first + c * C, length, C), 0)
-        for c in range(FIRST, tl.minimum(REACH + 2, blocks)):
-            query0 = first + c * C
-            query = query0 + tl.arange(0, C)
-            near, far = pair_masks(query[None, :], key[:, None], offset, WINDOW, TERRACED)
-            g_tile = load_tile(grad + batch * g_b + head * g_h + start * g_n, g_n, query0, length, 0, C, DV, BV)
-            r = load_vector(inverse + token0, query0, length, C)
-            product = load_vector(delta + token0, query0, length, C)
-            if MAP != GIVEN:
-                q_tile = load_tile(q + batch * q_b + head * q_h + start * q_n, q_n, query0, length, 0, C, D, BD)
+            to_end = tl.sum(key_losses, 0) + between
+            for t in range(1, ahead + 1):
+                to_end += tl.sum(load_vector(decay + token0, first + t * C, length, C), 0)
+            weight *= tl.exp(to_end)
+        for i in tl.static_range(PARTS):
+            k_sum = load_sums(
+                local_sum + at * F, after_sum + at_after * F * (DV + 1) + F * DV, fade, i, SPLIT, WIDTH, BF
+            )
+            # Two products each rather than one sum: the sum would go through registers.
+            kv = load_part(local, at * PARTS + i, WIDTH, BF, DV, 0, BV, TMA)
+            part = tl.dot(v_tile.to(state_dtype), tl.trans(kv), input_precision=PRECISION)
+            if SPLIT:
+                kv = load_part(after, at_after * PARTS + i, WIDTH, BF, DV, 0, BV, TMA)
+                part += tl.dot(v_tile.to(state_dtype), tl.trans(kv), input_precision=PRECISION) * fade
+            part = (part + k_sum[None, :]) * weight[:, None]
+            if i == 0:
+                dphi_front = part
             else:
-                q_tile = load_tile(map_q + token0 * F, F, query0, length, 0, C, F, BF)
-            phi = map_features(q_tile, wq, bq, phi_scale, WIDTH, BF, MAP, PRECISION)
-            faded = tl.where(far, r[None, :], 0.0)
-            if HAS_DECAY:
-                losses = load_vector(decay + token0, query0, length, C)
-                faded *= tl.exp(tl.where(far, between[:, None] + tl.cumsum(losses, 0)[None, :], 0.0))
-                between += tl.sum(losses, 0)
-            if NEED_DV:
-                pairs = tl.zeros((T, C), tl.float32)
-                for i in tl.static_range(PARTS):
-                    pairs = tl.dot(phi_k[i].to(dtype), tl.trans(phi[i].to(dtype)), pairs, input_precision=PRECISION)
-                dv_acc = tl.dot((pairs * faded).to(dtype), g_tile, dv_acc, input_precision=PRECISION)
-            dw = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION) - product[None, :]
-            dw = (dw * faded).to(dtype)
-            dphi_front = tl.dot(dw, phi[0].to(dtype), dphi_front, input_precision=PRECISION)
-            if MAP == HEDGEHOG:
-                dphi_back = tl.dot(dw, phi[1].to(dtype), dphi_back, input_precision=PRECISION)
+                dphi_back = part
 
+    # queries in reach
+    if HAS_DECAY:
+        between += tl.sum(key_losses, 0) * (1.0 if FIRST > 0 else 0.0)
+        for c in range(1, FIRST):
+            between += tl.sum(load_vector(decay + token0, first + c * C, length, C), 0)
+    if MAP != GIVEN:
+        wq = load_part(map_q, head, D, BD, WIDTH, 0, BF, TMA)
+        bq = load_bias(bias_q + head * WIDTH, WIDTH, BF, MAP)
+    for c in range(FIRST, tl.minimum(REACH + 1 + ahead, blocks)):
+        query0 = first + c * C
+        query = query0 + tl.arange(0, C)
+        near, far = pair_masks(query[None, :], key[:, None], offset, WINDOW, TERRACED)
+        r = load_vector(inverse + token0, query0, length, C)
+        product = load_vector(delta + token0, query0, length, C)
+        if MAP != GIVEN:
+            q_tile = load_rows(q, q_b, q_h, q_n, batch, head, start, query0, length, 0, C, D, BD, TMA)
+            phi = map_features(q_tile, wq, bq, phi_scale, WIDTH, BF, MAP, PRECISION)
+        else:
+            q_phi = load_rows(map_q, fq_b, fq_h, F, batch, head, start, query0, length, 0, C, F, BF, TMA)
+            phi = (q_phi.to(tl.float32) * phi_scale,)
+        g_tile = load_rows(grad, g_b, g_h, g_n, batch, head, start, query0, length, 0, C, DV, BV, TMA)
+        faded = tl.where(far, r[None, :], 0.0)
         if HAS_DECAY:
-            part = tl.sum(phi_k[0] * dphi_front, 1)
-            if MAP == HEDGEHOG:
-                part += tl.sum(phi_k[1] * dphi_back, 1)
-            store_vector(key_part + token0, first, length, part, T)
-        if NEED_DY:
-            dx = map_backward(phi_k, (dphi_front, dphi_back), MAP)
-            store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, T, WIDTH, BF)
-    if NEED_DV:
-        token0 = (batch * (HEADS // KV_GROUP) + kv_head) * tokens + start
-        store_tile(dv + token0 * DV, DV, first, length, 0, dv_acc, T, DV, BV)
+            losses = load_vector(decay + token0, query0, length, C)
+            faded *= tl.exp(tl.where(far, between[:, None] + tl.cumsum(losses, 0)[None, :], 0.0))
+            between += tl.sum(losses, 0)
+        dw = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION) - product[None, :]
+        dw = (dw * faded).to(dtype)
+        dphi_front = tl.dot(dw, phi[0].to(dtype), dphi_front, input_precision=PRECISION)
+        if MAP == HEDGEHOG:
+            dphi_back = tl.dot(dw, phi[1].to(dtype), dphi_back, input_precision=PRECISION)
+
+    if MAP != GIVEN:
+        w = load_part(map_k, map_head, D, BD, WIDTH, 0, BF, TMA)
+        bk = load_bias(bias_k + map_head * WIDTH, WIDTH, BF, MAP)
+        k_tile = load_rows(k, k_b, k_h, k_n, batch, kv_head, start, first, length, 0, C, D, BD, TMA)
+        phi_k = map_features(k_tile, w, bk, 1.0, WIDTH, BF, MAP, PRECISION)
+    else:
+        k_phi = load_rows(map_k, fk_b, fk_h, F, batch, map_head, start, first, length, 0, C, F, BF, TMA)
+        phi_k = (k_phi.to(tl.float32),)
+    if HAS_DECAY:
+        part = tl.sum(phi_k[0] * dphi_front, 1)
+        if MAP == HEDGEHOG:
+            part += tl.sum(phi_k[1] * dphi_back, 1)
+        store_vector(key_part + token0, first, length, part, C)
+    if NEED_DY:
+        dx = map_backward(phi_k, (dphi_front, dphi_back), MAP)
+        store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, C, WIDTH, BF)
 
 
 @triton.jit

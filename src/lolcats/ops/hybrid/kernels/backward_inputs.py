@@ -24,7 +24,8 @@ from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     LOG2E,
     cap,
-    load_matrix,
+    load_part,
+    load_rows,
     load_tile,
     load_vector,
     pair_masks,
@@ -94,33 +95,31 @@ def query_inputs(
     LEARNED: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     C: tl.constexpr,
-    T: tl.constexpr,
 ):
-    """Grid: (HEADS, tiles, rows)."""
+    """Grid: (HEADS, blocks, rows)."""
     head = tl.program_id(0)
     tile = tl.program_id(1)
     row = tl.program_id(2)
     batch, start, length, offset = read_row(rows, row, tokens, HAS_ROWS)
-    first = tile * T
+    first = tile * C
     if first >= length:
         return
-    dtype = v.dtype.element_ty
+    dtype = grad.dtype if TMA else grad.dtype.element_ty
     kv_head = head // KV_GROUP
     token0 = (batch * HEADS + head) * tokens + start
-    k += batch * k_b + kv_head * k_h + start * k_n
-    v += batch * v_b + kv_head * v_h + start * v_n
-    query = first + tl.arange(0, T)
-    q_tile = load_tile(q + batch * q_b + head * q_h + start * q_n, q_n, first, length, 0, T, D, BD)
+    query = first + tl.arange(0, C)
+    q_tile = load_rows(q, q_b, q_h, q_n, batch, head, start, first, length, 0, C, D, BD, TMA)
     # The maximum and its place are found anew: scores are equal to the last bit only within one kernel.
-    top = tl.full((T,), -float("inf"), tl.float32)
-    best = tl.full((T,), NOWHERE, tl.int32)
+    top = tl.full((C,), -float("inf"), tl.float32)
+    best = tl.full((C,), NOWHERE, tl.int32)
     if WINDOW > 0:
-        for c in range(-REACH, 2):
+        for c in range(-REACH, 1):
             key0 = first + c * C
             key = real_keys(key0 + tl.arange(0, C), offset, SINKS)
             near, far = pair_masks(query[:, None], key[None, :], offset, WINDOW, TERRACED)
-            k_tile = load_tile(k, k_n, key0, length, 0, C, D, BD)
+            k_tile = load_rows(k, k_b, k_h, k_n, batch, kv_head, start, key0, length, 0, C, D, BD, TMA)
             s = cap(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale, SOFTCAP) * LOG2E
             s = tl.where(near, s, -float("inf"))
             here = tl.max(s, 1)
@@ -143,25 +142,25 @@ def query_inputs(
         best = tl.where(learned > top, NOWHERE, best)
         top = tl.maximum(top, learned)
     top = tl.where(top == -float("inf"), 0.0, top)
-    store_vector(place + token0, first, length, best, T)
+    store_vector(place + token0, first, length, best, C)
 
     base = top - tl.log2(tl.sigmoid(tl.load(window_factor + head).to(tl.float32)))
-    g_tile = load_tile(grad + batch * g_b + head * g_h + start * g_n, g_n, first, length, 0, T, DV, BV)
-    r = load_vector(inverse + token0, first, length, T)
-    product = load_vector(delta + token0, first, length, T)
-    a = load_vector(linear_part + token0, first, length, T)
-    acc = tl.zeros((T, BD), tl.float32)
+    g_tile = load_rows(grad, g_b, g_h, g_n, batch, head, start, first, length, 0, C, DV, BV, TMA)
+    r = load_vector(inverse + token0, first, length, C)
+    product = load_vector(delta + token0, first, length, C)
+    a = load_vector(linear_part + token0, first, length, C)
+    acc = tl.zeros((C, BD), tl.float32)
     if MAP != GIVEN:
-        dx = load_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, T, WIDTH, BF)
-        wq = load_matrix(map_q + head * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
+        dx = load_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, C, WIDTH, BF)
+        wq = load_part(map_q, head, D, BD, WIDTH, 0, BF, TMA)
         acc = tl.dot(dx, tl.trans(wq), acc, input_precision=PRECISION)
     if WINDOW > 0:
-        for c in range(-REACH, 2):
+        for c in range(-REACH, 1):
             key0 = first + c * C
             key = real_keys(key0 + tl.arange(0, C), offset, SINKS)
             near, far = pair_masks(query[:, None], key[None, :], offset, WINDOW, TERRACED)
-            k_tile = load_tile(k, k_n, key0, length, 0, C, D, BD)
-            v_tile = load_tile(v, v_n, key0, length, 0, C, DV, BV)
+            k_tile = load_rows(k, k_b, k_h, k_n, batch, kv_head, start, key0, length, 0, C, D, BD, TMA)
+            v_tile = load_rows(v, v_b, v_h, v_n, batch, kv_head, start, key0, length, 0, C, DV, BV, TMA)
             s = cap(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale, SOFTCAP)
             w = tl.exp2(tl.where(near, s * LOG2E - base[:, None], -float("inf")))
             dw = (tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION) - product[:, None]) * r[:, None]
@@ -182,7 +181,7 @@ def query_inputs(
         to_v = tl.dot(tl.trans(w), g_tile, input_precision=PRECISION)
         store_tile(sink_dk + at * D, D, row * 0, SINKS, 0, to_k, BS, D, BD)
         store_tile(sink_dv + at * DV, DV, row * 0, SINKS, 0, to_v, BS, DV, BV)
-    store_tile(dq + batch * dq_b + head * dq_h + start * dq_n, dq_n, first, length, 0, acc, T, D, BD)
+    store_tile(dq + batch * dq_b + head * dq_h + start * dq_n, dq_n, first, length, 0, acc, C, D, BD)
 
 
 @triton.jit
@@ -236,39 +235,39 @@ def key_inputs(
     HAS_SINKS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     C: tl.constexpr,
-    T: tl.constexpr,
 ):
-    """Grid: (key heads, tiles, rows)."""
+    """Grid: (key heads, blocks, rows)."""
     kv_head = tl.program_id(0)
     row = tl.program_id(2)
     batch, start, length, offset = read_row(rows, row, tokens, HAS_ROWS)
-    first = tl.program_id(1) * T
+    first = tl.program_id(1) * C
     if first >= length:
         return
-    dtype = v.dtype.element_ty
-    key = real_keys(first + tl.arange(0, T), offset, SINKS)
-    k_tile = load_tile(k + batch * k_b + kv_head * k_h + start * k_n, k_n, first, length, 0, T, D, BD)
-    v_tile = load_tile(v + batch * v_b + kv_head * v_h + start * v_n, v_n, first, length, 0, T, DV, BV)
+    dtype = grad.dtype if TMA else grad.dtype.element_ty
+    key = real_keys(first + tl.arange(0, C), offset, SINKS)
+    k_tile = load_rows(k, k_b, k_h, k_n, batch, kv_head, start, first, length, 0, C, D, BD, TMA)
+    v_tile = load_rows(v, v_b, v_h, v_n, batch, kv_head, start, first, length, 0, C, DV, BV, TMA)
     kv_token0 = (batch * (HEADS // KV_GROUP) + kv_head) * tokens + start
     blocks = (length - first + C - 1) // C  # of queries, to the end of the text
-    dk_acc = tl.zeros((T, BD), tl.float32)
-    dv_acc = load_tile(dv + kv_token0 * DV, DV, first, length, 0, T, DV, BV).to(tl.float32)
+    dk_acc = tl.zeros((C, BD), tl.float32)
+    dv_acc = load_tile(dv + kv_token0 * DV, DV, first, length, 0, C, DV, BV).to(tl.float32)
     for h in range(KV_GROUP):
         head = kv_head * KV_GROUP + h
         token0 = (batch * HEADS + head) * tokens + start
         if MAP != GIVEN:
-            dx = load_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, T, WIDTH, BF)
-            wk = load_matrix(map_k + (head // MAP_GROUP) * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
+            dx = load_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, C, WIDTH, BF)
+            wk = load_part(map_k, head // MAP_GROUP, D, BD, WIDTH, 0, BF, TMA)
             dk_acc = tl.dot(dx, tl.trans(wk), dk_acc, input_precision=PRECISION)
         if WINDOW > 0:
             gate = tl.log2(tl.sigmoid(tl.load(window_factor + head).to(tl.float32)))
-            for c in range(0, tl.minimum(REACH + 2, blocks)):
+            for c in range(0, tl.minimum(REACH + 1, blocks)):
                 query0 = first + c * C
                 query = query0 + tl.arange(0, C)
                 near, far = pair_masks(query[None, :], key[:, None], offset, WINDOW, TERRACED)
-                q_tile = load_tile(q + batch * q_b + head * q_h + start * q_n, q_n, query0, length, 0, C, D, BD)
-                g_tile = load_tile(grad + batch * g_b + head * g_h + start * g_n, g_n, query0, length, 0, C, DV, BV)
+                q_tile = load_rows(q, q_b, q_h, q_n, batch, head, start, query0, length, 0, C, D, BD, TMA)
+                g_tile = load_rows(grad, g_b, g_h, g_n, batch, head, start, query0, length, 0, C, DV, BV, TMA)
                 r = load_vector(inverse + token0, query0, length, C)
                 base = load_vector(maximum + token0, query0, length, C) - gate
                 s = cap(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale, SOFTCAP)
@@ -284,7 +283,7 @@ def key_inputs(
         if HAS_SINKS:  # what the sinks of this text got from all queries, gathered by the query side
             at = (row * HEADS + head).to(tl.int64) * SINKS
             inside = tl.minimum(SINKS - offset, length)
-            dk_acc += load_tile(sink_dk + (at + offset) * D, D, first, inside, 0, T, D, BD)
-            dv_acc += load_tile(sink_dv + (at + offset) * DV, DV, first, inside, 0, T, DV, BV)
-    store_tile(dk + kv_token0 * D, D, first, length, 0, dk_acc, T, D, BD)
-    store_tile(dv + kv_token0 * DV, DV, first, length, 0, dv_acc, T, DV, BV)
+            dk_acc += load_tile(sink_dk + (at + offset) * D, D, first, inside, 0, C, D, BD)
+            dv_acc += load_tile(sink_dv + (at + offset) * DV, DV, first, inside, 0, C, DV, BV)
+    store_tile(dk + kv_token0 * D, D, first, length, 0, dk_acc, C, D, BD)
+    store_tile(dv + kv_token0 * DV, DV, first, length, 0, dv_acc, C, DV, BV)

@@ -3,13 +3,15 @@
 Algorithm, for a batch entry and a key head (a program):
 1. the ring is read from its second slot on, with the new token after it, and written back one slot earlier;
 2. scores of the group's query heads against ring and sinks, their row maximum, softmax half of the output;
-3. for each state of the key head: features of the key that left, state plus features value^T read, written back,
-   and multiplied by the features of the queries that use it.
+3. for each state of the key head: features of the keys that left, state plus features value^T read, written back,
+   and multiplied by the features of the queries that use it. From a sliding window one key leaves in each step, from a
+   terraced one a whole block of W at the start of a block.
 Which slots are filled follows from the length of the text. `advance_kernel` counts the token afterwards: all programs
 of a batch entry read the length.
 
-Shapes: q, out [B, H, D or Dv]; ring [B, KV, W, .]; kv [B, S, F, Dv] fp32; k_sum [B, S, F] fp32; maps [heads, D, width].
-Bytes: state and ring once read and once written, 2 (4 S F Dv + 2 KV W (D + Dv)) B in bfloat16; the maps from L2.
+Shapes: q, out [B, H, D or Dv]; ring [B, KV, R, .], R = W slots (2 W when terraced); kv [B, S, F, Dv] fp32; k_sum
+[B, S, F] fp32; maps [heads, D, width].
+Bytes: state and ring once read and once written, 2 (4 S F Dv + 2 KV R (D + Dv)) B in bfloat16; the maps from L2.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -33,12 +35,13 @@ from lolcats.ops.hybrid.kernels.tiles import (
     load_bias,
     load_matrix,
     load_tile,
+    map_features,
     store_matrix,
     store_tile,
 )
 from lolcats.ops.hybrid.layout import Settings
 from lolcats.ops.maps import MapWeights
-from lolcats.ops.types import HybridState
+from lolcats.ops.types import HybridState, ring_slots
 
 LARGEST_TILE = 128 * 128
 """Numbers of a tile (of a ring, or of a part of a state) that a program holds in registers."""
@@ -56,6 +59,16 @@ def vector_features(
     else:
         phi = (tl.maximum(y + bias[None, :], 0.0) * scale,)
     return phi
+
+
+@triton.jit
+def ring_positions(now, slot, WINDOW: tl.constexpr, TERRACED: tl.constexpr, RING: tl.constexpr):
+    """Positions of the ring's slots when `now` is in the last one, and which of them are in the window."""
+    position = now - (RING - 1 - slot)
+    inside = (slot < RING) & (position >= 0)
+    if TERRACED:
+        inside = inside & (now // WINDOW - position // WINDOW <= 1)
+    return position, inside
 
 
 @triton.jit
@@ -101,7 +114,10 @@ def decode_kernel(
     BV: tl.constexpr,
     MAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    TERRACED: tl.constexpr,
+    RING: tl.constexpr,
     BR: tl.constexpr,
+    BW: tl.constexpr,
     SINKS: tl.constexpr,
     BS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -129,26 +145,32 @@ def decode_kernel(
     slot = tl.arange(0, BR)
     d = tl.arange(0, BD)
     column = tl.arange(0, BV)
-    ring_k += pair * WINDOW * D
-    ring_v += pair * WINDOW * DV
+    ring_k += pair * RING * D
+    ring_v += pair * RING * DV
     k_new = tl.load(k + batch * k_b + kv_head * k_h + d, mask=d < D, other=0.0)
     v_new = tl.load(v + batch * v_b + kv_head * v_h + column, mask=column < DV, other=0.0)
-    k_left = tl.load(ring_k + d, mask=d < D, other=0.0).to(tl.float32)
-    v_left = tl.load(ring_v + column, mask=column < DV, other=0.0).to(tl.float32)
-    last = (slot == WINDOW - 1)[:, None]
-    keys = tl.where(last, k_new[None, :], load_tile(ring_k, D, 1, WINDOW, 0, BR, D, BD).to(dtype))
-    values = tl.where(last, v_new[None, :], load_tile(ring_v, DV, 1, WINDOW, 0, BR, DV, BV).to(dtype))
+    leaving = 0  # slots from the first on whose keys leave the window
+    if TERRACED:
+        leaving = tl.where((now % WINDOW == 0) & (now >= 2 * WINDOW), WINDOW, 0)
+        k_left = load_tile(ring_k, D, 0, leaving, 0, BW, D, BD).to(dtype)
+        v_left = load_tile(ring_v, DV, 0, leaving, 0, BW, DV, BV).to(dtype)
+    else:
+        k_left = tl.load(ring_k + d, mask=d < D, other=0.0).to(tl.float32)
+        v_left = tl.load(ring_v + column, mask=column < DV, other=0.0).to(tl.float32)
+    last = (slot == RING - 1)[:, None]
+    keys = tl.where(last, k_new[None, :], load_tile(ring_k, D, 1, RING, 0, BR, D, BD).to(dtype))
+    values = tl.where(last, v_new[None, :], load_tile(ring_v, DV, 1, RING, 0, BR, DV, BV).to(dtype))
     tl.debug_barrier()  # all is read before anything is written
-    store_tile(ring_k, D, 0, WINDOW, 0, keys, BR, D, BD)
-    store_tile(ring_v, DV, 0, WINDOW, 0, values, BR, DV, BV)
+    store_tile(ring_k, D, 0, RING, 0, keys, BR, D, BD)
+    store_tile(ring_v, DV, 0, RING, 0, values, BR, DV, BV)
 
     # 2. the softmax half
-    position = now - (WINDOW - 1 - slot)
+    position, inside = ring_positions(now, slot, WINDOW, TERRACED, RING)
     g = tl.arange(0, BG)
     q_rows = q + batch * q_b + kv_head * KV_GROUP * q_h
     q_tile = load_tile(q_rows, q_h, 0, KV_GROUP, 0, BG, D, BD)
     s = cap(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION) * scale, SOFTCAP) * LOG2E
-    s = tl.where(((slot < WINDOW) & (position >= SINKS))[None, :], s, -float("inf"))
+    s = tl.where((inside & (position >= SINKS))[None, :], s, -float("inf"))
     top = tl.max(s, 1)
     if SINKS > 0:
         sink = tl.arange(0, BS)
@@ -180,31 +202,48 @@ def decode_kernel(
 
     # 3. the linear half
     counted = tl.where(now - WINDOW >= SINKS, 1.0, 0.0)
+    left = tl.arange(0, BW)
     f = tl.arange(0, BF)
     USERS: tl.constexpr = KV_GROUP // STATES
     for state in range(STATES):
         state_head = kv_head * STATES + state
         at = batch * (KV_HEADS * STATES) + state_head
         b_k = load_bias(bias_k + state_head * WIDTH, WIDTH, BF, MAP)
-        phi_k = vector_features(k_left, map_k + state_head * D * WIDTH, b_k, 1.0, D, BD, WIDTH, BF, MAP)
+        weight = tl.where((left < leaving) & (now - RING + left >= SINKS), 1.0, 0.0)  # of the keys of a block that left
         fade = 1.0
         passed = 0.0
         if HAS_DECAY:
-            oldest = tl.load(ring_decay + at * WINDOW)
-            losses = tl.load(ring_decay + at * WINDOW + slot + 1, mask=slot < WINDOW - 1, other=0.0)
-            losses = tl.where(slot == WINDOW - 1, tl.load(new_decay + at), losses)
+            losses = tl.load(ring_decay + at * RING + slot + 1, mask=slot < RING - 1, other=0.0)
+            losses = tl.where(slot == RING - 1, tl.load(new_decay + at), losses)
+            if TERRACED:
+                gone = tl.load(ring_decay + at * RING + left, mask=left < leaving, other=0.0)
+                fade = tl.exp(tl.sum(gone, 0))
+                weight *= tl.exp(tl.sum(gone, 0) - tl.cumsum(gone, 0))
+            else:
+                fade = tl.where(now >= WINDOW, tl.exp(tl.load(ring_decay + at * RING)), 1.0)
             tl.debug_barrier()
-            tl.store(ring_decay + at * WINDOW + slot, losses, mask=slot < WINDOW)
-            fade = tl.where(now >= WINDOW, tl.exp(oldest), 1.0)
-            passed = tl.sum(tl.where((slot < WINDOW) & (position >= 0), losses, 0.0), 0)
+            tl.store(ring_decay + at * RING + slot, losses, mask=slot < RING)
+            passed = tl.sum(tl.where(inside, losses, 0.0), 0)
+        if TERRACED:
+            w_k = load_matrix(map_k + state_head * D * WIDTH, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
+            phi_k = map_features(k_left, w_k, b_k, 1.0, WIDTH, BF, MAP, PRECISION)
+        else:
+            phi_k = vector_features(k_left, map_k + state_head * D * WIDTH, b_k, 1.0, D, BD, WIDTH, BF, MAP)
         tiles = ()
         sums = ()
         for i in tl.static_range(PARTS):
-            part = tl.sum(phi_k[i], 0) * counted
             to = kv + at * F * DV + i * WIDTH * DV
-            tile = load_matrix(to, WIDTH, BF, DV, DV, 0, BV) * fade + part[:, None] * v_left[None, :]
+            tile = load_matrix(to, WIDTH, BF, DV, DV, 0, BV) * fade
+            total = tl.load(k_sum + at * F + i * WIDTH + f, mask=f < WIDTH, other=0.0) * fade
+            if TERRACED:
+                weighted = phi_k[i] * weight[:, None]
+                total += tl.sum(weighted, 0)
+                tile = tl.dot(tl.trans(weighted.to(dtype)), v_left, tile, input_precision=PRECISION)
+            else:
+                part = tl.sum(phi_k[i], 0) * counted
+                total += part
+                tile += part[:, None] * v_left[None, :]
             store_matrix(to, tile, WIDTH, BF, DV, DV, 0, BV)
-            total = tl.load(k_sum + at * F + i * WIDTH + f, mask=f < WIDTH, other=0.0) * fade + part
             tl.store(k_sum + at * F + i * WIDTH + f, total, mask=f < WIDTH)
             tiles = tiles + (tile,)
             sums = sums + (total,)
@@ -228,7 +267,16 @@ def decode_kernel(
 
 
 @triton.jit
-def advance_kernel(length, position, active, WINDOW: tl.constexpr, BR: tl.constexpr, HAS_ACTIVE: tl.constexpr):
+def advance_kernel(
+    length,
+    position,
+    active,
+    WINDOW: tl.constexpr,
+    TERRACED: tl.constexpr,
+    RING: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+):
     """Grid: (batch,). One token more, and the positions of the slots."""
     batch = tl.program_id(0).to(tl.int64)
     alive = 1
@@ -238,16 +286,17 @@ def advance_kernel(length, position, active, WINDOW: tl.constexpr, BR: tl.conste
         return
     now = tl.load(length + batch)
     slot = tl.arange(0, BR)
-    place = now - (WINDOW - 1 - slot)
-    tl.store(position + batch * WINDOW + slot, tl.where(place >= 0, place, -1), mask=slot < WINDOW)
+    place, inside = ring_positions(now, slot, WINDOW, TERRACED, RING)
+    tl.store(position + batch * RING + slot, tl.where(inside, place, -1), mask=slot < RING)
     tl.store(length + batch, now + 1)
 
 
 def can_step(q: Tensor, v: Tensor, maps: MapWeights, settings: Settings) -> bool:
-    """Whether `decode_step` takes a call: sliding windows, and sizes whose tiles fit into registers."""
-    if settings.window_kind != "sliding" or settings.window == 0 or q.dtype != v.dtype:
+    """Whether `decode_step` takes a call: sizes whose tiles fit into registers."""
+    if settings.window == 0 or q.dtype != v.dtype:
         return False
-    ring, size = padded(settings.window), max(padded(q.shape[3]), padded(v.shape[3]))
+    ring = padded(ring_slots(settings.window, settings.window_kind))
+    size = max(padded(q.shape[3]), padded(v.shape[3]))
     return max(ring, padded(maps.q.shape[2])) * size <= LARGEST_TILE and q.dtype != torch.float64
 
 
@@ -281,10 +330,12 @@ def decode_step(
     make = torch.empty if active is None else torch.zeros
     out = make(batch, heads, 1, dv, dtype=v.dtype, device=v.device)
     decay = None if log_decay is None else log_decay.float().contiguous()
-    slots = padded(settings.window)
+    terraced = settings.window_kind == "terraced"
+    slots = ring_slots(settings.window, settings.window_kind)
     if active is not None:  # often a column of a wide mask
         active = active.contiguous()
-    flags = {"WINDOW": settings.window, "BR": slots, "HAS_ACTIVE": active is not None}
+    flags = {"WINDOW": settings.window, "TERRACED": terraced, "RING": slots, "BR": padded(slots)}
+    flags["HAS_ACTIVE"] = active is not None
     block, features = max(SMALLEST, padded(width)), state.linear.kv.shape[2]
     on(decode_kernel, (batch, kv_heads))(
         q, k, v, maps.q.contiguous(), map_k.contiguous(), either(maps.bias_q, q), either(bias_k, q),
@@ -295,7 +346,8 @@ def decode_step(
         BG=padded(heads // kv_heads), D=size, BD=max(SMALLEST, padded(size)), WIDTH=width, F=features, BF=block, DV=dv,
         BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind], SINKS=settings.sinks, BS=padded(settings.sinks),
         SOFTCAP=float(settings.softcap or 0.0), LEARNED=sink_logits is not None, HAS_FACTOR=maps.log_scale is not None,
-        HAS_DECAY=decay is not None, PRECISION=precision(v.dtype), **flags, num_warps=4, num_stages=1,
+        BW=max(SMALLEST, padded(settings.window)), HAS_DECAY=decay is not None, PRECISION=precision(v.dtype),
+        **flags, num_warps=4, num_stages=1,
     )  # fmt: skip
     on(advance_kernel, (batch,))(state.length, window.position, either(active, q), **flags, num_warps=1)
     return out, state

@@ -15,12 +15,15 @@ from lolcats.ops.hybrid.kernels.forward import forward_kernel
 from lolcats.ops.hybrid.kernels.states import scan_segments, sum_segments
 from lolcats.ops.hybrid.layout import Settings
 
-TILE = 128
-"""Tokens of a tile, T, where sizes allow."""
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
+
+BLOCK, TILE = 64, 128
+"""Tokens of a block, C, and of a tile, T."""
 SUM_PROGRAMS = 264
 """Programs that sum states at once: two for each multiprocessor of an H100."""
-SUM_STAGES, FORWARD_STAGES = 2, 2
-"""Depth of software pipelining."""
 SMALLEST = 64
 """Rows of a product on the tensor cores: with less Triton 3.6 was seen to give wrong numbers on an H100."""
 KINDS = {"given": tiles.GIVEN.value, "hedgehog": tiles.HEDGEHOG.value, "t2r": tiles.T2R.value}
@@ -82,24 +85,29 @@ class Plan:
     width: int  # columns of a map's weights; of given features F
     f: int
     reach: int
-    linear: int
     first: int
     mixed: int
-    tile: int  # T
     longest: int  # tokens of the longest row
+    tma: bool  # tiles come through descriptors
 
     @property
     def groups(self) -> int:
         """Tiles, and stored states, of a row and head."""
-        return -(-self.longest // self.tile)
+        return -(-self.longest // TILE)
 
-    def launch(self, stages: int) -> dict[str, int]:
-        """Warps and pipelining: a warp for 16 rows, so that a product's rows are spread over all of them."""
-        return {"num_warps": max(4, self.tile // 16), "num_stages": stages if self.tile == TILE else 1}
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row and head."""
+        return -(-self.longest // BLOCK)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a state: the halves of a hedgehog map."""
+        return self.f // self.width
 
     def segments(self, heads: int) -> tuple[int, int]:
         """Groups a segment, and segments, when there is a state for each of `heads` heads."""
-        wanted = max(1, min(self.groups, SUM_PROGRAMS // (self.rows * heads)))
+        wanted = max(1, min(self.groups, SUM_PROGRAMS // (self.rows * heads * self.parts)))
         size = -(-self.groups // wanted)
         return size, -(-self.groups // size)
 
@@ -114,13 +122,29 @@ class Plan:
             "DV": self.dv,
             "BV": max(SMALLEST, padded(self.dv)),
             "MAP": KINDS[self.kind],
-            "C": self.tile // 2,
-            "T": self.tile,
+            "C": BLOCK,
+            "T": TILE,
+            "TMA": self.tma,
         }
 
-    def pieces(self) -> dict[str, int]:
-        """Pieces of the keys in reach."""
-        return {"TILES": -(-(self.reach + 2) // 2), "FULL": (self.reach + 2) // 2, "LINEAR": self.linear}
+    def tokens_of(self, x: Tensor) -> Any:
+        """x [B, heads, N, size] as kernels take it."""
+        return described(x, [1, 1, BLOCK, max(SMALLEST, padded(x.shape[3]))]) if self.tma else x
+
+    def values_of(self, x: Tensor, block: int) -> Any:
+        """Values [B, heads, N, Dv] of which a program takes `block` columns."""
+        return described(x, [1, 1, BLOCK, block]) if self.tma else x
+
+    def map_of(self, x: Tensor) -> Any:
+        """Features, or weights [heads, D, width] of a map."""
+        if self.kind == "given":
+            return self.tokens_of(x)
+        return described(x, [1, *(max(SMALLEST, padded(size)) for size in x.shape[1:])]) if self.tma else x
+
+    def state_of(self, x: Tensor, block: int) -> Any:
+        """States [..., width, Dv] of which a program takes `block` columns."""
+        shape = [1, max(SMALLEST, padded(self.width)), block]
+        return described(x.view(-1, self.width, self.dv), shape) if self.tma else x
 
     def softmax(self) -> dict[str, Any]:
         """What the softmax half is."""
@@ -145,37 +169,50 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def described(x: Tensor, block: list[int]) -> Any:
+    """A descriptor of x for tiles of the shape `block`."""
+    assert TensorDescriptor is not None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def can_describe(*tensors: Tensor) -> bool:
+    """Whether the copy engine takes tensors: those of Hopper and later, addresses and strides of whole 16 bytes."""
+    if TensorDescriptor is None:
+        return False
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
 def make_plan(x: Operands, context: Context, settings: Settings, kind: str) -> Plan:
-    """How a call is cut into blocks, groups and segments."""
+    """How a call is cut into blocks, groups and segments.
+
+    Rows of packed texts come through pointers: a descriptor's tile would hold tokens of the next text.
+    """
     batch, heads, n, d = x.q.shape
     width = x.map_q.shape[-1]
     map_heads = x.map_k.shape[1] if kind == "given" else x.map_k.shape[0]
     assert x.log_decay is None or map_heads == heads, "decay needs a map of the keys for each query head"
-    tile = _tile(max(d, x.v.shape[3], width), x.v.dtype)
     rows = batch if context.rows is None else context.rows.shape[0]
+    tma = context.rows is None and x.v.shape[3] % 8 == 0 and can_describe(*x[:5])
     return Plan(
         kind, settings, batch, heads, x.k.shape[1], map_heads, n, rows, d, x.v.shape[3], width,
-        2 * width if kind == "hedgehog" else width, *reach_of(settings, tile), tile, context.longest or n,
+        2 * width if kind == "hedgehog" else width, *reach_of(settings), context.longest or n, tma,
     )  # fmt: skip
 
 
-def _tile(size: int, dtype: torch.dtype) -> int:
-    """T: what leaves room in shared memory for tiles of tokens of this size."""
-    number_bytes = 4 if dtype == torch.float32 else 2
-    return max(32, min(TILE, TILE * 256 // (padded(size) * number_bytes)))
-
-
-def reach_of(settings: Settings, tile: int) -> tuple[int, int, int, int]:
-    """REACH, the bits of LINEAR, FIRST and MIXED: where linear pairs can be (tiles.py)."""
+def reach_of(settings: Settings) -> tuple[int, int, int]:
+    """REACH, FIRST and MIXED: where softmax pairs and linear pairs can be (tiles.py)."""
     window, terraced = settings.window, settings.window_kind == "terraced"
     furthest = 2 * window if terraced else window  # softmax pairs are less than this apart
     nearest = window + 1 if terraced else window  # linear pairs are at least this apart
-    block = tile // 2
-    reach = max(0, -(-(furthest - 1) // block))
-    pieces = range(-(-(reach + 2) // 2))
-    linear = sum((tile - 1 + reach * block - piece * tile >= nearest) << piece for piece in pieces)
-    first = max(0, -(-(nearest - block + 1) // block))
-    return reach, linear, first, 2 - first
+    reach = max(0, -(-(furthest - 1) // BLOCK))
+    first = max(0, -(-(nearest - BLOCK + 1) // BLOCK))
+    return reach, first, 1 - first
 
 
 class States(NamedTuple):
@@ -190,9 +227,9 @@ class States(NamedTuple):
     segments: int
     split: bool
 
-    def pointers(self) -> tuple[Tensor, ...]:
-        """Arguments of a kernel."""
-        return self[:5]
+    def pointers(self, plan: Plan, block: int) -> tuple[Any, ...]:
+        """Arguments of a kernel that takes `block` columns of a state."""
+        return plan.state_of(self.local, block), *self[1:3], plan.state_of(self.before, block), self.before_sum
 
 
 class Saved(NamedTuple):
@@ -214,6 +251,13 @@ def precision(dtype: torch.dtype) -> str:
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, head and token."""
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def feature_strides(p: Plan, x: Operands) -> tuple[int, ...]:
+    """Strides of batch and head of given features of queries and keys."""
+    if p.kind != "given":
+        return 0, 0, 0, 0
+    return *x.map_q.stride()[:2], *x.map_k.stride()[:2]
 
 
 def on(kernel: Any, grid: tuple[int, ...]) -> Any:
@@ -259,15 +303,16 @@ def sum_states(
     weight, bias = (x.map_q, x.bias_q) if reverse else (x.map_k, x.bias_k)
     value_block = min(max(SMALLEST, padded(p.dv)), 128 if padded(p.width) <= 128 else 64)
     reach = p.reach if keep is None else 0
-    on(sum_segments, (heads, segments, p.rows * -(-p.dv // value_block)))(
-        source, values, weight, either(bias, sums), either(x.factor, sums), inverse, delta,
-        either(x.log_decay, sums), either(keep, sums), either(c.rows, sums), local, local_sum, local_decay, sums,
-        decays, *strides(source), *strides(values), p.tokens, segments, groups,
+    on(sum_segments, (heads * p.parts, segments, p.rows * -(-p.dv // value_block)))(
+        p.tokens_of(source), p.values_of(values, value_block), sums if given else p.map_of(weight), either(bias, sums),
+        either(x.factor, sums), inverse, delta, either(x.log_decay, sums), either(keep, sums), either(c.rows, sums),
+        p.state_of(local, value_block), local_sum, local_decay, sums, decays, *strides(source), *strides(values),
+        p.tokens, segments, groups,
         SEGMENT=segment, REVERSE=reverse, X_GROUP=1 if reverse or given else heads // p.kv_heads,
         V_GROUP=1 if reverse else heads // p.kv_heads, REACH=reach, HEADS=heads, SINKS=p.settings.sinks,
         **{**p.sizes(), "BV": value_block},
         **{**flags(x, c), "HAS_FACTOR": reverse and x.factor is not None}, HAS_KEEP=keep is not None,
-        PRECISION=precision(values.dtype), **p.launch(SUM_STAGES),
+        PRECISION=precision(values.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     initial = None if reverse else c.initial
     split = segments > 1 or initial is not None
@@ -283,13 +328,13 @@ def sum_states(
 
 
 def state_arguments(
-    p: Plan, states: States | None, other: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, Any]]:
+    p: Plan, states: States | None, other: Tensor, block: int
+) -> tuple[tuple[Any, ...], tuple[int, int], dict[str, Any]]:
     """Pointers, sizes and constants for a kernel that reads states."""
     if states is None:
         return (other,) * 5, (1, 1), {"SEGMENT": 1, "HAS_STATES": False, "SPLIT": False}
     constants = {"SEGMENT": states.segment, "HAS_STATES": True, "SPLIT": states.split}
-    return states.pointers(), (states.segments, p.groups), constants
+    return states.pointers(p, block), (states.segments, p.groups), constants
 
 
 def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
@@ -303,17 +348,18 @@ def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
     inverse, maximum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     states = sum_states(p, x, c, x.v)[0] if p.groups > 1 or c.initial is not None else None
     sink_k, sink_v = _sinks(p, x, c)
-    pointers, numbers, constants = state_arguments(p, states, inverse)
-    sizes = p.sizes()
-    value_block = min(sizes["BV"], 128 if padded(p.f) <= 256 else 64)
-    on(forward_kernel, (p.heads, p.groups, p.rows * -(-p.dv // value_block)))(
-        x.q, x.k, x.v, x.map_q, x.map_k, either(x.bias_q, x.q), either(x.bias_k, x.q), either(x.factor, x.q),
-        x.window_factor, either(x.sink_logits, x.q), either(x.log_decay, inverse), either(sink_k, x.q),
+    value_block = min(max(SMALLEST, padded(p.dv)), 128 if padded(p.f) <= 256 else 64)
+    pointers, numbers, constants = state_arguments(p, states, inverse, value_block)
+    on(forward_kernel, (p.heads, p.blocks, p.rows * -(-p.dv // value_block)))(
+        p.tokens_of(x.q), p.tokens_of(x.k), p.values_of(x.v, value_block), p.map_of(x.map_q), p.map_of(x.map_k),
+        either(x.bias_q, x.q), either(x.bias_k, x.q), either(x.factor, x.q), x.window_factor,
+        either(x.sink_logits, x.q), either(x.log_decay, inverse), either(sink_k, x.q),
         either(sink_v, x.q), *pointers, either(c.rows, x.q), out, inverse, maximum,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), p.tokens, *numbers, p.settings.scale,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *feature_strides(p, x), p.tokens, *numbers,
+        p.settings.scale,
         STATE_GROUP=p.heads // p.map_heads, MAP_GROUP=p.heads // p.map_heads, BS=padded(p.settings.sinks),
         **flags(x, c), LEARNED=x.sink_logits is not None, SAVE=save, PRECISION=precision(dtype), **constants,
-        **p.softmax(), **{**sizes, "BV": value_block}, MIXED=p.mixed, **p.launch(FORWARD_STAGES),
+        **p.softmax(), **{**p.sizes(), "BV": value_block}, MIXED=p.mixed, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Saved(out, inverse, maximum, states, sink_k, sink_v)
 

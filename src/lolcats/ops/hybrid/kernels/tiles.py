@@ -1,10 +1,14 @@
 """Pieces that all kernels share: rows of a packed text, tiles, feature maps, which pairs are near.
 
-A *row* is one text: tokens start .. start + length - 1 of one batch entry. Kernels count tokens from the start of their
-row, in tiles of T and blocks of C = T / 2. A tile of queries meets the keys from REACH blocks before it to its own end
-pair by pair, older keys through a state; a tile of keys meets the queries from its start to REACH blocks after it pair
-by pair, later ones through a state. Linear pairs are where the keys are older: in the key blocks before block MIXED,
-counted from the start of a query tile, and in the query blocks from FIRST on, counted from that of a key tile.
+A *row* is one text: tokens start .. start + length - 1 of one batch entry. Kernels count tokens from the start of
+their row, in blocks of C, one for each program; a tile is T = 2 C tokens, which share a stored state. The queries of a
+tile meet the keys from REACH blocks before the tile on pair by pair, older keys through the state; the keys of a tile
+meet the queries up to REACH blocks after the tile pair by pair, later ones through the state. Linear pairs are where the
+keys are older: in the key blocks before block MIXED, counted from the block of the queries, and in the query blocks from
+FIRST on, counted from that of the keys.
+
+Tiles of tensors come through descriptors (TMA: the copy engine of Hopper GPUs fills shared memory by itself) or, where
+these do not take a tensor, through pointers (launch.py decides).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -65,6 +69,44 @@ def store_tile(base, stride, first, length, column0, tile, C: tl.constexpr, size
 
 
 @triton.jit
+def load_rows(
+    x,
+    x_b,
+    x_h,
+    x_n,
+    batch,
+    head,
+    start,
+    first,
+    length,
+    column0,
+    C: tl.constexpr,
+    size: tl.constexpr,
+    block: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """`load_tile` of one batch entry, head and row of x [B, heads, N, size]."""
+    if TMA:
+        at = [batch.to(tl.int32), tl.cast(head, tl.int32), (start + first).to(tl.int32), tl.cast(column0, tl.int32)]
+        tile = tl.reshape(x.load(at), [C, block])
+    else:
+        tile = load_tile(x + batch * x_b + head * x_h + start * x_n, x_n, first, length, column0, C, size, block)
+    return tile
+
+
+@triton.jit
+def load_part(
+    x, index, R: tl.constexpr, BR: tl.constexpr, columns: tl.constexpr, column0, block: tl.constexpr, TMA: tl.constexpr
+):
+    """`load_matrix` of number `index` of x [M, R, columns]."""
+    if TMA:
+        matrix = tl.reshape(x.load([tl.cast(index, tl.int32), 0, tl.cast(column0, tl.int32)]), [BR, block])
+    else:
+        matrix = load_matrix(x + tl.cast(index, tl.int64) * R * columns, R, BR, columns, columns, column0, block)
+    return matrix
+
+
+@triton.jit
 def load_vector(base, first, length, C: tl.constexpr):
     """One number a token: [C], zero outside."""
     index = tl.arange(0, C)
@@ -103,6 +145,31 @@ def store_matrix(
     tl.store(target, tile.to(base.dtype.element_ty), mask=(row < R)[:, None] & (column < columns)[None, :])
 
 
+@triton.jit
+def store_part(
+    x, index, tile, R: tl.constexpr, BR: tl.constexpr, columns: tl.constexpr, column0, block: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of `load_part`."""
+    if TMA:
+        low = tl.reshape(tile.to(x.dtype), [1, BR, block])
+        x.store([tl.cast(index, tl.int32), 0, tl.cast(column0, tl.int32)], low)
+    else:
+        store_matrix(x + index * R * columns, tile, R, BR, columns, columns, column0, block)
+
+
+@triton.jit
+def changing_one(pointer, dtype: tl.constexpr):
+    """1, read anew in each pass of a loop: `pointer` holds a number in fp32, which is never that one of the NaNs.
+
+    Left operands of products that lie in registers and stay the same over a loop are multiplied by it. Otherwise the
+    assembler (ptxas 12.8, of Triton 3.6) moves their packing out of the loop and lets another product of the loop take
+    their registers: seen in machine code for the H100, with heads of size 64.
+    """
+    bits = tl.load(pointer, volatile=True).to(tl.int32, bitcast=True)
+    return tl.where(bits == 0x7FA5A5A5, 0.0, 1.0).to(dtype)
+
+
 # One return a function: Triton reads on after a return in a branch, whatever the branch's condition is.
 @triton.jit
 def load_bias(base, WIDTH: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
@@ -116,24 +183,36 @@ def load_bias(base, WIDTH: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
 
 
 @triton.jit
+def hedgehog_half(y, scale, WIDTH: tl.constexpr, BF: tl.constexpr):
+    """scale softmax(y / log2(e)) over the features, at least 1e-12 scale: [rows, BF]."""
+    if WIDTH != BF:
+        real = (tl.arange(0, BF) < WIDTH)[None, :]
+        y = tl.where(real, y, -float("inf"))
+    e = tl.exp2(y - tl.max(y, 1)[:, None])
+    e = tl.maximum(e * (scale / tl.sum(e, 1))[:, None], 1e-12 * scale)
+    if WIDTH != BF:
+        e = tl.where(real, e, 0.0)
+    return e
+
+
+@triton.jit
 def hedgehog_halves(y, scale, WIDTH: tl.constexpr, BF: tl.constexpr):
     """scale softmax(y) and scale softmax(-y) over the features, at least 1e-12 scale: [rows, BF] each."""
     y *= LOG2E
-    if WIDTH != BF:
-        real = (tl.arange(0, BF) < WIDTH)[None, :]
-        above = tl.max(tl.where(real, y, -float("inf")), 1)
-        below = tl.min(tl.where(real, y, float("inf")), 1)
-        front = tl.where(real, tl.exp2(y - above[:, None]), 0.0)
-        back = tl.where(real, tl.exp2(below[:, None] - y), 0.0)
+    return hedgehog_half(y, scale, WIDTH, BF), hedgehog_half(-y, scale, WIDTH, BF)
+
+
+@triton.jit
+def map_part(
+    x, w, bias, scale, sign, WIDTH: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One part of `map_features`: of a hedgehog map the half of softmax(sign xW)."""
+    if MAP == HEDGEHOG:
+        y = tl.dot(x, w, input_precision=PRECISION) * (LOG2E * sign)
+        phi = hedgehog_half(y, scale, WIDTH, BF)
     else:
-        front = tl.exp2(y - tl.max(y, 1)[:, None])
-        back = tl.exp2(tl.min(y, 1)[:, None] - y)
-    front = tl.maximum(front * (scale / tl.sum(front, 1))[:, None], 1e-12 * scale)
-    back = tl.maximum(back * (scale / tl.sum(back, 1))[:, None], 1e-12 * scale)
-    if WIDTH != BF:
-        front = tl.where(real, front, 0.0)
-        back = tl.where(real, back, 0.0)
-    return front, back
+        phi = map_features(x, w, bias, scale, WIDTH, BF, MAP, PRECISION)[0]
+    return phi
 
 
 @triton.jit
@@ -209,29 +288,21 @@ def pair_masks(query, key, offset, WINDOW: tl.constexpr, TERRACED: tl.constexpr)
 
 
 @triton.jit
-def load_state(
-    local,
+def load_sums(
     local_sum,
-    before,
     before_sum,
     fade,
     part: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BF: tl.constexpr,
-    DV: tl.constexpr,
-    column0,
-    BV: tl.constexpr,
 ):
-    """One part of the state that a group of blocks receives: kv [BF, BV] in the type it is stored in, k_sum [BF] fp32.
+    """One part of k_sum [BF] fp32 that a tile receives.
 
-    It is the sum over its own segment up to the group and, with SPLIT, that of the segments before, times `fade`.
+    Like kv it is the sum over its own segment up to the tile and, with SPLIT, of the segments before, times `fade`.
     """
-    kv = load_matrix(local + part * WIDTH * DV, WIDTH, BF, DV, DV, column0, BV)
     f = tl.arange(0, BF)
     k_sum = tl.load(local_sum + part * WIDTH + f, mask=f < WIDTH, other=0.0)
     if SPLIT:
-        older = load_matrix(before + part * WIDTH * DV, WIDTH, BF, DV, DV, column0, BV)
-        kv = (kv + older * fade).to(kv.dtype)
         k_sum += tl.load(before_sum + part * WIDTH + f, mask=f < WIDTH, other=0.0) * fade
-    return kv, k_sum
+    return k_sum
