@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lolcats.cli import benchmarks
 from lolcats.cli.load import find_model, read_recipe, silence
 from lolcats.cli.options import Device, Dtype, Model
 from lolcats.cli.tables import console, position_table, score_table
@@ -55,8 +56,15 @@ def evaluate(
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     by_position: ByPosition = False,
+    tasks: benchmarks.Tasks = None,
+    task_data: benchmarks.TaskData = None,
+    num_fewshot: benchmarks.NumFewshot = None,
+    seeds: benchmarks.Seeds = None,
+    limit: benchmarks.Limit = None,
+    chat: benchmarks.Chat = False,
+    truncate: benchmarks.Truncate = False,
 ) -> None:
-    """Perplexity and distance from the teacher, with the controls beside it."""
+    """Perplexity and distance from the teacher, or benchmarks (--tasks), with the controls beside them."""
     controls = _check_controls(control)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
@@ -64,6 +72,10 @@ def evaluate(
     recipe = read_recipe(source)
     given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
     settings = _settings(recipe, given)
+    wanted = benchmarks.Wanted(tasks, task_data, num_fewshot, seeds, limit, chat, truncate)
+    if wanted.check(given | {"by_position": by_position}):
+        benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size, device, dtype, json_file)
+        return
 
     from lolcats.evaluation.compare import compare
 

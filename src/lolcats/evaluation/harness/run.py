@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,6 +20,7 @@ from lolcats.config import Control
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.harness.progress import Progress, key_of, model_identity
+from lolcats.evaluation.harness.quiet import quiet
 from lolcats.evaluation.harness.scores import Scores, make_row
 from lolcats.evaluation.perplexity import Variant
 
@@ -82,7 +82,7 @@ def run_benchmarks(
     """
     settings = settings or HarnessSettings()
     require_lm_eval()
-    with _quiet():
+    with quiet():
         benchmarks = load_benchmarks(tasks, settings)  # before the model: mistakes show at once
         variants, tokenizer = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
         progress = Progress(progress_file)
@@ -109,12 +109,16 @@ def load_benchmarks(tasks: Sequence[str], settings: HarnessSettings) -> list[Ben
     """
     from lolcats.evaluation.harness.catalog import catalog
     from lolcats.evaluation.harness.files import TaskFiles
-    from lolcats.evaluation.harness.tasks import load_benchmark
+    from lolcats.evaluation.harness.tasks import ALL, load_benchmark
 
     known = catalog()
     known.check(tasks)
     files = None if settings.task_data is None else TaskFiles(settings.task_data, known)
-    return [load_benchmark(name, known, files, settings.examples) for name in dict.fromkeys(tasks)]
+    loaded = [load_benchmark(name, known, files, settings.examples) for name in dict.fromkeys(tasks)]
+    names = {name for benchmark in loaded for task in benchmark.tasks for name in (task, *known.lineage(task))}
+    if stray := set(settings.examples) - names - {ALL}:
+        raise LolcatsError(f"--num-fewshot names {', '.join(sorted(stray))}, which is not among the tasks")
+    return loaded
 
 
 def measure_benchmarks(
@@ -212,23 +216,3 @@ def _add(
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval", "datasets")}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval and datasets say much while they work; what matters is said by us."""
-    import datasets
-
-    names = ("lm_eval", "datasets", "huggingface_hub")
-    levels = [logging.getLogger(name).level for name in names]
-    bars = datasets.are_progress_bars_disabled()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for name, level in zip(names, levels, strict=True):
-            logging.getLogger(name).setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()

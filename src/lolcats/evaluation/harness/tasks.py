@@ -102,9 +102,7 @@ def _rows(group: Group) -> list[str]:
 
 def _refuse_unsafe(name: str, task: Task) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise LolcatsError(
-            f"{name} runs code that the model writes, which is not done here; use lm-eval itself"
-        )
+        raise LolcatsError(f"{name} runs code that the model writes, which is not done here; use lm-eval itself")
     if getattr(task, "MULTIMODAL", False):
         raise LolcatsError(f"{name} is about images or sound; expected a task of text")
 
