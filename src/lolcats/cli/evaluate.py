@@ -34,7 +34,9 @@ Sources = Annotated[
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")]
 Last = Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")]
 Most = Annotated[int | None, typer.Option(min=1, help=f"Segments to read. Default: the recipe's, or {MOST_SEGMENTS}.")]
-Batch = Annotated[int, typer.Option(min=1, help="Segments at once.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Segments or --tasks requests at once. Default: 4, of requests 1.")
+]
 Controls = Annotated[list[str] | None, typer.Option(help=f"{CONTROLS}, or none; repeatable. Default: all of them.")]
 Teacher = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
@@ -49,7 +51,7 @@ def evaluate(
     length: Length = None,
     last: Last = None,
     max_segments: Most = None,
-    batch_size: Batch = 4,
+    batch_size: Batch = None,
     control: Controls = None,
     teacher: Teacher = None,
     device: Device = "auto",
@@ -74,7 +76,7 @@ def evaluate(
     settings = _settings(recipe, given)
     wanted = benchmarks.Wanted(tasks, task_data, num_fewshot, seeds, limit, chat, truncate)
     if wanted.check(given | {"by_position": by_position}):
-        benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size, device, dtype, json_file)
+        benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size or 1, device, dtype, json_file)
         return
 
     from lolcats.evaluation.compare import compare
@@ -83,7 +85,7 @@ def evaluate(
     out = console()
     with _progress(out) as show:
         scores = compare(
-            source, controls=controls, batch_size=batch_size, device=device, dtype=dtype, progress=show, **settings
+            source, controls=controls, batch_size=batch_size or 4, device=device, dtype=dtype, progress=show, **settings
         )
     if json_file is not None:
         _write(json_file, source, settings, scores)

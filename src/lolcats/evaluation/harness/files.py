@@ -84,6 +84,8 @@ class TaskFiles:
             raise DataError(f"no folder {folder}; expected one with files such as piqa_validation.jsonl.gz")
         self.folder = folder
         self.catalog = catalog
+        self.last: TaskFile | None = None
+        """The file that was asked for last, for messages."""
         self._files: dict[Path, TaskFile] = {}
 
     @contextmanager
@@ -107,7 +109,8 @@ class TaskFiles:
             if path.is_file():
                 if path not in self._files:
                     self._files[path] = TaskFile(path)
-                return self._files[path]
+                self.last = self._files[path]
+                return self.last
         return None
 
     def read(self, task: str, source: Source, split: str) -> tuple[TaskFile, list[Row]]:

@@ -48,7 +48,8 @@ class HarnessSettings:
     """Each runs everything once; () is one run with lm-eval's own."""
     limit: int | None = None
     """Questions of each task (of each part of a group); None takes all."""
-    batch_size: int = 4
+    batch_size: int = 1
+    """lm-eval's own. Tasks that lm-eval runs in one call share batches, so only this gives its numbers in any case."""
     chat: bool = False
     """Write prompts in the tokenizer's chat template."""
     truncate: bool = False

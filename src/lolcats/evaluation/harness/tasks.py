@@ -123,8 +123,12 @@ def _explain(name: str, catalog: Catalog, files: TaskFiles | None, error: Except
     reason = f"{type(error).__name__}: {said}"
     if isinstance(error, ModuleNotFoundError):
         return f"{name} needs the package {error.name}, which is not installed: pip install {error.name}"
-    if files is not None:
-        return f"{name} cannot be made from the files in {files.folder}: {reason}; expected the fields of its data set"
+    if files is not None and files.last is not None:
+        fields = ", ".join(files.last.rows[0])
+        return (
+            f"{name} cannot be made from {files.last.path.name} with its fields {fields}: {reason}; expected the "
+            "fields of its data set on the hub"
+        )
     path, part = catalog.source(catalog.leaves(name)[0])
     hub = f"{path} ({part})" if part else path
     return f"the data of {name}, {hub} on the hub, cannot be had: {reason}; --task-data DIR reads local files instead"
