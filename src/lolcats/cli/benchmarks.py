@@ -69,8 +69,14 @@ class Wanted:
         return bool(self.tasks)
 
     def names(self) -> list[str]:
-        """The tasks, in order."""
+        """The tasks, in order.
+
+        Raises:
+            LolcatsError: there are none.
+        """
         names = [name.strip() for words in self.tasks or [] for name in words.split(",")]
+        if not any(names):
+            raise LolcatsError("--tasks names no task; expected such as --tasks piqa,arc_easy")
         return list(dict.fromkeys(filter(None, names)))
 
     def settings(self, batch_size: int) -> HarnessSettings:

@@ -44,9 +44,6 @@ class Progress:
                 f"{file} cannot hold the progress of an evaluation: {error}; move it away, or write elsewhere"
             ) from error
 
-    def __len__(self) -> int:
-        return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
-
     def get(self, key: str) -> Any:
         """The answer under a key, None where there is none."""
         row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
@@ -88,8 +85,14 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     weights = {name: [str(tensor.dtype), list(tensor.shape), *_bit_sums(tensor)] for name, tensor in tensors}
     settings = model.config.to_json_string(use_diff=False)
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return key_of(weights, settings, model.device.type, words, _rules(tokenizer))
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How a fast tokenizer cuts text, without the padding and truncation that its last call left in it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return key_of(weights, settings, model.device.type, words, backend.to_str() if backend is not None else None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
 
 
 def _bit_sums(tensor: Tensor) -> list[int]:

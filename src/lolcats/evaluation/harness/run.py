@@ -133,12 +133,15 @@ def measure_benchmarks(
     """Run loaded tasks on loaded models. See `run_benchmarks`."""
     from lolcats.evaluation.harness.model import ResumableLM, check_tokenizer
 
-    progress = progress or Progress(None)
+    progress = Progress(None) if progress is None else progress
     scores = Scores([], {name: {} for name in variants}, {})
     models: dict[str, ResumableLM] = {}
+    identities: dict[int, str] = {}  # of a model that has several variants, taken once
     for name, variant in variants.items():
         check_tokenizer(variant.model, tokenizer, chat=settings.chat)
-        identity = key_of(model_identity(variant.model, tokenizer), name, _versions())
+        if id(variant.model) not in identities:
+            identities[id(variant.model)] = model_identity(variant.model, tokenizer)
+        identity = key_of(identities[id(variant.model)], name, _versions())
         models[name] = ResumableLM(
             variant.model,
             tokenizer,
