@@ -1,5 +1,6 @@
 """What cannot be measured is refused in a line; what was interrupted goes on."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant, student_variants
+from lolcats.evaluation.harness import run_benchmarks
 from lolcats.evaluation.harness.progress import Progress, model_identity
 
 from .conftest import ROWS, run
@@ -104,3 +106,10 @@ def test_tokenizers_that_do_not_fit(
     model = make_teacher(vocab_size=len(tiny_tokenizer))
     with pytest.raises(LolcatsError, match="no chat template"):
         run({"teacher": Variant(model)}, tiny_tokenizer, ["piqa"], folder, chat=True)
+
+
+def test_lm_eval_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it there is one line, before anything is loaded."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(LolcatsError, match=r'pip install "lolcats\[eval\]"'):
+        run_benchmarks("./nowhere", ["piqa"])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,7 +125,8 @@ def measure(
     silence()
     out = console()
     place = Path(source).resolve() if Path(source).exists() else source
-    file = default_file(place) if json_file is None else json_file.with_name(f"{json_file.name}.progress")
+    command = (place, names, asdict(settings), teacher, controls)
+    file = default_file(*command) if json_file is None else json_file.with_name(f"{json_file.name}.progress")
     if file.exists():
         out.print(f"going on with an evaluation that was interrupted ({file})", markup=False, soft_wrap=True)
     try:
@@ -143,7 +145,7 @@ def measure(
     except KeyboardInterrupt as error:
         raise Interrupted("evaluate --tasks") from error
     if json_file is not None:
-        _write(json_file, {"model": source, "teacher": teacher, "device": device, "dtype": dtype}, settings, scores)
+        _write(json_file, {"model": source, "teacher": teacher}, settings, scores)
     _print(out, scores, settings)
 
 
@@ -198,8 +200,8 @@ def _write(file: Path, what: dict[str, Any], settings: HarnessSettings, scores: 
     from lolcats.run_folder import write_text
 
     versions = {name: version(name) for name in ("lolcats", "lm_eval", "torch", "transformers")}
-    content = what | {"settings": asdict(settings), "versions": versions} | asdict(scores)
-    content["averages"] = scores.averages()
+    content = what | {"date": date.today().isoformat(), "settings": asdict(settings), "versions": versions}
+    content |= asdict(scores) | {"averages": scores.averages()}
     write_text(file, json.dumps(_spell(content), indent=2, allow_nan=False) + "\n")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lolcats.config import Control
+from lolcats.device import describe_device
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.harness.progress import Progress, key_of, model_identity
@@ -134,7 +135,9 @@ def measure_benchmarks(
     from lolcats.evaluation.harness.model import ResumableLM, check_tokenizer
 
     progress = Progress(None) if progress is None else progress
-    scores = Scores([], {name: {} for name in variants}, {})
+    first = next(iter(variants.values())).model
+    scores = Scores([], {name: {} for name in variants})
+    scores.device, scores.dtype = describe_device(first.device), str(first.dtype).removeprefix("torch.")
     models: dict[str, ResumableLM] = {}
     identities: dict[int, str] = {}  # of a model that has several variants, taken once
     for name, variant in variants.items():
@@ -178,7 +181,11 @@ def _run(
     if found is None:
         label = f"{benchmark.name}, {variant.replace('_', ' ')}" + ("" if seed is None else f", seed {seed}")
         with model.at_work_on(benchmark.name, lambda done, count: show(label, done, count) if show else None):
-            found = _evaluate(benchmark, model, seed, settings)
+            try:
+                found = _evaluate(benchmark, model, seed, settings)
+            except (OSError, ImportError, LookupError) as error:  # a metric that lm-eval fetches when it needs it
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise LolcatsError(f"{benchmark.name} cannot be scored by lm-eval here: {reason}") from error
         progress.put(key, found)
     return found
 

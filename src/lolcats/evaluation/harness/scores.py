@@ -55,8 +55,11 @@ class Scores:
     rows: list[Row]
     results: dict[str, dict[str, Any]]
     """variant -> seed -> lm-eval's results, by task, parts of groups included."""
-    truncated: dict[str, int]
+    truncated: dict[str, int] = field(default_factory=dict)
     """task -> prompts whose start was cut because they were too long."""
+    device: str = ""
+    dtype: str = ""
+    """Of the first variant's weights."""
 
     def averages(self) -> dict[str, dict[str, float]]:
         """Means over tasks, by name and variant, as in the paper: of all, and without the tasks of MMLU."""
