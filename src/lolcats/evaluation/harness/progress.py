@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Progress:
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(":memory:" if file is None else file)
+            weakref.finalize(self, self._database.close)  # newer Pythons warn of one that is left open
             self._database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
             self._database.commit()
         except (sqlite3.Error, OSError) as error:
