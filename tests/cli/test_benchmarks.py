@@ -31,6 +31,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
 def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path) -> None:
     """All controls beside the student; the paper's metric in the table, all of lm-eval's in the file."""
     words = ["--tasks", "piqa,winogrande", "--task-data", data, "--limit", 5, "--seeds", "0,1", "--json", "x.json"]
@@ -47,11 +55,11 @@ def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path) -> 
     assert not Path("x.json.progress").exists()
 
 
-def test_a_model_alone(cli: Run, data: Path, place: Path) -> None:
-    """Any model is its own teacher; nothing is written but the table."""
+def test_a_model_alone(cli: Run, data: Path, place: Path, cache: Path) -> None:
+    """Any model is its own teacher; nothing is left behind but the table."""
     answer = cli("evaluate", place / "teacher", "--tasks", "piqa", "--task-data", data, "--limit", 4, "--batch-size", 3)
     assert answer.code == 0 and "standard error" in answer.out and "average" not in answer.out
-    assert list(Path().iterdir()) == []
+    assert list(Path().iterdir()) == [] and not list(cache.rglob("*.progress"))
 
 
 def test_what_cannot_be_run_is_said_in_a_line(cli: Run, data: Path, place: Path) -> None:
