@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lolcats.cli import benchmarks
 from lolcats.cli.load import find_model, read_recipe, silence
 from lolcats.cli.options import Device, Dtype, Model
 from lolcats.cli.tables import console, position_table, score_table
@@ -33,7 +34,9 @@ Sources = Annotated[
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")]
 Last = Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")]
 Most = Annotated[int | None, typer.Option(min=1, help=f"Segments to read. Default: the recipe's, or {MOST_SEGMENTS}.")]
-Batch = Annotated[int, typer.Option(min=1, help="Segments at once.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Segments or --tasks requests at once. Default: 4, of requests 1.")
+]
 Controls = Annotated[list[str] | None, typer.Option(help=f"{CONTROLS}, or none; repeatable. Default: all of them.")]
 Teacher = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
@@ -48,15 +51,22 @@ def evaluate(
     length: Length = None,
     last: Last = None,
     max_segments: Most = None,
-    batch_size: Batch = 4,
+    batch_size: Batch = None,
     control: Controls = None,
     teacher: Teacher = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     by_position: ByPosition = False,
+    tasks: benchmarks.Tasks = None,
+    task_data: benchmarks.TaskData = None,
+    num_fewshot: benchmarks.NumFewshot = None,
+    seeds: benchmarks.Seeds = None,
+    limit: benchmarks.Limit = None,
+    chat: benchmarks.Chat = False,
+    truncate: benchmarks.Truncate = False,
 ) -> None:
-    """Perplexity and distance from the teacher, with the controls beside it."""
+    """Perplexity and distance from the teacher, or benchmarks (--tasks), with the controls beside them."""
     controls = _check_controls(control)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
@@ -64,6 +74,10 @@ def evaluate(
     recipe = read_recipe(source)
     given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
     settings = _settings(recipe, given)
+    wanted = benchmarks.Wanted(tasks, task_data, num_fewshot, seeds, limit, chat, truncate)
+    if wanted.check(given | {"by_position": by_position}):
+        benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size or 1, device, dtype, json_file)
+        return
 
     from lolcats.evaluation.compare import compare
 
@@ -71,7 +85,7 @@ def evaluate(
     out = console()
     with _progress(out) as show:
         scores = compare(
-            source, controls=controls, batch_size=batch_size, device=device, dtype=dtype, progress=show, **settings
+            source, controls=controls, batch_size=batch_size or 4, device=device, dtype=dtype, progress=show, **settings
         )
     if json_file is not None:
         _write(json_file, source, settings, scores)

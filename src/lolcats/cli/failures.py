@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from lolcats.errors import LolcatsError
 
-INTERRUPTED = {"linearize": "interrupted; the last checkpoint is kept"}
+INTERRUPTED = {
+    "linearize": "interrupted; the last checkpoint is kept",
+    "evaluate --tasks": "interrupted; what was measured is kept: the same command goes on from there",
+}
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 
 

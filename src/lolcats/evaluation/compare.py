@@ -48,18 +48,33 @@ def compare(
     Raises:
         LolcatsError: a model or a source that cannot be used, or a teacher of another model.
     """
+    variants, tokenizer = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
+    segments = _read_segments(sources, tokenizer, length, last, max_segments)
+    known = variants.get("teacher") if "student" in variants else None
+    return measure(variants, segments, teacher=known, last=last, batch_size=batch_size, progress=progress)
+
+
+def load_variants(
+    model: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    controls: Sequence[str] = get_args(Control),
+    device: str = "auto",
+    dtype: str = "auto",
+) -> tuple[dict[str, Variant], PreTrainedTokenizerBase]:
+    """Load a linearized model with its controls and its teacher, or any other model as "teacher"; and the tokenizer.
+
+    Args and errors are those of `compare`.
+    """
     place = choose_device(device)
     wanted = None if dtype == "auto" else choose_dtype(dtype, place)
     student, tokenizer = load_teacher(model, dtype=wanted, device=place)
-    segments = _read_segments(sources, tokenizer, length, last, max_segments)
     if not linearized_layers(student):
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
-        return measure({"teacher": Variant(student)}, segments, last=last, batch_size=batch_size, progress=progress)
+        return {"teacher": Variant(student)}, tokenizer
     before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
     variants = {name: variant for name, variant in before.items() if name == "teacher" or name in controls}
-    variants |= student_variants(student, list(controls))
-    known = before.get("teacher")
-    return measure(variants, segments, teacher=known, last=last, batch_size=batch_size, progress=progress)
+    return variants | student_variants(student, list(controls)), tokenizer
 
 
 def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:

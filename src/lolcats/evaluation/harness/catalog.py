@@ -1,0 +1,99 @@
+"""The tasks that lm-eval knows: which names exist, what contains what, and where each task's data come from."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm_eval.tasks import TaskManager
+
+from lolcats.errors import LolcatsError
+
+
+class Source(NamedTuple):
+    """A data set of the hub."""
+
+    path: str | None
+    name: str | None
+    """The part of it, such as a subject of MMLU."""
+
+
+class Catalog:
+    """lm-eval's index of tasks, groups and tags.
+
+    Args:
+        manager: lm-eval's own index; reading its ten thousand definitions takes seconds, see `catalog`.
+    """
+
+    def __init__(self, manager: TaskManager) -> None:
+        self.manager = manager
+        self._children: dict[str, list[str]] = {}
+        self._parents: dict[str, list[str]] = defaultdict(list)
+        for name, entry in sorted(manager.task_index.items()):
+            listed = (entry.cfg or {}).get("task")
+            members = sorted(entry.tags) if entry.cfg is None else list(_names(listed))
+            if members:
+                self._children[name] = members
+            for member in members:
+                self._parents[member].append(name)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise LolcatsError if one of `names` is neither a task, group or tag of lm-eval nor a YAML file of a task."""
+        known = self.manager.all_tasks
+        for name in names:
+            if name in self.manager.task_index or (name.endswith(".yaml") and Path(name).is_file()):
+                continue
+            near = difflib.get_close_matches(name, known, 3) or [task for task in known if name.lower() in task][:3]
+            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
+            raise LolcatsError(f"unknown task {name!r}: lm-eval has no task or group of that name; {hint}")
+
+    def lineage(self, task: str) -> list[str]:
+        """The groups and tags that contain a task, nearest first."""
+        found: list[str] = []
+        level = [task, *task.split("::")[:1]]  # a task written inside a group is called group::task
+        while level:
+            level = [parent for name in level for parent in self._parents.get(name, []) if parent not in found]
+            found += dict.fromkeys(level)
+        return found
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks below a group or tag; of a task, itself."""
+        if name not in self._children:
+            return [name]
+        return [leaf for child in self._children[name] for leaf in self.leaves(child)]
+
+    def source(self, task: str) -> Source:
+        """Where lm-eval gets a task's data."""
+        entry = self.manager.task_index.get(task)
+        settings = {} if entry is None or entry.cfg is None else entry.cfg
+        return Source(settings.get("dataset_path"), settings.get("dataset_name"))
+
+    def name_of(self, task: Any) -> str:
+        """The name of a task that is being built; those written as Python classes learn theirs only afterwards."""
+        if name := getattr(task.config, "task", None):
+            return name
+        kind = f"{type(task).__module__}.{type(task).__qualname__}"
+        for name, entry in self.manager.task_index.items():
+            if str((entry.cfg or {}).get("class", "")).replace("/", ".").endswith(kind):
+                return name
+        return type(task).__name__
+
+
+@cache
+def catalog() -> Catalog:
+    """The one of the installed lm-eval, read once."""
+    return Catalog(TaskManager())
+
+
+def _names(members: object) -> Iterator[str]:
+    for member in members if isinstance(members, list) else []:
+        if isinstance(member, str):
+            yield member
+        elif isinstance(member.get("task"), list):  # a group written inside a group
+            yield from _names(member["task"])
+        elif name := member.get("group") or member.get("task"):
+            yield name

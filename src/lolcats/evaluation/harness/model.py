@@ -1,0 +1,196 @@
+"""A model as lm-eval sees it: its own class for Hugging Face models, with answers that survive an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lolcats.errors import LolcatsError
+from lolcats.evaluation.harness.progress import Progress, key_of
+
+Base: Any = HFLM  # the decorator that registers it hides its type
+PIECE = 16
+"""Batches that are computed before their answers are kept."""
+TokenRequest = tuple[Any, list[int], list[int]]
+"""Texts (or None), tokens of the context, tokens of the continuation."""
+
+
+class ResumableLM(Base):
+    """HFLM that works through its requests in pieces and keeps the answers of each.
+
+    The batches are those that HFLM makes of all requests at once, so the answers are the same to the last bit whether
+    or not a run was interrupted.
+
+    Args:
+        model, tokenizer: loaded.
+        batch_size: requests at once.
+        progress: where answers are kept.
+        identity: of the model in its mode; part of every key.
+        truncate: cut contexts that are too long for the model, at the left, instead of refusing them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        progress: Progress,
+        identity: str,
+        truncate: bool = False,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)  # type: ignore[arg-type]
+        self._progress = progress
+        self.identity = identity
+        self._truncate = truncate
+        self._show: Callable[[int, int | None], None] = lambda done, count: None
+        self._done = 0
+        self._count: int | None = 0
+        self._task = ""
+        self.truncated = 0
+        """Requests of the task at work whose context was cut."""
+
+    @contextmanager
+    def at_work_on(self, task: str, show: Callable[[int, int | None], None]) -> Iterator[None]:
+        """Inside, requests belong to `task`; `show` is called with (requests done, all or None if not known)."""
+        self._task, self._show, self.truncated = task, show, 0
+        yield
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """See `lm_eval.api.model.LM`."""
+        self._start(len(requests))
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """See `lm_eval.api.model.LM`; long texts are cut into windows, which are what is counted."""
+        self._start(None)
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """See `lm_eval.api.model.LM`. Sampled texts are not kept: they are another draw each time."""
+        self._start(len(requests))
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        self._check_room(requests, lengths)
+        alike: dict[str, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            alike[json.dumps(request.args[1], sort_keys=True)].append(place)
+        answers: list[str] = [""] * len(requests)
+        for settings, places in alike.items():
+            # HFLM's order: longest first, so that its batches are the same in pieces.
+            places.sort(key=lambda place: (-lengths[place], requests[place].args[0]))
+            keep = not json.loads(settings).get("do_sample")
+            for piece in _pieces(places, PIECE * int(self.batch_size)):
+                part = [requests[place] for place in piece]
+                compute = partial(self._generate, part)
+                found = self._kept([request.args for request in part], compute) if keep else compute()
+                for place, answer in zip(piece, found, strict=True):
+                    answers[place] = answer
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._check_lengths(requests)
+        shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, (_, context, continuation) in enumerate(requests):
+            shared[tuple(context + continuation[:-1])].append(place)
+
+        def order(places: list[int]) -> tuple[int, tuple[int, ...]]:
+            """HFLM's: longest first; requests that differ in their last token alone share a forward pass."""
+            _, context, continuation = requests[max(places, key=lambda place: len(requests[place][2]))]
+            return -len(context + continuation), tuple(context + continuation)
+
+        answers: list[Any] = [None] * len(requests)
+        for groups in _pieces(sorted(shared.values(), key=order), PIECE * int(self.batch_size)):
+            places = [place for group in groups for place in group]
+            part = [requests[place] for place in places]
+            found = self._kept([request[1:] for request in part], partial(self._score, part))
+            for place, (score, greedy) in zip(places, found, strict=True):
+                answers[place] = (score, greedy)
+        return answers
+
+    def _generate(self, requests: list[Any]) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _score(self, requests: list[TokenRequest]) -> list[tuple[float, bool]]:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True)
+
+    def _start(self, count: int | None) -> None:
+        self._done, self._count = 0, count
+        self._show(0, count)
+
+    def _kept(self, asked: list[Any], compute: Callable[[], list[Any]]) -> list[Any]:
+        """The answers to a piece: those of an earlier run, or computed now and kept."""
+        key = key_of(self.identity, self.batch_size, self.max_length, asked)
+        answers = self._progress.get(key)
+        if answers is None:
+            answers = compute()
+            self._progress.put(key, answers)
+        self._done += len(asked)
+        self._show(self._done, self._count)
+        return answers
+
+    def _check_lengths(self, requests: Sequence[TokenRequest]) -> None:
+        """HFLM drops the start of a context that does not fit, and goes on; that is said, or refused, here."""
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
+        answer = max((len(continuation) for _, _, continuation in requests), default=0)
+        if answer > self.max_length:
+            raise LolcatsError(f"{self._task}: an answer has {answer:,} tokens and the model takes {self.max_length:,}")
+        if longest > self.max_length + 1:
+            over = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+            self._cut(over, len(requests), longest - 1)
+
+    def _check_room(self, requests: list[Any], lengths: list[int]) -> None:
+        """The same for texts to go on with, which need room for what is written."""
+        over = longest = 0
+        for request, length in zip(requests, lengths, strict=True):
+            room = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks).get("max_gen_toks", 0)
+            if room >= self.max_length:
+                raise LolcatsError(
+                    f"{self._task} asks for texts of {room:,} tokens and the model takes {self.max_length:,} in all"
+                )
+            over += length + room > self.max_length
+            longest = max(longest, length + room)
+        if over:
+            self._cut(over, len(requests), longest)
+
+    def _cut(self, over: int, count: int, longest: int) -> None:
+        if not self._truncate:
+            raise LolcatsError(
+                f"{self._task}: {over:,} of {count:,} prompts are too long, the longest with {longest:,} tokens where "
+                f"the model takes {self.max_length:,}; fewer examples (--num-fewshot), or --truncate to cut them at "
+                "the left as lm-eval does"
+            )
+        self.truncated += over
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> None:
+    """Refuse a tokenizer that does not belong to the model, or that lacks what the tasks need.
+
+    Raises:
+        LolcatsError: it has tokens that the model does not know, no token to begin a text with, or no chat template.
+    """
+    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= known:
+        raise LolcatsError(
+            f"the tokenizer has tokens up to number {largest:,} and the model knows {known:,}; expected the tokenizer "
+            "that the model was trained with"
+        )
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise LolcatsError("the tokenizer names no token that begins or ends a text (bos_token, eos_token); set one")
+    if chat and not tokenizer.chat_template:
+        raise LolcatsError("the tokenizer has no chat template, so --chat cannot be used; leave it out")
+
+
+def _pieces(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

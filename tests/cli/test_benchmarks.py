@@ -1,0 +1,116 @@
+"""`lolcats evaluate --tasks`: the table, the file of numbers, refusals, and what a killed process leaves behind."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import SENTENCE, Run
+
+VARIANTS = ["teacher", "training_free", "student", "window_only", "linear_only", "no_attention"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with questions of piqa and of winogrande."""
+    folder = tmp_path_factory.mktemp("data")
+    words = SENTENCE.split()
+    with (folder / "piqa_validation.jsonl").open("w") as file:
+        for i in range(60):
+            goal, first, second = (" ".join(words[(i * k) % 15 : (i * k) % 15 + 4]) for k in (1, 2, 3))
+            file.write(json.dumps({"goal": goal, "sol1": first, "sol2": second + "s", "label": i % 2}) + "\n")
+    with (folder / "winogrande_validation.jsonl").open("w") as file:
+        for i in range(8):
+            row = {"sentence": f"the {words[i]} saw _ there", "option1": "cat", "option2": "moon", "answer": "1"}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path) -> None:
+    """All controls beside the student; the paper's metric in the table, all of lm-eval's in the file."""
+    words = ["--tasks", "piqa,winogrande", "--task-data", data, "--limit", 5, "--seeds", "0,1", "--json", "x.json"]
+    answer = cli("evaluate", finished, *words, "--chat")
+    assert answer.code == 0 and answer.err == ""
+    for part in ("piqa", "winogrande", "average", "linear only", "over 2 seeds", "--limit 5: piqa 5 questions"):
+        assert part in answer.out, answer.out
+    content = json.loads(Path("x.json").read_text())
+    assert [row["task"] for row in content["rows"]] == ["piqa", "winogrande"]
+    assert list(content["rows"][0]["scores"]) == list(content["results"]) == VARIANTS
+    assert set(content["results"]["student"]["1"]["piqa"]) >= {"acc,none", "acc_norm,none", "acc_stderr,none"}
+    assert content["settings"]["chat"] is True and content["versions"]["lm_eval"]
+    assert content["dtype"] == "float32" and content["device"].startswith("cpu")
+    assert not Path("x.json.progress").exists()
+
+
+def test_a_model_alone(cli: Run, data: Path, place: Path, cache: Path) -> None:
+    """Any model is its own teacher; nothing is left behind but the table."""
+    answer = cli("evaluate", place / "teacher", "--tasks", "piqa", "--task-data", data, "--limit", 4, "--batch-size", 3)
+    assert answer.code == 0 and "standard error" in answer.out and "average" not in answer.out
+    assert list(Path().iterdir()) == [] and not list(cache.rglob("*.progress"))
+
+
+def test_what_cannot_be_run_is_said_in_a_line(cli: Run, data: Path, place: Path) -> None:
+    """Names, numbers, and options of the other measurement."""
+    teacher = place / "teacher"
+    cli("evaluate", teacher, "--tasks", "piqaa").refused("unknown task 'piqaa'", "did you mean piqa")
+    cli("evaluate", teacher, "--tasks", "boolq", "--task-data", data).refused("boolq_validation.jsonl[.gz]", str(data))
+    cli("evaluate", teacher, "--tasks", "piqa", "--length", 9).refused("--length", "--tasks")
+    cli("evaluate", teacher, "--limit", 9, "--truncate").refused("--limit, --truncate", "--tasks only")
+    cli("evaluate", teacher, "--tasks", "piqa", "--seeds", "1,one").refused("'one' is no whole number")
+    cli("evaluate", teacher, "--tasks", "piqa", "--seeds", "1,1").refused("different seeds")
+    cli("evaluate", teacher, "--tasks", "piqa", "--num-fewshot", "piqa=x").refused("--num-fewshot", "'x'")
+    cli("evaluate", teacher, "--tasks", " , ").refused("no task")
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(
+    cli: Run, data: Path, finished: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Killed, started again, interrupted, started again: the numbers of one that was left alone."""
+    words = [str(finished), "--tasks", "piqa", "--task-data", str(data), "--json"]
+    command = [sys.executable, "-m", "lolcats.cli", "evaluate", *words, "x.json"]
+    progress = tmp_path / "x.json.progress"
+
+    def answers() -> int:
+        if not progress.exists():
+            return 0
+        with sqlite3.connect(progress) as database:
+            tables = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+            return database.execute("SELECT COUNT(*) FROM answers").fetchone()[0] if tables else 0
+
+    def stop(how: signal.Signals, after: int) -> tuple[int, str, str]:
+        pipe = subprocess.PIPE
+        ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)  # or a background job's children ignore it too
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+            signal.signal(signal.SIGINT, ignored)
+            deadline = time.monotonic() + 200
+            while process.poll() is None and time.monotonic() < deadline and answers() < after:
+                time.sleep(0.02)
+            process.send_signal(how)
+            out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    assert stop(signal.SIGKILL, 2)[0] == -signal.SIGKILL
+    seen = answers()
+    assert seen >= 2 and not (tmp_path / "x.json").exists()
+    code, out, err = stop(signal.SIGINT, seen + 2)
+    assert code == 130 and "going on with an evaluation that was interrupted" in out
+    assert err.splitlines()[-1].endswith("the same command goes on from there") and "Traceback" not in err
+    assert answers() > seen and not (tmp_path / "x.json").exists()
+    assert cli("evaluate", *words, "x.json").code == cli("evaluate", *words, "y.json").code == 0
+    first, second = (json.loads(Path(name).read_text()) | {"date": ""} for name in ("x.json", "y.json"))
+    assert first == second
+    assert not progress.exists()
