@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lolcats.cli import recall as recall_options
 from lolcats.cli.load import find_model, read_recipe, silence
 from lolcats.cli.options import Device, Dtype, Model
-from lolcats.cli.tables import console, position_table, score_table
+from lolcats.cli.tables import console, position_notes, position_table, score_table
 from lolcats.config import Control, RunConfig
 from lolcats.errors import LolcatsError
 
@@ -40,6 +41,10 @@ Teacher = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.")]
 ByPosition = Annotated[bool, typer.Option("--by-position", help="A second table, by place in the text.")]
+Beyond = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Perplexity by position on segments N times as long as in training."),
+]
 
 
 def evaluate(
@@ -55,8 +60,17 @@ def evaluate(
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
     by_position: ByPosition = False,
+    beyond: Beyond = None,
+    recall: recall_options.Recall = None,
+    lengths: recall_options.Lengths = "512,1024,2048",
+    samples: recall_options.Samples = 20,
+    depths: recall_options.Depths = 10,
+    recall_seed: recall_options.RecallSeed = 0,
+    haystack: recall_options.Haystack = "python-docs",
+    plot: recall_options.Plot = None,
+    beyond_context: recall_options.BeyondContext = False,
 ) -> None:
-    """Perplexity and distance from the teacher, with the controls beside it."""
+    """Perplexity and distance from the teacher, with the controls beside it; or recall."""
     controls = _check_controls(control)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
@@ -64,6 +78,13 @@ def evaluate(
     recipe = read_recipe(source)
     given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
     settings = _settings(recipe, given)
+    if recall is not None:
+        asked = recall_options.read_settings(recall, lengths, samples, depths, recall_seed, haystack, beyond_context)
+        rest = (settings["teacher"], controls, asked, batch_size, device, dtype, json_file, plot)
+        return recall_options.evaluate_recall(recall_options.RecallRun(source, *rest))
+    trained = recipe.data.sequence_length if recipe is not None else None
+    if beyond is not None:
+        settings["length"], by_position = _beyond(trained, beyond, length), True
 
     from lolcats.evaluation.compare import compare
 
@@ -71,7 +92,14 @@ def evaluate(
     out = console()
     with _progress(out) as show:
         scores = compare(
-            source, controls=controls, batch_size=batch_size, device=device, dtype=dtype, progress=show, **settings
+            source,
+            controls=controls,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            edges=[trained] if trained else [],
+            progress=show,
+            **settings,
         )
     if json_file is not None:
         _write(json_file, source, settings, scores)
@@ -79,6 +107,16 @@ def evaluate(
     if by_position:
         out.print("\nperplexity by place in the text")
         out.print(position_table({name: score.by_position for name, score in scores.items()}))
+        for note in position_notes(settings["length"], trained, next(iter(scores.values())).context):
+            out.print(note)
+
+
+def _beyond(trained: int | None, times: int, length: int | None) -> int:
+    if trained is None or length is not None:
+        raise LolcatsError(
+            "--beyond goes by the training texts of a linearized model and sets the length; give --length alone"
+        )
+    return times * trained
 
 
 @contextmanager

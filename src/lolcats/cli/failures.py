@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from lolcats.errors import LolcatsError
 
-INTERRUPTED = {"linearize": "interrupted; the last checkpoint is kept"}
+INTERRUPTED = {
+    "linearize": "interrupted; the last checkpoint is kept",
+    "evaluate --recall": "interrupted; the same command goes on where it stopped",
+}
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 
 
