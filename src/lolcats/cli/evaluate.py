@@ -62,7 +62,7 @@ def evaluate(
     by_position: ByPosition = False,
     beyond: Beyond = None,
     recall: recall_options.Recall = None,
-    lengths: recall_options.Lengths = "512,1024,2048",
+    lengths: recall_options.Lengths = recall_options.LENGTHS,
     samples: recall_options.Samples = 20,
     depths: recall_options.Depths = 10,
     recall_seed: recall_options.RecallSeed = 0,
@@ -71,20 +71,24 @@ def evaluate(
     beyond_context: recall_options.BeyondContext = False,
 ) -> None:
     """Perplexity and distance from the teacher, with the controls beside it; or recall."""
+    own = {"--sources": sources, "--length": length, "--last": last, "--max-segments": max_segments}
+    own |= {"--by-position": by_position, "--beyond": beyond}
+    others = {"--lengths": lengths != recall_options.LENGTHS, "--plot": plot, "--beyond-context": beyond_context}
+    recall_options.check_mixture(recall, own, others)
     controls = _check_controls(control)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
     source = find_model(model)
     recipe = read_recipe(source)
+    trained = recipe.data.sequence_length if recipe is not None else None
+    if beyond is not None:
+        length, by_position = _beyond(trained, beyond, length), True
     given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
     settings = _settings(recipe, given)
     if recall is not None:
         asked = recall_options.read_settings(recall, lengths, samples, depths, recall_seed, haystack, beyond_context)
         rest = (settings["teacher"], controls, asked, batch_size, device, dtype, json_file, plot)
         return recall_options.evaluate_recall(recall_options.RecallRun(source, *rest))
-    trained = recipe.data.sequence_length if recipe is not None else None
-    if beyond is not None:
-        settings["length"], by_position = _beyond(trained, beyond, length), True
 
     from lolcats.evaluation.compare import compare
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from lolcats.cli.failures import Interrupted
 from lolcats.cli.load import read_recipe, silence
@@ -22,6 +22,7 @@ from lolcats.errors import LolcatsError
 if TYPE_CHECKING:
     from lolcats.evaluation.recall import Cell, RecallSettings
 
+LENGTHS = "512,1024,2048"
 Recall = Annotated[
     str | None,
     typer.Option(
@@ -60,6 +61,25 @@ class RecallRun:
     dtype: str
     json_file: Path | None
     plot: Path | None
+
+
+def check_mixture(recall: str | None, perplexity_options: dict[str, Any], recall_options: dict[str, Any]) -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        recall: of the command.
+        perplexity_options, recall_options: values by the name of the option; those that were not given are false.
+
+    Raises:
+        LolcatsError: options of perplexity with --recall, or the other way round.
+    """
+    given = [name for name, value in (recall_options if recall is None else perplexity_options).items() if value]
+    if given and recall is None:
+        raise LolcatsError(f"{', '.join(given)} goes with --recall; add for instance --recall passkey")
+    if given:
+        raise LolcatsError(
+            f"{', '.join(given)} goes with perplexity, not with --recall, which has --lengths and --samples"
+        )
 
 
 def read_settings(
@@ -154,17 +174,19 @@ def _write(file: Path, run: RecallRun, cells: list[Cell]) -> None:
 def _print(out: Console, cells: list[Cell], run: RecallRun) -> None:
     out.print(_summary_table(cells))
     for task in dict.fromkeys(cell.task for cell in cells if cell.by_depth and run.settings.depths > 1):
-        out.print(f"\n{task} by depth, % found")
+        out.print(f"\n{task} by depth of the needle in %: % found")
         out.print(_depth_table([cell for cell in cells if cell.task == task]))
     s = run.settings
-    out.print(f"\n% found, {s.samples} prompts a task and length, seed {s.seed}; greedy answers{_note(run)}")
+    out.print(f"\n% found, {s.samples} prompts a task and length, seed {s.seed}; greedy answers")
+    if note := _note(run):
+        out.print(note)
 
 
 def _note(run: RecallRun) -> str:
     recipe = read_recipe(run.source)
     if recipe is None or max(run.settings.lengths) <= recipe.data.sequence_length:
         return ""
-    return f"; the model was trained on texts of {recipe.data.sequence_length:,} tokens"
+    return f"from {recipe.data.sequence_length:,} tokens on: beyond the texts of the linearization"
 
 
 def _summary_table(cells: list[Cell]) -> Table:
@@ -182,11 +204,11 @@ def _summary_table(cells: list[Cell]) -> Table:
 
 def _depth_table(cells: list[Cell]) -> Table:
     """A row a variant and length, a column a range of depth."""
-    table = Table("", box=None, header_style="bold")
+    table = Table(Column("", no_wrap=True), box=None, header_style="bold")
     table.add_column("tokens", justify="right")
     count = len(cells[0].by_depth)
     for number in range(count):
-        table.add_column(f"{round(100 * number / count)}-{round(100 * (number + 1) / count)}%", justify="right")
+        table.add_column(f"{round(100 * number / count)}-{round(100 * (number + 1) / count)}", justify="right")
     for name in ordered(dict.fromkeys(cell.variant for cell in cells)):
         for cell in (cell for cell in cells if cell.variant == name):
             shown = ("-" if value is None else f"{100 * value:.0f}" for value in cell.by_depth)

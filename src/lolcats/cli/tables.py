@@ -62,11 +62,9 @@ def position_notes(length: int, trained: int | None, context: int | None) -> lis
     """Which ranges of a `position_table` lie beyond the texts of the training and beyond the model's context."""
     notes = []
     if trained is not None and length > trained:
-        notes.append(f"From {trained} on, texts are longer than those of the linearization.")
+        notes.append(f"from {trained:,} tokens on: beyond the texts of the linearization")
     if context is not None and length > context:
-        notes.append(
-            f"From {context} on, they are longer than the pretrained model's context: the teacher fails there."
-        )
+        notes.append(f"from {context:,} tokens on: beyond the context that the pretrained model was made for")
     return notes
 
 

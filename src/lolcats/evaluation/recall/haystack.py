@@ -70,7 +70,7 @@ def fit(write: Callable[[int], str], tokenizer: PreTrainedTokenizerBase, room: i
 
     bare = count(least)
     if bare > room:
-        raise DataError(f"the prompt has {bare} tokens without filler and there is room for {room}")
+        raise DataError(f"the prompt has {bare} tokens with the least filler, and {room} are too few, give more")
     low, step = least, max(1, (room - bare) * _GROWTH // max(1, count(least + _GROWTH) - bare))
     high = low + step
     while count(high) <= room:

@@ -65,19 +65,20 @@ def _draw(cells: Sequence[Cell], file: Path, label: Callable[[str], str]) -> Non
     size = (1.2 + 2.0 * len(variants), 0.9 + len(tasks) * (0.9 + 0.22 * len(cells[0].by_depth)))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(tasks), len(variants), squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(len(tasks), len(variants), squeeze=False)
     image = None
     for row, task in enumerate(tasks):
         for column, variant in enumerate(variants):
             image = _panel(panels[row, column], [known[task, variant, length] for length in lengths])
+            panels[row, column].set_xticks(range(len(lengths)), [str(n) for n in lengths], rotation=45)
             if row == 0:
                 panels[row, column].set_title(label(variant), fontsize=8)
+            panels[row, column].set_yticks([])
         panels[row, 0].set_ylabel(f"{task}\ndepth of the needle, %")
         panels[row, 0].set_yticks(*_depth_names(len(cells[0].by_depth)))
-        panels[row, 0].set_xticks(range(len(lengths)), [str(n) for n in lengths], rotation=45)
     figure.supxlabel("tokens of prompt and answer", fontsize=8)
     assert image is not None
-    figure.colorbar(image, ax=panels, label="found, %", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="found, %", shrink=0.8, aspect=30)
     _save(figure, file)
 
 
@@ -85,7 +86,9 @@ def _panel(panel: Any, columns: list[list[float | None]]) -> Any:
     """One heat map from [lengths][depths]; what was not asked stays grey."""
     values = np.array([[np.nan if v is None else 100 * v for v in column] for column in columns]).T
     panel.set_facecolor("0.85")
-    image = panel.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    edges = [np.arange(size + 1) - 0.5 for size in values.shape[::-1]]
+    image = panel.pcolormesh(*edges, values, vmin=0, vmax=100, cmap="viridis", edgecolors="white", linewidth=0.5)
+    panel.invert_yaxis()
     for (depth, length), value in np.ndenumerate(values):
         if not np.isnan(value):
             color = "white" if value < 100 * _DARK else "black"

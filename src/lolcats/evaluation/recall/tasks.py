@@ -116,9 +116,8 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in TASKS and name != "all":
             near = max(TASKS, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
-            raise LolcatsError(
-                f"unknown recall task {name!r}, did you mean {near}? There are {', '.join(TASKS)}, or all"
-            )
+            known = ", ".join(TASKS)
+            raise LolcatsError(f"unknown recall task {name!r}; did you mean {near}? There are {known}, or all")
     return list(TASKS) if "all" in names else list(dict.fromkeys(names))
 
 
@@ -153,7 +152,7 @@ def make_prompts(
         try:
             prompts.append(TASKS[name].write(Request(tokenizer, length, depth, rng, essay)))
         except DataError as error:
-            raise LolcatsError(f"{name} with {length} tokens: {error}; choose longer --lengths") from error
+            raise LolcatsError(f"{name} cannot be asked in {length} tokens: {error}") from error
     return prompts
 
 
