@@ -109,10 +109,14 @@ def evaluate(
         _write(json_file, source, settings, scores)
     _print_scores(out, scores, recipe, settings["sources"])
     if by_position:
-        out.print("\nperplexity by place in the text")
-        out.print(position_table({name: score.by_position for name, score in scores.items()}))
-        for note in position_notes(settings["length"], trained, next(iter(scores.values())).context):
-            out.print(note)
+        _print_positions(out, scores, settings["length"], trained)
+
+
+def _print_positions(out: Console, scores: dict[str, Measurement], length: int, trained: int | None) -> None:
+    out.print("\nperplexity by place in the text")
+    out.print(position_table({name: score.by_position for name, score in scores.items()}))
+    for note in position_notes(length, trained, next(iter(scores.values())).context):
+        out.print(note)
 
 
 def _beyond(trained: int | None, times: int, length: int | None) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,7 +141,8 @@ def _identity(run: RecallRun) -> dict[str, Any]:
     s = run.settings
     folder = Path(run.source)
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    changed = max((file.stat().st_mtime for file in weights), default=None)
+    newest = max((file.stat().st_mtime for file in weights), default=0)
+    changed = datetime.fromtimestamp(newest).isoformat(" ", "seconds") if weights else None
     names = {"model": run.source, "weights of": changed, "teacher": run.teacher, "format": run.dtype}
     return names | {"samples": s.samples, "depths": s.depths, "seed": s.seed, "haystack": s.haystack}
 

@@ -52,21 +52,31 @@ def hide(sentences: Sequence[str], count: int, needles: Sequence[str], depths: S
     return " ".join(hay)
 
 
-def fit(write: Callable[[int], str], tokenizer: PreTrainedTokenizerBase, room: int, least: int = 0) -> tuple[str, int]:
-    """The longest text of `write(sentences)` that has at most `room` tokens, and its number of sentences.
+def fit(
+    write: Callable[[int], tuple[str, str]],
+    hay: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    least: int = 1,
+) -> tuple[list[int], int]:
+    """A prompt of `room` tokens, and how many whole sentences of hay are in it.
+
+    The last sentence is cut to the token, so that prompts of equal length need no padding. (Slow tokenizers do not tell
+    where a token begins; with them a prompt may lack a sentence.)
 
     Args:
-        write: the text with so many sentences of filler; more sentences make it longer.
+        write: what stands before the question and the question, with so many sentences of hay.
+        hay: the sentences, of which the one that is cut is taken.
         tokenizer: counts, with the special tokens that it adds itself.
         room: tokens.
-        least: sentences that the text must have.
+        least: sentences that there must be.
 
     Raises:
-        DataError: the text with the least filler is longer than `room`.
+        DataError: the prompt with the least hay is longer than `room`.
     """
 
     def count(sentences: int) -> int:
-        return len(encode(tokenizer, write(sentences)))
+        return len(encode(tokenizer, "\n".join(write(sentences))))
 
     bare = count(least)
     if bare > room:
@@ -78,7 +88,21 @@ def fit(write: Callable[[int], str], tokenizer: PreTrainedTokenizerBase, room: i
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= room else (low, middle)
-    return write(low), low
+    before, question = write(low)
+    return _fill(before, hay[low % len(hay)], question, tokenizer, room), low
+
+
+def _fill(before: str, sentence: str, question: str, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    """Tokens of before + as much of the sentence as fits + question."""
+    ids = encode(tokenizer, f"{before}\n{question}")
+    if not tokenizer.is_fast or len(ids) == room:
+        return ids
+    full = tokenizer(f"{before} {sentence}\n{question}", verbose=False)
+    start, end = (full.char_to_token(place) for place in (len(before) + 1, len(before) + 1 + len(sentence)))
+    excess = len(full["input_ids"]) - room
+    if start is None or end is None or not 0 <= excess <= end - start:
+        return ids
+    return [*full["input_ids"][: end - excess], *full["input_ids"][end:]]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

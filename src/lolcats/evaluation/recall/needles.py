@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lolcats.evaluation.recall.haystack import NOISE, encode, fit, hide
+from lolcats.evaluation.recall.haystack import NOISE, fit, hide
 from lolcats.evaluation.recall.words import ADJECTIVES, NOUNS
 
 
@@ -46,7 +46,7 @@ def needle_prompt(
     rng: np.random.Generator,
     essay: Sequence[str],
 ) -> Prompt:
-    """A prompt of at most `room` tokens, short of it by less than a sentence of the hay.
+    """A prompt of `room` tokens, see `fit`.
 
     Args:
         task: what is hidden.
@@ -70,12 +70,12 @@ def needle_prompt(
     hay = [*essay[start:], *essay[:start]] if task.prose else NOISE
     opening, question = _frame(task, keys[: task.asked])
 
-    def write(sentences: int) -> str:
-        return f"{opening}\n{hide(hay, sentences, needles, depths)}\n{question}"
+    def write(sentences: int) -> tuple[str, str]:
+        return f"{opening}\n{hide(hay, sentences, needles, depths)}", question
 
-    text, sentences = fit(write, tokenizer, room, least=1)
+    ids, sentences = fit(write, hay, tokenizer, room)
     reached = tuple(round(d * sentences) / sentences for d in depths[: task.asked])
-    return Prompt(encode(tokenizer, text), tuple(values[: task.asked]), reached)
+    return Prompt(ids, tuple(values[: task.asked]), reached)
 
 
 def _frame(task: NeedleTask, asked: Sequence[str]) -> tuple[str, str]:

@@ -49,15 +49,15 @@ def plot_recall(cells: Sequence[Cell], file: Path, label: Callable[[str], str] =
     """
     shown = [cell for cell in cells if cell.by_depth]
     check_plot(file, [cell.task for cell in cells])
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]  (an extra)
 
     with matplotlib.rc_context({"font.size": 8}):
         _draw(shown, file, label)
 
 
 def _draw(cells: Sequence[Cell], file: Path, label: Callable[[str], str]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]  (an extra)
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  (an extra)
 
     tasks, variants = (list(dict.fromkeys(getattr(c, name) for c in cells)) for name in ("task", "variant"))
     lengths = sorted({cell.length for cell in cells})

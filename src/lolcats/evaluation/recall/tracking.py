@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lolcats.evaluation.recall.haystack import NOISE, encode, fit, hide
+from lolcats.evaluation.recall.haystack import NOISE, fit, hide
 from lolcats.evaluation.recall.needles import Prompt
 
 HOPS = 4
@@ -19,7 +19,7 @@ _EXAMPLE_SENTENCES = 10
 def tracking_prompt(
     tokenizer: PreTrainedTokenizerBase, room: int, rng: np.random.Generator, hops: int = HOPS
 ) -> Prompt:
-    """A solved short example, then a chain hidden in noise; at most `room` tokens.
+    """A solved short example, then a chain hidden in noise: `room` tokens, see `fit`.
 
     Args:
         tokenizer: counts.
@@ -32,23 +32,25 @@ def tracking_prompt(
     """
     names, value = _names(rng, hops + 1, letters=5), _value(rng)
     other, known = _names(rng, hops + 1, letters=3), _value(rng)
-    example = _write(other, known, _EXAMPLE_SENTENCES, _depths(rng, len(other)))
+    example = "\n".join(_write(other, known, _EXAMPLE_SENTENCES, _depths(rng, len(other))))
     depths = _depths(rng, len(names))
 
-    def write(sentences: int) -> str:
-        return f"{example} {', '.join(other)}\n\n{_write(names, value, sentences, depths)}"
+    def write(sentences: int) -> tuple[str, str]:
+        text, question = _write(names, value, sentences, depths)
+        return f"{example} {', '.join(other)}\n\n{text}", question
 
-    text, sentences = fit(write, tokenizer, room, least=len(names))
-    return Prompt(encode(tokenizer, text), tuple(names), tuple(round(d * sentences) / sentences for d in depths))
+    ids, sentences = fit(write, NOISE, tokenizer, room, least=len(names))
+    return Prompt(ids, tuple(names), tuple(round(d * sentences) / sentences for d in depths))
 
 
-def _write(names: Sequence[str], value: str, sentences: int, depths: Sequence[float]) -> str:
+def _write(names: Sequence[str], value: str, sentences: int, depths: Sequence[float]) -> tuple[str, str]:
+    """What stands before the question, and the question."""
     sources = [value, *(f"VAR {name}" for name in names)]
     chain = [f"VAR {name} = {source}." for name, source in zip(names, sources, strict=False)]
     opening = "Follow the variables that are assigned in this text; their assignments are hidden in it."
     question = f"Question: Find all variables that hold the value {value} in the text above."
     answer = f"Answer: {len(names)} variables in the text above hold the value {value}, they are:"
-    return f"{opening}\n{hide(NOISE, sentences, chain, depths)}\n{question} {answer}"
+    return f"{opening}\n{hide(NOISE, sentences, chain, depths)}", f"{question} {answer}"
 
 
 def _depths(rng: np.random.Generator, count: int) -> list[float]:
