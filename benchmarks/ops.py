@@ -129,15 +129,16 @@ def _joined(linear: Callable[..., Any], operands: tuple[Tensor, ...], near: Call
     delayed_k, delayed_v = (nnf.pad(t, (0, 0, 0, 0, w, 0))[:, :-w] for t in (phi_k, torch.cat([values, ones], -1)))
     delayed_k, delayed_v = delayed_k.contiguous(), delayed_v.contiguous()
 
-    @torch.compile(dynamic=False)
     def join(out: Tensor, lse: Tensor, sums: Tensor) -> Tensor:
         share = 0.5 * torch.exp(lse)[..., None]
         sums = sums.transpose(1, 2).float()
         return ((share * out + sums[..., :-16]) / (share + sums[..., -1:])).to(out.dtype)
 
+    joined: Callable[..., Tensor] = torch.compile(join, dynamic=False)
+
     def run() -> Tensor:
         sums = linear(phi_q, delayed_k, delayed_v)
-        return join(*near(), sums[0] if isinstance(sums, tuple) else sums)
+        return joined(*near(), sums[0] if isinstance(sums, tuple) else sums)
 
     return run
 

@@ -72,6 +72,13 @@ def test_buckets_cover_every_predicted_token_once(length: int) -> None:
     assert covered == list(range(1, length))
 
 
+def test_buckets_end_at_edges_and_at_the_context(make_teacher: Callable[..., LlamaForCausalLM], tokens: Tokens) -> None:
+    assert position_buckets(200, [100, 64, 1, 0, 200, 999]) == [(1, 64), (64, 100), (100, 128), (128, 200)]
+    teacher = make_teacher(max_position_embeddings=90)
+    got = measure({"x": Variant(teacher)}, tokens(1, 100), edges=[20])["x"]
+    assert list(got.by_position) == ["1-20", "20-64", "64-90", "90-100"] and got.context == 90
+
+
 def test_modes_are_entered_for_each_pass_and_left(make_student: Students, tokens: Tokens) -> None:
     entered: list[str] = []
 

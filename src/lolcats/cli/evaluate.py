@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lolcats.cli import benchmarks
+from lolcats.cli import recall as recall_options
 from lolcats.cli.load import find_model, read_recipe, silence
 from lolcats.cli.options import Device, Dtype, Model
-from lolcats.cli.tables import console, position_table, score_table
+from lolcats.cli.tables import console, position_notes, position_table, score_table
 from lolcats.config import Control, RunConfig
 from lolcats.errors import LolcatsError
 
@@ -43,6 +44,10 @@ Teacher = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.")]
 ByPosition = Annotated[bool, typer.Option("--by-position", help="A second table, by place in the text.")]
+Beyond = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Perplexity by position on segments N times as long as in training."),
+]
 
 
 def evaluate(
@@ -65,34 +70,81 @@ def evaluate(
     limit: benchmarks.Limit = None,
     chat: benchmarks.Chat = False,
     truncate: benchmarks.Truncate = False,
+    beyond: Beyond = None,
+    recall: recall_options.Recall = None,
+    lengths: recall_options.Lengths = recall_options.LENGTHS,
+    samples: recall_options.Samples = 20,
+    depths: recall_options.Depths = 10,
+    recall_seed: recall_options.RecallSeed = 0,
+    haystack: recall_options.Haystack = "python-docs",
+    plot: recall_options.Plot = None,
+    beyond_context: recall_options.BeyondContext = False,
 ) -> None:
-    """Perplexity and distance from the teacher, or benchmarks (--tasks), with the controls beside them."""
+    """Perplexity and distance from the teacher, benchmarks (--tasks) or recall (--recall), with the controls."""
+    if tasks and recall is not None:
+        raise LolcatsError("--tasks and --recall are measured apart: give one of them, then the other")
+    own = {"--sources": sources, "--length": length, "--last": last, "--max-segments": max_segments}
+    own |= {"--by-position": by_position, "--beyond": beyond}
+    others = {"--lengths": lengths != recall_options.LENGTHS, "--plot": plot, "--beyond-context": beyond_context}
+    recall_options.check_mixture(recall, own, others)
     controls = _check_controls(control)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
     source = find_model(model)
     recipe = read_recipe(source)
+    trained = recipe.data.sequence_length if recipe is not None else None
+    if beyond is not None:
+        length, by_position = _beyond(trained, beyond, length), True
     given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
     settings = _settings(recipe, given)
+    if recall is not None:
+        asked = recall_options.read_settings(recall, lengths, samples, depths, recall_seed, haystack, beyond_context)
+        rest = (settings["teacher"], controls, asked, batch_size or 4, device, dtype, json_file, plot)
+        return recall_options.evaluate_recall(recall_options.RecallRun(source, *rest))
     wanted = benchmarks.Wanted(tasks, task_data, num_fewshot, seeds, limit, chat, truncate)
     if wanted.check(given | {"by_position": by_position}):
         benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size or 1, device, dtype, json_file)
         return
+    options = {"controls": controls, "batch_size": batch_size or 4, "device": device, "dtype": dtype}
+    _measure_text(source, recipe, settings, options, json_file, by_position)
 
+
+def _measure_text(
+    source: str,
+    recipe: RunConfig | None,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    json_file: Path | None,
+    by_position: bool,
+) -> None:
+    """Perplexity and distance from the teacher."""
     from lolcats.evaluation.compare import compare
 
     silence()
     out = console()
+    trained = recipe.data.sequence_length if recipe is not None else None
     with _progress(out) as show:
-        scores = compare(
-            source, controls=controls, batch_size=batch_size or 4, device=device, dtype=dtype, progress=show, **settings
-        )
+        scores = compare(source, edges=[trained] if trained else [], progress=show, **options, **settings)
     if json_file is not None:
         _write(json_file, source, settings, scores)
     _print_scores(out, scores, recipe, settings["sources"])
     if by_position:
-        out.print("\nperplexity by place in the text")
-        out.print(position_table({name: score.by_position for name, score in scores.items()}))
+        _print_positions(out, scores, settings["length"], trained)
+
+
+def _print_positions(out: Console, scores: dict[str, Measurement], length: int, trained: int | None) -> None:
+    out.print("\nperplexity by place in the text")
+    out.print(position_table({name: score.by_position for name, score in scores.items()}))
+    for note in position_notes(length, trained, next(iter(scores.values())).context):
+        out.print(note)
+
+
+def _beyond(trained: int | None, times: int, length: int | None) -> int:
+    if trained is None or length is not None:
+        raise LolcatsError(
+            "--beyond goes by the training texts of a linearized model and sets the length; give --length alone"
+        )
+    return times * trained
 
 
 @contextmanager

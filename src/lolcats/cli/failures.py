@@ -12,6 +12,7 @@ from lolcats.errors import LolcatsError
 INTERRUPTED = {
     "linearize": "interrupted; the last checkpoint is kept",
     "evaluate --tasks": "interrupted; what was measured is kept: the same command goes on from there",
+    "evaluate --recall": "interrupted; what was measured is kept: the same command goes on from there",
 }
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 

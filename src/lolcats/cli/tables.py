@@ -58,6 +58,16 @@ def position_table(by_position: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def position_notes(length: int, trained: int | None, context: int | None) -> list[str]:
+    """Which ranges of a `position_table` lie beyond the texts of the training and beyond the model's context."""
+    notes = []
+    if trained is not None and length > trained:
+        notes.append(f"from {trained:,} tokens on: beyond the texts of the linearization")
+    if context is not None and length > context:
+        notes.append(f"from {context:,} tokens on: beyond the context that the pretrained model was made for")
+    return notes
+
+
 def ordered(names: Mapping[str, object]) -> list[str]:
     """The names in the order of `LABELS`, others last."""
     known = list(LABELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +16,7 @@ from lolcats.config import Control, LinearizationConfig
 from lolcats.data.packing import read_documents
 from lolcats.device import choose_device, choose_dtype
 from lolcats.errors import DataError, LolcatsError
+from lolcats.evaluation.context import check_context
 from lolcats.evaluation.controls import student_variants, teacher_variants
 from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
 from lolcats.modeling import convert, linearized_layers
@@ -33,6 +35,7 @@ def compare(
     controls: Sequence[str] = get_args(Control),
     device: str = "auto",
     dtype: str = "auto",
+    edges: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measurement]:
     """Score a linearized model, its controls and its teacher; or any other model by itself.
@@ -42,16 +45,36 @@ def compare(
         teacher: the weights from before the linearization; None leaves out all that needs them.
         sources: see `lolcats.data.iter_records`, or token files.
         length, last, max_segments: tokens a segment, how many of them count (from the end), segments to read.
-        controls, batch_size, progress: see `lolcats.evaluation.controls` and `measure`.
+        controls, batch_size, edges, progress: see `lolcats.evaluation.controls` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
 
     Raises:
-        LolcatsError: a model or a source that cannot be used, or a teacher of another model.
+        LolcatsError: a model or a source that cannot be used, a teacher of another model, or segments longer than
+            a table of positions.
     """
-    variants, tokenizer = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
-    segments = _read_segments(sources, tokenizer, length, last, max_segments)
-    known = variants.get("teacher") if "student" in variants else None
-    return measure(variants, segments, teacher=known, last=last, batch_size=batch_size, progress=progress)
+    loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
+    check_context(next(iter(loaded.variants.values())).model, length, "a segment")
+    segments = _read_segments(sources, loaded.tokenizer, length, last, max_segments)
+    return measure(
+        loaded.variants,
+        segments,
+        teacher=loaded.teacher,
+        last=last,
+        batch_size=batch_size,
+        edges=edges,
+        progress=progress,
+    )
+
+
+@dataclass
+class Loaded:
+    """A model in all its modes, ready to be measured."""
+
+    variants: dict[str, Variant]
+    """By name, see `lolcats.evaluation.controls`; a model that is not linearized is "teacher" alone."""
+    teacher: Variant | None
+    """What distances are measured from; None for a model by itself, or without its teacher."""
+    tokenizer: PreTrainedTokenizerBase
 
 
 def load_variants(
@@ -61,20 +84,18 @@ def load_variants(
     controls: Sequence[str] = get_args(Control),
     device: str = "auto",
     dtype: str = "auto",
-) -> tuple[dict[str, Variant], PreTrainedTokenizerBase]:
-    """Load a linearized model with its controls and its teacher, or any other model as "teacher"; and the tokenizer.
-
-    Args and errors are those of `compare`.
-    """
+) -> Loaded:
+    """A linearized model, its controls and its teacher; arguments and errors as in `compare`."""
     place = choose_device(device)
     wanted = None if dtype == "auto" else choose_dtype(dtype, place)
     student, tokenizer = load_teacher(model, dtype=wanted, device=place)
     if not linearized_layers(student):
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
-        return {"teacher": Variant(student)}, tokenizer
+        return Loaded({"teacher": Variant(student)}, None, tokenizer)
     before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
     variants = {name: variant for name, variant in before.items() if name == "teacher" or name in controls}
-    return variants | student_variants(student, list(controls)), tokenizer
+    variants |= student_variants(student, list(controls))
+    return Loaded(variants, before.get("teacher"), tokenizer)
 
 
 def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -13,6 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lolcats.evaluation.context import context_limit
 from lolcats.training.losses import HEAD_CHUNK, OutputHead
 
 
@@ -39,6 +40,8 @@ class Measurement:
     """Counted tokens."""
     by_position: dict[str, float] = field(default_factory=dict)
     """Perplexity of the tokens whose index in their segment lies in "start-end"."""
+    context: int | None = None
+    """Tokens that the model was made for: ranges from there on are beyond it. None where its config does not say."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ def measure(
     teacher: Variant | None = None,
     last: int | None = None,
     batch_size: int = 4,
+    edges: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measurement]:
     """Score variants on the same segments.
@@ -65,6 +69,7 @@ def measure(
         teacher: what `kl` compares with.
         last: count only the last tokens of each segment; None counts all but the first.
         batch_size: segments at once.
+        edges: places where a range of `by_position` shall end, besides the usual ones and the end of the context.
         progress: called with (segments done, all segments).
 
     Raises:
@@ -84,7 +89,13 @@ def measure(
             sums[name].kl += kl
         if progress is not None:
             progress(min(begin + batch_size, count), count)
-    return {name: _summary(s, count, last, teacher is not None) for name, s in sums.items()}
+    result = {}
+    for name, variant in variants.items():
+        context = context_limit(variant.model)
+        buckets = position_buckets(length, [*edges, *([] if context is None else [context])])
+        result[name] = _summary(sums[name], count, last, teacher is not None, buckets)
+        result[name].context = context
+    return result
 
 
 def _hidden(variant: Variant, ids: Tensor) -> Tensor:
@@ -113,14 +124,16 @@ def _token_scores(
     return loss.sum(0).double().cpu(), kl.sum(0).double().cpu()
 
 
-def _summary(sums: _Sums, segments: int, last: int | None, has_teacher: bool) -> Measurement:
+def _summary(
+    sums: _Sums, segments: int, last: int | None, has_teacher: bool, ranges: list[tuple[int, int]]
+) -> Measurement:
     length = sums.loss.shape[0]
     counted = slice(length - last if last is not None else 0, length)
     tokens = segments * (counted.stop - counted.start)
     loss = float(sums.loss[counted].sum()) / tokens
     kl = float(sums.kl[counted].sum()) / tokens if has_teacher else None
     buckets = {}
-    for start, end in position_buckets(length + 1):
+    for start, end in ranges:
         part = sums.loss[start - 1 : end - 1]
         buckets[f"{start}-{end}"] = _exp(float(part.sum()) / (segments * len(part)))
     return Measurement(_exp(loss), loss, kl, tokens, buckets)
@@ -130,14 +143,15 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def position_buckets(length: int) -> list[tuple[int, int]]:
-    """Ranges [start, end) of token index, doubling from 64: predicted tokens 1 .. length - 1."""
-    edges = [1]
+def position_buckets(length: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """Ranges [start, end) of token index, doubling from 64 and cut at `edges`: predicted tokens 1 .. length - 1."""
+    inner = {edge for edge in edges if 1 < edge < length}
     edge = 64
     while edge < length:
-        edges.append(edge)
+        inner.add(edge)
         edge *= 2
-    return list(zip(edges, [*edges[1:], length], strict=True))
+    starts = [1, *sorted(inner)]
+    return list(zip(starts, [*starts[1:], length], strict=True))
 
 
 def as_segments(ids: list[int] | Tensor, length: int) -> Tensor:

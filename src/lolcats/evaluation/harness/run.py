@@ -86,11 +86,11 @@ def run_benchmarks(
     require_lm_eval()
     with quiet():
         benchmarks = load_benchmarks(tasks, settings)  # before the model: mistakes show at once
-        variants, tokenizer = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
+        loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
         progress = Progress(progress_file)
         done = False
         try:
-            scores = measure_benchmarks(variants, tokenizer, benchmarks, settings, progress, show)
+            scores = measure_benchmarks(loaded.variants, loaded.tokenizer, benchmarks, settings, progress, show)
             done = True
         finally:
             progress.close(remove=done)

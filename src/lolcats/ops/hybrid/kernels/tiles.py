@@ -3,9 +3,9 @@
 A *row* is one text: tokens start .. start + length - 1 of one batch entry. Kernels count tokens from the start of
 their row, in blocks of C, one for each program; a tile is T = 2 C tokens, which share a stored state. The queries of a
 tile meet the keys from REACH blocks before the tile on pair by pair, older keys through the state; the keys of a tile
-meet the queries up to REACH blocks after the tile pair by pair, later ones through the state. Linear pairs are where the
-keys are older: in the key blocks before block MIXED, counted from the block of the queries, and in the query blocks from
-FIRST on, counted from that of the keys.
+meet the queries up to REACH blocks after the tile pair by pair, later ones through the state. Linear pairs are where
+the keys are older: in the key blocks before block MIXED, counted from the block of the queries, and in the query
+blocks from FIRST on, counted from that of the keys.
 
 Tiles of tensors come through descriptors (TMA: the copy engine of Hopper GPUs fills shared memory by itself) or, where
 these do not take a tensor, through pointers (launch.py decides).
