@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from lolcats.errors import LolcatsError
 
-INTERRUPTED = {"linearize": "interrupted; the last checkpoint is kept"}
+INTERRUPTED = {
+    "linearize": "interrupted; the last checkpoint is kept",
+    "sweep": "interrupted; finished runs and last checkpoints are kept, and the same command goes on with them",
+}
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 
 

@@ -1,0 +1,105 @@
+"""The tables of `lolcats sweep`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lolcats.cli.tables import show_bytes
+
+if TYPE_CHECKING:
+    from lolcats.sweep import Plan, Sweep
+    from lolcats.sweep import Table as Results
+
+SHOWN = {
+    "perplexity.teacher": "teacher",
+    "perplexity.training_free": "training free",
+    "perplexity.transfer": "after transfer",
+    "perplexity.student": "student",
+    "perplexity.window_only": "window only",
+    "perplexity.linear_only": "linear only",
+    "perplexity.no_attention": "no attention",
+    "kl.student": "KL of student",
+    "tokens_per_second.transfer": "tokens/s stage 1",
+    "tokens_per_second.finetune": "tokens/s stage 2",
+    "seconds.total": "seconds",
+}
+"""Columns in the terminal and what they are called there; the files have all."""
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row for each run."""
+    shares = any(run.shares for run in plan.runs)
+    table = Table("run", "", box=None, header_style="bold")
+    names = ["steps 1", "tokens 1", "steps 2", "tokens 2", "time", "disk"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    if shares:
+        table.add_column("stage 1 is that of")
+    for run in plan.runs:
+        numbers = [f"{n:,}" for s in ("transfer", "finetune") for n in (run.steps[s], run.tokens[s])]
+        disk = "?" if run.bytes is None else show_bytes(run.bytes)
+        table.add_row(run.name, run.status, *numbers, show_time(run.seconds), disk, *([run.shares] if shares else []))
+    return table
+
+
+def print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
+    """What is left of all runs together, and what the estimate rests on."""
+    left = [run for run in plan.runs if run.status != "finished"]
+    lines = [
+        f"\n{len(plan.runs)} runs in {sweep.folder}, {len(plan.runs) - len(left)} finished; left to train: "
+        f"{plan.tokens('transfer'):,} tokens of stage 1, {plan.tokens('finetune'):,} of stage 2"
+    ]
+    if shared := len([run for run in left if run.shares]):
+        lines.append(f"stage 1 is done once for runs that have it in common: {shared} runs need none of their own")
+    lines.append(_time_line(plan))
+    size = plan.bytes()
+    if size is None:
+        lines.append("disk: unknown, because the configuration of a model is not on this machine")
+    else:
+        lines.append(f"disk: {show_bytes(size)} of models and checkpoints when all is done")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _time_line(plan: Plan) -> str:
+    seconds, speed = plan.seconds(), plan.speed
+    if seconds is None or speed is None:
+        return "time: unknown; give --tokens-per-second A,B or --calibrate, or ask again when a run has finished"
+    rest = " and measuring" if speed.other_seconds else "; loading and measuring come on top"
+    return (
+        f"time: {show_time(seconds)} one after the other, training{rest}, at {speed.transfer:,.0f} and "
+        f"{speed.finetune:,.0f} tokens/s ({speed.source})"
+    )
+
+
+def results_table(results: Results) -> Table:
+    """A row for each run, or for the mean over its seeds."""
+    from lolcats.sweep.results import show_number, show_value
+
+    known = results.columns()
+    columns = [name for name in SHOWN if name in known]
+    swept = [axis for axis in results.shown_axes if len(results.axes[axis]) > 1] or results.shown_axes
+    table = Table(*(axis.rpartition(".")[2] for axis in swept), "", box=None, header_style="bold")
+    for name in columns:
+        table.add_column(SHOWN[name], justify="right")
+    for row in results.rows:
+        numbers = [show_number(row.columns.get(name), row.spread.get(name)) for name in columns]
+        table.add_row(*(show_value(row.settings.get(axis)) or "-" for axis in swept), row.status, *numbers)
+    return table
+
+
+def show_time(seconds: float | None) -> str:
+    """Seconds in the two units that matter, such as 2 h 05 min."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
