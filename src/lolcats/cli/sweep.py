@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lolcats.cli.failures import describe
 from lolcats.cli.load import silence
-from lolcats.cli.sweep_tables import plan_table, print_plan_totals, results_table
+from lolcats.cli.sweep_tables import COST, QUALITY, plan_table, print_plan_totals, results_table
 from lolcats.cli.tables import console
 from lolcats.errors import LolcatsError
 
@@ -124,7 +124,9 @@ def _show_results(out: Console, chosen: Sweep, gathered: Table) -> None:
     from lolcats.sweep import draw_plots
 
     out.print()
-    out.print(results_table(gathered))
+    out.print(results_table(gathered, QUALITY))
+    out.print()
+    out.print(results_table(gathered, COST))
     written = ["results.json", "results.csv", "results.md", *(["means.csv"] if gathered.means else [])]
     try:
         written += [file.name for file in draw_plots(gathered, chosen.folder)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lolcats.sweep import Plan, Sweep
     from lolcats.sweep import Table as Results
 
-SHOWN = {
+QUALITY = {
     "perplexity.teacher": "teacher",
     "perplexity.training_free": "training free",
     "perplexity.transfer": "after transfer",
@@ -22,22 +22,31 @@ SHOWN = {
     "perplexity.linear_only": "linear only",
     "perplexity.no_attention": "no attention",
     "kl.student": "KL of student",
-    "tokens_per_second.transfer": "tokens/s stage 1",
-    "tokens_per_second.finetune": "tokens/s stage 2",
-    "seconds.total": "seconds",
 }
-"""Columns in the terminal and what they are called there; the files have all."""
+"""Columns of the table of quality, and what they are called; all without a word more are perplexities."""
+COST = {
+    "tokens_per_second.transfer": "tokens/s, stage 1",
+    "tokens_per_second.finetune": "tokens/s, stage 2",
+    "seconds.transfer": "seconds, stage 1",
+    "seconds.finetune": "seconds, stage 2",
+    "seconds.total": "seconds in all",
+}
+"""Columns of the table of cost."""
+WITH_SPREAD = {"perplexity.transfer", "perplexity.student", "kl.student"}
+"""Columns whose standard deviation is shown in the terminal; the files have all of them."""
 
 
 def plan_table(plan: Plan) -> Table:
     """A row for each run."""
     shares = any(run.shares for run in plan.runs)
-    table = Table("run", "", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("run", min_width=max(len(run.name) for run in plan.runs), no_wrap=True)
+    table.add_column("", no_wrap=True)
     names = ["steps 1", "tokens 1", "steps 2", "tokens 2", "time", "disk"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     if shares:
-        table.add_column("stage 1 is that of")
+        table.add_column("stage 1 is that of", overflow="fold")
     for run in plan.runs:
         numbers = [f"{n:,}" for s in ("transfer", "finetune") for n in (run.steps[s], run.tokens[s])]
         disk = "?" if run.bytes is None else show_bytes(run.bytes)
@@ -56,7 +65,9 @@ def print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
         lines.append(f"stage 1 is done once for runs that have it in common: {shared} runs need none of their own")
     lines.append(_time_line(plan))
     size = plan.bytes()
-    if size is None:
+    if problems := [f"{run.name} would fail: {run.problem}" for run in plan.runs if run.problem]:
+        lines += problems
+    elif size is None:
         lines.append("disk: unknown, because the configuration of a model is not on this machine")
     else:
         lines.append(f"disk: {show_bytes(size)} of models and checkpoints when all is done")
@@ -75,19 +86,31 @@ def _time_line(plan: Plan) -> str:
     )
 
 
-def results_table(results: Results) -> Table:
-    """A row for each run, or for the mean over its seeds."""
+def results_table(results: Results, shown: dict[str, str]) -> Table:
+    """A row for each run, or for the mean over its seeds.
+
+    Args:
+        shown: column -> what it is called; columns without a number are left out.
+    """
     from lolcats.sweep.results import show_number, show_value
 
     known = results.columns()
-    columns = [name for name in SHOWN if name in known]
+    columns = [name for name in shown if name in known]
     swept = [axis for axis in results.shown_axes if len(results.axes[axis]) > 1] or results.shown_axes
-    table = Table(*(axis.rpartition(".")[2] for axis in swept), "", box=None, header_style="bold")
-    for name in columns:
-        table.add_column(SHOWN[name], justify="right")
+    rows = []
     for row in results.rows:
-        numbers = [show_number(row.columns.get(name), row.spread.get(name)) for name in columns]
-        table.add_row(*(show_value(row.settings.get(axis)) or "-" for axis in swept), row.status, *numbers)
+        spread = {name: value for name, value in row.spread.items() if name in WITH_SPREAD}
+        numbers = [show_number(row.columns.get(name), spread.get(name)) for name in columns]
+        rows.append([*(show_value(row.settings.get(axis)) or "-" for axis in swept), row.status, *numbers])
+    heads = [*(axis.rpartition(".")[2] for axis in swept), "", *(shown[name] for name in columns)]
+    table = Table(box=None, header_style="bold")
+    for place, head in enumerate(heads):
+        # A narrow terminal may part a number from its standard deviation, but not cut it in two.
+        words = [word for cell in [head, *(row[place] for row in rows)] for word in cell.split()]
+        right = "right" if place > len(swept) else "left"
+        table.add_column(head, justify=right, min_width=max(map(len, words), default=1))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.config import RunConfig, load_config
+from lolcats.device import choose_device
 from lolcats.errors import LolcatsError
 from lolcats.linearize import linearize
 from lolcats.strict_yaml import write_yaml
@@ -63,8 +64,6 @@ def _measured(config: RunConfig) -> int:
 
 
 def _on_gpu(config: RunConfig) -> bool:
-    from lolcats.device import choose_device
-
     return choose_device(config.device).type == "cuda"
 
 

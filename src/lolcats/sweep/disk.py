@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.config import RunConfig
 from lolcats.device import choose_device, choose_dtype
-from lolcats.errors import LolcatsError
 from lolcats.modeling import linearized_layers
 from lolcats.modeling.convert import check_supported, install
 from lolcats.teacher import demo_file

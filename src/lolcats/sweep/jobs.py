@@ -61,7 +61,7 @@ def run_jobs(
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
                     seconds = time.monotonic() - job.started
-                    say(f"{job.run.name} ended after {seconds:,.0f} s; {len(waiting) + len(running)} runs left")
+                    say(f"{job.run.name} ended after {seconds:,.0f} s; {len(waiting) + len(running)} left")
                     ended(job.run, _error(job))
                 while len(running) < jobs and (run := _next(waiting, [job.run for job in running], share)):
                     waiting.remove(run)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lolcats.config import RunConfig
+from lolcats.errors import LolcatsError
 from lolcats.run_folder import RunFolder
 from lolcats.sweep.disk import DiskEstimate
 from lolcats.sweep.settings import Sweep, SweepRun
@@ -47,6 +48,8 @@ class PlannedRun:
     """That are still to be trained on."""
     seconds: float | None
     bytes: int | None
+    problem: str = ""
+    """Why the run would fail, as far as the shapes of its model tell."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,9 @@ def make_plan(
     """
     speed = speed or measured_speed(sweep)
     disk = DiskEstimate()
-    origins = _origins(runs if runs is not None else sweep.runs) if share else {}
-    planned = [
-        _planned(run, origins.get(run.name, ""), speed, disk) for run in sweep.runs if runs is None or run in runs
-    ]
-    return Plan(planned, speed)
+    runs = sweep.runs if runs is None else runs
+    origins = _origins(runs) if share else {}
+    return Plan([_planned(run, origins.get(run.name, ""), speed, disk) for run in runs], speed)
 
 
 def measured_speed(sweep: Sweep) -> Speed | None:
@@ -131,7 +132,11 @@ def _planned(run: SweepRun, origin: str, speed: Speed | None, disk: DiskEstimate
         steps["transfer"] = 0
     left = {s: max(0, steps[s] - steps_done(config, s)) * _tokens_a_step(config, s) for s in STAGES}
     seconds = None if speed is None else 0.0 if done else speed.seconds(left) + (speed.other_seconds or 0.0)
-    return PlannedRun(run.name, run_status(run), origin, steps, left, seconds, disk.bytes(config))
+    planned = PlannedRun(run.name, run_status(run), origin, steps, left, seconds, None)
+    try:
+        return replace(planned, bytes=disk.bytes(config))
+    except LolcatsError as error:
+        return replace(planned, problem=str(error))
 
 
 def _steps(config: RunConfig, stage: Stage) -> int:

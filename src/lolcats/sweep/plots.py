@@ -14,10 +14,10 @@ from lolcats.sweep.results import SEED, Row, Table, show_value
 VARIANTS = ("training_free", "transfer", "student", "window_only")
 """What is drawn where there is one axis; where there are more, the student alone, a line for each other setting."""
 MOST_LINES = 10
-LOG_RATIO = 8.0
+LOG_RATIO = 4.0
 """Values this far apart are drawn on a logarithmic scale."""
 MISSING = 'plots need matplotlib: pip install "lolcats[report]"'
-_Series = tuple[str, list[Any], list[float], list[float]]  # label, places on the axis, values, standard deviations
+_Series = tuple[str, str, list[Any], list[float], list[float]]  # label, colour, places on the axis, values, SDs
 
 
 def draw_plots(table: Table, folder: Path) -> list[Path]:
@@ -63,8 +63,9 @@ def _panel(axes: Any, table: Table, rows: Sequence[Row], axis: str, values: Sequ
     others = [name for name in table.shown_axes if name != axis]
     series = _by_setting(rows, axis, others, section) if others else _by_variant(rows, axis, section)
     if numeric:
-        for label, places, means, spreads in series:
-            axes.errorbar(places, means, spreads if any(spreads) else None, marker="o", capsize=3, label=label)
+        for label, color, places, means, spreads in series:
+            bars = spreads if any(spreads) else None
+            axes.errorbar(places, means, bars, marker="o", capsize=3, label=label, color=color)
         if min(values) > 0 and max(values) / min(values) >= LOG_RATIO:
             axes.set_xscale("log")
         axes.set_xticks(values, [show_value(value) for value in values], rotation=30 if len(values) > 6 else 0)
@@ -75,16 +76,18 @@ def _panel(axes: Any, table: Table, rows: Sequence[Row], axis: str, values: Sequ
     known = [value for value in teacher if value is not None]
     if section == "perplexity" and known and max(known) < 1.1 * min(known):
         axes.axhline(sum(known) / len(known), color="black", linestyle="--", linewidth=1, label="teacher")
-    numbers = [value for _, _, means, _ in series for value in means if value > 0]
+    numbers = [value for *_, means, _ in series for value in means if value > 0]
     if numbers and max(numbers) / min(numbers) >= LOG_RATIO:
         axes.set_yscale("log")
     axes.set_xlabel(axis)
-    axes.set_ylabel("KL to the teacher, nats a token" if section == "kl" else "perplexity")
+    whose = " of the student" if others else ""
+    axes.set_ylabel(f"KL{whose} to the teacher, nats a token" if section == "kl" else f"perplexity{whose}")
     axes.grid(alpha=0.3)
 
 
 def _by_variant(rows: Sequence[Row], axis: str, section: str) -> list[_Series]:
-    return [s for name in VARIANTS if (s := _series(name.replace("_", " "), rows, axis, f"{section}.{name}"))]
+    lines = [_series(name.replace("_", " "), i, rows, axis, f"{section}.{name}") for i, name in enumerate(VARIANTS)]
+    return [line for line in lines if line is not None]
 
 
 def _by_setting(rows: Sequence[Row], axis: str, others: Sequence[str], section: str) -> list[_Series]:
@@ -93,19 +96,26 @@ def _by_setting(rows: Sequence[Row], axis: str, others: Sequence[str], section: 
     for row in rows:
         label = ", ".join(f"{_short(name)} {show_value(row.settings[name])}".strip() for name in others)
         groups.setdefault(label, []).append(row)
-    chosen = list(groups.items())[:MOST_LINES]
-    return [s for label, group in chosen if (s := _series(label, group, axis, f"{section}.student"))]
+    chosen = enumerate(list(groups.items())[:MOST_LINES])
+    lines = [_series(label, i, group, axis, f"{section}.student") for i, (label, group) in chosen]
+    return [line for line in lines if line is not None]
 
 
 def _short(axis: str) -> str:
     return "" if axis == "run" else axis.rpartition(".")[2]
 
 
-def _series(label: str, rows: Sequence[Row], axis: str, column: str) -> _Series | None:
+def _series(label: str, number: int, rows: Sequence[Row], axis: str, column: str) -> _Series | None:
     found = [(row.settings[axis], row.columns[column], row.spread.get(column)) for row in rows if _known(row, column)]
     if not found:
         return None
-    return label, [v for v, _, _ in found], [float(m or 0) for _, m, _ in found], [s or 0.0 for _, _, s in found]
+    return (
+        label,
+        f"C{number}",
+        [v for v, _, _ in found],
+        [float(m or 0) for _, m, _ in found],
+        [s or 0.0 for _, _, s in found],
+    )
 
 
 def _known(row: Row, column: str) -> bool:
@@ -116,10 +126,11 @@ def _known(row: Row, column: str) -> bool:
 def _bars(axes: Any, series: Sequence[_Series], values: Sequence[Any]) -> None:
     """Groups of bars, one group for each value."""
     width = 0.8 / max(1, len(series))
-    for number, (label, places, means, spreads) in enumerate(series):
+    for number, (label, color, places, means, spreads) in enumerate(series):
         shift = (number - (len(series) - 1) / 2) * width
         positions = [list(values).index(place) + shift for place in places]
-        axes.bar(positions, means, width, yerr=spreads if any(spreads) else None, capsize=3, label=label)
+        bars = spreads if any(spreads) else None
+        axes.bar(positions, means, width, yerr=bars, capsize=3, label=label, color=color)
     names = [show_value(value) or "none" for value in values]
     crowded = sum(map(len, names)) > 40
     slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if crowded else {}

@@ -27,7 +27,7 @@ class Row:
 
     name: str
     status: str
-    """finished, failed, started or new; of a mean the number of finished seeds, "2 of 3 seeds"."""
+    """finished, failed, started or new; of a mean the number of finished seeds, "2/3 seeds"."""
     settings: dict[str, Any]
     """Axis or key -> value."""
     columns: Columns = field(default_factory=dict)
@@ -162,7 +162,7 @@ def _mean(group: Sequence[Row]) -> Row:
     finished = [row for row in group if row.status == "finished"]
     settings = {key: value for key, value in group[0].settings.items() if key != SEED}
     name = "_".join(part for part in group[0].name.split("_") if not part.startswith(f"{SEED}-"))
-    mean = Row(name, f"{len(finished)} of {len(group)} seeds", settings)
+    mean = Row(name, f"{len(finished)}/{len(group)} seeds", settings)
     for column in dict.fromkeys(column for row in finished for column in row.columns):
         values = [row.columns.get(column) for row in finished]
         numbers = [value for value in values if value is not None]

@@ -84,10 +84,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def read_key(config: RunConfig, key: str) -> Any:
-    """The value at a dotted key."""
-    value: Any = config
+    """The value at a dotted key, as YAML and JSON have it."""
+    value: Any = config.model_dump(mode="json")
     for part in key.split("."):
-        value = getattr(value, part)
+        value = value[part]
     return value
 
 

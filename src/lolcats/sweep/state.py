@@ -1,4 +1,4 @@
-"""What is on disk of a sweep: which runs are finished, which can go on, and which do not fit the sweep file any more."""
+"""What is on disk of a sweep: which runs are finished, which can go on, and which do not fit its file any more."""
 
 from __future__ import annotations
 
