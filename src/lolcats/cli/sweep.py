@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lolcats.cli.failures import describe
 from lolcats.cli.load import silence
-from lolcats.cli.sweep_tables import COST, QUALITY, plan_table, print_plan_totals, results_table
+from lolcats.cli.sweep_tables import COST, QUALITY, print_plan, print_results
 from lolcats.cli.tables import console
 from lolcats.errors import LolcatsError
 
@@ -93,8 +93,7 @@ def _show_plan(
     check_runs(chosen)
     speed = _read_speed(given) if given else calibrate(runs) if calibrated else None
     plan = make_plan(chosen, runs, speed, share)
-    out.print(plan_table(plan))
-    print_plan_totals(out, chosen, plan)
+    print_plan(out, chosen, plan)
 
 
 def _read_speed(text: str) -> Speed:
@@ -124,9 +123,9 @@ def _show_results(out: Console, chosen: Sweep, gathered: Table) -> None:
     from lolcats.sweep import draw_plots
 
     out.print()
-    out.print(results_table(gathered, QUALITY))
+    print_results(out, gathered, QUALITY)
     out.print()
-    out.print(results_table(gathered, COST))
+    print_results(out, gathered, COST)
     written = ["results.json", "results.csv", "results.md", *(["means.csv"] if gathered.means else [])]
     try:
         written += [file.name for file in draw_plots(gathered, chosen.folder)]

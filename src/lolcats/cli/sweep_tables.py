@@ -36,25 +36,26 @@ WITH_SPREAD = {"perplexity.transfer", "perplexity.student", "kl.student"}
 """Columns whose standard deviation is shown in the terminal; the files have all of them."""
 
 
-def plan_table(plan: Plan) -> Table:
-    """A row for each run."""
-    shares = any(run.shares for run in plan.runs)
-    table = Table(box=None, header_style="bold")
-    table.add_column("run", min_width=max(len(run.name) for run in plan.runs), no_wrap=True)
-    table.add_column("", no_wrap=True)
-    names = ["steps 1", "tokens 1", "steps 2", "tokens 2", "time", "disk"]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    if shares:
-        table.add_column("stage 1 is that of", overflow="fold")
-    for run in plan.runs:
-        numbers = [f"{n:,}" for s in ("transfer", "finetune") for n in (run.steps[s], run.tokens[s])]
+def print_plan(out: Console, sweep: Sweep, plan: Plan) -> None:
+    """What each run will cost, and all together."""
+    _print_plan_rows(out, plan)
+    _print_plan_totals(out, sweep, plan)
+
+
+def _print_plan_rows(out: Console, plan: Plan) -> None:
+    """A row for each run; where stage 1 is that of another run, its number stands instead of steps."""
+    numbers = {run.name: f"as {number}" for number, run in enumerate(plan.runs, start=1)}
+    heads = ["", "run", "", "steps 1", "tokens 1", "steps 2", "tokens 2", "time", "disk"]
+    rows = []
+    for number, run in enumerate(plan.runs, start=1):
+        first = numbers.get(run.shares, "shared") if run.shares else f"{run.steps['transfer']:,}"
+        counts = [first, f"{run.tokens['transfer']:,}", f"{run.steps['finetune']:,}", f"{run.tokens['finetune']:,}"]
         disk = "?" if run.bytes is None else show_bytes(run.bytes)
-        table.add_row(run.name, run.status, *numbers, show_time(run.seconds), disk, *([run.shares] if shares else []))
-    return table
+        rows.append([str(number), run.name, run.status, *counts, show_time(run.seconds), disk])
+    _print_fitted(out, heads, rows, left=3)
 
 
-def print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
+def _print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
     """What is left of all runs together, and what the estimate rests on."""
     left = [run for run in plan.runs if run.status != "finished"]
     lines = [
@@ -86,7 +87,7 @@ def _time_line(plan: Plan) -> str:
     )
 
 
-def results_table(results: Results, shown: dict[str, str]) -> Table:
+def print_results(out: Console, results: Results, shown: dict[str, str]) -> None:
     """A row for each run, or for the mean over its seeds.
 
     Args:
@@ -103,15 +104,22 @@ def results_table(results: Results, shown: dict[str, str]) -> Table:
         numbers = [show_number(row.columns.get(name), spread.get(name)) for name in columns]
         rows.append([*(show_value(row.settings.get(axis)) or "-" for axis in swept), row.status, *numbers])
     heads = [*(axis.rpartition(".")[2] for axis in swept), "", *(shown[name] for name in columns)]
-    table = Table(box=None, header_style="bold")
+    _print_fitted(out, heads, rows, left=len(swept) + 1)
+
+
+def _print_fitted(out: Console, heads: list[str], rows: list[list[str]], left: int) -> None:
+    """A table whose cells may be parted between words, but not inside them; the first `left` columns are text."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    needed = 0
     for place, head in enumerate(heads):
-        # A narrow terminal may part a number from its standard deviation, but not cut it in two.
         words = [word for cell in [head, *(row[place] for row in rows)] for word in cell.split()]
-        right = "right" if place > len(swept) else "left"
-        table.add_column(head, justify=right, min_width=max(map(len, words), default=1))
+        width = max(map(len, words), default=1)
+        needed += width + 2
+        table.add_column(head, justify="left" if place < left else "right", min_width=width)
     for row in rows:
         table.add_row(*row)
-    return table
+    # A narrower terminal breaks the lines, which loses nothing.
+    Console(highlight=False, width=max(out.width, needed)).print(table, crop=False)
 
 
 def show_time(seconds: float | None) -> str:

@@ -127,10 +127,10 @@ def _planned(run: SweepRun, origin: str, speed: Speed | None, disk: DiskEstimate
     config = run.config
     done = run_status(run) == "finished"
     origin = origin or shared_from(config) or ""
-    steps = {stage: _steps(config, stage) for stage in STAGES}
+    steps: dict[Stage, int] = {stage: _steps(config, stage) for stage in STAGES}
     if origin:
         steps["transfer"] = 0
-    left = {s: max(0, steps[s] - steps_done(config, s)) * _tokens_a_step(config, s) for s in STAGES}
+    left: dict[Stage, int] = {s: max(0, steps[s] - steps_done(config, s)) * _tokens_a_step(config, s) for s in STAGES}
     seconds = None if speed is None else 0.0 if done else speed.seconds(left) + (speed.other_seconds or 0.0)
     planned = PlannedRun(run.name, run_status(run), origin, steps, left, seconds, None)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def draw_plots(table: Table, folder: Path) -> list[Path]:
         LolcatsError: matplotlib is not installed, or a file cannot be written.
     """
     try:
-        from matplotlib.figure import Figure
+        figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise LolcatsError(MISSING) from error
     only_seeds = list(table.axes) == [SEED]
@@ -40,7 +41,7 @@ def draw_plots(table: Table, folder: Path) -> list[Path]:
         values = [value for value in table.axes[axis] if any(row.settings[axis] == value for row in rows)]
         if len(values) < 2:
             continue
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figure = figures.Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         _panel(left, table, rows, axis, values, "perplexity")
         _panel(right, table, rows, axis, values, "kl")
@@ -109,13 +110,8 @@ def _series(label: str, number: int, rows: Sequence[Row], axis: str, column: str
     found = [(row.settings[axis], row.columns[column], row.spread.get(column)) for row in rows if _known(row, column)]
     if not found:
         return None
-    return (
-        label,
-        f"C{number}",
-        [v for v, _, _ in found],
-        [float(m or 0) for _, m, _ in found],
-        [s or 0.0 for _, _, s in found],
-    )
+    places, means = [value for value, _, _ in found], [float(mean or 0) for _, mean, _ in found]
+    return label, f"C{number}", places, means, [spread or 0.0 for *_, spread in found]
 
 
 def _known(row: Row, column: str) -> bool:

@@ -45,8 +45,10 @@ def choose_runs(sweep: Sweep, patterns: Sequence[str], option: str) -> list[Swee
     names = [run.name for run in sweep.runs]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, 1, 0.0)[0]
-            raise LolcatsError(f"{option} {pattern}: no run of {sweep.name} has this name; did you mean {near}?")
+            near = difflib.get_close_matches(pattern, names, 1, 0.6)
+            more = ", ..." if len(names) > 4 else ""
+            hint = f"did you mean {near[0]}?" if near else f"its runs are {', '.join(names[:4])}{more}"
+            raise LolcatsError(f"{option} {pattern}: no run of {sweep.name} has this name; {hint}")
     return [run for run in sweep.runs if any(fnmatchcase(run.name, pattern) for pattern in patterns)]
 
 
