@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from lolcats import LolcatsError
 from lolcats.run_folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
+from lolcats.sweep import jobs as jobs_module
 from lolcats.sweep.sharing import shared_from
 from lolcats.training import Reporter
 
@@ -206,6 +208,28 @@ def test_torchrun_is_refused(make_sweep: Callable[..., Sweep], monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LolcatsError, match="--jobs"):
         run_sweep(make_sweep(**RANKS), "study.yaml")
+
+
+def test_an_interruption_ends_all_processes(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the first of two jobs runs."""
+    started: list[subprocess.Popen[bytes]] = []
+    original, choose = subprocess.Popen, jobs_module._next
+
+    def noting(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        started.append(original(*args, **kwargs))
+        return started[-1]
+
+    def interrupted(*args: Any) -> SweepRun | None:
+        if started:
+            raise KeyboardInterrupt
+        return choose(*args)
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    monkeypatch.setattr(jobs_module, "_next", interrupted)
+    monkeypatch.setattr(jobs_module, "PATIENCE_SECONDS", 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(make_sweep(grid={"seed": [0, 1]}), "study.yaml", jobs=2)
+    assert len(started) == 1 and started[0].returncode not in (None, 0)
 
 
 @pytest.mark.slow

@@ -84,13 +84,13 @@ def _start(run: SweepRun, sweep: Sweep, slot: int, jobs: int, share: bool, say: 
     folder.prepare(run.config, resume=True)
     log = sweep.folder / "logs" / f"{run.name}.log"
     command = [sys.executable, "-m", "lolcats.cli", "linearize", str(folder.config_file), "--resume"]
+    note = f", stage 1 is that of {origin}" if origin else ""
+    say(f"{run.name} runs (log: {log}{note})")
     with log.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
             command, env=_environment(slot, jobs), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
         )
-    note = f", stage 1 is that of {origin}" if origin else ""
-    say(f"{run.name} runs (log: {log}{note})")
     return _Job(run, process, slot, log, begin, time.monotonic())
 
 
