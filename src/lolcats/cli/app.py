@@ -20,6 +20,7 @@ from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describ
 from lolcats.cli.generate import generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
+from lolcats.cli.sweep import sweep
 
 
 class _Group(TyperGroup):
@@ -32,7 +33,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for verb in (linearize, evaluate, generate, chat, inspect, export):
+for verb in (linearize, sweep, evaluate, generate, chat, inspect, export):
     app.command()(verb)
 
 

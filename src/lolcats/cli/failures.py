@@ -13,6 +13,7 @@ INTERRUPTED = {
     "linearize": "interrupted; the last checkpoint is kept",
     "evaluate --tasks": "interrupted; what was measured is kept: the same command goes on from there",
     "evaluate --recall": "interrupted; what was measured is kept: the same command goes on from there",
+    "sweep": "interrupted; finished runs and last checkpoints are kept, and the same command goes on with them",
 }
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 

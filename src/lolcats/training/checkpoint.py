@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,27 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         LolcatsError: the file is missing, truncated or not a lolcats checkpoint.
     """
+    with _opened(path) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # not a dict
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Only the metadata of what `save_tensors` wrote; raises as `load_tensors` does."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A checkpoint and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise LolcatsError(f"{path} is not a checkpoint of lolcats (format {metadata.get('format')!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            yield file, json.loads(metadata["content"])
     except (OSError, SafetensorError) as error:
         raise LolcatsError(f"cannot read the checkpoint {path}: {error}; delete it to start this stage anew") from error
-    return tensors, json.loads(metadata["content"])
 
 
 def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

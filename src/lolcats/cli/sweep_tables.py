@@ -1,0 +1,136 @@
+"""The tables of `lolcats sweep`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lolcats.cli.tables import show_bytes
+
+if TYPE_CHECKING:
+    from lolcats.sweep import Plan, Sweep
+    from lolcats.sweep import Table as Results
+
+QUALITY = {
+    "perplexity.teacher": "teacher",
+    "perplexity.training_free": "training free",
+    "perplexity.transfer": "after transfer",
+    "perplexity.student": "student",
+    "perplexity.window_only": "window only",
+    "perplexity.linear_only": "linear only",
+    "perplexity.no_attention": "no attention",
+    "kl.student": "KL of student",
+}
+"""Columns of the table of quality, and what they are called; all without a word more are perplexities."""
+COST = {
+    "tokens_per_second.transfer": "tokens/s, stage 1",
+    "tokens_per_second.finetune": "tokens/s, stage 2",
+    "seconds.transfer": "seconds, stage 1",
+    "seconds.finetune": "seconds, stage 2",
+    "seconds.total": "seconds in all",
+}
+"""Columns of the table of cost."""
+WITH_SPREAD = {"perplexity.transfer", "perplexity.student", "kl.student"}
+"""Columns whose standard deviation is shown in the terminal; the files have all of them."""
+
+
+def print_plan(out: Console, sweep: Sweep, plan: Plan) -> None:
+    """What each run will cost, and all together."""
+    _print_plan_rows(out, plan)
+    _print_plan_totals(out, sweep, plan)
+
+
+def _print_plan_rows(out: Console, plan: Plan) -> None:
+    """A row for each run; where stage 1 is that of another run, its number stands instead of steps."""
+    numbers = {run.name: f"as {number}" for number, run in enumerate(plan.runs, start=1)}
+    heads = ["", "run", "", "steps 1", "tokens 1", "steps 2", "tokens 2", "time", "disk"]
+    rows = []
+    for number, run in enumerate(plan.runs, start=1):
+        first = numbers.get(run.shares, "shared") if run.shares else f"{run.steps['transfer']:,}"
+        counts = [first, f"{run.tokens['transfer']:,}", f"{run.steps['finetune']:,}", f"{run.tokens['finetune']:,}"]
+        disk = "?" if run.bytes is None else show_bytes(run.bytes)
+        rows.append([str(number), run.name, run.status, *counts, show_time(run.seconds), disk])
+    _print_fitted(out, heads, rows, left=3)
+
+
+def _print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
+    """What is left of all runs together, and what the estimate rests on."""
+    left = [run for run in plan.runs if run.status != "finished"]
+    lines = [
+        f"\n{len(plan.runs)} runs in {sweep.folder}, {len(plan.runs) - len(left)} finished; left to train: "
+        f"{plan.tokens('transfer'):,} tokens of stage 1, {plan.tokens('finetune'):,} of stage 2"
+    ]
+    if shared := len([run for run in left if run.shares]):
+        lines.append(f"stage 1 is done once for runs that have it in common: {shared} runs need none of their own")
+    lines.append(_time_line(plan))
+    size = plan.bytes()
+    if problems := [f"{run.name} would fail: {run.problem}" for run in plan.runs if run.problem]:
+        lines += problems
+    elif size is None:
+        lines.append("disk: unknown, because the configuration of a model is not on this machine")
+    else:
+        lines.append(f"disk: {show_bytes(size)} of models and checkpoints when all is done")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _time_line(plan: Plan) -> str:
+    seconds, speed = plan.seconds(), plan.speed
+    if seconds is None or speed is None:
+        return "time: unknown; give --tokens-per-second A,B or --calibrate, or ask again when a run has finished"
+    rest = " and measuring" if speed.other_seconds else "; loading and measuring come on top"
+    return (
+        f"time: {show_time(seconds)} one after the other, training{rest}, at {speed.transfer:,.0f} and "
+        f"{speed.finetune:,.0f} tokens/s ({speed.source})"
+    )
+
+
+def print_results(out: Console, results: Results, shown: dict[str, str]) -> None:
+    """A row for each run, or for the mean over its seeds.
+
+    Args:
+        shown: column -> what it is called; columns without a number are left out.
+    """
+    from lolcats.sweep.results import show_number, show_value
+
+    known = results.columns()
+    columns = [name for name in shown if name in known]
+    swept = [axis for axis in results.shown_axes if len(results.axes[axis]) > 1] or results.shown_axes
+    rows = []
+    for row in results.rows:
+        spread = {name: value for name, value in row.spread.items() if name in WITH_SPREAD}
+        numbers = [show_number(row.columns.get(name), spread.get(name)) for name in columns]
+        rows.append([*(show_value(row.settings.get(axis)) or "-" for axis in swept), row.status, *numbers])
+    heads = [*(axis.rpartition(".")[2] for axis in swept), "", *(shown[name] for name in columns)]
+    _print_fitted(out, heads, rows, left=len(swept) + 1)
+
+
+def _print_fitted(out: Console, heads: list[str], rows: list[list[str]], left: int) -> None:
+    """A table whose cells may be parted between words, but not inside them; the first `left` columns are text."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    needed = 0
+    for place, head in enumerate(heads):
+        words = [word for cell in [head, *(row[place] for row in rows)] for word in cell.split()]
+        width = max(map(len, words), default=1)
+        needed += width + 2
+        table.add_column(head, justify="left" if place < left else "right", min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    # A narrower terminal breaks the lines, which loses nothing.
+    Console(highlight=False, width=max(out.width, needed)).print(table, crop=False)
+
+
+def show_time(seconds: float | None) -> str:
+    """Seconds in the two units that matter, such as 2 h 05 min."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,30 @@
+"""Sweeps: many runs from one file, their cost beforehand, their results in one table."""
+
+from lolcats.sweep.calibration import calibrate
+from lolcats.sweep.measurements import MEASUREMENTS, SweepMeasurement
+from lolcats.sweep.plan import Plan, Speed, make_plan
+from lolcats.sweep.plots import draw_plots
+from lolcats.sweep.results import Table, gather, read_failures, write_table
+from lolcats.sweep.runner import run_sweep
+from lolcats.sweep.settings import Sweep, SweepRun, load_sweep
+from lolcats.sweep.state import check_runs, choose_runs
+
+__all__ = [
+    "MEASUREMENTS",
+    "Plan",
+    "Speed",
+    "Sweep",
+    "SweepMeasurement",
+    "SweepRun",
+    "Table",
+    "calibrate",
+    "check_runs",
+    "choose_runs",
+    "draw_plots",
+    "gather",
+    "load_sweep",
+    "make_plan",
+    "read_failures",
+    "run_sweep",
+    "write_table",
+]

@@ -1,0 +1,190 @@
+"""The results of all runs in one table: results.json, results.csv and results.md in the sweep's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lolcats.run_folder import write_text
+from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run
+from lolcats.sweep.settings import RUN, Sweep, SweepRun
+from lolcats.sweep.sharing import shared_from
+from lolcats.sweep.state import run_status
+
+SEED = "seed"
+ORDER = ("teacher", "training_free", "transfer", "student", "window_only", "linear_only", "no_attention")
+"""Variants in the order of the story, as in the columns perplexity.teacher, kl.student."""
+
+
+@dataclass
+class Row:
+    """One run, or the mean over the seeds of several."""
+
+    name: str
+    status: str
+    """finished, failed, started or new; of a mean the number of finished seeds, "2/3 seeds"."""
+    settings: dict[str, Any]
+    """Axis or key -> value."""
+    columns: Columns = field(default_factory=dict)
+    """Column -> number, or mean of numbers."""
+    spread: Columns = field(default_factory=dict)
+    """Column -> standard deviation over seeds (n - 1), where there are at least two."""
+    error: str = ""
+    shared: str = ""
+    """Run whose stage 1 was used."""
+
+
+@dataclass
+class Table:
+    """All rows of a sweep."""
+
+    name: str
+    axes: dict[str, list[Any]]
+    runs: list[Row]
+    means: list[Row]
+    """Means over seeds; empty where `seed` is no axis."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """What a person wants to see: means where there are seeds, else runs."""
+        return self.means or self.runs
+
+    @property
+    def shown_axes(self) -> list[str]:
+        """The axes that tell `rows` apart."""
+        return [axis for axis in self.axes if not (self.means and axis == SEED)]
+
+    def columns(self) -> list[str]:
+        """All columns with numbers, in order."""
+        found = dict.fromkeys(name for row in self.runs for name in row.columns)
+        return sorted(found, key=_place)
+
+
+def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement] = MEASUREMENTS) -> Table:
+    """Read what is known of every run.
+
+    Args:
+        failures: name of a run -> its error in one line.
+        measurements: what to know of finished runs; those that are missing are made now.
+    """
+    runs = [_row(sweep, run, failures, measurements) for run in sweep.runs]
+    return Table(sweep.name, sweep.axes, runs, _means(sweep, runs) if SEED in sweep.axes else [])
+
+
+def read_failures(sweep: Sweep) -> dict[str, str]:
+    """The errors that an earlier call of the sweep wrote down, of runs that are still not finished."""
+    file = sweep.folder / "results.json"
+    rows = json.loads(file.read_text())["runs"] if file.exists() else []
+    open_runs = {run.name for run in sweep.runs if run_status(run) != "finished"}
+    return {row["name"]: row["error"] for row in rows if row["error"] and row["name"] in open_runs}
+
+
+def write_table(sweep: Sweep, table: Table) -> None:
+    """Replace results.json, results.csv and results.md, and means.csv where there are seeds."""
+    content = {"name": table.name, "axes": table.axes, "runs": [vars(row) for row in table.runs]}
+    content["means"] = [vars(row) for row in table.means]
+    write_text(sweep.folder / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(sweep.folder / "results.csv", to_csv(table, table.runs))
+    if table.means:
+        write_text(sweep.folder / "means.csv", to_csv(table, table.means))
+    write_text(sweep.folder / "results.md", to_markdown(table))
+
+
+def to_csv(table: Table, rows: Sequence[Row]) -> str:
+    """A line a row; standard deviations are columns of their own."""
+    columns = table.columns()
+    spread = sorted({name for row in rows for name in row.spread}, key=_place)
+    keys = list(dict.fromkeys(key for row in rows for key in row.settings))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["name", "status", *keys, *columns, *(f"{name}.sd" for name in spread), "stage_1_from", "error"])
+    for row in rows:
+        settings = [show_value(row.settings.get(key)) for key in keys]
+        numbers = [row.columns.get(name) for name in columns] + [row.spread.get(name) for name in spread]
+        writer.writerow([row.name, row.status, *settings, *numbers, row.shared, row.error])
+    return out.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """Swept settings and all numbers, rounded; means with their standard deviation, then the single runs."""
+    parts = [f"# {table.name}"]
+    if table.means:
+        parts += [
+            "Mean and standard deviation over seeds",
+            _markdown_rows(table, table.means, table.shown_axes),
+            "Runs",
+        ]
+    parts.append(_markdown_rows(table, table.runs, list(table.axes)))
+    parts += [f"* {row.name}: {row.error}" for row in table.runs if row.error]
+    return "\n\n".join(parts) + "\n"
+
+
+def show_number(value: float | None, spread: float | None = None) -> str:
+    """A number with the digits that matter, and its standard deviation."""
+    if value is None:
+        return "-"
+    digits = 0 if abs(value) >= 1000 else 2 if abs(value) >= 1 else 4
+    text = f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
+    return text if spread is None else f"{text} ± {spread:,.{digits}f}"
+
+
+def show_value(value: Any) -> str:
+    """The value of a setting as a person writes it."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _row(sweep: Sweep, run: SweepRun, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement]) -> Row:
+    status = run_status(run)
+    keys = [*([RUN] if RUN in sweep.axes else []), *sweep.keys]
+    row = Row(run.name, status, {key: run.value(key) for key in keys}, shared=shared_from(run.config) or "")
+    if status == "finished":
+        row.columns = measure_run(run.config, measurements)
+    elif run.name in failures:
+        row.status, row.error = "failed", failures[run.name]
+    return row
+
+
+def _means(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
+    """A row for each point of the axes other than `seed`."""
+    groups: dict[str, list[Row]] = {}
+    for run, row in zip(sweep.runs, rows, strict=True):
+        point = {axis: value for axis, value in run.point.items() if axis != SEED}
+        groups.setdefault(json.dumps(point), []).append(row)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: Sequence[Row]) -> Row:
+    finished = [row for row in group if row.status == "finished"]
+    settings = {key: value for key, value in group[0].settings.items() if key != SEED}
+    name = "_".join(part for part in group[0].name.split("_") if not part.startswith(f"{SEED}-"))
+    mean = Row(name, f"{len(finished)}/{len(group)} seeds", settings)
+    for column in dict.fromkeys(column for row in finished for column in row.columns):
+        values = [row.columns.get(column) for row in finished]
+        numbers = [value for value in values if value is not None]
+        whole = len(numbers) == len(finished)  # a mean that leaves out an infinite perplexity would say too little
+        mean.columns[column] = statistics.fmean(numbers) if whole else None
+        if whole and len(numbers) > 1:
+            mean.spread[column] = statistics.stdev(numbers)
+    return mean
+
+
+def _place(column: str) -> tuple[int, int, str]:
+    section, _, name = column.partition(".")
+    sections = ("perplexity", "kl", "tokens_per_second", "seconds")
+    first = sections.index(section) if section in sections else len(sections)
+    return first, ORDER.index(name) if name in ORDER else len(ORDER), column if name not in ORDER else ""
+
+
+def _markdown_rows(table: Table, rows: Sequence[Row], axes: Sequence[str]) -> str:
+    columns = [name for name in table.columns() if not name.startswith("seconds.") or name == "seconds.total"]
+    head = [*axes, "status", *(name.replace(".", " ").replace("_", " ") for name in columns)]
+    lines = [head, ["---"] * (len(axes) + 1) + ["---:"] * len(columns)]
+    for row in rows:
+        numbers = [show_number(row.columns.get(name), row.spread.get(name)) for name in columns]
+        lines.append([*(show_value(row.settings.get(axis)) for axis in axes), row.status, *numbers])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

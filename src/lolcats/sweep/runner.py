@@ -1,0 +1,112 @@
+"""Run a sweep: one run after the other in this process. `jobs.py` runs several side by side."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lolcats.errors import LolcatsError
+from lolcats.linearize import linearize
+from lolcats.sweep.jobs import run_jobs
+from lolcats.sweep.measurements import MEASUREMENTS, SweepMeasurement
+from lolcats.sweep.results import Table, gather, read_failures, write_table
+from lolcats.sweep.settings import Sweep, SweepRun
+from lolcats.sweep.sharing import take_stage_one
+from lolcats.sweep.state import choose_runs, open_folder, run_status
+
+
+@dataclass
+class _Progress:
+    sweep: Sweep
+    measurements: Sequence[SweepMeasurement]
+    console: Console | None
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def ended(self, run: SweepRun, error: str) -> None:
+        """Note how a run ended ("" is well), and bring the table up to date."""
+        self.failures.pop(run.name, None)
+        if error:
+            self.failures[run.name] = error
+            self.say(f"{run.name} failed: {error}")
+        self.write()
+
+    def write(self) -> Table:
+        table = gather(self.sweep, self.failures, self.measurements)
+        write_table(self.sweep, table)
+        return table
+
+
+def run_sweep(
+    sweep: Sweep,
+    source: str | Path,
+    *,
+    only: Sequence[str] = (),
+    overwrite: Sequence[str] = (),
+    jobs: int = 1,
+    share: bool = True,
+    measurements: Sequence[SweepMeasurement] = MEASUREMENTS,
+    describe: Callable[[Exception], str] = str,
+    console: Console | None = None,
+) -> Table:
+    """Do all runs that are not finished, each in a folder of its own, and gather the results after every one.
+
+    A run that was interrupted goes on from its last checkpoint. One that fails is noted, and the sweep goes on.
+
+    Args:
+        source: the sweep file.
+        only: patterns of names; other runs are left as they are.
+        overwrite: patterns of names; these runs are deleted first.
+        jobs: runs at a time, each a process of its own where it is more than one.
+        share: do a stage 1 that several runs have in common once.
+        measurements: what to know of each finished run.
+        describe: turns the exception that ended a run into a line.
+        console: where progress is shown; None is silent.
+
+    Returns:
+        The table, which is also in the sweep's folder; rows of failed runs have an error.
+
+    Raises:
+        LolcatsError: a run on disk has other settings, a pattern matches no run, or the folder cannot be written.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LolcatsError("a sweep is one process; to use several GPUs give --jobs N instead of torchrun")
+    chosen = choose_runs(sweep, only, "--only") if only else sweep.runs
+    open_folder(sweep, Path(source), choose_runs(sweep, overwrite, "--overwrite") if overwrite else [])
+    progress = _Progress(sweep, measurements, console, read_failures(sweep))
+    todo = [run for run in chosen if run_status(run) != "finished"]
+    if finished := len(chosen) - len(todo):
+        progress.say(f"{finished} of {len(chosen)} runs are finished already")
+    progress.write()
+    if jobs > 1 and todo:
+        run_jobs(sweep, todo, jobs, share=share, ended=progress.ended, say=progress.say)
+    else:
+        for number, run in enumerate(todo, start=1):
+            progress.say(f"\n[{number}/{len(todo)}] {run.name}")
+            progress.ended(run, _run_here(run, sweep.runs if share else [], describe, progress))
+    return progress.write()
+
+
+def _run_here(run: SweepRun, others: Sequence[SweepRun], describe: Callable[[Exception], str], progress: Any) -> str:
+    """Do one run in this process; returns its error in one line, or ""."""
+    error = ""
+    try:
+        if origin := take_stage_one(run, others):
+            progress.say(f"stage 1 is that of {origin}")
+        linearize(run.config, resume=True, console=progress.console)
+    except Exception as problem:  # whatever ended this run, the others do not depend on it
+        error = " ".join(describe(problem).split())
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return error

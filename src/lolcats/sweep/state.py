@@ -1,0 +1,118 @@
+"""What is on disk of a sweep: which runs are finished, which can go on, and which do not fit its file any more."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from lolcats.config import RunConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.run_folder import RunFolder, write_text
+from lolcats.sweep.settings import Sweep, SweepRun
+from lolcats.training.checkpoint import read_metadata
+
+Status = Literal["new", "started", "finished"]
+SWEEP_FILE = "sweep.yaml"
+
+
+def run_status(run: SweepRun) -> Status:
+    """How far a run is."""
+    folder = RunFolder.of(run.config)
+    if not folder.config_file.exists():
+        return "new"
+    return "finished" if folder.results().get("complete") else "started"
+
+
+def steps_done(config: RunConfig, stage: Literal["transfer", "finetune"]) -> int:
+    """Steps of a stage that need not be done again; all of them if the run is finished."""
+    folder = RunFolder.of(config)
+    if folder.results().get("complete"):
+        return getattr(config, stage).steps(config.data.sequence_length)
+    file = folder.checkpoints(stage) / "last.safetensors"
+    return int(read_metadata(file)["step"]) if file.exists() else 0
+
+
+def choose_runs(sweep: Sweep, patterns: Sequence[str], option: str) -> list[SweepRun]:
+    """The runs whose names match one of the patterns (`*`, `?`, `[...]` as in a shell), in the order of the sweep.
+
+    Raises:
+        LolcatsError: a pattern that no name matches; the nearest name is given.
+    """
+    names = [run.name for run in sweep.runs]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, 1, 0.6)
+            more = ", ..." if len(names) > 4 else ""
+            hint = f"did you mean {near[0]}?" if near else f"its runs are {', '.join(names[:4])}{more}"
+            raise LolcatsError(f"{option} {pattern}: no run of {sweep.name} has this name; {hint}")
+    return [run for run in sweep.runs if any(fnmatchcase(run.name, pattern) for pattern in patterns)]
+
+
+def check_runs(sweep: Sweep, replaced: Sequence[SweepRun] = ()) -> None:
+    """Refuse to go on where a run on disk was made with other settings than the sweep gives it now.
+
+    Args:
+        replaced: runs that will be deleted, and may differ.
+
+    Raises:
+        LolcatsError: which runs differ, in what, and what to do.
+    """
+    folder = sweep.folder
+    if folder.exists() and any(folder.iterdir()) and not (folder / SWEEP_FILE).exists():
+        raise LolcatsError(f"{folder} is not empty and is not a sweep of lolcats; choose another name=...")
+    problems = []
+    for run in sweep.runs:
+        run_folder = RunFolder.of(run.config)
+        if run.name in [other.name for other in replaced] or not run_folder.config_file.exists():
+            continue
+        if changes := _changes(run_folder.config_file, run.config):
+            problems.append(f"{run.name} ({', '.join(changes)})")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise LolcatsError(
+            f"{len(problems)} of the runs in {folder} were made with other settings: {'; '.join(problems[:3])}{more}. "
+            "Give --overwrite RUN to delete and run anew those whose names match, or another name=..."
+        )
+
+
+def open_folder(sweep: Sweep, source: Path, replaced: Sequence[SweepRun] = ()) -> None:
+    """Make the sweep's folder, delete the runs to be replaced, and write down the sweep.
+
+    Args:
+        source: the sweep file that was given; it is never written to.
+    """
+    check_runs(sweep, replaced)
+    for run in replaced:
+        if run_status(run) != "new":
+            shutil.rmtree(RunFolder.of(run.config).path)
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LolcatsError(f"cannot make the folder {sweep.folder}: {error.strerror}") from error
+    file = sweep.folder / SWEEP_FILE
+    if not (file.exists() and source.exists() and file.samefile(source)):
+        write_text(file, sweep.text)
+
+
+def _changes(file: Path, config: RunConfig) -> list[str]:
+    """The first settings in which a file differs from `config`, as "key: in the file -> now"."""
+    try:
+        before = load_config(file).model_dump(mode="json")
+    except LolcatsError as error:
+        return [str(error)]
+    return _differences(before, config.model_dump(mode="json"))[:3]
+
+
+def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += _differences(old, value, f"{prefix}{key}.")
+        elif old != value:
+            found.append(f"{prefix}{key}: {old} -> {value}")
+    return found

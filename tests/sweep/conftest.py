@@ -1,0 +1,61 @@
+"""A tiny teacher on disk, and sweep files whose runs take a fraction of a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lolcats.strict_yaml import write_yaml
+from lolcats.sweep import Sweep, load_sweep
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> Path:
+    """Folder with teacher/ and text.txt."""
+    folder = tmp_path_factory.mktemp("sweep")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, initializer_range=0.3,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    tiny_tokenizer.save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def settings(place: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of three steps a stage."""
+    stage = {"tokens": 288, "batch_size": 4, "warmup_steps": 1, "checkpoint_every": 1}
+    return {
+        "model": str(place / "teacher"), "device": "cpu", "dtype": "float32", "runs_dir": str(tmp_path / "runs"),
+        "linearization": {"window": 6, "sinks": 1},
+        "data": {"sources": [str(place / "text.txt")], "sequence_length": 24, "validation_sequences": 3},
+        "transfer": stage, "finetune": stage | {"lr": 1e-2, "kl_factor": 1.0, "rank": 2},
+        "evaluation": {"controls": ["window_only", "training_free"]},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def sweep_file(settings: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Write study.yaml with `settings`, changed by `changes`, and other parts of a sweep file."""
+
+    def write(changes: dict[str, Any] | None = None, **parts: Any) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(write_yaml({"base": None, "settings": settings | (changes or {}), **parts}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_sweep(sweep_file: Callable[..., Path]) -> Callable[..., Sweep]:
+    """Load what `sweep_file` writes."""
+    return lambda changes=None, **parts: load_sweep(sweep_file(changes, **parts))

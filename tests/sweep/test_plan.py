@@ -1,0 +1,111 @@
+"""The cost of a sweep before it runs, and the studies that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lolcats.run_folder import RunFolder
+from lolcats.sweep import Speed, Sweep, calibrate, load_sweep, make_plan, run_sweep
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+SPEED = Speed(100.0, 50.0, "given")
+
+
+def test_steps_tokens_and_time(make_sweep: Callable[..., Sweep]) -> None:
+    runs = [{"name": "both"}, {"name": "rank", "finetune.rank": 4}, {"name": "no", "transfer.enabled": False}]
+    plan = make_plan(make_sweep(runs=runs), speed=SPEED)
+    assert [run.steps for run in plan.runs] == [
+        {"transfer": 3, "finetune": 3}, {"transfer": 0, "finetune": 3}, {"transfer": 0, "finetune": 3}
+    ]  # fmt: skip
+    assert [run.shares for run in plan.runs] == ["", "both", ""]
+    assert (plan.tokens("transfer"), plan.tokens("finetune")) == (288, 3 * 288)
+    assert plan.seconds() == pytest.approx(288 / 100 + 3 * 288 / 50)
+    unshared = make_plan(make_sweep(runs=runs), speed=SPEED, share=False)
+    assert unshared.tokens("transfer") == 2 * 288
+    assert make_plan(make_sweep(runs=runs)).seconds() is None
+
+
+def test_what_is_done_costs_nothing_and_gives_the_speed(make_sweep: Callable[..., Sweep]) -> None:
+    sweep = make_sweep(grid={"finetune.rank": [2, 3], "seed": [0, 1]})
+    run_sweep(sweep, "study.yaml", only=["rank-2_*", "rank-3_seed-1"])
+    plan = make_plan(sweep)
+    assert [run.status for run in plan.runs] == ["finished", "finished", "new", "finished"]
+    assert (plan.tokens("transfer"), plan.tokens("finetune")) == (0, 288)
+    assert plan.speed is not None and plan.speed.source == "measured in 3 finished runs"
+    finished = [RunFolder.of(run.config).results() for run in sweep.runs if run.name != "rank-3_seed-0"]
+    speeds = sorted(results["tokens_per_second"]["finetune"] for results in finished)
+    assert plan.speed.finetune == speeds[1]
+    other = plan.speed.other_seconds
+    assert other is not None and other > 0
+    assert plan.seconds() == pytest.approx(288 / speeds[1] + other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"finetune.method": "full"}, {"finetune.train_feature_maps": True}, {"linearization.layers": [1]},
+     {"transfer.enabled": False, "finetune.targets": ["q_proj"]}, {"dtype": "bfloat16", "finetune.rank": 8}],
+    ids=str,
+)  # fmt: skip
+def test_disk_is_what_a_run_leaves(make_sweep: Callable[..., Sweep], changes: dict[str, Any]) -> None:
+    sweep = make_sweep(runs=[{"name": "a", **changes}])
+    expected = make_plan(sweep).bytes()
+    table = run_sweep(sweep, "study.yaml")
+    assert table.runs[0].status == "finished", table.runs[0].error
+    files = list(RunFolder.of(sweep.runs[0].config).path.rglob("*.safetensors"))
+    # Names of tensors, step counters and random states are a few kilobytes, whatever the model.
+    tensors = [(name, tensor) for file in files for name, tensor in load_file(file).items()]
+    kept = [t for name, t in tensors if not name.startswith(("random:", "optimizer:step:"))]
+    assert sum(t.numel() * t.itemsize for t in kept) == expected
+
+
+def test_a_run_that_would_fail_is_named(make_sweep: Callable[..., Sweep]) -> None:
+    plan = make_plan(make_sweep(grid={"linearization.layers": [[0], [7]]}))
+    assert plan.runs[0].problem == "" and "layers [7] cannot be linearized" in plan.runs[1].problem
+
+
+def test_a_model_that_is_not_here(make_sweep: Callable[..., Sweep]) -> None:
+    plan = make_plan(make_sweep({"model": "/nowhere/at/all"}, grid={"seed": [1]}))
+    assert plan.bytes() is None and plan.tokens("finetune") == 288
+
+
+def test_calibration_leaves_nothing_behind(make_sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = make_sweep(grid={"transfer.enabled": [False, True]})
+    before = set(tmp_path.rglob("*"))
+    speed = calibrate(sweep.runs)
+    assert speed.transfer > 0 and speed.finetune > 0 and speed.source == "measured in a few steps of enabled-True"
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_studies_load_and_can_be_planned(file: Path, place: Path) -> None:
+    """With the tiny teacher, whose layers have the names of those of SmolLM2."""
+    settings = [f"model={place / 'teacher'}", f"runs_dir={place / 'none'}"]
+    if file.stem != "components":
+        settings.append("linearization.feature_size=3")
+    plan = make_plan(load_sweep(file, settings), speed=SPEED)
+    assert len(plan.runs) >= 3
+    assert not [run.problem for run in plan.runs if run.problem]
+    assert plan.tokens("finetune") > 0 and (plan.bytes() or 0) > 0
+
+
+def test_studies_are_those_of_the_paper() -> None:
+    values = {file.stem: load_sweep(file) for file in STUDIES}
+    assert set(values) == {
+        "components", "data", "lora_projections", "lora_rank", "seeds", "softmax_layers", "tokens", "transfer_steps",
+        "window",
+    }  # fmt: skip
+    layers = {run.name: run.config for run in values["components"].runs}
+    assert len(layers) == 8
+    for name, config in layers.items():
+        assert config.linearization.feature_map == name.split("-")[0]
+        assert (config.linearization.window == 0) == name.endswith(("swap", "-transfer"))
+        assert config.transfer.enabled == name.endswith(("-transfer", "both"))
+    ranks = [(run.config.finetune.rank, run.config.finetune.method) for run in values["lora_rank"].runs]
+    assert ranks[:-1] == [(rank, "lora") for rank in (4, 8, 16, 32, 64, 128, 256)] and ranks[-1][1] == "full"
+    assert [run.config.linearization.window for run in values["window"].runs] == [4, 16, 64, 256]
+    assert {run.config.seed for run in values["seeds"].runs} == {0, 1, 2}

@@ -1,0 +1,251 @@
+"""Whole sweeps of a tiny model: resumed, failing, sharing stage 1, and side by side."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lolcats import LolcatsError
+from lolcats.run_folder import RunFolder
+from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
+from lolcats.sweep import jobs as jobs_module
+from lolcats.sweep.sharing import shared_from
+from lolcats.training import Reporter
+
+recipe = importlib.import_module("lolcats.linearize")
+RANKS = {"grid": {"finetune.rank": [2, 3]}}
+
+
+class Killed(BaseException):
+    """What a killed process looks like from inside."""
+
+
+def folder_of(run: SweepRun) -> RunFolder:
+    return RunFolder.of(run.config)
+
+
+def comparable(run: SweepRun) -> dict[str, Any]:
+    """Results without what the clock says."""
+    results = folder_of(run).results()
+    return {k: v for k, v in results.items() if k not in ("seconds", "tokens_per_second", "date")}
+
+
+def weights(run: SweepRun) -> bytes:
+    return (folder_of(run).model / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(stage, step) of every training step that is made."""
+    made: list[tuple[str, int]] = []
+    original = Reporter.step
+
+    def noting(self: Reporter, bar: Any, stage: str, step: int, *args: Any, **kwargs: Any) -> None:
+        made.append((stage, step))
+        original(self, bar, stage, step, *args, **kwargs)
+
+    monkeypatch.setattr(Reporter, "step", noting)
+    return made
+
+
+def test_shared_stage_one_gives_the_same_results(sweep_file: Callable[..., Path], calls: list[tuple[str, int]]) -> None:
+    """The runs of a rank study, with and without sharing: equal numbers and equal weights."""
+    file = sweep_file(grid={"finetune.rank": [2, 3], "finetune.train_feature_maps": [True, False]})
+    shared, alone = load_sweep(file, ["name=shared"]), load_sweep(file, ["name=alone"])
+    run_sweep(shared, file)
+    assert [stage for stage, _ in calls].count("transfer") == 3, "one stage 1 of three steps for four runs"
+    run_sweep(alone, file, share=False)
+    assert [stage for stage, _ in calls].count("transfer") == 3 + 4 * 3
+    for one, other in zip(shared.runs, alone.runs, strict=True):
+        assert comparable(one) == comparable(other)
+        assert weights(one) == weights(other)
+        lines = [len(folder_of(run).metrics_file.read_text().splitlines()) for run in (one, other)]
+        assert lines[0] == lines[1]
+    assert [shared_from(run.config) for run in shared.runs] == [None, *[shared.runs[0].name] * 3]
+    assert [shared_from(run.config) for run in alone.runs] == [None] * 4
+
+
+def test_stage_one_is_not_shared_where_it_differs(
+    make_sweep: Callable[..., Sweep], sweep_file: Callable[..., Path]
+) -> None:
+    sweep = make_sweep(grid={"linearization.window": [6, 8], "seed": [0, 1]})
+    run_sweep(sweep, "study.yaml")
+    assert [shared_from(run.config) for run in sweep.runs] == [None] * 4
+    assert len({weights(run) for run in sweep.runs}) == 4
+
+
+def test_finished_runs_are_left_alone(
+    make_sweep: Callable[..., Sweep], calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_sweep(**RANKS)
+    first = run_sweep(sweep, "study.yaml")
+    before = {p: p.read_bytes() for p in sweep.folder.rglob("*") if p.is_file()}
+    monkeypatch.setattr(recipe, "load_teacher", None)  # would fail
+    again = run_sweep(sweep, "study.yaml")
+    assert [vars(row) for row in again.runs] == [vars(row) for row in first.runs]
+    assert {p: p.read_bytes() for p in sweep.folder.rglob("*") if p.is_file()} == before
+    longer = make_sweep(grid={"finetune.rank": [2, 3, 4]})
+    monkeypatch.undo()
+    run_sweep(longer, "study.yaml")
+    assert {path: path.read_bytes() for path in before if path.parent != sweep.folder}.items() <= before.items()
+    assert [row.status for row in run_sweep(longer, "study.yaml").runs] == ["finished"] * 3
+
+
+@pytest.mark.parametrize(("stage", "count"), [("transfer", 2), ("finetune", 2), ("finetune", 5)])
+def test_an_interrupted_sweep_goes_on_to_the_same_end(
+    sweep_file: Callable[..., Path], calls: list[tuple[str, int]], stage: str, count: int
+) -> None:
+    """Killed in stage 1, in stage 2, or in the second run; the work that is done again is at most one step."""
+    file = sweep_file(**RANKS)
+    whole, killed = load_sweep(file, ["name=whole"]), load_sweep(file, ["name=killed"])
+    run_sweep(whole, file)
+    needed = len(calls)
+    calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        original = Reporter.step
+
+        def killing(self: Reporter, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if [name for name, _ in calls].count(stage) == count:
+                raise Killed
+
+        patch.setattr(Reporter, "step", killing)
+        with pytest.raises(Killed):
+            run_sweep(killed, file)
+    table = run_sweep(killed, file)
+    assert len(calls) == needed + 1
+    assert [row.status for row in table.runs] == ["finished", "finished"]
+    assert [comparable(run) for run in killed.runs] == [comparable(run) for run in whole.runs]
+    assert [weights(run) for run in killed.runs] == [weights(run) for run in whole.runs]
+
+
+def test_a_failed_run_is_noted_and_the_others_go_on(make_sweep: Callable[..., Sweep]) -> None:
+    runs = [{"name": "bad", "linearization.layers": [7]}, {"name": "good"}]
+    sweep = make_sweep(runs=runs)
+    table = run_sweep(sweep, "study.yaml", describe=lambda error: f"said:\n  {error}")
+    assert [row.status for row in table.runs] == ["failed", "finished"]
+    assert table.runs[0].error.startswith("said: layers [7] cannot be linearized")
+    saved = json.loads((sweep.folder / "results.json").read_text())["runs"]
+    assert [row["error"] for row in saved] == [table.runs[0].error, ""]
+    assert table.runs[0].error in (sweep.folder / "results.md").read_text()
+    only = run_sweep(sweep, "study.yaml", only=["good"])
+    assert only.runs[0].error == table.runs[0].error, "what failed before is still known"
+    mended = make_sweep(runs=[{"name": "bad", "linearization.layers": [1]}, {"name": "good"}])
+    assert [row.error for row in run_sweep(mended, "study.yaml", overwrite=["bad"]).runs] == ["", ""]
+
+
+def test_changed_settings_are_refused_unless_the_run_may_go(
+    make_sweep: Callable[..., Sweep], settings: dict[str, Any]
+) -> None:
+    sweep = make_sweep(**RANKS)
+    run_sweep(sweep, "study.yaml")
+    before = [weights(run) for run in sweep.runs]
+    changed = make_sweep({"finetune": settings["finetune"] | {"lr": 2e-2}}, **RANKS)
+    said = (
+        r"2 of the runs in .*study were made with other settings: rank-2 \(finetune.lr: 0.01 -> 0.02\).*--overwrite RUN"
+    )
+    with pytest.raises(LolcatsError, match=said):
+        run_sweep(changed, "study.yaml")
+    with pytest.raises(LolcatsError, match=r"1 of the runs .* rank-3"):
+        run_sweep(changed, "study.yaml", overwrite=["rank-2"])
+    assert [weights(run) for run in sweep.runs] == before
+    run_sweep(changed, "study.yaml", overwrite=["rank-*"])
+    assert all(weights(run) != old for run, old in zip(changed.runs, before, strict=True))
+    with pytest.raises(LolcatsError, match=r"--overwrite rank-9: no run of study .* did you mean rank-"):
+        run_sweep(changed, "study.yaml", overwrite=["rank-9"])
+
+
+def test_only_some_runs(make_sweep: Callable[..., Sweep]) -> None:
+    sweep = make_sweep(grid={"finetune.rank": [2, 3, 4]})
+    table = run_sweep(sweep, "study.yaml", only=["rank-[34]"])
+    assert [row.status for row in table.runs] == ["new", "finished", "finished"]
+    assert shared_from(sweep.runs[2].config) == "rank-3"
+
+
+def test_a_folder_that_is_no_sweep_is_never_touched(make_sweep: Callable[..., Sweep]) -> None:
+    sweep = make_sweep(**RANKS)
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(LolcatsError, match="is not empty and is not a sweep of lolcats"):
+        run_sweep(sweep, "study.yaml")
+    assert [path.name for path in sweep.folder.iterdir()] == ["thesis.txt"]
+
+
+def test_the_written_sweep_goes_on_by_itself(sweep_file: Callable[..., Path], calls: list[tuple[str, int]]) -> None:
+    file = sweep_file(**RANKS)
+    sweep = load_sweep(file, ["finetune.lr=2e-2", "name=x"])
+    run_sweep(sweep, file, only=["rank-2"])
+    written = sweep.folder / "sweep.yaml"
+    written.write_text(f"# mine\n{written.read_text()}")
+    run_sweep(load_sweep(written), written)
+    assert written.read_text().startswith("# mine\n"), "the file that was given is not written"
+    assert [stage for stage, _ in calls].count("finetune") == 6
+
+
+def test_other_measurements_become_columns_and_are_made_once(make_sweep: Callable[..., Sweep]) -> None:
+    made: list[str] = []
+
+    def size(config: Any, folder: RunFolder) -> dict[str, float | None]:
+        made.append(config.name)
+        return {"size.model": float((folder.model / "model.safetensors").stat().st_size), "size.nan": float("nan")}
+
+    sweep = make_sweep(**RANKS)
+    for _ in range(2):
+        table = run_sweep(sweep, "study.yaml", measurements=[SweepMeasurement("size", size)])
+    assert made == ["rank-2", "rank-3"]
+    assert table.runs[0].columns == {"size.model": float(len(weights(sweep.runs[0]))), "size.nan": None}
+    assert "size.model" in (sweep.folder / "results.csv").read_text().splitlines()[0]
+
+
+def test_torchrun_is_refused(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LolcatsError, match="--jobs"):
+        run_sweep(make_sweep(**RANKS), "study.yaml")
+
+
+def test_an_interruption_ends_all_processes(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the first of two jobs runs."""
+    started: list[subprocess.Popen[bytes]] = []
+    original, choose = subprocess.Popen, jobs_module._next
+
+    def noting(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        started.append(original(*args, **kwargs))
+        return started[-1]
+
+    def interrupted(*args: Any) -> SweepRun | None:
+        if started:
+            raise KeyboardInterrupt
+        return choose(*args)
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    monkeypatch.setattr(jobs_module, "_next", interrupted)
+    monkeypatch.setattr(jobs_module, "PATIENCE_SECONDS", 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(make_sweep(grid={"seed": [0, 1]}), "study.yaml", jobs=2)
+    assert len(started) == 1 and started[0].returncode not in (None, 0)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights as one after the other; stage 1 is waited for and shared; a failure is read from its log."""
+    monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # this process has one thread too
+    runs = [{"name": "a", "finetune.rank": 2}, {"name": "b", "finetune.rank": 3},
+            {"name": "bad", "linearization.layers": [7]}]  # fmt: skip
+    beside, after = make_sweep(name="beside", runs=runs), make_sweep(name="after", runs=runs)
+    table = run_sweep(beside, "study.yaml", jobs=2)
+    run_sweep(after, "study.yaml")
+    assert [row.status for row in table.runs] == ["finished", "finished", "failed"]
+    assert table.runs[2].error.startswith("layers [7] cannot be linearized")
+    assert shared_from(beside.runs[1].config) == "a"
+    for one, other in zip(beside.runs[:2], after.runs[:2], strict=True):
+        assert comparable(one) == comparable(other) and weights(one) == weights(other)
+    assert sorted(path.name for path in (beside.folder / "logs").iterdir()) == ["a.log", "b.log", "bad.log"]
