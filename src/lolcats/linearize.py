@@ -88,6 +88,8 @@ def linearize(
     started = time.perf_counter()
     device = choose_device(config.device)
     accelerator = Accelerator(cpu=device.type == "cpu")
+    if not resume:
+        check_sources(config.data)  # before anything is written or loaded
     folder = RunFolder.of(config)
     on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     if resume and folder.results().get("complete"):
@@ -115,7 +117,6 @@ def _prepare(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
     dtype = choose_dtype(config.dtype, device)
-    check_sources(config.data)
     model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     shown = console if accelerator.is_main_process else None
     train_set, validation = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=shown)

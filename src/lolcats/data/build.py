@@ -31,7 +31,7 @@ def build_datasets(
 ) -> tuple[PackedDataset, PackedDataset]:
     """Build (training, validation) sequences from separate documents, the same ones for the same seed.
 
-    Documents are shuffled. Data sets with a rule (the first 200 records of alpaca-cleaned, say) hold out the documents
+    Documents are shuffled. Data sets with a rule (the first 200 records of alpaca-cleaned, say) hold out all documents
     that it names. Of the others the first ones are held out until they fill `config.validation_sequences`, or their
     share of it. Where that would take more than half of the tokens (one long text, say), the last document held out is
     divided instead: its end is validation and its beginning training. No token is in both.
@@ -58,6 +58,7 @@ def build_datasets(
         rest, held = _hold_out(training, count * length)
     else:
         rest, held = _hold_out_beside(training, ruled, held_by_rule, count * length, seed)
+        count = None  # all that the rule names
     # Padding is masked, so any id of the vocabulary will do.
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
     return pack(rest, length, config.packing, pad_id), pack(held, length, config.packing, pad_id)[:count]

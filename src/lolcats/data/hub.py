@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lolcats.data.files import mix_streams
+from lolcats.data.files import find_data, is_saved_dataset, mix_streams, read_files
 from lolcats.data.records import Row
 from lolcats.errors import DataError
 
@@ -23,7 +24,8 @@ def read_hub(
 ) -> Iterator[Row]:
     """Rows of a data set of the hub, or of a folder that the library datasets can load.
 
-    Where the hub is out of reach, the copy that datasets keeps of what it loaded before is read.
+    Where the hub is out of reach, the copy is read that datasets keeps of what it loaded before, or the one that
+    `hf download` made.
 
     Args:
         name: OWNER/NAME, or a folder.
@@ -41,9 +43,10 @@ def read_hub(
                 name, config, split=split, revision=revision, streaming=streaming and trouble is None
             )
     except Exception as error:  # datasets, its readers and the network have no common class of errors
-        if trouble is not None:
-            raise DataError(_where_looked(source, name, trouble)) from error
-        raise DataError(f"cannot load {source!r}: {error}") from error
+        if trouble is None:
+            raise DataError(f"cannot load {source!r}: {error}") from error
+        yield from read_copy(_downloaded(name, revision, source, trouble), split, source=source)
+        return
     number = 0
     try:
         for row in rows:
@@ -61,8 +64,10 @@ def read_hub_files(name: str, pattern: str, *, source: str, revision: str | None
     Raises:
         DataError: the hub is out of reach, or has no such files.
     """
+    _library(source)
     if (trouble := _why_unreachable(name, revision)) is not None:
-        raise DataError(_where_looked(source, name, trouble))
+        yield from read_copy(_downloaded(name, revision, source, trouble), "train", source=source, in_proportion=True)
+        return
     from huggingface_hub import HfFileSystem
 
     hub = HfFileSystem()
@@ -77,12 +82,21 @@ def read_hub_files(name: str, pattern: str, *, source: str, revision: str | None
     yield from mix_streams(files)  # type: ignore[arg-type]
 
 
-def read_saved(folder: str, split: str, *, source: str) -> Iterator[Row]:
-    """Rows of a folder that `save_to_disk` of datasets wrote.
+def read_copy(copy: str, split: str, *, source: str, in_proportion: bool = False) -> Iterator[Row]:
+    """Rows of a data set that lies on this machine: a file, a downloaded repository, or a folder of `save_to_disk`.
 
     Raises:
-        DataError: it cannot be read, or has no such split.
+        DataError: nothing is there, it cannot be read, or it has no such split.
     """
+    if is_saved_dataset(copy):
+        return _read_saved(copy, split, source)
+    files = find_data(copy)
+    if Path(copy).expanduser().is_dir():  # a repository holds other splits too
+        files = [file for file in files if re.search(rf"(^|[^a-z]){re.escape(split)}([^a-z]|$)", file.name)] or files
+    return read_files(files, in_proportion and not any(file.suffix == ".parquet" for file in files))
+
+
+def _read_saved(folder: str, split: str, source: str) -> Iterator[Row]:
     datasets = _library(source)
     try:
         saved = datasets.load_from_disk(str(Path(folder).expanduser()))
@@ -138,20 +152,24 @@ def _offline(datasets: ModuleType, wanted: bool) -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _where_looked(source: str, name: str, trouble: str) -> str:
-    from huggingface_hub import constants
+def _downloaded(name: str, revision: str | None, source: str, trouble: str) -> str:
+    """The folder that `hf download` filled.
 
+    Raises:
+        DataError: there is none; the message says where was looked and what to do.
+    """
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        pass
     flags = [f"{flag}={os.environ[flag]}" for flag in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if flag in os.environ]
     key = source if not source.startswith("hf:") else name
-    try:
-        import datasets
-
-        kept = f"{datasets.config.HF_DATASETS_CACHE}"
-    except ImportError:
-        kept = constants.HF_HUB_CACHE
-    return (
-        f"data set {source!r} is missing: it is {name} on the Hugging Face hub, which was not reached ({trouble}); "
-        f"no copy in {kept} (HF_HOME) and none named in data.local; {', '.join(flags) or 'HF_DATASETS_OFFLINE'}"
-        f"{'' if flags else ' is not set'}. Fetch it elsewhere (hf download --repo-type dataset {name}) and set "
-        f"data.local.{key}=FILE_OR_FOLDER"
+    raise DataError(
+        f"data set {source!r} is missing: it is {name} on the Hugging Face hub, which was not reached ({trouble}; "
+        f"{', '.join(flags) or 'HF_DATASETS_OFFLINE is not set'}); no copy in {HF_DATASETS_CACHE}, in "
+        f"{constants.HF_HUB_CACHE} or named in data.local. Fetch it where there is a network (hf download --repo-type "
+        f"dataset {name} --local-dir FOLDER) and set data.local.{key}=FOLDER"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -66,7 +66,7 @@ class SelfText:
         seen: set[str] = set()
         batch = futile = 0
         while len(seen) < self.count:
-            fresh = [record for record in self._batch(batch) if (text := next(iter(record.values()))) not in seen]
+            fresh = [record for record in self._batch(batch) if _first(record) not in seen]
             batch, futile = batch + 1, 0 if fresh else futile + 1
             if futile == FUTILE:
                 raise DataError(
@@ -74,9 +74,8 @@ class SelfText:
                     "lower the limit of the source self, or name other text"
                 )
             for record in fresh:
-                text = next(iter(record.values()))
-                if text not in seen and len(seen) < self.count:
-                    seen.add(text)
+                if _first(record) not in seen and len(seen) < self.count:
+                    seen.add(_first(record))
                     yield record
 
     def _batch(self, number: int) -> list[Record]:
@@ -105,7 +104,8 @@ class SelfText:
             self.teacher.train(training)
 
     def _ramble(self) -> list[Record]:
-        start = next((i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None), None)
+        ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        start = next((i for i in ends if isinstance(i, int)), None)
         if start is None:
             raise DataError("the tokenizer has neither a begin nor an end token, so the teacher cannot begin a text")
         texts = self._generate([[start]] * BATCH, self.length - 2, [])
@@ -134,12 +134,13 @@ class SelfText:
         return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=ask))
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _generate(self, prompts: Sequence[list[int]], tokens: int, stops: Sequence[int]) -> list[str]:
         """Sample a continuation of each prompt: its text up to the end token or one of `stops`."""
         own = self.teacher.generation_config.eos_token_id if self.teacher.generation_config else None
-        ends = {*stops, *(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
+        known = [*stops, *(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        ends = {token for token in known if isinstance(token, int)}
         pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.teacher.device)
@@ -155,6 +156,10 @@ class SelfText:
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
             texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
         return texts
+
+
+def _first(record: Record) -> str:
+    return record["text"] if "text" in record else record.get("prompt", "")
 
 
 def fingerprint(model: PreTrainedModel) -> str:

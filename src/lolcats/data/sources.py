@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from pydoc_data.topics import topics
 
 from lolcats.data.files import TEXT_SUFFIXES as TEXT_SUFFIXES
 from lolcats.data.files import TOKEN_SUFFIXES as TOKEN_SUFFIXES
-from lolcats.data.files import find_data, is_saved_dataset, read_files
+from lolcats.data.files import find_data, read_files
 from lolcats.data.files import find_files as find_files
-from lolcats.data.hub import read_hub, read_hub_files, read_saved
+from lolcats.data.hub import read_copy, read_hub, read_hub_files
 from lolcats.data.named import COLLECTIONS, NAMED, NAMES, NamedSet
 from lolcats.data.records import ChatRecord as ChatRecord
 from lolcats.data.records import CompletionRecord as CompletionRecord
@@ -68,7 +66,9 @@ def _rows(settings: SourceConfig, named: NamedSet | None, local: Mapping[str, st
     if source in ("passkey", "self"):
         raise DataError(f"source {source!r} is made for a run (data.sources) and cannot be read here")
     if (copy := local_copy(source, local)) is not None:
-        return _read_copy(copy, hub_place(source)[2], source, in_proportion=named is not None and bool(named.files))
+        return read_copy(
+            copy, hub_place(source)[2], source=source, in_proportion=named is not None and bool(named.files)
+        )
     if named is not None and named.files:
         return read_hub_files(named.hub, named.files, source=source, revision=settings.revision)
     if named is not None or source.startswith("hf:"):
@@ -99,16 +99,3 @@ def local_copy(source: str, local: Mapping[str, str]) -> str | None:
     if source not in NAMED and not source.startswith("hf:"):
         return None
     return local.get(source, local.get(hub_place(source)[0]))
-
-
-def _read_copy(copy: str, split: str, source: str, in_proportion: bool) -> Iterator[Row]:
-    if is_saved_dataset(copy):
-        return read_saved(copy, split, source=source)
-    try:
-        files = find_data(copy)
-    except DataError as error:
-        raise DataError(f"data.local names {copy} for {source!r}, but {error}") from error
-    if Path(copy).expanduser().is_dir():  # a copy of a repository holds other splits too
-        of_split = [file for file in files if re.search(rf"(^|[^a-z]){re.escape(split)}([^a-z]|$)", file.name)]
-        files = of_split or files
-    return read_files(files, in_proportion and not any(file.suffix == ".parquet" for file in files))
