@@ -19,7 +19,7 @@ from lolcats.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 256  # records tokenised in one call: enough to keep the tokenizer's threads busy
+RECORDS = 256  # tokenised in one call: enough to keep the tokenizer's threads busy
 _SCAN = 1 << 24  # tokens of a file that are looked at in one go
 
 
@@ -39,7 +39,11 @@ def encode(
 
 
 def encode_batches(
-    records: Iterable[Record], template: Template, tokenizer: PreTrainedTokenizerBase, add_eos: bool = True
+    records: Iterable[Record],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    add_eos: bool = True,
+    batch_size: int = RECORDS,
 ) -> Iterator[tuple[int, list[EncodedDocument]]]:
     """As `encode`, in batches: how many records were read for it, and the documents that they gave."""
     eos = tokenizer.eos_token_id
@@ -48,7 +52,7 @@ def encode_batches(
     begin = _begin_ids(tokenizer)
     end = [eos] if add_eos else []
     remaining = iter(records)
-    while batch := [render(record, template, tokenizer) for record in islice(remaining, _BATCH)]:
+    while batch := [render(record, template, tokenizer) for record in islice(remaining, batch_size)]:
         documents = []
         for ids, prompt_length in zip(*_tokenise(batch, tokenizer), strict=True):
             head = [] if ids[:1] == begin else begin

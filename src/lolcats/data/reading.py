@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lolcats.data.cache import Batches, TokenCache
 from lolcats.data.documents import Documents
-from lolcats.data.encoding import digest, encode_batches, token_file, tokenizer_identity
+from lolcats.data.encoding import RECORDS, digest, encode_batches, token_file, tokenizer_identity
 from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files, is_saved_dataset
 from lolcats.data.named import COLLECTIONS, NAMED
 from lolcats.data.passkey import passkey_samples
@@ -124,7 +124,8 @@ def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
     cache = TokenCache(key, wide=len(context.tokenizer) > 1 << 16)
 
     def produce(skip: int) -> Batches:
-        return encode_batches(islice(make(), skip, None), template, context.tokenizer)
+        size = 1 if settings.name == "self" else RECORDS  # what is written slowly is shown as it comes
+        return encode_batches(islice(make(), skip, None), template, context.tokenizer, batch_size=size)
 
     def load(cap: int | None) -> Documents:
         with show_reading(settings.name, cache, context.console) as tell:
