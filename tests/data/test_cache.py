@@ -15,6 +15,7 @@ from lolcats.config import DataConfig
 from lolcats.data import build_datasets, cache, read_documents
 from lolcats.data.cache import TokenCache, cache_root
 from lolcats.data.documents import EncodedDocument
+from lolcats.data.templates import Template
 from lolcats.errors import DataError
 
 DOCUMENTS = [np.arange(n % 7 + 1, dtype=np.int32) + n for n in range(40)]
@@ -177,9 +178,9 @@ def folders(root: Path) -> int:
 
 def test_everything_that_changes_tokens_changes_the_place(root, tokenizer, begin_tokenizer, write_lines):
     path = write_lines("a.jsonl", [{"prompt": "the cat", "completion": "sat"}])
-    for count, (template, made) in enumerate(
-        [("plain", tokenizer), ("alpaca", tokenizer), ("chat", tokenizer), ("plain", begin_tokenizer)], start=1
-    ):
+    templates: list[Template] = ["plain", "alpaca", "chat", "plain"]
+    tokenizers = [tokenizer, tokenizer, tokenizer, begin_tokenizer]
+    for count, (template, made) in enumerate(zip(templates, tokenizers, strict=True), start=1):
         read_documents([str(path)], template, made)
         assert folders(root) == count
     read_documents([str(path)], "plain", tokenizer)
