@@ -11,32 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from lolcats.errors import ConfigError
+from lolcats.settings import Count, Factor, Names, Positive, Rate, Section, Tokens
+from lolcats.settings import DataConfig as DataConfig
+from lolcats.settings import SourceConfig as SourceConfig
 from lolcats.strict_yaml import read_yaml, write_yaml
 
-
-def _whole(value: object) -> object:
-    # 1e7, the usual way to write a token count, is a float in YAML.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Factor = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Names = Annotated[list[str], Field(min_length=1)]
 Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, allow_inf_nan=False)
-
-
-class LinearizationConfig(_Section):
+class LinearizationConfig(Section):
     """The attention layer that replaces softmax attention, and the layers that get it."""
 
     feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
@@ -70,18 +57,7 @@ class LinearizationConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
-    """What is read, how records become text, and how text becomes sequences of tokens."""
-
-    sources: Names = ["python-docs"]  # what `lolcats.data.iter_records` takes, or token files
-    template: Literal["plain", "alpaca", "chat"] = "plain"
-    sequence_length: Annotated[int, Field(ge=2)] = 1024  # tokens
-    packing: Literal["stream", "documents"] = "stream"
-    validation_sequences: Positive = 16
-    max_tokens: Tokens | None = None  # stop reading after this many tokens
-
-
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """The optimiser settings that both stages share."""
 
     _losses: ClassVar[tuple[str, ...]] = ()  # the weights of the stage's losses
@@ -144,18 +120,18 @@ class FinetuneConfig(OptimConfig):
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """What is measured after training."""
 
-    sources: list[str] = []  # empty: the held-out validation sequences
+    sources: list[str] = Field(default=[])  # empty: the held-out validation sequences
     segment_length: Annotated[int, Field(ge=2)] | None = None  # tokens; None is data.sequence_length
     last: Positive | None = None  # count only the last tokens of a segment; None counts all
     max_segments: Positive | None = None
     batch_size: Positive = 4  # segments at once
-    controls: list[Control] = ["window_only", "linear_only", "no_attention", "training_free"]
+    controls: list[Control] = Field(default=["window_only", "linear_only", "no_attention", "training_free"])
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run: model, layer, data, both stages and evaluation."""
 
     model: str = "demo"
@@ -269,12 +245,14 @@ def _likeness(key: str, other: str) -> float:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    valid = _dotted(RunConfig().model_dump())
+    valid = _dotted(RunConfig().model_dump()) + [f"data.sources.{key}" for key in SourceConfig.model_fields]
     names = {part for key in valid for part in key.split(".")}
     problems: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
+        if item["loc"][-1:] == ("str",) and isinstance(item["input"], dict):
+            continue  # a source with settings is no plain name: what is wrong inside it is said below
         if item["type"] == "extra_forbidden":
-            path = ".".join(map(str, item["loc"]))
+            path = ".".join(str(part) for part in item["loc"] if part != "SourceConfig")
             problems[path] = [f"unknown key; did you mean {max(valid, key=partial(_likeness, path))}?"]
             continue
         # A union adds the name of each of its types to the location; joined under the key they read as one sentence.

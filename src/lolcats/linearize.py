@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
-from lolcats.data import build_datasets
+from lolcats.data import build_datasets, check_sources
 from lolcats.device import choose_device, choose_dtype, describe_device
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
@@ -88,6 +88,8 @@ def linearize(
     started = time.perf_counter()
     device = choose_device(config.device)
     accelerator = Accelerator(cpu=device.type == "cpu")
+    if not resume:
+        check_sources(config.data)  # before anything is written or loaded
     folder = RunFolder.of(config)
     on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     if resume and folder.results().get("complete"):
@@ -116,7 +118,8 @@ def _prepare(
         torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
     dtype = choose_dtype(config.dtype, device)
     model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
-    train_set, validation = build_datasets(config.data, tokenizer, config.seed)
+    shown = console if accelerator.is_main_process else None
+    train_set, validation = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=shown)
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from lolcats import RunConfig, load_config
+from lolcats.config import SourceConfig
 from lolcats.export import FORMATS, model_card
+from lolcats.export.source import without_paths
 
 RESULTS: dict[str, Any] = {
     "date": "2026-01-02",
@@ -47,6 +49,17 @@ def test_a_local_base_is_told_by_its_last_name() -> None:
     assert "base_model" not in front_matter(card)
     assert "# teacher, linearized" in card and "`a.txt`" in card and "/home" not in card
     assert front_matter(model_card(RunConfig(), {}, "merged"))["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_sources_with_settings_are_told_by_name_and_copies_not_at_all() -> None:
+    sources = "data.sources=[{name: /home/someone/a.txt, weight: 2}, alpaca-cleaned]"
+    given = config(sources, "data.local.alpaca-cleaned=/home/someone/alpaca")
+    card = model_card(given, {}, "merged")
+    assert "`a.txt`, `alpaca-cleaned`" in card and "/home" not in card
+    shared = without_paths(given, "someone/teacher-1b").data
+    assert shared.source_names == ["a.txt", "alpaca-cleaned"]
+    assert isinstance(shared.sources[0], SourceConfig) and shared.sources[0].weight == 2
+    assert shared.local == {}
 
 
 def test_the_measured_table() -> None:

@@ -157,7 +157,7 @@ def _progress(out: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def _print_scores(out: Console, scores: dict[str, Measurement], recipe: RunConfig | None, sources: list[str]) -> None:
-    learned = [] if recipe is None else [name for name in sources if name in recipe.data.sources]
+    learned = [] if recipe is None else [name for name in sources if name in recipe.data.source_names]
     note = f" (the model was trained on text of {', '.join(learned)})" if learned else ""
     tokens = next(iter(scores.values())).tokens
     out.print(score_table({n: s.perplexity for n, s in scores.items()}, {n: s.kl for n, s in scores.items()}, recipe))

@@ -61,7 +61,7 @@ def facts_table(facts: ModelFacts, recipe: RunConfig | None) -> Table:
         size = "the head size" if layer.feature_size is None else layer.feature_size
         table.add_row("feature map", f"{layer.feature_map}, f = {size}")
         table.add_row("window", f"{layer.window} tokens, {layer.window_kind}, and {layer.sinks} sinks")
-        table.add_row("recipe", f"{recipe.name}: teacher {recipe.model}, data {', '.join(recipe.data.sources)}")
+        table.add_row("recipe", f"{recipe.name}: teacher {recipe.model}, data {', '.join(recipe.data.source_names)}")
     return table
 
 

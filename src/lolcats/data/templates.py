@@ -1,16 +1,16 @@
 """How a record becomes text: a prompt, which the model is given, and a response, which it learns to write."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jinja2
 
-from lolcats.data.sources import ChatRecord, CompletionRecord, InstructionRecord, Message, Record
+from lolcats.data.records import ChatRecord, CompletionRecord, InstructionRecord, Message, Record
 from lolcats.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Template = Literal["plain", "alpaca", "chat"]
+Template = Literal["plain", "alpaca", "chat", "raw"]
 
 # The wording of Stanford Alpaca, which models trained on such data expect to the letter.
 _ALPACA = (
@@ -32,13 +32,14 @@ def render(record: Record, template: Template, tokenizer: "PreTrainedTokenizerBa
     Args:
         record: what `iter_records` yields.
         template: "plain" puts a line break between the parts; "alpaca" is the Stanford Alpaca format; "chat" is the
-            tokenizer's own chat template, where the response is the last message if the assistant wrote it.
+            tokenizer's own chat template, where the response is the last message if the assistant wrote it; "raw" puts
+            nothing between prompt and completion.
         tokenizer: read by "chat" only.
 
     Raises:
         DataError: an unknown template, "alpaca" with a conversation, or a chat template that is missing or refuses.
     """
-    if template not in ("plain", "alpaca", "chat"):
+    if template not in get_args(Template):
         raise DataError(f"unknown template {template!r}; expected plain, alpaca or chat")
     if "text" in record:
         return "", record["text"]
@@ -46,6 +47,8 @@ def render(record: Record, template: Template, tokenizer: "PreTrainedTokenizerBa
         return _render_chat(_conversation(record), tokenizer)
     if template == "alpaca":
         return _render_alpaca(record)
+    if template == "raw" and "prompt" in record:
+        return record["prompt"], record["completion"]
     *before, last = [turn["content"] for turn in _conversation(record)]
     return "".join(f"{text}\n" for text in before), last
 

@@ -121,7 +121,7 @@ def _read_segments(
     if last is not None and last >= length:
         raise DataError(f"last={last} must be less than the length of a segment, {length}")
     limit = None if count is None else count * length
-    documents = read_documents(sources, "plain", tokenizer, limit)
+    documents = read_documents(sources, "auto", tokenizer, limit)
     ids = np.concatenate([document.ids for document in documents]).astype(np.int64)
     try:
         return as_segments(torch.from_numpy(ids), length)

@@ -29,7 +29,8 @@ def evaluation_segments(config: RunConfig, tokenizer: PreTrainedTokenizerBase, v
             raise DataError(f"held-out text: {error}; lower evaluation.segment_length") from error
     else:
         length = e.segment_length or config.data.sequence_length
-        ids = np.concatenate([document.ids for document in read_documents(e.sources, "plain", tokenizer)])
+        documents = read_documents(e.sources, "auto", tokenizer, local=config.data.local)
+        ids = np.concatenate([document.ids for document in documents])
         try:
             segments = as_segments(torch.from_numpy(ids.astype(np.int64)), length)
         except ValueError as error:

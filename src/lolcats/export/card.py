@@ -91,13 +91,14 @@ def front_matter(config: RunConfig, format: Format) -> str:
 
 def recipe_lines(config: RunConfig, results: Mapping[str, Any]) -> list[str]:
     """The settings in words, one fact a line."""
-    text = ", ".join(f"`{last_part(source)}`" for source in config.data.sources)
+    text = ", ".join(f"`{last_part(source)}`" for source in config.data.source_names)
+    template = "" if config.data.template == "auto" else f"{config.data.template} template, "
     trained = results.get("tokens") or {}
     where = ", ".join(str(results[key]) for key in ("device", "dtype", "date") if results.get(key))
     lines = [
         layer_line(config.linearization),
-        f"Training text: {text}, in sequences of {config.data.sequence_length:,} tokens ({config.data.template} "
-        f"template, {config.data.packing} packing).",
+        f"Training text: {text}, in sequences of {config.data.sequence_length:,} tokens ({template}"
+        f"{config.data.packing} packing).",
         transfer_line(config.transfer, trained),
         finetune_line(config.finetune, trained),
         f"Seed {config.seed}" + (f"; {where}." if where else "."),

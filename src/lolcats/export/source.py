@@ -75,6 +75,11 @@ def without_paths(config: RunConfig, base: str) -> RunConfig:
     settings = config.model_dump()
     settings["model"] = base
     settings["runs_dir"] = RunConfig().runs_dir
+    settings["data"]["local"] = {}
     for section in ("data", "evaluation"):
-        settings[section]["sources"] = [last_part(name) for name in settings[section]["sources"]]
+        sources = settings[section]["sources"]
+        settings[section]["sources"] = [
+            source | {"name": last_part(source["name"])} if isinstance(source, dict) else last_part(source)
+            for source in sources
+        ]
     return RunConfig.model_validate(settings)

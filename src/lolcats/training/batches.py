@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -42,11 +43,14 @@ def make_batch(data: PackedDataset, rows: np.ndarray, device: torch.device | str
     return Batch(tensor(data.ids).long(), tensor(data.loss_mask), document, position)
 
 
+_order = lru_cache(maxsize=2)(epoch_order)  # of millions of sequences it takes longer than a small model's step
+
+
 def step_rows(size: int, step: int, batch_size: int, seed: int) -> np.ndarray:
     """Rows of optimiser step `step` (from 0): the epochs' permutations one after the other, cut in batches."""
     rows: list[int] = []
     first = step * batch_size
     while len(rows) < batch_size:
         epoch, offset = divmod(first + len(rows), size)
-        rows.extend(epoch_order(size, epoch, seed)[offset : offset + batch_size - len(rows)].tolist())
+        rows.extend(_order(size, epoch, seed)[offset : offset + batch_size - len(rows)].tolist())
     return np.asarray(rows)

@@ -1,0 +1,197 @@
+"""From sources to documents: which parts a source has, what their tokens depend on, and the cache that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, Any, Literal
+
+from lolcats.data.cache import Batches, TokenCache
+from lolcats.data.documents import Documents
+from lolcats.data.encoding import RECORDS, digest, encode_batches, token_file, tokenizer_identity
+from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files, is_saved_dataset
+from lolcats.data.named import COLLECTIONS, NAMED
+from lolcats.data.passkey import passkey_samples
+from lolcats.data.progress import show_reading
+from lolcats.data.records import Record
+from lolcats.data.sources import HINT, hub_place, iter_records, local_copy
+from lolcats.data.templates import Template
+from lolcats.errors import DataError
+from lolcats.settings import SourceConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PASSKEY_SAMPLES = 10_000
+SELF_SAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Context:
+    """What reading needs to know beside the sources.
+
+    Attributes:
+        tokenizer: a tokenizer with an end token.
+        template: for sources that choose none; "auto" is the data set's own, else plain.
+        length: tokens of a sample of "passkey" and "self" that says nothing else.
+        seed: of the sources that are made up.
+        local: see `iter_records`.
+        teacher: writes the source "self".
+        console: where progress is shown; None is silent.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Literal["auto"] | Template = "auto"
+    length: int = 1024
+    seed: int = 0
+    local: Mapping[str, str] = field(default_factory=dict)
+    teacher: PreTrainedModel | None = None
+    console: Console | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set."""
+
+    name: str
+    validation: int | None
+    """Its first documents that are held out; None if it has no such rule."""
+    load: Callable[[int | None], Documents]
+    """Its documents, at most so many tokens of them (None: all)."""
+
+
+def read_documents(
+    sources: Sequence[str | SourceConfig],
+    template: Literal["auto"] | Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    *,
+    local: Mapping[str, str] | None = None,
+) -> Documents:
+    """Tokenise whole sources, one after the other; with `max_tokens` the document that crosses it is cut there.
+
+    Tokens are kept in the cache (see `lolcats.data.cache`) and read from there the next time.
+
+    Args:
+        sources: what `iter_records` takes, and paths or globs of token files, which end in .u16, .u32 or .bin.
+        template: how records become text, see `render`; "auto" is the data set's own, else plain.
+        tokenizer: a tokenizer with an end token.
+        max_tokens: the cap on all sources together; None reads everything.
+        local: see `iter_records`.
+
+    Raises:
+        DataError: a source that is missing, empty or broken, see `iter_records`, `encode` and `token_file`.
+    """
+    context = Context(tokenizer, template, local=local or {})
+    return load_parts([part for source in sources for part in parts_of(source, context)], max_tokens)
+
+
+def load_parts(parts: Sequence[Part], max_tokens: int | None) -> Documents:
+    """The documents of all parts in order, up to `max_tokens` tokens together."""
+    found: list[Documents] = []
+    left = max_tokens
+    for part in parts:
+        if left == 0:
+            break
+        found.append(part.load(left))
+        left = None if left is None else left - found[-1].tokens
+    return Documents.join(found)
+
+
+def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
+    """The data sets that a source stands for; nothing is read yet but names and sizes of files.
+
+    Raises:
+        DataError: a file that is missing, or "self" without a teacher.
+    """
+    settings = SourceConfig(name=source) if isinstance(source, str) else source
+    if settings.name in COLLECTIONS:
+        names = COLLECTIONS[settings.name]
+        return [part for name in names for part in parts_of(settings.model_copy(update={"name": name}), context)]
+    named = NAMED.get(settings.name)
+    validation = settings.validation
+    if validation is None and named is not None:
+        validation = named.validation
+    if settings.name.endswith(TOKEN_SUFFIXES):
+        files = find_files(settings.name, TOKEN_SUFFIXES, HINT)
+        return [Part(settings.name, validation, lambda cap: _load_token_files(files, context.tokenizer, cap))]
+    make, identity, template = _text_of(settings, context)
+    key = {"text": identity, "template": template, "tokenizer": tokenizer_identity(context.tokenizer, template)}
+    cache = TokenCache(key, wide=len(context.tokenizer) > 1 << 16)
+
+    def produce(skip: int) -> Batches:
+        size = 1 if settings.name == "self" else RECORDS  # what is written slowly is shown as it comes
+        return encode_batches(islice(make(), skip, None), template, context.tokenizer, batch_size=size)
+
+    def load(cap: int | None) -> Documents:
+        with show_reading(settings.name, cache, context.console) as tell:
+            documents = cache.read(produce, cap, tell)
+        return documents if cap is None else documents.split(cap)[0]
+
+    return [Part(settings.name, validation, load)]
+
+
+def _load_token_files(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, cap: int | None) -> Documents:
+    found: list[Documents] = []
+    for path in files:
+        left = None if cap is None else cap - sum(part.tokens for part in found)
+        if left == 0:
+            break
+        found.append(token_file(path, tokenizer, left))
+    return Documents.join(found)
+
+
+def _text_of(settings: SourceConfig, context: Context) -> tuple[Callable[[], Iterator[Record]], dict, Template]:
+    """A function that gives the records, what they depend on, and the template that makes them text."""
+    length = settings.length or context.length
+    if settings.name == "passkey":
+        return _passkey(settings.limit or PASSKEY_SAMPLES, length, context)
+    template = settings.template or (None if context.template == "auto" else context.template)
+    if settings.name == "self":
+        from lolcats.data.self_text import SelfText
+
+        if context.teacher is None:
+            raise DataError('source "self" is written by the teacher of a run; here there is none, name other text')
+        text = SelfText(context.teacher, context.tokenizer, settings.limit or SELF_SAMPLES, length, context.seed)
+        own: Template = "chat" if context.tokenizer.chat_template else "plain"
+        return text.records, text.identity, template or own
+    named = NAMED.get(settings.name)
+    identity = source_identity(settings, context.local)
+    return lambda: iter_records(settings, context.local), identity, template or (named.template if named else "plain")
+
+
+def _passkey(count: int, length: int, context: Context) -> tuple[Callable[[], Iterator[Record]], dict, Template]:
+    def make() -> Iterator[Record]:
+        # The end token that closes a document, and a little room: prompt and answer are tokenised as one text.
+        for sample in passkey_samples(context.tokenizer, length - 1, seed=context.seed, count=count):
+            yield {"prompt": sample.prompt, "completion": sample.answer}
+
+    tokenizer = tokenizer_identity(context.tokenizer, "raw")
+    return make, {"passkey": 1, "seed": context.seed, "count": count, "length": length, "for": tokenizer}, "raw"
+
+
+def source_identity(settings: SourceConfig, local: Mapping[str, str]) -> dict[str, Any]:
+    """What the records of a source depend on: file names with sizes and times, or a name and revision of the hub.
+
+    Raises:
+        DataError: a file that is missing.
+    """
+    source, named = settings.name, NAMED.get(settings.name)
+    identity: dict[str, Any] = {"columns": settings.columns, "limit": settings.limit or (named and named.limit)}
+    if source == "python-docs":
+        return identity | {"topics": digest(topics)}
+    place = hub_place(source) if named is not None or source.startswith("hf:") else None
+    copy = local_copy(source, local)
+    if place is not None and copy is None and not Path(place[0]).exists():
+        return identity | {"hub": place, "revision": settings.revision, "named": named and source}
+    folder = copy if copy is not None else place[0] if place is not None else source
+    if Path(folder).expanduser().is_dir() and (place is not None or is_saved_dataset(folder)):
+        files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.is_file())
+    else:
+        files = find_data(folder, HINT)
+    facts = [(str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+    return identity | {"named": named and source, "place": place, "files": digest(facts), "folder": folder}
