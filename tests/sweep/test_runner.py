@@ -197,10 +197,9 @@ def test_other_measurements_become_columns_and_are_made_once(make_sweep: Callabl
         return {"size.model": float((folder.model / "model.safetensors").stat().st_size), "size.nan": float("nan")}
 
     sweep = make_sweep(**RANKS)
-    for _ in range(2):
-        table = run_sweep(sweep, "study.yaml", measurements=[SweepMeasurement("size", size)])
+    tables = [run_sweep(sweep, "study.yaml", measurements=[SweepMeasurement("size", size)]) for _ in range(2)]
     assert made == ["rank-2", "rank-3"]
-    assert table.runs[0].columns == {"size.model": float(len(weights(sweep.runs[0]))), "size.nan": None}
+    assert tables[-1].runs[0].columns == {"size.model": float(len(weights(sweep.runs[0]))), "size.nan": None}
     assert "size.model" in (sweep.folder / "results.csv").read_text().splitlines()[0]
 
 
