@@ -52,7 +52,7 @@ def test_interrupted_recall_goes_on(cli: Run, place: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr("lolcats.evaluation.recall.recall", interrupted)
         answer = cli(*words)
-    assert answer.code == 130 and "goes on where it stopped" in answer.err and not Path("x.json").exists()
+    assert answer.code == 130 and "goes on from there" in answer.err and not Path("x.json").exists()
     assert seen == ["teacher, passkey, 400 tokens", "teacher, passkey, 500 tokens"]
     assert len(json.loads(Path("x.json.progress").read_text())["cells"]) == 1
     cli(*words, "--recall-seed", "1").refused("x.json.progress", "seed 0", "now it is 1")
