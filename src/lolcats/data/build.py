@@ -59,9 +59,13 @@ def build_datasets(
     else:
         rest, held = _hold_out_beside(training, ruled, held_by_rule, count * length, seed)
         count = None  # all that the rule names
-    # Padding is masked, so any id of the vocabulary will do.
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    pad_id = _pad_id(tokenizer)
     return pack(rest, length, config.packing, pad_id), pack(held, length, config.packing, pad_id)[:count]
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked, so any id of the vocabulary will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
 def check_sources(config: DataConfig) -> None:
