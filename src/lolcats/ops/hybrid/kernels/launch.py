@@ -176,14 +176,14 @@ def described(x: Tensor, block: list[int]) -> Any:
 
 
 def can_describe(*tensors: Tensor) -> bool:
-    """Whether the copy engine (Hopper and later) takes tensors: addresses and strides of whole 16 bytes, not expanded."""
+    """Whether the copy engine takes tensors: Hopper and later, not expanded, addresses and strides of 16-byte units."""
     if TensorDescriptor is None:
         return False
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return all(
-        x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        x.data_ptr() % 16 == 0 and all(step > 0 and step * x.element_size() % 16 == 0 for step in x.stride()[:-1])
         for x in tensors
     )
 
