@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_config
+from lolcats.config import dump_config
 from lolcats.data import build_datasets
 from lolcats.evaluation import Variant, measure
 from lolcats.run_folder import RunFolder
@@ -228,6 +229,18 @@ def test_a_complete_run_is_not_run_again(
     monkeypatch.setattr(recipe, "load_teacher", None)  # would fail
     linearize(config, resume=True)
     assert {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_failed_before_it_began_gives_way(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("data.sources=[missing-file.jsonl]")
+    folder = RunFolder.of(config)
+    folder.prepare(config)
+    other = make_config("seed=3")
+    folder.prepare(other)
+    assert folder.config_file.read_text() == dump_config(other)
+    folder.config_file.write_text("# mine\n" + dump_config(other))
+    with pytest.raises(LolcatsError, match="already holds a run"):
+        folder.prepare(other)
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(make_config: Callable[..., RunConfig]) -> None:

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lolcats.config import RunConfig, dump_config
+from lolcats.config import RunConfig, dump_config, load_config
 from lolcats.errors import LolcatsError
 
 
@@ -46,7 +46,7 @@ class RunFolder:
             LolcatsError: a run is there and neither `resume` nor `overwrite` was asked for; `resume` with other
                 settings; or `overwrite` of a folder that is no run.
         """
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(self.path.iterdir()) and not self._never_began():
             if not self.config_file.exists():
                 raise LolcatsError(f"{self.path} is not empty and is not a run of lolcats; choose another name=...")
             if overwrite:
@@ -61,6 +61,15 @@ class RunFolder:
                                    f"lolcats linearize {self.config_file} --resume")  # fmt: skip
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config_file, dump_config(config))
+
+    def _never_began(self) -> bool:
+        """Whether nothing is here but settings as this class writes them: a run that failed before its first step."""
+        if [item.name for item in self.path.iterdir()] != [self.config_file.name]:
+            return False
+        try:
+            return self.config_file.read_text() == dump_config(load_config(self.config_file))
+        except LolcatsError:
+            return False
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""

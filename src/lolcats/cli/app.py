@@ -21,6 +21,7 @@ from lolcats.cli.generate import generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
 from lolcats.cli.sweep import sweep
+from lolcats.silence import no_bars
 
 
 class _Group(TyperGroup):
@@ -71,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     words = [word for word in options if word != "--debug"] + words[len(options) :]
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read at the import of tqdm; the GGUF reader has no other switch
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for the processes that are started from here
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_bars():
             if not debug and not sys.warnoptions:
                 warnings.simplefilter("ignore")
             code = get_command(app).main(args=words, prog_name="lolcats", standalone_mode=False)
