@@ -1,7 +1,7 @@
 """Hybrid attention by the Triton kernels, feature maps included, against other attention: a dated table on a GPU.
 
 python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads 32] [--kv-heads 8] [--size 128]
-    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--json FILE]
+    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--no-peers] [--json FILE]
 
 Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
 form on the same numbers; a result that is off stops the program. The peers, where they are installed: SDPA with flash
@@ -108,7 +108,8 @@ def peers(x: Inputs) -> dict[str, Callable[[], Any]]:
     for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)):
         found[name] = functools.partial(_sdpa, backend, x.q, k, v)
     window = x.options["window"]
-    found["FlexAttention window"] = _flex(x.q, k, v, window)
+    near = _flex(x.q, k, v, window)
+    found["FlexAttention window"] = near
     try:
         from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
     except ImportError:
@@ -118,7 +119,7 @@ def peers(x: Inputs) -> dict[str, Callable[[], Any]]:
         values = v.transpose(1, 2).contiguous()
         found["fla linear alone"] = lambda: chunk_linear_attn(phi_q, phi_k, values, normalize=False)
         linear = functools.partial(chunk_linear_attn, normalize=False)
-        found["joined"] = _joined(linear, (phi_q, phi_k, values), _flex(x.q, k, v, window, True), window)
+        found["joined"] = _joined(linear, (phi_q, phi_k, values), near, window)
     return found
 
 
@@ -148,22 +149,35 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, with_sum: bool = False) -> Callable[[], Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Callable[[], Any]:
+    """Window attention; returns outputs and log-sum-exps."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    n = q.shape[2]
+    run = torch.compile(flex_attention, dynamic=False)
+    mask = _window_mask(q.shape[2], window)
+    return lambda: run(q, k, v, block_mask=mask, return_lse=True)
+
+
+def _window_mask(n: int, window: int, size: int = 128) -> Any:
+    """The blocks of a causal window, written down: finding them from the mask takes minutes at great lengths."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks, reach = -(-n // size), -(-(window - 1) // size)
+    row = torch.arange(blocks, device="cuda", dtype=torch.int32)
+    first = (row - reach).clamp(min=0)
+    indices = (first[:, None] + row).clamp(max=blocks - 1)  # those after the first row - first + 1 are not read
+    counts = row - first + 1
 
     def near(b: Any, h: Any, i: Any, j: Any) -> Any:
         return (j <= i) & (i - j < window)
 
-    run = torch.compile(flex_attention, dynamic=False)
-
-    @functools.cache
-    def mask() -> Any:
-        # Compiled: eagerly it would hold the mask of all pairs.
-        return torch.compile(create_block_mask)(near, None, None, n, n, device="cuda")
-
-    return lambda: run(q, k, v, block_mask=mask(), return_lse=with_sum)
+    return BlockMask.from_kv_blocks(
+        counts[None, None].contiguous(),
+        indices[None, None].contiguous(),
+        BLOCK_SIZE=size,
+        mask_mod=near,
+        seq_lengths=(n, n),
+    )
 
 
 def forward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def forward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     x = Inputs(n, args)
     with torch.no_grad():
         row: dict[str, Any] = {"pass": "forward", "tokens": n, "hybrid": time_graph(x.hybrid)}
-        for name, run in peers(x).items():
+        for name, run in peers(x).items() if args.peers else ():
             row[name] = _or_reason(run)
     moved = 2 * (2 * x.q.numel() + x.k.numel() + x.v.numel())
     row["GB/s of q, k, v, out"] = moved / row["hybrid"] / 1e6
@@ -191,7 +205,8 @@ def backward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     row["hybrid"] = time_graph(lambda: torch.autograd.grad(x.hybrid(), x.leaves, grad))
     k, v = (t.detach().requires_grad_() for t in x.repeated())
     flash = functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION, x.q, k, v)
-    row["SDPA flash"] = _or_reason(lambda: torch.autograd.grad(flash(), [x.q, k, v], grad))
+    if args.peers:
+        row["SDPA flash"] = _or_reason(lambda: torch.autograd.grad(flash(), [x.q, k, v], grad))
     for leaf in x.leaves[:3]:
         leaf.requires_grad_(False)
     row["hybrid, maps only"] = time_graph(lambda: torch.autograd.grad(x.hybrid(), x.leaves[3:], grad))
@@ -244,6 +259,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=0)
     parser.add_argument("--state-heads", choices=["query", "kv"], default="query")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 64], help="batch sizes of a decoding step")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time the peers too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
