@@ -112,7 +112,7 @@ def _query_features(
         *feature_strides(p, x), p.tokens, *numbers,
         STATE_GROUP=p.heads // p.map_heads, MAP_GROUP=p.heads // p.map_heads, **flags(x, c), NEED_DY=need_dy,
         PRECISION=precision(x.v.dtype), **constants, MIXED=p.mixed, **p.window(), **p.sizes(),
-        num_warps=4, num_stages=1,
+        STAGES=p.stages, num_warps=4, num_stages=1,
     )  # fmt: skip
     return dy
 
@@ -153,7 +153,7 @@ def _key_features(
     on(key_features, (p.heads, p.blocks, p.rows))(
         q, k, v, *maps, decay, *pointers, row_table, p.tokens_of(grad), saved.inverse, rows.delta, either(dy, x.q),
         key_part, *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *feature_strides(p, x), p.tokens,
-        *numbers, NEED_DY=need_dy, **shared,
+        *numbers, NEED_DY=need_dy, STAGES=p.stages, **shared,
     )  # fmt: skip
     if dv is not None:
         local, _, local_decay, after, _ = pointers

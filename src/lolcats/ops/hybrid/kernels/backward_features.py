@@ -125,6 +125,7 @@ def query_features(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     C: tl.constexpr,
+    STAGES: tl.constexpr,
     T: tl.constexpr,
 ):
     """a_i and dy of a block of queries. Grid: (HEADS, blocks, rows)."""
@@ -184,7 +185,7 @@ def query_features(
     if MAP != GIVEN:
         wk = load_part(map_k, map_head, D, BD, WIDTH, 0, BF, TMA)
         bk = load_bias(bias_k + map_head * WIDTH, WIDTH, BF, MAP)
-    for c in range(-REACH - behind, MIXED):
+    for c in tl.range(-REACH - behind, MIXED, num_stages=STAGES):
         key0 = first + c * C
         key = real_keys(key0 + tl.arange(0, C), offset, SINKS)
         near, far = pair_masks(query[:, None], key[None, :], offset, WINDOW, TERRACED)
@@ -294,6 +295,7 @@ def key_features(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     C: tl.constexpr,
+    STAGES: tl.constexpr,
     T: tl.constexpr,
 ):
     """b_j and dy of a block of keys. Grid: (HEADS, blocks, rows).
@@ -365,7 +367,7 @@ def key_features(
     if MAP != GIVEN:
         wq = load_part(map_q, head, D, BD, WIDTH, 0, BF, TMA)
         bq = load_bias(bias_q + head * WIDTH, WIDTH, BF, MAP)
-    for c in range(FIRST, tl.minimum(REACH + 1 + ahead, blocks)):
+    for c in tl.range(FIRST, tl.minimum(REACH + 1 + ahead, blocks), num_stages=STAGES):
         query0 = first + c * C
         query = query0 + tl.arange(0, C)
         near, far = pair_masks(query[None, :], key[:, None], offset, WINDOW, TERRACED)

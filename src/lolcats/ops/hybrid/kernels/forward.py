@@ -133,6 +133,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid: (HEADS, blocks, rows x value blocks)."""
     head = tl.program_id(0)
@@ -176,7 +177,7 @@ def forward_kernel(
         sv = load_tile(sink_v + sinks_at * SINKS * DV, DV, row * 0, SINKS, column0, BS, DV, BV).to(dtype)
         top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
     if WINDOW > 0:
-        for c in range(0, REACH + 1):
+        for c in tl.range(0, REACH + 1, num_stages=STAGES):
             key0 = first - c * C
             key = real_keys(key0 + tl.arange(0, C), offset, SINKS)
             near, far = pair_masks(query[:, None], key[None, :], offset, WINDOW, TERRACED)
@@ -215,28 +216,31 @@ def forward_kernel(
         fade = 1.0
         if HAS_DECAY and SPLIT:
             fade = tl.exp(tl.load(local_decay + at))
-        for i in tl.static_range(PARTS):
+        # A loop, so that the tiles of both parts are on their way at once.
+        for part in tl.range(0, PARTS, num_stages=STAGES):
             k_sum = load_sums(
-                local_sum + at * F, before_sum + at_before * F * (DV + 1) + F * DV, fade, i, SPLIT, WIDTH, BF
+                local_sum + at * F, before_sum + at_before * F * (DV + 1) + F * DV, fade, part, SPLIT, WIDTH, BF
             )
-            phi_i = phi[i]
+            phi_i = phi[0]
+            if PARTS == 2:
+                phi_i = tl.where(part == 0, phi[0], phi[1])
             if HAS_DECAY:
                 phi_i = (phi_i * tl.exp(passed)[:, None]).to(dtype)
             denominator += tl.sum(phi_i.to(tl.float32) * k_sum[None, :], 1)
             # Two products rather than one sum: the sum would go through registers.
-            kv = load_part(local, at * PARTS + i, WIDTH, BF, DV, column0, BV, TMA)
+            kv = load_part(local, at * PARTS + part, WIDTH, BF, DV, column0, BV, TMA)
             acc = tl.dot(phi_i.to(state_dtype), kv, acc, input_precision=PRECISION)
             if SPLIT:
                 if HAS_DECAY:
                     phi_i = (phi_i * fade).to(dtype)
-                kv = load_part(before, at_before * PARTS + i, WIDTH, BF, DV, column0, BV, TMA)
+                kv = load_part(before, at_before * PARTS + part, WIDTH, BF, DV, column0, BV, TMA)
                 acc = tl.dot(phi_i.to(state_dtype), kv, acc, input_precision=PRECISION)
 
     # 3. linear pairs in reach
     if MAP != GIVEN:
         wk = load_part(map_k, map_head, D, BD, WIDTH, 0, BF, TMA)
         bk = load_bias(bias_k + map_head * WIDTH, WIDTH, BF, MAP)
-    for c in range(-REACH - behind, MIXED):
+    for c in tl.range(-REACH - behind, MIXED, num_stages=STAGES):
         one = changing_one(window_factor + head, dtype)
         key0 = first + c * C
         key = real_keys(key0 + tl.arange(0, C), offset, SINKS)

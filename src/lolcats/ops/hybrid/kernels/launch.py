@@ -89,6 +89,7 @@ class Plan:
     mixed: int
     longest: int  # tokens of the longest row
     tma: bool  # tiles come through descriptors
+    lowered: bool  # 16-bit operands
 
     @property
     def groups(self) -> int:
@@ -104,6 +105,11 @@ class Plan:
     def parts(self) -> int:
         """Parts of a state: the halves of a hedgehog map."""
         return self.f // self.width
+
+    @property
+    def stages(self) -> int:
+        """Tiles of a loop that are on their way at once: two where two programs still share a multiprocessor."""
+        return 2 if self.tma and self.lowered and max(self.d, self.dv, self.width) <= 128 else 1
 
     def segments(self, heads: int) -> tuple[int, int]:
         """Groups a segment, and segments, when there is a state for each of `heads` heads."""
@@ -202,6 +208,7 @@ def make_plan(x: Operands, context: Context, settings: Settings, kind: str) -> P
     return Plan(
         kind, settings, batch, heads, x.k.shape[1], map_heads, n, rows, d, x.v.shape[3], width,
         2 * width if kind == "hedgehog" else width, *reach_of(settings), context.longest or n, tma,
+        x.v.element_size() == 2,
     )  # fmt: skip
 
 
@@ -359,7 +366,7 @@ def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
         p.settings.scale,
         STATE_GROUP=p.heads // p.map_heads, MAP_GROUP=p.heads // p.map_heads, BS=padded(p.settings.sinks),
         **flags(x, c), LEARNED=x.sink_logits is not None, SAVE=save, PRECISION=precision(dtype), **constants,
-        **p.softmax(), **{**p.sizes(), "BV": value_block}, MIXED=p.mixed, num_warps=4, num_stages=1,
+        **p.softmax(), **{**p.sizes(), "BV": value_block}, MIXED=p.mixed, STAGES=p.stages, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Saved(out, inverse, maximum, states, sink_k, sink_v)
 

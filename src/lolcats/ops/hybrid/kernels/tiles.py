@@ -292,7 +292,7 @@ def load_sums(
     local_sum,
     before_sum,
     fade,
-    part: tl.constexpr,
+    part,
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BF: tl.constexpr,

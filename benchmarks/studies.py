@@ -1,0 +1,104 @@
+"""The studies of configs/studies as one sweep, so that a run which several of them have in common is done once.
+
+python benchmarks/studies.py combine FOLDER STUDY.yaml ... [--set KEY=VALUE ...]
+    writes FOLDER/studies.yaml, for `lolcats sweep FOLDER/studies.yaml --jobs N`, and FOLDER/studies.json
+python benchmarks/studies.py tables FOLDER
+    prints a table for each study from the results of that sweep
+
+KEY=VALUE are overrides of every study, as `lolcats sweep` takes them; FOLDER is the sweep's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lolcats.config import RunConfig, load_config
+from lolcats.strict_yaml import write_yaml
+from lolcats.sweep import Sweep, load_sweep
+
+PLACE = ("name", "runs_dir")
+"""Keys that say where a run is, not what it is."""
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    if not isinstance(value, dict) or (prefix and not value):
+        return {prefix: value}
+    items = [flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
+    return {key: inner for part in items for key, inner in part.items()}
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What a run is, with dotted keys."""
+    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in PLACE}
+
+
+def combine(folder: Path, sweeps: list[Sweep]) -> None:
+    """Write the sweep of all distinct runs, and which run of it each run of a study is."""
+    base = settings(load_config("paper"))
+    runs: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    where: dict[str, dict[str, str]] = {}
+    for sweep in sweeps:
+        for run in sweep.runs:
+            what = settings(run.config)
+            key = json.dumps(what, sort_keys=True)
+            if key not in names:
+                names[key] = f"{sweep.name}_{run.name}"
+                changed = {name: value for name, value in what.items() if base.get(name) != value}
+                runs[key] = {"name": names[key], **changed}
+            where.setdefault(sweep.name, {})[run.name] = names[key]
+    measures = [sweep.measure.model_dump(mode="json") for sweep in sweeps]
+    measure = {**measures[0], "tasks": list(dict.fromkeys(task for m in measures for task in m["tasks"]))}
+    content = {"name": folder.name, "base": "paper", "settings": {"runs_dir": str(folder.parent)}, "measure": measure}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "studies.yaml").write_text(write_yaml({**content, "runs": list(runs.values())}))
+    (folder / "studies.json").write_text(json.dumps(where, indent=1) + "\n")
+    print(f"{len(runs)} distinct runs of {sum(map(len, where.values()))}: {folder / 'studies.yaml'}")
+
+
+def tables(folder: Path) -> None:
+    """Print the rows of each study."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = {row["name"]: row["columns"] for row in results["runs"]}
+    teachers = {row["name"]: row["columns"] for row in results.get("teachers", [])}
+    columns = ["perplexity.transfer", "perplexity.student", "kl.student", "perplexity.window_only"]
+    scores = dict.fromkeys(name for row in [*rows.values(), *teachers.values()] for name in row if _is_score(name))
+    for study, runs in json.loads((folder / "studies.json").read_text()).items():
+        print(f"\n### {study}\n\n| run | " + " | ".join([*columns, *scores]) + " |")
+        print("|---" * (1 + len(columns) + len(scores)) + "|")
+        for name, combined in [*runs.items(), *((name, name) for name in teachers)]:
+            row = rows.get(combined) or teachers.get(combined) or {}
+            cells = [_show(row.get(column), column in scores) for column in [*columns, *scores]]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _is_score(column: str) -> bool:
+    return column.partition(".")[0] not in ("perplexity", "kl", "tokens_per_second", "seconds")
+
+
+def _show(value: float | None, is_score: bool) -> str:
+    return "-" if value is None else f"{100 * value:.1f}" if is_score else f"{value:.4g}"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    combining = commands.add_parser("combine")
+    combining.add_argument("folder", type=Path)
+    combining.add_argument("studies", type=Path, nargs="+")
+    combining.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="*", default=[])
+    commands.add_parser("tables").add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if args.command == "tables":
+        tables(args.folder)
+        return
+    combine(args.folder, [load_sweep(study, args.overrides) for study in args.studies])
+
+
+if __name__ == "__main__":
+    main()
