@@ -74,8 +74,8 @@ def test_numbers_are_those_of_evaluate(make_sweep: Callable[..., Sweep], measure
     models = {row.name: str(RunFolder.of(run.config).model) for row, run in zip(table.runs, sweep.runs, strict=True)}
     models["teacher"] = sweep.runs[0].config.model
     for row in [*table.runs, *table.teachers]:
-        rest = {"device": "cpu", "dtype": "float32"}
-        scores = harness.run_benchmarks(models[row.name], measure["tasks"], how, controls=(), **rest)
+        tasks = measure["tasks"]
+        scores = harness.run_benchmarks(models[row.name], tasks, how, controls=(), device="cpu", dtype="float32")
         (variant,) = scores.rows[0].scores
         wanted = [row.scores[variant].mean for row in scores.rows] + [scores.averages()["average"][variant]]
         loaded = load_variants(models[row.name], controls=(), device="cpu", dtype="float32")

@@ -16,6 +16,7 @@ from lolcats import LolcatsError
 from lolcats.run_folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
+from lolcats.sweep.job import Job
 from lolcats.sweep.sharing import shared_from
 from lolcats.training import Reporter
 
@@ -218,7 +219,7 @@ def test_an_interruption_ends_all_processes(make_sweep: Callable[..., Sweep], mo
         started.append(original(*args, **kwargs))
         return started[-1]
 
-    def interrupted(*args: Any) -> SweepRun | None:
+    def interrupted(*args: Any) -> Job | None:
         if started:
             raise KeyboardInterrupt
         return choose(*args)

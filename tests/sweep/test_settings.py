@@ -162,6 +162,14 @@ def test_an_override_of_a_swept_key(load: Callable[..., Sweep]) -> None:
         load(GRID, "seed=7")
 
 
+def test_copies_of_data_sets_go_to_the_runs_that_read_them(load: Callable[..., Sweep]) -> None:
+    runs = "runs: [{name: a, data.sources: [alpaca-cleaned]}, {name: b, data.sources: [redpajama-sample, x.txt]}]\n"
+    sweep = load(runs, "data.local.alpaca-cleaned=a.json", "data.local.redpajama-sample=r/", "data.local.other=o")
+    assert [run.config.data.local for run in sweep.runs] == [
+        {"alpaca-cleaned": "a.json", "other": "o"}, {"redpajama-sample": "r/", "other": "o"}
+    ]  # fmt: skip
+
+
 def test_what_is_measured_can_be_changed(load: Callable[..., Sweep]) -> None:
     text = f"{GRID}measure: {{tasks: [piqa, mmlu], num_fewshot: {{mmlu: 5}}, recall: [passkey], samples: 3}}\n"
     sweep = load(text, "measure.tasks=piqa", "measure.num_fewshot.mmlu=0", "measure.limit=50", "measure.task_data=here")

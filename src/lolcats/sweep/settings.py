@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from lolcats.config import RunConfig, dump_config, load_config, merged, parse_overrides
+from lolcats.data import local_names
 from lolcats.errors import ConfigError
 from lolcats.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep.measure import MeasureConfig, read_measure
@@ -211,12 +212,21 @@ def _build_runs(parts: _Parts) -> list[SweepRun]:
         config.name = run_name(name, point)
         config.runs_dir = str(Path(config.runs_dir) / parts.name)
         runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | point, parts.measure))
+    _share_local(runs)
     for name in sorted({run.name for run in runs if [other.name for other in runs].count(run.name) > 1}):
         problems[f"two runs are called {name}: values that look the same; name them in runs"] = []
     if parts.measure.teacher and parts.measure.anything and "teacher" in [run.name for run in runs]:
         problems["a run cannot be called teacher: the table has a row of that name; give it another one"] = []
     parts.problems += [_at(line, names, count) for line, names in problems.items()]
     return runs
+
+
+def _share_local(runs: Sequence[SweepRun]) -> None:
+    """Copies of data sets that only other runs read are no matter of a run, which would refuse them as strays."""
+    used = [local_names([*run.config.data.source_names, *run.config.evaluation.sources]) for run in runs]
+    for run, own in zip(runs, used, strict=True):
+        foreign = set().union(*used) - own
+        run.config.data.local = {name: copy for name, copy in run.config.data.local.items() if name not in foreign}
 
 
 def _at(line: str, names: list[str], count: int) -> str:
