@@ -151,6 +151,22 @@ def test_the_artefact_is_what_was_measured(make_config: Callable[..., RunConfig]
     assert artefact_perplexity(folder, config) == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("kl_factor", [0, 1])
+def test_distances_of_full_fine_tuning_are_from_the_teacher(
+    make_config: Callable[..., RunConfig], model_folder: Path, kl_factor: int
+) -> None:
+    """Its weights were trained over, so it is loaded again, or the copy of the training is taken."""
+    config = make_config("finetune.method=full", "finetune.lr=1e-3", f"finetune.kl_factor={kl_factor}")
+    folder = linearize(config)
+    student = AutoModelForCausalLM.from_pretrained(folder.model)
+    teacher = AutoModelForCausalLM.from_pretrained(model_folder)
+    _, held = build_datasets(config.data, AutoTokenizer.from_pretrained(folder.model), config.seed)
+    scores = measure({"x": Variant(student)}, torch.from_numpy(held.ids).long(), teacher=Variant(teacher))
+    found = folder.results()["kl"]
+    assert found["student"] == pytest.approx(scores["x"].kl, rel=1e-3) and found["student"] != found["transfer"]
+    assert set(found) == set(folder.results()["perplexity"])
+
+
 def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     original = Reporter.step
 

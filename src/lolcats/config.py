@@ -175,9 +175,10 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
     """
     settings = {} if path_or_recipe is None else _read_settings(path_or_recipe)
     try:
-        return RunConfig.model_validate(_merged(settings, parse_overrides(overrides)))
+        return RunConfig.model_validate(merged(settings, parse_overrides(overrides)))
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error))
+        valid = dotted(RunConfig().model_dump()) + [f"data.sources.{key}" for key in SourceConfig.model_fields]
+        lines = "\n".join(f"  {line}" for line in explain(error, valid))
         raise ConfigError(f"the configuration {path_or_recipe or 'given'} cannot be used:\n{lines}") from error
 
 
@@ -206,15 +207,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             continue
         for part in reversed(key.split(".")):
             value = {part.strip(): value}
-        settings = _merged(settings, value)
+        settings = merged(settings, value)
     if problems:
         raise ConfigError("\n".join(problems))
     return settings
 
 
-def _merged(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `new`, section by section."""
     nested = [key for key in new if isinstance(new[key], dict) and isinstance(base.get(key), dict)]
-    return base | new | {key: _merged(base[key], new[key]) for key in nested}
+    return base | new | {key: merged(base[key], new[key]) for key in nested}
 
 
 def _read_settings(path_or_recipe: str | Path) -> dict[str, Any]:
@@ -233,9 +235,10 @@ def _read_settings(path_or_recipe: str | Path) -> dict[str, Any]:
     return settings or {}
 
 
-def _dotted(settings: dict[str, Any], prefix: str = "") -> list[str]:
+def dotted(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """All keys of nested settings, such as finetune and finetune.lr."""
     inner = {prefix + key: value for key, value in settings.items() if isinstance(value, dict)}
-    return [prefix + key for key in settings] + [key for name in inner for key in _dotted(inner[name], name + ".")]
+    return [prefix + key for key in settings] + [key for name in inner for key in dotted(inner[name], name + ".")]
 
 
 def _likeness(key: str, other: str) -> float:
@@ -244,8 +247,8 @@ def _likeness(key: str, other: str) -> float:
     return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
 
-def _explain(error: ValidationError) -> list[str]:
-    valid = _dotted(RunConfig().model_dump()) + [f"data.sources.{key}" for key in SourceConfig.model_fields]
+def explain(error: ValidationError, valid: Sequence[str]) -> list[str]:
+    """What is wrong with settings, a line for each key; `valid` are all keys that there are."""
     names = {part for key in valid for part in key.split(".")}
     problems: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,7 +87,7 @@ def linearize(
     device = choose_device(config.device)
     accelerator = Accelerator(cpu=device.type == "cpu")
     if not resume:
-        check_sources(config.data)  # before anything is written or loaded
+        check_sources(config.data, config.evaluation.sources)  # before anything is written or loaded
     folder = RunFolder.of(config)
     on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     if resume and folder.results().get("complete"):
@@ -119,7 +117,9 @@ def _prepare(
     dtype = choose_dtype(config.dtype, device)
     model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     shown = console if accelerator.is_main_process else None
-    train_set, validation = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=shown)
+    others = config.evaluation.sources
+    datasets = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=shown, others=others)
+    train_set, validation = datasets
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
@@ -158,7 +158,7 @@ def measure_teacher(run: _Run) -> None:
         variants = teacher_variants(run.model)
         if "training_free" not in run.config.evaluation.controls:
             del variants["training_free"]
-        _record(run, variants)
+        _record(run, variants, variants["teacher"])
         with attention_mode(run.model, "softmax"):
             run.results["generation"]["teacher"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
         run.count_seconds()
@@ -178,7 +178,7 @@ def transfer(run: _Run) -> None:
         # The linear half was trained by itself, which leaves its share beside the window open.
         match_start(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results["perplexity"]:
-        _record(run, {"transfer": student_variants(run.model, [])["student"]})
+        _record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
         run.count_seconds()
         run.write_results()
 
@@ -186,7 +186,6 @@ def transfer(run: _Run) -> None:
 def finetune(run: _Run) -> None:
     """Stage 2, then the student and its controls; adapters are merged at the end if the settings say so."""
     config = run.config.finetune
-    plain: Callable[[], AbstractContextManager[object]] = nullcontext
     stage = None
     widened = _slow_backward(run)
     if config.enabled:
@@ -195,11 +194,9 @@ def finetune(run: _Run) -> None:
         set_seed(run.config.seed)  # the adapters' start must not depend on whether stage 1 was resumed
         stage = FinetuneStage(run.model, config)
         _train(run, stage, config)
-        if stage.adapter is not None:
-            plain = stage.adapter.disable_adapter
     _use_compiled(run, False)
     variants = student_variants(run.model, list(run.config.evaluation.controls))
-    _record(run, variants, plain, with_teacher=config.method == "lora" or not config.enabled)
+    _record(run, variants, _teacher_after(run, stage))
     if run.config.quantization != "none":
         _dequantize(run, stage)
     if stage is not None and (adapter := stage.finish()) is not None:
@@ -210,8 +207,19 @@ def finetune(run: _Run) -> None:
         cast_weights(run.model, torch.bfloat16)
     if stage is not None:
         # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
-        _record(run, {"student": student_variants(run.model, [])["student"]}, with_teacher=False, note=" (as saved)")
+        _record(run, {"student": student_variants(run.model, [])["student"]}, None, note=" (as saved)")
     run.results["generation"]["student"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
+
+
+def _teacher_after(run: _Run, stage: FinetuneStage | None) -> Variant:
+    """The teacher of the student: the same weights without adapters, or loaded anew where they were trained."""
+    if stage is None:
+        return teacher_variants(run.model)["teacher"]
+    if stage.adapter is not None:
+        return teacher_variants(run.model, stage.adapter.disable_adapter)["teacher"]
+    if stage.teacher is not None:
+        return teacher_variants(stage.teacher)["teacher"]
+    return Variant(load_teacher(run.config.model, getattr(torch, run.results["dtype"]), run.model.device)[0])
 
 
 def _dequantize(run: _Run, stage: FinetuneStage | None) -> None:
@@ -257,12 +265,10 @@ def _train(run: _Run, stage: Stage, config: Any) -> TrainResult:
 def _record(
     run: _Run,
     variants: dict[str, Variant],
-    plain: Callable[[], AbstractContextManager[object]] = nullcontext,
-    with_teacher: bool = True,
+    teacher: Variant | None,
     note: str = "",
 ) -> None:
-    """Measure and put the numbers into the results."""
-    teacher = teacher_variants(run.model, plain)["teacher"] if with_teacher else None
+    """Measure and put the numbers into the results; without a teacher, no distance from it."""
     e = run.config.evaluation
     scores = measure(variants, run.segments, teacher=teacher, last=e.last, batch_size=e.batch_size)
     for name, score in scores.items():

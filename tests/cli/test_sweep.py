@@ -51,6 +51,23 @@ def test_plan_run_and_table(cli: Run, study: Path, tmp_path: Path) -> None:
     assert "2 finished; left to train: 0 tokens" in later.out and "measured in 2 finished runs" in later.out
 
 
+def test_what_the_section_measure_asks_for(cli: Run, study: Path) -> None:
+    """Told by the plan, measured of student and teacher, and shown; mistakes are found by the plan."""
+    words = ["measure.recall=[passkey]", "measure.lengths=[600, 500]", "measure.samples=2"]
+    plan = cli("sweep", study, *words, "--plan")
+    assert "each student and the teacher will be measured on passkey at 600, 500 tokens" in plan.out
+    cli("sweep", study, *words, "measure.tasks=piqqa", "--plan").refused("unknown task 'piqqa'", "did you mean piqa")
+    cli("sweep", study, "measure.recal=passkey").refused("measure.recal: unknown key; did you mean measure.recall?")
+    assert not Path("runs").exists()
+    done = cli("sweep", study, *words)
+    assert done.code == 0 and done.err == ""
+    assert "measuring: student, passkey, 500 tokens" in done.out and "recall, % found" in done.out
+    assert "passkey 500" in done.out and "\nteacher  finished" in done.out
+    assert cli("sweep", "runs/study/sweep.yaml", "--table").out.count("teacher  finished") == 1
+    again = cli("sweep", "runs/study/sweep.yaml", "measure.samples=1", "--plan")
+    assert "0 finished; left to train: 0 tokens" in again.out and " trained " in again.out
+
+
 def test_the_written_sweep_and_a_single_run_go_on_by_themselves(cli: Run, study: Path) -> None:
     """`sweep.yaml` beside the results, and `config.yaml` of a run, are all that is needed."""
     assert cli("sweep", study, "name=x", "finetune.lr=1e-3", "--only", "rank-2").code == 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
 from lolcats.cli.tables import show_bytes, show_layers, show_number
 from lolcats.evaluation import compare
+from lolcats.saving import RECIPE_FILE
 
 from .conftest import Run
 
@@ -38,6 +40,24 @@ def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: 
         "teacher", "training_free", "student", "window_only", "linear_only", "no_attention"
     ]  # fmt: skip
     assert content["scores"]["teacher"]["kl"] == 0
+
+
+def test_evaluate_reads_copies_of_data_sets(cli: Run, place: Path, finished: Path) -> None:
+    """Named by the option, or by the recipe of the model; the numbers are those of the file."""
+    source, words = "hf:some/text", ["--teacher", "none", "--control", "none", "--json", "x.json"]
+    copy = f"some/text={place / 'text.txt'}"
+    assert cli("evaluate", finished, "--sources", place / "text.txt", *words).code == 0
+    wanted = json.loads(Path("x.json").read_text())["scores"]
+    answer = cli("evaluate", finished, "--sources", source, "--local", copy, *words)
+    assert answer.code == 0 and json.loads(Path("x.json").read_text())["scores"] == wanted
+    model = shutil.copytree(finished / "model", Path("copied"))
+    recipe = model / RECIPE_FILE
+    recipe.write_text(recipe.read_text().replace("local: {}", f"local: {{some/text: {place / 'text.txt'}}}"))
+    assert cli("evaluate", model, "--sources", source, *words).code == 0
+    assert json.loads(Path("x.json").read_text())["scores"] == wanted
+    cli("evaluate", finished, "--sources", source, "--local", "other/text=x.txt").refused("--local other/text: none of")
+    cli("evaluate", finished, "--sources", source, "--local", "x.txt").refused("expected NAME=PATH")
+    cli("evaluate", finished, "--recall", "passkey", "--local", copy).refused("--local goes with perplexity")
 
 
 def test_compare_agrees_with_measuring_inside_the_run(place: Path, finished: Path, tmp_path: Path) -> None:

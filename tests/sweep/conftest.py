@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,23 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTo
     LlamaForCausalLM(config).save_pretrained(folder / "teacher")
     tiny_tokenizer.save_pretrained(folder / "teacher")
     (folder / "text.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few questions of two tasks of lm-eval, in local files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    words = ["the river", "a mill", "the miller", "his daughter", "a stone", "the green wall", "every star"]
+    text = [f"{words[i % 7]} turns above {words[i * 3 % 7]}" for i in range(12)]
+    piqa = [{"goal": t, "sol1": words[i % 5], "sol2": words[(i + 3) % 7], "label": i % 2} for i, t in enumerate(text)]
+    arc = [
+        {"id": str(i), "question": t, "choices": {"text": words[i % 3 : i % 3 + 4], "label": list("ABCD")}}
+        | {"answerKey": "ABCD"[i % 4]}
+        for i, t in enumerate(text)
+    ]
+    for name, rows in {"piqa_validation": piqa, "arc_challenge_test": arc}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

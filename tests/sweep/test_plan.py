@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from lolcats import load_config
+from lolcats.data import check_sources
+from lolcats.errors import DataError
 from lolcats.run_folder import RunFolder
 from lolcats.sweep import Speed, Sweep, calibrate, load_sweep, make_plan, run_sweep
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:validation"
 SPEED = Speed(100.0, 50.0, "given")
 
 
@@ -85,7 +89,7 @@ def test_calibration_leaves_nothing_behind(make_sweep: Callable[..., Sweep], tmp
 def test_studies_load_and_can_be_planned(file: Path, place: Path) -> None:
     """With the tiny teacher, whose layers have the names of those of SmolLM2."""
     settings = [f"model={place / 'teacher'}", f"runs_dir={place / 'none'}"]
-    if file.stem != "components":
+    if file.stem not in ("components", "paper_methods"):
         settings.append("linearization.feature_size=3")
     plan = make_plan(load_sweep(file, settings), speed=SPEED)
     assert len(plan.runs) >= 3
@@ -96,8 +100,8 @@ def test_studies_load_and_can_be_planned(file: Path, place: Path) -> None:
 def test_studies_are_those_of_the_paper() -> None:
     values = {file.stem: load_sweep(file) for file in STUDIES}
     assert set(values) == {
-        "components", "data", "lora_projections", "lora_rank", "seeds", "softmax_layers", "tokens", "transfer_steps",
-        "window",
+        "components", "data", "lora_projections", "lora_rank", "paper_methods", "seeds", "softmax_layers", "tokens",
+        "transfer_steps", "window",
     }  # fmt: skip
     layers = {run.name: run.config for run in values["components"].runs}
     assert len(layers) == 8
@@ -109,3 +113,26 @@ def test_studies_are_those_of_the_paper() -> None:
     assert ranks[:-1] == [(rank, "lora") for rank in (4, 8, 16, 32, 64, 128, 256)] and ranks[-1][1] == "full"
     assert [run.config.linearization.window for run in values["window"].runs] == [4, 16, 64, 256]
     assert {run.config.seed for run in values["seeds"].runs} == {0, 1, 2}
+    t2r, hedgehog, lolcats = (run.config for run in values["paper_methods"].runs)
+    assert not t2r.transfer.enabled and t2r.linearization.window == hedgehog.linearization.window == 0
+    assert (hedgehog.transfer.mse_factor, hedgehog.transfer.xent_factor) == (0, 1)
+    assert lolcats.linearization == load_config("paper").linearization and lolcats.transfer.mse_factor == 1000
+    for sweep in values.values():
+        assert {tuple(run.config.evaluation.sources) for run in sweep.runs} == {(WIKITEXT,)}
+        assert sweep.measure.tasks[:5] == ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"]
+
+
+def test_a_study_reads_its_evaluation_text_from_a_copy(place: Path, tmp_path: Path) -> None:
+    """One override for all runs, which is not refused as a stray: no source of the training is called so."""
+    changes = [
+        f"model={place / 'teacher'}", f"runs_dir={tmp_path}", f"data.sources=[{place / 'text.txt'}]", "device=cpu",
+        f"data.local.Salesforce/wikitext={place / 'text.txt'}", "data.sequence_length=24", "transfer.tokens=96",
+        "finetune.tokens=96", "evaluation.max_segments=2", "measure=null", "linearization.window=4",
+        "linearization.window_kind=sliding", "linearization.feature_size=3",
+    ]  # fmt: skip
+    file = next(file for file in STUDIES if file.stem == "lora_rank")
+    table = run_sweep(load_sweep(file, changes), file, only=["r4"])
+    row = next(row for row in table.runs if row.name == "r4")
+    assert row.status == "finished", row.error
+    with pytest.raises(DataError, match=r"data\.local names Salesforce/wikitext, which no source uses"):
+        check_sources(load_config("paper", ["data.local.Salesforce/wikitext=x.txt", "data.sources=[python-docs]"]).data)

@@ -16,6 +16,7 @@ from lolcats import LolcatsError
 from lolcats.run_folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
+from lolcats.sweep.job import Job
 from lolcats.sweep.sharing import shared_from
 from lolcats.training import Reporter
 
@@ -218,7 +219,7 @@ def test_an_interruption_ends_all_processes(make_sweep: Callable[..., Sweep], mo
         started.append(original(*args, **kwargs))
         return started[-1]
 
-    def interrupted(*args: Any) -> SweepRun | None:
+    def interrupted(*args: Any) -> Job | None:
         if started:
             raise KeyboardInterrupt
         return choose(*args)
@@ -247,4 +248,5 @@ def test_runs_side_by_side(make_sweep: Callable[..., Sweep], monkeypatch: pytest
     assert shared_from(beside.runs[1].config) == "a"
     for one, other in zip(beside.runs[:2], after.runs[:2], strict=True):
         assert comparable(one) == comparable(other) and weights(one) == weights(other)
-    assert sorted(path.name for path in (beside.folder / "logs").iterdir()) == ["a.log", "b.log", "bad.log"]
+    logs = sorted(path.name for path in (beside.folder / "logs").iterdir())
+    assert logs == ["a.log", "b.log", "bad.log", "sweep.yaml"]

@@ -122,6 +122,17 @@ def test_long_values_stay_apart_in_names(load: Callable[..., Sweep]) -> None:
             "runs: [{name: a, linearization: {window: 0, window_kind: terraced}}]",
             "window >= 1; for no window",
         ),
+        ("grid: {seed: [1]}\nmeasure: {taks: [piqa]}", "measure.taks: unknown key; did you mean measure.tasks?"),
+        ("grid: {seed: [1]}\nmeasure: {limit: x}", "measure.limit: Input should be a valid integer (got 'x')"),
+        ("grid: {seed: [1]}\nmeasure: {limit: 0}", "measure.limit: Input should be greater than or equal to 1"),
+        ("grid: {seed: [1]}\nmeasure: {num_fewshot: {mmlu: -1}}", "measure.num_fewshot: Input should be greater"),
+        ("grid: {seed: [1]}\nmeasure: {lengths: []}", "measure.lengths: List should have at least 1 item"),
+        (
+            "grid: {seed: [1]}\nmeasure: {recall: [paskey]}",
+            "measure.recall: unknown recall task 'paskey'; did you mean",
+        ),
+        ("grid: {seed: [1]}\nmeasure: [piqa]", "measure: expected `key: value` lines, such as tasks: [piqa] (got ['p"),
+        ("measure: {recall: [passkey]}\nruns: [{name: teacher}]", "a run cannot be called teacher"),
     ],
 )
 def test_mistakes_are_explained(load: Callable[..., Sweep], text: str, said: str) -> None:
@@ -149,6 +160,27 @@ def test_a_grid_that_is_too_large(load: Callable[..., Sweep]) -> None:
 def test_an_override_of_a_swept_key(load: Callable[..., Sweep]) -> None:
     with pytest.raises(ConfigError, match="override seed: the sweep itself sets this key"):
         load(GRID, "seed=7")
+
+
+def test_copies_of_data_sets_go_to_the_runs_that_read_them(load: Callable[..., Sweep]) -> None:
+    runs = "runs: [{name: a, data.sources: [alpaca-cleaned]}, {name: b, data.sources: [redpajama-sample, x.txt]}]\n"
+    sweep = load(runs, "data.local.alpaca-cleaned=a.json", "data.local.redpajama-sample=r/", "data.local.other=o")
+    assert [run.config.data.local for run in sweep.runs] == [
+        {"alpaca-cleaned": "a.json", "other": "o"}, {"redpajama-sample": "r/", "other": "o"}
+    ]  # fmt: skip
+
+
+def test_what_is_measured_can_be_changed(load: Callable[..., Sweep]) -> None:
+    text = f"{GRID}measure: {{tasks: [piqa, mmlu], num_fewshot: {{mmlu: 5}}, recall: [passkey], samples: 3}}\n"
+    sweep = load(text, "measure.tasks=piqa", "measure.num_fewshot.mmlu=0", "measure.limit=50", "measure.task_data=here")
+    assert sweep.measure.model_dump(include={"tasks", "num_fewshot", "limit", "task_data", "recall", "samples"}) == {
+        "tasks": ["piqa"], "num_fewshot": {"mmlu": 0}, "limit": 50, "task_data": "here", "recall": ["passkey"],
+        "samples": 3,
+    }  # fmt: skip
+    assert all(run.measure is sweep.measure for run in sweep.runs)
+    again = load(sweep.text)
+    assert again.measure == sweep.measure and again.runs == sweep.runs
+    assert not load(text, "measure=null").measure.anything and not load(GRID).measure.anything
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lolcats.cli.generate import generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
 from lolcats.cli.sweep import sweep
+from lolcats.cli.sweep_job import sweep_job
 from lolcats.silence import no_bars
 
 
@@ -36,6 +37,7 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (linearize, sweep, evaluate, generate, chat, inspect, export):
     app.command()(verb)
+app.command("sweep-job", hidden=True)(sweep_job)
 
 
 def _print_version(wanted: bool) -> None:

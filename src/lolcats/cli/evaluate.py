@@ -32,6 +32,12 @@ MOST_SEGMENTS = 32
 Sources = Annotated[
     list[str] | None, typer.Option(help="Text to measure on; repeatable. Default: the recipe's, or python-docs.")
 ]
+Local = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PATH", help="Read this copy of a data set of --sources; repeatable. Also: the recipe's."
+    ),
+]
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")]
 Last = Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")]
 Most = Annotated[int | None, typer.Option(min=1, help=f"Segments to read. Default: the recipe's, or {MOST_SEGMENTS}.")]
@@ -53,6 +59,7 @@ Beyond = Annotated[
 def evaluate(
     model: Model,
     sources: Sources = None,
+    local: Local = None,
     length: Length = None,
     last: Last = None,
     max_segments: Most = None,
@@ -83,7 +90,7 @@ def evaluate(
     """Perplexity and distance from the teacher, benchmarks (--tasks) or recall (--recall), with the controls."""
     if tasks and recall is not None:
         raise LolcatsError("--tasks and --recall are measured apart: give one of them, then the other")
-    own = {"--sources": sources, "--length": length, "--last": last, "--max-segments": max_segments}
+    own = {"--sources": sources, "--local": local, "--length": length, "--last": last, "--max-segments": max_segments}
     own |= {"--by-position": by_position, "--beyond": beyond}
     others = {"--lengths": lengths != recall_options.LENGTHS, "--plot": plot, "--beyond-context": beyond_context}
     recall_options.check_mixture(recall, own, others)
@@ -95,8 +102,17 @@ def evaluate(
     trained = recipe.data.sequence_length if recipe is not None else None
     if beyond is not None:
         length, by_position = _beyond(trained, beyond, length), True
-    given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "teacher": teacher}
+    given = {
+        "sources": sources,
+        "local": _local(local),
+        "length": length,
+        "last": last,
+        "max_segments": max_segments,
+        "teacher": teacher,
+    }
     settings = _settings(recipe, given)
+    if local:
+        _check_local(given["local"], settings["sources"])
     if recall is not None:
         asked = recall_options.read_settings(recall, lengths, samples, depths, recall_seed, haystack, beyond_context)
         rest = (settings["teacher"], controls, asked, batch_size or 4, device, dtype, json_file, plot)
@@ -176,15 +192,37 @@ def _check_controls(control: list[str] | None) -> list[str]:
 def _settings(recipe: RunConfig | None, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `compare`: what the options leave open comes from the recipe, `last` only with its length."""
     chosen: dict[str, Any] = {"sources": ["python-docs"], "length": 1024, "last": None, "max_segments": MOST_SEGMENTS}
-    chosen["teacher"] = None
+    chosen |= {"teacher": None, "local": {}}
     if recipe is not None:
         e = recipe.evaluation
         known = {"sources": e.sources, "length": e.segment_length or recipe.data.sequence_length, "last": e.last}
         known |= {"max_segments": e.max_segments, "teacher": recipe.model}
+        given = given | {"local": recipe.data.local | given["local"]}
         chosen |= {name: value for name, value in known.items() if value}
         chosen["last"] = e.last if given["length"] is None else None
     chosen |= {name: value for name, value in given.items() if value}
     return chosen | {"teacher": None if chosen["teacher"] == "none" else chosen["teacher"]}
+
+
+def _local(words: list[str] | None) -> dict[str, str]:
+    """Name of a data set -> its copy on this machine."""
+    copies: dict[str, str] = {}
+    for word in words or []:
+        name, _, path = word.partition("=")
+        if not name.strip() or not path.strip():
+            raise LolcatsError(f"--local {word}: expected NAME=PATH, such as Salesforce/wikitext=wiki.valid.raw.txt")
+        copies[name.strip()] = path.strip()
+    return copies
+
+
+def _check_local(copies: dict[str, str], sources: list[str]) -> None:
+    from lolcats.data import local_names
+
+    used = local_names(sources)
+    if strays := [name for name in copies if name not in used]:
+        raise LolcatsError(
+            f"--local {strays[0]}: none of the --sources is called so; expected {', '.join(sorted(used))}"
+        )
 
 
 def _write(file: Path, model: str, settings: dict[str, Any], scores: dict[str, Measurement]) -> None:

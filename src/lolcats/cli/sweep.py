@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lolcats.cli.failures import describe
 from lolcats.cli.load import silence
-from lolcats.cli.sweep_tables import COST, QUALITY, print_plan, print_results
+from lolcats.cli.sweep_tables import COST, QUALITY, print_plan, print_results, print_scores
 from lolcats.cli.tables import console
 from lolcats.errors import LolcatsError
 
@@ -88,9 +88,10 @@ def _check_options(
 def _show_plan(
     out: Console, chosen: Sweep, runs: list[SweepRun], given: str | None, calibrated: bool, share: bool
 ) -> None:
-    from lolcats.sweep import calibrate, check_runs, make_plan
+    from lolcats.sweep import calibrate, check_measure, check_runs, make_plan
 
     check_runs(chosen)
+    check_measure(chosen, fetch=False)
     speed = _read_speed(given) if given else calibrate(runs) if calibrated else None
     plan = make_plan(chosen, runs, speed, share)
     print_plan(out, chosen, plan)
@@ -126,6 +127,7 @@ def _show_results(out: Console, chosen: Sweep, gathered: Table) -> None:
     print_results(out, gathered, QUALITY)
     out.print()
     print_results(out, gathered, COST)
+    print_scores(out, gathered)
     written = ["results.json", "results.csv", "results.md", *(["means.csv"] if gathered.means else [])]
     try:
         written += [file.name for file in draw_plots(gathered, chosen.folder)]
@@ -136,8 +138,10 @@ def _show_results(out: Console, chosen: Sweep, gathered: Table) -> None:
 
 def _refuse_failures(gathered: Table, names: list[str]) -> None:
     """The exit code of a sweep with failed runs is that of an error."""
-    failed = [row for row in gathered.runs if row.error and row.name in names]
+    rows = [*gathered.teachers, *(row for row in gathered.runs if row.name in names)]
+    failed = [row for row in rows if row.error]
     if failed:
         first = "; ".join(f"{row.name}: {row.error}" for row in failed[:3])
         more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
-        raise LolcatsError(f"{len(failed)} of {len(names)} runs failed: {first}{more}")
+        count = len(failed) if failed[0] in gathered.teachers else f"{len(failed)} of {len(names)}"
+        raise LolcatsError(f"{count} runs failed: {first}{more}")

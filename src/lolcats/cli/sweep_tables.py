@@ -62,6 +62,8 @@ def _print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
         f"\n{len(plan.runs)} runs in {sweep.folder}, {len(plan.runs) - len(left)} finished; left to train: "
         f"{plan.tokens('transfer'):,} tokens of stage 1, {plan.tokens('finetune'):,} of stage 2"
     ]
+    if sweep.measure.anything:
+        lines.append(_measure_line(sweep))
     if shared := len([run for run in left if run.shares]):
         lines.append(f"stage 1 is done once for runs that have it in common: {shared} runs need none of their own")
     lines.append(_time_line(plan))
@@ -76,6 +78,15 @@ def _print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
 
+def _measure_line(sweep: Sweep) -> str:
+    """What comes after the training, which the time does not count."""
+    measure = sweep.measure
+    parts = [", ".join(measure.tasks)] if measure.tasks else []
+    parts += [f"{', '.join(measure.recall)} at {', '.join(map(str, measure.lengths))} tokens"] if measure.recall else []
+    who = "each student and the teacher" if measure.teacher else "each student"
+    return f"{who} will be measured on {'; '.join(parts)}; the time does not count that"
+
+
 def _time_line(plan: Plan) -> str:
     seconds, speed = plan.seconds(), plan.speed
     if seconds is None or speed is None:
@@ -87,24 +98,41 @@ def _time_line(plan: Plan) -> str:
     )
 
 
-def print_results(out: Console, results: Results, shown: dict[str, str]) -> None:
+def print_results(out: Console, results: Results, shown: dict[str, str], *, with_teachers: bool = False) -> None:
     """A row for each run, or for the mean over its seeds.
 
     Args:
         shown: column -> what it is called; columns without a number are left out.
+        with_teachers: also a row for each teacher, at the end.
     """
-    from lolcats.sweep.results import show_number, show_value
+    from lolcats.sweep.results import axis_cells, show_number
 
     known = results.columns()
     columns = [name for name in shown if name in known]
     swept = [axis for axis in results.shown_axes if len(results.axes[axis]) > 1] or results.shown_axes
     rows = []
-    for row in results.rows:
-        spread = {name: value for name, value in row.spread.items() if name in WITH_SPREAD}
-        numbers = [show_number(row.columns.get(name), spread.get(name)) for name in columns]
-        rows.append([*(show_value(row.settings.get(axis)) or "-" for axis in swept), row.status, *numbers])
+    for row in [*results.rows, *(results.teachers if with_teachers else [])]:
+        spread = {name: value for name, value in row.spread.items() if name in WITH_SPREAD or results.scores.get(name)}
+        numbers = []
+        for name in columns:
+            factor = 100.0 if results.scores.get(name) else 1.0
+            value, deviation = (None if x is None else factor * x for x in (row.columns.get(name), spread.get(name)))
+            numbers.append(show_number(value, deviation))
+        rows.append([*axis_cells(row, swept, "-"), row.status, *numbers])
     heads = [*(axis.rpartition(".")[2] for axis in swept), "", *(shown[name] for name in columns)]
     _print_fitted(out, heads, rows, left=len(swept) + 1)
+
+
+def print_scores(out: Console, results: Results) -> None:
+    """The tables of the section `measure`, if there is one: average and main metric of each task, and recall."""
+    recall = [name for name in results.scores if name.partition(".")[2].isdecimal()]
+    averages = [name for name in results.scores if name.startswith("tasks.")]
+    tasks = [name for name in results.scores if name not in recall + averages]
+    for title, names in ("tasks, % right", averages + tasks), ("recall, % found", recall):
+        if names:
+            out.print(f"\n{title}", markup=False)
+            shown = {name: name.removeprefix("tasks.").replace(".", " ") for name in names}
+            print_results(out, results, shown, with_teachers=True)
 
 
 def _print_fitted(out: Console, heads: list[str], rows: list[list[str]], left: int) -> None:

@@ -2,6 +2,7 @@
 
 from lolcats.data.build import build_datasets as build_datasets
 from lolcats.data.build import check_sources as check_sources
+from lolcats.data.build import local_names as local_names
 from lolcats.data.packing import PackedDataset as PackedDataset
 from lolcats.data.packing import epoch_order as epoch_order
 from lolcats.data.passkey import PasskeySample as PasskeySample

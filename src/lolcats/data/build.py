@@ -28,6 +28,7 @@ def build_datasets(
     *,
     teacher: PreTrainedModel | None = None,
     console: Console | None = None,
+    others: Sequence[str] = (),
 ) -> tuple[PackedDataset, PackedDataset]:
     """Build (training, validation) sequences from separate documents, the same ones for the same seed.
 
@@ -42,11 +43,12 @@ def build_datasets(
         seed: of all shuffles, and of what "passkey" and "self" make up.
         teacher: writes the text of the source "self".
         console: where progress is shown; None is silent.
+        others: see `check_sources`.
 
     Raises:
         DataError: less than one training sequence is left, or a source that is missing, empty or broken.
     """
-    check_sources(config)
+    check_sources(config, others)
     context = Context(tokenizer, config.template, config.sequence_length, seed, config.local, teacher, console)
     groups = [parts_of(source, context) for source in config.sources]
     held_by_rule, training, ruled = _read_mixture(config, groups, seed, console)
@@ -68,28 +70,39 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
-def check_sources(config: DataConfig) -> None:
+def check_sources(config: DataConfig, others: Sequence[str] = ()) -> None:
     """See that the files which the settings name are there, before anything slow begins.
+
+    Args:
+        others: sources that are read elsewhere (`evaluation.sources`), of which `data.local` may name copies too.
 
     Raises:
         DataError: a file is missing, or `data.local` names a data set that no source uses.
     """
-    used: set[str] = set()
-    for name in config.source_names:
+    for name in [*config.source_names, *others]:
         for part in COLLECTIONS.get(name, (name,)):
-            used |= {part} | ({NAMED[part].hub} if part in NAMED else set())
-            if part.startswith("hf:"):
-                used.add(part.removeprefix("hf:").split(":")[0])
-            elif part.endswith(TOKEN_SUFFIXES):
+            if part.endswith(TOKEN_SUFFIXES):
                 find_files(part, TOKEN_SUFFIXES, HINT)
-            elif part not in NAMES:
+            elif part not in NAMES and not part.startswith("hf:"):
                 find_data(part, HINT)
             if (copy := local_copy(part, config.local)) is not None:
                 _check_copy(part, copy)
+    used = local_names([*config.source_names, *others])
     if strays := [name for name in config.local if name not in used]:
         raise DataError(
             f"data.local names {', '.join(strays)}, which no source uses; expected one of {', '.join(sorted(used))}"
         )
+
+
+def local_names(sources: Sequence[str]) -> set[str]:
+    """What the data sets among `sources` may be called in `data.local`."""
+    names: set[str] = set()
+    for source in sources:
+        for part in COLLECTIONS.get(source, (source,)):
+            names |= {part} | ({NAMED[part].hub} if part in NAMED else set())
+            if part.startswith("hf:"):
+                names.add(part.removeprefix("hf:").split(":")[0])
+    return names
 
 
 def _check_copy(name: str, copy: str) -> None:

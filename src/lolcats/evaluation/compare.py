@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -28,6 +28,7 @@ def compare(
     *,
     teacher: str | Path | None = None,
     sources: Sequence[str] = ("python-docs",),
+    local: Mapping[str, str] | None = None,
     length: int = 1024,
     last: int | None = None,
     max_segments: int | None = None,
@@ -43,7 +44,7 @@ def compare(
     Args:
         model: what `load_teacher` takes; a model that is not linearized scores as "teacher".
         teacher: the weights from before the linearization; None leaves out all that needs them.
-        sources: see `lolcats.data.iter_records`, or token files.
+        sources, local: see `lolcats.data.iter_records`; or token files.
         length, last, max_segments: tokens a segment, how many of them count (from the end), segments to read.
         controls, batch_size, edges, progress: see `lolcats.evaluation.controls` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
@@ -54,7 +55,7 @@ def compare(
     """
     loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
     check_context(next(iter(loaded.variants.values())).model, length, "a segment")
-    segments = _read_segments(sources, loaded.tokenizer, length, last, max_segments)
+    segments = _read_segments(sources, local, loaded.tokenizer, length, last, max_segments)
     return measure(
         loaded.variants,
         segments,
@@ -115,13 +116,18 @@ def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedMod
 
 
 def _read_segments(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, last: int | None, count: int | None
+    sources: Sequence[str],
+    local: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    last: int | None,
+    count: int | None,
 ) -> Tensor:
     """Segments [S, length] int64."""
     if last is not None and last >= length:
         raise DataError(f"last={last} must be less than the length of a segment, {length}")
     limit = None if count is None else count * length
-    documents = read_documents(sources, "auto", tokenizer, limit)
+    documents = read_documents(sources, "auto", tokenizer, limit, local=local)
     ids = np.concatenate([document.ids for document in documents]).astype(np.int64)
     try:
         return as_segments(torch.from_numpy(ids), length)

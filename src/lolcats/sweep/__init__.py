@@ -1,7 +1,10 @@
 """Sweeps: many runs from one file, their cost beforehand, their results in one table."""
 
 from lolcats.sweep.calibration import calibrate
+from lolcats.sweep.job import do_job, find_job
+from lolcats.sweep.measure import MeasureConfig
 from lolcats.sweep.measurements import MEASUREMENTS, SweepMeasurement
+from lolcats.sweep.measuring import check_measure
 from lolcats.sweep.plan import Plan, Speed, make_plan
 from lolcats.sweep.plots import draw_plots
 from lolcats.sweep.results import Table, gather, read_failures, write_table
@@ -11,6 +14,7 @@ from lolcats.sweep.state import check_runs, choose_runs
 
 __all__ = [
     "MEASUREMENTS",
+    "MeasureConfig",
     "Plan",
     "Speed",
     "Sweep",
@@ -18,9 +22,12 @@ __all__ = [
     "SweepRun",
     "Table",
     "calibrate",
+    "check_measure",
     "check_runs",
     "choose_runs",
+    "do_job",
     "draw_plots",
+    "find_job",
     "gather",
     "load_sweep",
     "make_plan",

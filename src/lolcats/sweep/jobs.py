@@ -1,4 +1,4 @@
-"""Several runs side by side, each `lolcats linearize` in a process of its own with a log file."""
+"""Several runs side by side, each with its measurements in a process of its own with a log file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from types import FrameType
 
 import torch
 
-from lolcats.run_folder import RunFolder
-from lolcats.sweep.settings import Sweep, SweepRun
+from lolcats.run_folder import write_text
+from lolcats.sweep.job import Job, SweepTeacher, is_finished
+from lolcats.sweep.settings import Sweep
 from lolcats.sweep.sharing import stage_one, stage_one_is_done, take_stage_one
-from lolcats.sweep.state import run_status
+from lolcats.sweep.state import SWEEP_FILE
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20.0
@@ -26,8 +27,8 @@ PATIENCE_SECONDS = 20.0
 
 
 @dataclass
-class _Job:
-    run: SweepRun
+class _Process:
+    job: Job
     process: subprocess.Popen[bytes]
     slot: int
     log: Path
@@ -38,60 +39,65 @@ class _Job:
 
 def run_jobs(
     sweep: Sweep,
-    todo: Sequence[SweepRun],
+    todo: Sequence[Job],
     jobs: int,
     *,
     share: bool,
-    ended: Callable[[SweepRun, str], None],
+    ended: Callable[[Job, str], None],
     say: Callable[[str], None],
 ) -> None:
     """Do `todo`, `jobs` at a time; several GPUs are taken in turn. An interruption ends all processes.
 
     Args:
+        todo: runs, and teachers to be measured.
         share: do a stage 1 that several runs have in common once; the others wait for it.
-        ended: called with each run that ended and its error in one line ("" for none).
+        ended: called with each job that ended and its error in one line ("" for none).
         say: where progress is shown.
     """
-    waiting, running = list(todo), list[_Job]()
+    waiting, running = list(todo), list[_Process]()
     logs = sweep.folder / "logs"
     logs.mkdir(exist_ok=True)
+    write_text(logs / SWEEP_FILE, sweep.text)  # the file that was given may lack the overrides
     with _termination_interrupts():
         try:
             while waiting or running:
-                for job in [job for job in running if job.process.poll() is not None]:
-                    running.remove(job)
-                    seconds = time.monotonic() - job.started
-                    say(f"{job.run.name} ended after {seconds:,.0f} s; {len(waiting) + len(running)} left")
-                    ended(job.run, _error(job))
-                while len(running) < jobs and (run := _next(waiting, [job.run for job in running], share)):
-                    waiting.remove(run)
-                    slot = min(set(range(jobs)) - {job.slot for job in running})
-                    running.append(_start(run, sweep, slot, jobs, share, say))
+                for process in [process for process in running if process.process.poll() is not None]:
+                    running.remove(process)
+                    seconds = time.monotonic() - process.started
+                    say(f"{process.job.name} ended after {seconds:,.0f} s; {len(waiting) + len(running)} left")
+                    ended(process.job, _error(process))
+                while len(running) < jobs and (job := _next(waiting, [process.job for process in running], share)):
+                    waiting.remove(job)
+                    slot = min(set(range(jobs)) - {process.slot for process in running})
+                    running.append(_start(job, sweep, slot, jobs, share, say))
                 time.sleep(POLL_SECONDS)
         finally:
             _stop(running)
 
 
-def _next(waiting: Sequence[SweepRun], running: Sequence[SweepRun], share: bool) -> SweepRun | None:
-    """The first run that need not wait for the stage 1 of one that is running."""
-    busy = {stage_one(run.config) for run in running if share and not stage_one_is_done(run.config)} - {""}
-    return next((run for run in waiting if stage_one(run.config) not in busy), None)
+def _next(waiting: Sequence[Job], running: Sequence[Job], share: bool) -> Job | None:
+    """The first job that need not wait for the stage 1 of one that is running."""
+    busy = {_stage_one(job) for job in running if share and not stage_one_is_done(job.config)} - {""}
+    return next((job for job in waiting if _stage_one(job) not in busy), None)
 
 
-def _start(run: SweepRun, sweep: Sweep, slot: int, jobs: int, share: bool, say: Callable[[str], None]) -> _Job:
-    origin = take_stage_one(run, sweep.runs) if share else None
-    folder = RunFolder.of(run.config)
-    folder.prepare(run.config, resume=True)
-    log = sweep.folder / "logs" / f"{run.name}.log"
-    command = [sys.executable, "-m", "lolcats.cli", "linearize", str(folder.config_file), "--resume"]
+def _stage_one(job: Job) -> str:
+    return "" if isinstance(job, SweepTeacher) else stage_one(job.config)
+
+
+def _start(job: Job, sweep: Sweep, slot: int, jobs: int, share: bool, say: Callable[[str], None]) -> _Process:
+    origin = take_stage_one(job, sweep.runs) if share and not isinstance(job, SweepTeacher) else None
+    logs = sweep.folder / "logs"
+    log = logs / f"{job.name}.log"
+    command = [sys.executable, "-m", "lolcats.cli", "sweep-job", str(logs / SWEEP_FILE), job.name]
     note = f", stage 1 is that of {origin}" if origin else ""
-    say(f"{run.name} runs (log: {log}{note})")
+    say(f"{job.name} runs (log: {log}{note})")
     with log.open("ab") as file:
         begin = file.tell()
         process = subprocess.Popen(
             command, env=_environment(slot, jobs), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
         )
-    return _Job(run, process, slot, log, begin, time.monotonic())
+    return _Process(job, process, slot, log, begin, time.monotonic())
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
@@ -104,28 +110,28 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
     return env
 
 
-def _error(job: _Job) -> str:
-    """Why a process ended, "" if its run is finished."""
-    if run_status(job.run) == "finished":
+def _error(process: _Process) -> str:
+    """Why a process ended, "" if its job is finished."""
+    if is_finished(process.job):
         return ""
-    lines = job.log.read_bytes()[job.begin :].decode(errors="replace").splitlines()
+    lines = process.log.read_bytes()[process.begin :].decode(errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    code = job.process.returncode
+    code = process.process.returncode
     end = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return errors[-1] if errors else f"{end}; see {job.log}"
+    return errors[-1] if errors else f"{end}; see {process.log}"
 
 
-def _stop(running: Sequence[_Job]) -> None:
+def _stop(running: Sequence[_Process]) -> None:
     """Interrupt the processes as Ctrl-C would, and kill those that do not end."""
-    for job in running:
-        job.process.send_signal(signal.SIGINT)
+    for process in running:
+        process.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for job in running:
+    for process in running:
         try:
-            job.process.wait(max(0.1, deadline - time.monotonic()))
+            process.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            job.process.kill()
-            job.process.wait()
+            process.process.kill()
+            process.process.wait()
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from lolcats.sweep.state import run_status, steps_done
 
 Stage = Literal["transfer", "finetune"]
 STAGES: tuple[Stage, Stage] = ("transfer", "finetune")
+DONE = ("trained", "finished")
+"""States of a run without a step left."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def measured_speed(sweep: Sweep) -> Speed | None:
     """Median tokens/s of the sweep's finished runs, None where a stage was never measured."""
     found: dict[str, list[float]] = {"transfer": [], "finetune": [], "other": []}
     names = []
-    for run in [run for run in sweep.runs if run_status(run) == "finished"]:
+    for run in [run for run in sweep.runs if run_status(run) in DONE]:
         results = RunFolder.of(run.config).results()
         names.append(run.name)
         for stage in STAGES:
@@ -125,7 +127,7 @@ def _origins(runs: Sequence[SweepRun]) -> dict[str, str]:
 
 def _planned(run: SweepRun, origin: str, speed: Speed | None, disk: DiskEstimate) -> PlannedRun:
     config = run.config
-    done = run_status(run) == "finished"
+    done = run_status(run) in DONE
     origin = origin or shared_from(config) or ""
     steps: dict[Stage, int] = {stage: _steps(config, stage) for stage in STAGES}
     if origin:

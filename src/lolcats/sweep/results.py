@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lolcats.run_folder import write_text
+from lolcats.run_folder import RunFolder, write_text
+from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
+from lolcats.sweep.measured import Measured, ScoreColumn
 from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run
 from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
@@ -27,7 +29,7 @@ class Row:
 
     name: str
     status: str
-    """finished, failed, started or new; of a mean the number of finished seeds, "2/3 seeds"."""
+    """finished, failed, trained, started or new; of a mean the number of finished seeds, "2/3 seeds"."""
     settings: dict[str, Any]
     """Axis or key -> value."""
     columns: Columns = field(default_factory=dict)
@@ -48,10 +50,14 @@ class Table:
     runs: list[Row]
     means: list[Row]
     """Means over seeds; empty where `seed` is no axis."""
+    teachers: list[Row] = field(default_factory=list)
+    """What the section `measure` says of the models before; empty without it."""
+    scores: dict[str, bool] = field(default_factory=dict)
+    """The columns of the section `measure`, in order -> whether it is a share, which people read in percent."""
 
     @property
     def rows(self) -> list[Row]:
-        """What a person wants to see: means where there are seeds, else runs."""
+        """What a person wants to see of the students: means where there are seeds, else runs."""
         return self.means or self.runs
 
     @property
@@ -61,8 +67,17 @@ class Table:
 
     def columns(self) -> list[str]:
         """All columns with numbers, in order."""
-        found = dict.fromkeys(name for row in self.runs for name in row.columns)
-        return sorted(found, key=_place)
+        found = dict.fromkeys(name for row in [*self.runs, *self.teachers] for name in row.columns)
+        return sorted(found, key=self.place)
+
+    def place(self, column: str) -> tuple[int, int, str]:
+        """Where a column stands."""
+        section, _, name = column.partition(".")
+        sections = ("perplexity", "kl", "tokens_per_second", "seconds")
+        if column in self.scores:
+            return len(sections), list(self.scores).index(column), ""
+        first = sections.index(section) if section in sections else len(sections) + 1
+        return first, ORDER.index(name) if name in ORDER else len(ORDER), column if name not in ORDER else ""
 
 
 def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement] = MEASUREMENTS) -> Table:
@@ -72,33 +87,37 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
         failures: name of a run -> its error in one line.
         measurements: what to know of finished runs; those that are missing are made now.
     """
-    runs = [_row(sweep, run, failures, measurements) for run in sweep.runs]
-    return Table(sweep.name, sweep.axes, runs, _means(sweep, runs) if SEED in sweep.axes else [])
+    scores: dict[str, ScoreColumn] = {}
+    runs = [_row(sweep, run, failures, measurements, scores) for run in sweep.runs]
+    teachers = [_teacher_row(teacher, failures, scores) for teacher in sweep_teachers(sweep)]
+    shares = {name: score.is_share for name, score in scores.items()}
+    return Table(sweep.name, sweep.axes, runs, _means(sweep, runs) if SEED in sweep.axes else [], teachers, shares)
 
 
 def read_failures(sweep: Sweep) -> dict[str, str]:
-    """The errors that an earlier call of the sweep wrote down, of runs that are still not finished."""
+    """The errors that an earlier call of the sweep wrote down, of runs and teachers that are still not finished."""
     file = sweep.folder / "results.json"
-    rows = json.loads(file.read_text())["runs"] if file.exists() else []
-    open_runs = {run.name for run in sweep.runs if run_status(run) != "finished"}
-    return {row["name"]: row["error"] for row in rows if row["error"] and row["name"] in open_runs}
+    content = json.loads(file.read_text()) if file.exists() else {}
+    rows = [*content.get("runs", []), *content.get("teachers", [])]
+    left = {job.name for job in [*sweep.runs, *sweep_teachers(sweep)] if not is_finished(job)}
+    return {row["name"]: row["error"] for row in rows if row["error"] and row["name"] in left}
 
 
 def write_table(sweep: Sweep, table: Table) -> None:
     """Replace results.json, results.csv and results.md, and means.csv where there are seeds."""
     content = {"name": table.name, "axes": table.axes, "runs": [vars(row) for row in table.runs]}
-    content["means"] = [vars(row) for row in table.means]
+    content |= {"means": [vars(row) for row in table.means], "teachers": [vars(row) for row in table.teachers]}
     write_text(sweep.folder / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_text(sweep.folder / "results.csv", to_csv(table, table.runs))
+    write_text(sweep.folder / "results.csv", to_csv(table, [*table.runs, *table.teachers]))
     if table.means:
-        write_text(sweep.folder / "means.csv", to_csv(table, table.means))
+        write_text(sweep.folder / "means.csv", to_csv(table, [*table.means, *table.teachers]))
     write_text(sweep.folder / "results.md", to_markdown(table))
 
 
 def to_csv(table: Table, rows: Sequence[Row]) -> str:
     """A line a row; standard deviations are columns of their own."""
     columns = table.columns()
-    spread = sorted({name for row in rows for name in row.spread}, key=_place)
+    spread = sorted({name for row in rows for name in row.spread}, key=table.place)
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -116,11 +135,12 @@ def to_markdown(table: Table) -> str:
     if table.means:
         parts += [
             "Mean and standard deviation over seeds",
-            _markdown_rows(table, table.means, table.shown_axes),
+            _markdown_rows(table, [*table.means, *table.teachers], table.shown_axes),
             "Runs",
         ]
-    parts.append(_markdown_rows(table, table.runs, list(table.axes)))
-    parts += [f"* {row.name}: {row.error}" for row in table.runs if row.error]
+    rows = [*table.runs, *table.teachers]
+    parts.append(_markdown_rows(table, rows, list(table.axes)))
+    parts += [f"* {row.name}: {row.error}" for row in rows if row.error]
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,14 +158,39 @@ def show_value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _row(sweep: Sweep, run: SweepRun, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement]) -> Row:
+def axis_cells(row: Row, axes: Sequence[str], nothing: str = "") -> list[str]:
+    """The settings of a row as a person reads them; a teacher, which has none, shows its name in the first place."""
+    cells = [show_value(row.settings.get(axis)) or nothing for axis in axes]
+    return cells if row.settings or not cells else [row.name, *cells[1:]]
+
+
+def _row(
+    sweep: Sweep,
+    run: SweepRun,
+    failures: Mapping[str, str],
+    measurements: Sequence[SweepMeasurement],
+    scores: dict[str, ScoreColumn],
+) -> Row:
+    """The row of a run; `scores` is given what is known of the section `measure`."""
     status = run_status(run)
     keys = [*([RUN] if RUN in sweep.axes else []), *sweep.keys]
     row = Row(run.name, status, {key: run.value(key) for key in keys}, shared=shared_from(run.config) or "")
-    if status == "finished":
-        row.columns = measure_run(run.config, measurements)
-    elif run.name in failures:
+    if status in ("trained", "finished"):
+        found = Measured.of_run(RunFolder.of(run.config)).columns(run.measure)
+        scores |= found
+        row.columns = measure_run(run.config, measurements) | {name: score.value for name, score in found.items()}
+    if status != "finished" and run.name in failures:
         row.status, row.error = "failed", failures[run.name]
+    return row
+
+
+def _teacher_row(teacher: SweepTeacher, failures: Mapping[str, str], scores: dict[str, ScoreColumn]) -> Row:
+    found = Measured(teacher.file).columns(teacher.measure)
+    scores |= found
+    row = Row(teacher.name, "finished" if teacher.is_finished else "started" if found else "new", {})
+    row.columns = {name: score.value for name, score in found.items()}
+    if row.status != "finished" and teacher.name in failures:
+        row.status, row.error = "failed", failures[teacher.name]
     return row
 
 
@@ -173,18 +218,11 @@ def _mean(group: Sequence[Row]) -> Row:
     return mean
 
 
-def _place(column: str) -> tuple[int, int, str]:
-    section, _, name = column.partition(".")
-    sections = ("perplexity", "kl", "tokens_per_second", "seconds")
-    first = sections.index(section) if section in sections else len(sections)
-    return first, ORDER.index(name) if name in ORDER else len(ORDER), column if name not in ORDER else ""
-
-
 def _markdown_rows(table: Table, rows: Sequence[Row], axes: Sequence[str]) -> str:
     columns = [name for name in table.columns() if not name.startswith("seconds.") or name == "seconds.total"]
     head = [*axes, "status", *(name.replace(".", " ").replace("_", " ") for name in columns)]
     lines = [head, ["---"] * (len(axes) + 1) + ["---:"] * len(columns)]
     for row in rows:
         numbers = [show_number(row.columns.get(name), row.spread.get(name)) for name in columns]
-        lines.append([*(show_value(row.settings.get(axis)) for axis in axes), row.status, *numbers])
+        lines.append([*axis_cells(row, axes), row.status, *numbers])
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

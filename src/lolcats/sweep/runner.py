@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
 from lolcats.errors import LolcatsError
-from lolcats.linearize import linearize
+from lolcats.sweep.job import Job, SweepTeacher, do_job, is_finished, sweep_teachers
 from lolcats.sweep.jobs import run_jobs
 from lolcats.sweep.measurements import MEASUREMENTS, SweepMeasurement
+from lolcats.sweep.measuring import check_measure
 from lolcats.sweep.results import Table, gather, read_failures, write_table
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.sharing import take_stage_one
-from lolcats.sweep.state import choose_runs, open_folder, run_status
+from lolcats.sweep.state import check_runs, choose_runs, open_folder
 
 
 @dataclass
@@ -33,8 +31,8 @@ class _Progress:
         if self.console is not None:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def ended(self, run: SweepRun, error: str) -> None:
-        """Note how a run ended ("" is well), and bring the table up to date."""
+    def ended(self, run: Job, error: str) -> None:
+        """Note how a run, or the measuring of a teacher, ended ("" is well), and bring the table up to date."""
         self.failures.pop(run.name, None)
         if error:
             self.failures[run.name] = error
@@ -61,7 +59,8 @@ def run_sweep(
 ) -> Table:
     """Do all runs that are not finished, each in a folder of its own, and gather the results after every one.
 
-    A run that was interrupted goes on from its last checkpoint. One that fails is noted, and the sweep goes on.
+    A run that was interrupted goes on from its last checkpoint. One that fails is noted, and the sweep goes on. What
+    the section `measure` asks for is measured of each student as soon as it is there, and of the teacher first.
 
     Args:
         source: the sweep file.
@@ -77,36 +76,37 @@ def run_sweep(
         The table, which is also in the sweep's folder; rows of failed runs have an error.
 
     Raises:
-        LolcatsError: a run on disk has other settings, a pattern matches no run, or the folder cannot be written.
+        LolcatsError: a run on disk has other settings, a pattern matches no run, what shall be measured cannot be, or
+            the folder cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LolcatsError("a sweep is one process; to use several GPUs give --jobs N instead of torchrun")
     chosen = choose_runs(sweep, only, "--only") if only else sweep.runs
-    open_folder(sweep, Path(source), choose_runs(sweep, overwrite, "--overwrite") if overwrite else [])
+    replaced = choose_runs(sweep, overwrite, "--overwrite") if overwrite else []
+    check_runs(sweep, replaced)
+    if replaced or not all(map(is_finished, [*sweep_teachers(sweep, chosen), *chosen])):
+        check_measure(sweep)
+    open_folder(sweep, Path(source), replaced)
     progress = _Progress(sweep, measurements, console, read_failures(sweep))
-    todo = [run for run in chosen if run_status(run) != "finished"]
-    if finished := len(chosen) - len(todo):
+    todo: list[Job] = [job for job in [*sweep_teachers(sweep, chosen), *chosen] if not is_finished(job)]
+    if finished := len(chosen) - len([job for job in todo if isinstance(job, SweepRun)]):
         progress.say(f"{finished} of {len(chosen)} runs are finished already")
     progress.write()
     if jobs > 1 and todo:
         run_jobs(sweep, todo, jobs, share=share, ended=progress.ended, say=progress.say)
     else:
-        for number, run in enumerate(todo, start=1):
-            progress.say(f"\n[{number}/{len(todo)}] {run.name}")
-            progress.ended(run, _run_here(run, sweep.runs if share else [], describe, progress))
+        for number, job in enumerate(todo, start=1):
+            progress.say(f"\n[{number}/{len(todo)}] {job.name}")
+            progress.ended(job, _do_here(job, sweep.runs if share else [], describe, progress))
     return progress.write()
 
 
-def _run_here(run: SweepRun, others: Sequence[SweepRun], describe: Callable[[Exception], str], progress: Any) -> str:
-    """Do one run in this process; returns its error in one line, or ""."""
-    error = ""
+def _do_here(job: Job, others: Sequence[SweepRun], describe: Callable[[Exception], str], progress: _Progress) -> str:
+    """Do one job in this process; returns its error in one line, or ""."""
     try:
-        if origin := take_stage_one(run, others):
+        if not isinstance(job, SweepTeacher) and (origin := take_stage_one(job, others)):
             progress.say(f"stage 1 is that of {origin}")
-        linearize(run.config, resume=True, console=progress.console)
+        do_job(job, progress.console)
     except Exception as problem:  # whatever ended this run, the others do not depend on it
-        error = " ".join(describe(problem).split())
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return error
+        return " ".join(describe(problem).split())
+    return ""

@@ -7,28 +7,27 @@ collected into one message.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lolcats.config import RunConfig, dump_config, load_config, parse_overrides
+from lolcats.config import RunConfig, dump_config, load_config, merged, parse_overrides
+from lolcats.data import local_names
 from lolcats.errors import ConfigError
 from lolcats.strict_yaml import read_yaml, write_yaml
+from lolcats.sweep.measure import MeasureConfig, read_measure
+from lolcats.sweep.naming import NAME, run_name
 
 MAX_RUNS = 256
 """Most runs of one sweep: a grid grows faster than one thinks."""
 RUN = "run"
 """Name of the axis that `runs` makes."""
-KEYS = ("name", "base", "settings", "grid", "runs")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LONGEST = 40  # characters of a value in the name of a run
+KEYS = ("name", "base", "settings", "grid", "runs", "measure")
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class SweepRun:
     config: RunConfig
     point: dict[str, Any]
     """Axis -> the value that this run has there; the axis `run` holds the name of its set of settings."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """What is measured of the finished student; the same for all runs of a sweep."""
 
     def value(self, key: str) -> Any:
         """The value of a key of the configuration, such as finetune.rank; of the axis `run` its name."""
@@ -59,6 +60,7 @@ class Sweep:
     runs: list[SweepRun]
     text: str
     """The sweep as YAML that needs no other file and no overrides."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -66,21 +68,23 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Args:
         path: a YAML file; docs/sweeps.md explains its keys.
-        overrides: `key.sub=value` texts for every run. `name=` and `runs_dir=` say where the sweep's folder is.
+        overrides: `key.sub=value` texts for every run. `name=` and `runs_dir=` say where the sweep's folder is, and
+            `measure.key=` changes what is measured.
 
     Raises:
         ConfigError: no such file, broken YAML, or wrong settings; all of these in one message, a line each.
     """
     file = Path(path).expanduser()
     content = _read(file)
-    given = _flat(parse_overrides(overrides))
-    parts = _Parts(file, content, given)
+    given = parse_overrides(overrides)
+    content = merged(content, {"measure": given.pop("measure")} if "measure" in given else {})
+    parts = _Parts(file, content, _flat(given))
     runs = [] if parts.too_many else _build_runs(parts)
     if parts.problems:
         lines = "\n".join(f"  {problem}" for problem in parts.problems)
         raise ConfigError(f"the sweep {file} cannot be used:\n{lines}")
     axes = {axis: list({_text(run.point[axis]): run.point[axis] for run in runs}.values()) for axis in parts.axes()}
-    return Sweep(parts.name, Path(runs[0].config.runs_dir), axes, parts.keys(), runs, _resolved(parts))
+    return Sweep(parts.name, Path(runs[0].config.runs_dir), axes, parts.keys(), runs, _resolved(parts), parts.measure)
 
 
 def read_key(config: RunConfig, key: str) -> Any:
@@ -111,6 +115,7 @@ class _Parts:
             self.problems.append("nothing to run: give grid (key: [values]) or runs (a list of named settings)")
         self._check_overlaps(given)
         self.settings |= given
+        self.measure = read_measure(content.get("measure"), self.problems)
         self.too_many = self._check_size()
 
     def axes(self) -> list[str]:
@@ -201,36 +206,27 @@ def _build_runs(parts: _Parts) -> list[SweepRun]:
             config = load_config(None, [f"{key}={_text(value)}" for key, value in settings.items()])
         except ConfigError as error:
             for line in str(error).splitlines()[1:]:
-                problems.setdefault(line.strip(), []).append(_run_name(name, point))
+                problems.setdefault(line.strip(), []).append(run_name(name, point))
             continue
         point = {key: read_key(config, key) for key in point}  # 1e6 has become 1000000
-        config.name = _run_name(name, point)
+        config.name = run_name(name, point)
         config.runs_dir = str(Path(config.runs_dir) / parts.name)
-        runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | point))
+        runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | point, parts.measure))
+    _share_local(runs)
     for name in sorted({run.name for run in runs if [other.name for other in runs].count(run.name) > 1}):
         problems[f"two runs are called {name}: values that look the same; name them in runs"] = []
+    if parts.measure.teacher and parts.measure.anything and "teacher" in [run.name for run in runs]:
+        problems["a run cannot be called teacher: the table has a row of that name; give it another one"] = []
     parts.problems += [_at(line, names, count) for line, names in problems.items()]
     return runs
 
 
-def _run_name(name: str | None, point: dict[str, Any]) -> str:
-    last = [key.rpartition(".")[2] for key in point]
-    words = [] if name is None else [name]
-    for key, short in zip(point, last, strict=True):
-        words.append(f"{short if last.count(short) == 1 else key}-{_label(point[key])}")
-    return "_".join(words) or "run"  # without an axis the file is refused anyway
-
-
-def _label(value: Any) -> str:
-    """A value as part of a file's name."""
-    if type(value) is int and value >= 10_000 and value % 100 == 0:
-        millions = value >= 1_000_000 and value % 10_000 == 0
-        return f"{value / 1e6:g}M" if millions else f"{value / 1e3:g}k" if value < 100_000_000 else str(value)
-    text = ".".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
-    text = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-") or "-"
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return text
+def _share_local(runs: Sequence[SweepRun]) -> None:
+    """Copies of data sets that only other runs read are no matter of a run, which would refuse them as strays."""
+    used = [local_names([*run.config.data.source_names, *run.config.evaluation.sources]) for run in runs]
+    for run, own in zip(runs, used, strict=True):
+        foreign = set().union(*used) - own
+        run.config.data.local = {name: copy for name, copy in run.config.data.local.items() if name not in foreign}
 
 
 def _at(line: str, names: list[str], count: int) -> str:
@@ -285,4 +281,6 @@ def _resolved(parts: _Parts) -> str:
         content["grid"] = parts.grid
     if parts.sets:
         content["runs"] = [{"name": name, **chosen} for name, chosen in parts.sets]
+    if parts.measure.anything:
+        content["measure"] = parts.measure.model_dump(mode="json")
     return write_yaml(content)

@@ -63,7 +63,8 @@ def take_stage_one(run: SweepRun, runs: Sequence[SweepRun]) -> str | None:
     """
     target = RunFolder.of(run.config)
     key = stage_one(run.config)
-    if not key or (target.checkpoints("transfer") / "last.safetensors").exists():
+    begun = (target.checkpoints("transfer") / "last.safetensors").exists() or target.results().get("complete")
+    if not key or begun:
         return None
     for other in runs:
         if other.name != run.name and stage_one(other.config) == key and stage_one_is_done(other.config):

@@ -12,10 +12,12 @@ from typing import Literal
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.run_folder import RunFolder, write_text
+from lolcats.sweep.measured import Measured
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.training.checkpoint import read_metadata
 
-Status = Literal["new", "started", "finished"]
+Status = Literal["new", "started", "trained", "finished"]
+"""A run that is trained has its model; some of what the section `measure` asks for is missing."""
 SWEEP_FILE = "sweep.yaml"
 
 
@@ -24,7 +26,9 @@ def run_status(run: SweepRun) -> Status:
     folder = RunFolder.of(run.config)
     if not folder.config_file.exists():
         return "new"
-    return "finished" if folder.results().get("complete") else "started"
+    if not folder.results().get("complete"):
+        return "started"
+    return "finished" if Measured.of_run(folder).is_complete(run.measure) else "trained"
 
 
 def steps_done(config: RunConfig, stage: Literal["transfer", "finetune"]) -> int:

@@ -1,0 +1,22 @@
+"""`lolcats sweep-job`: what `lolcats sweep --jobs` starts for each run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lolcats.cli.load import silence
+from lolcats.cli.tables import console
+
+
+def sweep_job(
+    config: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep that a sweep wrote down.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of one of its runs, or of a teacher.")],
+) -> None:
+    """Do one run of a sweep with its measurements, or measure a teacher; goes on where it was interrupted."""
+    from lolcats.sweep import do_job, find_job, load_sweep
+
+    silence()
+    do_job(find_job(load_sweep(config), name), console())
