@@ -1,11 +1,11 @@
 """The studies of configs/studies as one sweep, so that a run which several of them have in common is done once.
 
 python benchmarks/studies.py combine FOLDER STUDY.yaml ... [--set KEY=VALUE ...]
-    writes FOLDER/studies.yaml, for `lolcats sweep FOLDER/studies.yaml --jobs N`, and FOLDER/studies.json
+    writes FOLDER/studies.yaml, for `lolcats sweep FOLDER/studies.yaml --jobs N`, and FOLDER/studies.json; runs go to FOLDER/all
 python benchmarks/studies.py tables FOLDER
     prints a table for each study from the results of that sweep
 
-KEY=VALUE are overrides of every study, as `lolcats sweep` takes them; FOLDER is the sweep's folder.
+KEY=VALUE are overrides, as `lolcats sweep` takes them, of every study that does not vary the key itself.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.config import RunConfig, load_config
-from lolcats.strict_yaml import write_yaml
+from lolcats.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep import Sweep, load_sweep
 
+SWEEP = "all"
+"""Name of the joint sweep: its runs and results are in FOLDER/all."""
+ENABLED = "transfer.enabled"
 PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
 
@@ -32,8 +35,17 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What a run is, with dotted keys."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in PLACE}
+    """What a run is, with dotted keys; without a first stage its settings do not matter."""
+    what = {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in PLACE}
+    off = not config.transfer.enabled
+    return {key: value for key, value in what.items() if not (off and key.startswith("transfer.") and key != ENABLED)}
+
+
+def _fitting(study: Path, overrides: list[str]) -> list[str]:
+    """Overrides of keys that the study does not vary."""
+    content = read_yaml(study.read_text())
+    own = {key for part in [content.get("grid") or {}, *(content.get("runs") or [])] for key in flat(part)}
+    return [text for text in overrides if text.partition("=")[0] not in own]
 
 
 def combine(folder: Path, sweeps: list[Sweep]) -> None:
@@ -53,7 +65,7 @@ def combine(folder: Path, sweeps: list[Sweep]) -> None:
             where.setdefault(sweep.name, {})[run.name] = names[key]
     measures = [sweep.measure.model_dump(mode="json") for sweep in sweeps]
     measure = {**measures[0], "tasks": list(dict.fromkeys(task for m in measures for task in m["tasks"]))}
-    content = {"name": folder.name, "base": "paper", "settings": {"runs_dir": str(folder.parent)}, "measure": measure}
+    content = {"name": SWEEP, "base": "paper", "settings": {"runs_dir": str(folder)}, "measure": measure}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "studies.yaml").write_text(write_yaml({**content, "runs": list(runs.values())}))
     (folder / "studies.json").write_text(json.dumps(where, indent=1) + "\n")
@@ -62,7 +74,7 @@ def combine(folder: Path, sweeps: list[Sweep]) -> None:
 
 def tables(folder: Path) -> None:
     """Print the rows of each study."""
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / SWEEP / "results.json").read_text())
     rows = {row["name"]: row["columns"] for row in results["runs"]}
     teachers = {row["name"]: row["columns"] for row in results.get("teachers", [])}
     columns = ["perplexity.transfer", "perplexity.student", "kl.student", "perplexity.window_only"]
@@ -97,7 +109,7 @@ def main() -> None:
     if args.command == "tables":
         tables(args.folder)
         return
-    combine(args.folder, [load_sweep(study, args.overrides) for study in args.studies])
+    combine(args.folder, [load_sweep(study, _fitting(study, args.overrides)) for study in args.studies])
 
 
 if __name__ == "__main__":
