@@ -115,12 +115,17 @@ def print_results(out: Console, results: Results, shown: dict[str, str], *, with
         spread = {name: value for name, value in row.spread.items() if name in WITH_SPREAD or results.scores.get(name)}
         numbers = []
         for name in columns:
-            factor = 100.0 if results.scores.get(name) else 1.0
-            value, deviation = (None if x is None else factor * x for x in (row.columns.get(name), spread.get(name)))
-            numbers.append(show_number(value, deviation))
+            show = _show_percent if results.scores.get(name) else show_number
+            numbers.append(show(row.columns.get(name), spread.get(name)))
         rows.append([*axis_cells(row, swept, "-"), row.status, *numbers])
     heads = [*(axis.rpartition(".")[2] for axis in swept), "", *(shown[name] for name in columns)]
     _print_fitted(out, heads, rows, left=len(swept) + 1)
+
+
+def _show_percent(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
 def print_scores(out: Console, results: Results) -> None:

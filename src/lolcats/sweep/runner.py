@@ -82,11 +82,7 @@ def run_sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LolcatsError("a sweep is one process; to use several GPUs give --jobs N instead of torchrun")
     chosen = choose_runs(sweep, only, "--only") if only else sweep.runs
-    replaced = choose_runs(sweep, overwrite, "--overwrite") if overwrite else []
-    check_runs(sweep, replaced)
-    if replaced or not all(map(is_finished, [*sweep_teachers(sweep, chosen), *chosen])):
-        check_measure(sweep)
-    open_folder(sweep, Path(source), replaced)
+    _open(sweep, Path(source), chosen, choose_runs(sweep, overwrite, "--overwrite") if overwrite else [])
     progress = _Progress(sweep, measurements, console, read_failures(sweep))
     todo: list[Job] = [job for job in [*sweep_teachers(sweep, chosen), *chosen] if not is_finished(job)]
     if finished := len(chosen) - len([job for job in todo if isinstance(job, SweepRun)]):
@@ -99,6 +95,14 @@ def run_sweep(
             progress.say(f"\n[{number}/{len(todo)}] {job.name}")
             progress.ended(job, _do_here(job, sweep.runs if share else [], describe, progress))
     return progress.write()
+
+
+def _open(sweep: Sweep, source: Path, chosen: Sequence[SweepRun], replaced: Sequence[SweepRun]) -> None:
+    """The folder, once it is known that what is left can be measured."""
+    check_runs(sweep, replaced)
+    if replaced or not all(map(is_finished, [*sweep_teachers(sweep, chosen), *chosen])):
+        check_measure(sweep)
+    open_folder(sweep, source, replaced)
 
 
 def _do_here(job: Job, others: Sequence[SweepRun], describe: Callable[[Exception], str], progress: _Progress) -> str:
