@@ -1,7 +1,7 @@
 """The studies of configs/studies as one sweep, so that a run which several of them have in common is done once.
 
 python benchmarks/studies.py combine FOLDER STUDY.yaml ... [--set KEY=VALUE ...]
-    writes FOLDER/studies.yaml, for `lolcats sweep FOLDER/studies.yaml --jobs N`, and FOLDER/studies.json; runs go to FOLDER/all
+    writes FOLDER/studies.yaml and .json, for `lolcats sweep FOLDER/studies.yaml --jobs N`, whose runs go to FOLDER/all
 python benchmarks/studies.py tables FOLDER
     prints a table for each study from the results of that sweep
 
