@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_swe
 from lolcats.sweep import jobs as jobs_module
 from lolcats.sweep.job import Job
 from lolcats.sweep.sharing import shared_from
+from lolcats.sweep.state import hold_folder
 from lolcats.training import Reporter
 
 recipe = importlib.import_module("lolcats.linearize")
@@ -208,6 +212,57 @@ def test_torchrun_is_refused(make_sweep: Callable[..., Sweep], monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LolcatsError, match="--jobs"):
         run_sweep(make_sweep(**RANKS), "study.yaml")
+
+
+def test_two_sweeps_do_not_work_in_one_folder(make_sweep: Callable[..., Sweep]) -> None:
+    sweep = make_sweep(**RANKS)
+    with hold_folder(sweep), pytest.raises(LolcatsError, match="another `lolcats sweep` works in"):
+        run_sweep(sweep, "study.yaml")
+    assert not sweep.folder.exists()
+
+
+def test_a_job_without_memory_is_tried_again(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three jobs for two GPUs' worth of memory: the first try of the third fails."""
+    command = [sys.executable, "-c", "import time; time.sleep(1)"]
+    failing = [sys.executable, "-c", "print('error: out of memory; use smaller batches'); exit(1)"]
+    started: list[str] = []
+    said: list[str] = []
+    ended: dict[str, str] = {}
+
+    def start(job: Job, sweep: Sweep, slot: int, *_: Any) -> jobs_module._Process:
+        started.append(job.name)
+        log = sweep.folder / f"{len(started)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(failing if len(started) == 3 else command, stdout=file)
+        return jobs_module._Process(job, process, slot, log, 0, 0.0)
+
+    def note(job: Job, error: str) -> None:
+        ended[job.name] = error
+
+    monkeypatch.setattr(jobs_module, "_start", start)
+    sweep = make_sweep(grid={"seed": [0, 1, 2]})
+    sweep.folder.mkdir(parents=True)
+    jobs_module.run_jobs(sweep, sweep.runs, 3, share=False, ended=note, say=said.append)
+    names = [run.name for run in sweep.runs]
+    assert started == [*names, names[2]] and set(ended) == set(names)
+    assert any("tried again; 2 jobs at a time now" in text for text in said)
+
+
+def test_a_job_in_the_background_of_a_shell_can_be_ended(make_sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    """There SIGINT is ignored, which a process hands on to those that it starts."""
+    sweep = make_sweep(grid={"seed": [0, 1]}, settings={"finetune.tokens": 100_000_000})
+    file = tmp_path / "sweep.yaml"
+    file.write_text(sweep.text)
+    command = [sys.executable, "-m", "lolcats.cli", "sweep-job", str(file), sweep.runs[0].name]
+    shell = "trap '' INT; exec " + shlex.join(command)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": ""}
+    process = subprocess.Popen(["sh", "-c", shell], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    while b"perplexity" not in (line := process.stdout.readline()):
+        assert line, "it ended by itself"
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, rest.decode()
 
 
 def test_an_interruption_ends_all_processes(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -18,5 +19,7 @@ def sweep_job(
     """Do one run of a sweep with its measurements, or measure a teacher; goes on where it was interrupted."""
     from lolcats.sweep import do_job, find_job, load_sweep
 
+    # A shell's background jobs ignore interruptions, and so would this process: the sweep ends its jobs by one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     silence()
     do_job(find_job(load_sweep(config), name), console())

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,8 @@ from lolcats.sweep.sharing import stage_one, stage_one_is_done, take_stage_one
 from lolcats.sweep.state import SWEEP_FILE
 
 POLL_SECONDS = 0.2
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""What errors say when a GPU, or this machine, has no memory left."""
 PATIENCE_SECONDS = 20.0
 """How long a process may take to end after Ctrl-C before it is killed."""
 
@@ -48,31 +50,65 @@ def run_jobs(
 ) -> None:
     """Do `todo`, `jobs` at a time; several GPUs are taken in turn. An interruption ends all processes.
 
+    A job that runs out of memory beside others is tried again later, with one job fewer at a time.
+
     Args:
         todo: runs, and teachers to be measured.
         share: do a stage 1 that several runs have in common once; the others wait for it.
         ended: called with each job that ended and its error in one line ("" for none).
         say: where progress is shown.
     """
-    waiting, running = list(todo), list[_Process]()
     logs = sweep.folder / "logs"
     logs.mkdir(exist_ok=True)
     write_text(logs / SWEEP_FILE, sweep.text)  # the file that was given may lack the overrides
+    pool = _Pool(sweep, jobs, share, ended, say, list(todo))
     with _termination_interrupts():
         try:
-            while waiting or running:
-                for process in [process for process in running if process.process.poll() is not None]:
-                    running.remove(process)
-                    seconds = time.monotonic() - process.started
-                    say(f"{process.job.name} ended after {seconds:,.0f} s; {len(waiting) + len(running)} left")
-                    ended(process.job, _error(process))
-                while len(running) < jobs and (job := _next(waiting, [process.job for process in running], share)):
-                    waiting.remove(job)
-                    slot = min(set(range(jobs)) - {process.slot for process in running})
-                    running.append(_start(job, sweep, slot, jobs, share, say))
+            while pool.waiting or pool.running:
+                pool.collect()
+                pool.fill()
                 time.sleep(POLL_SECONDS)
         finally:
-            _stop(running)
+            _stop(pool.running)
+
+
+@dataclass
+class _Pool:
+    sweep: Sweep
+    slots: int
+    share: bool
+    ended: Callable[[Job, str], None]
+    say: Callable[[str], None]
+    waiting: list[Job]
+    running: list[_Process] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.at_once = self.slots
+
+    def collect(self) -> None:
+        """See which processes have ended."""
+        for process in [process for process in self.running if process.process.poll() is not None]:
+            beside = len(self.running) > 1
+            self.running.remove(process)
+            seconds = time.monotonic() - process.started
+            self.say(f"{process.job.name} ended after {seconds:,.0f} s; {len(self.waiting) + len(self.running)} left")
+            error = _error(process)
+            if beside and self.at_once > 1 and any(words in error for words in NO_MEMORY):
+                self.at_once -= 1
+                self.waiting.append(process.job)
+                self.say(f"{process.job.name} ran out of memory and is tried again; {self.at_once} jobs at a time now")
+            else:
+                self.ended(process.job, error)
+
+    def fill(self) -> None:
+        """Start as many processes as there may be."""
+        while len(self.running) < self.at_once and (job := _next(self.waiting, self._jobs(), self.share)):
+            self.waiting.remove(job)
+            slot = min(set(range(self.slots)) - {process.slot for process in self.running})
+            self.running.append(_start(job, self.sweep, slot, self.slots, self.share, self.say))
+
+    def _jobs(self) -> list[Job]:
+        return [process.job for process in self.running]
 
 
 def _next(waiting: Sequence[Job], running: Sequence[Job], share: bool) -> Job | None:

@@ -17,7 +17,7 @@ from lolcats.sweep.measuring import check_measure
 from lolcats.sweep.results import Table, gather, read_failures, write_table
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.sharing import take_stage_one
-from lolcats.sweep.state import check_runs, choose_runs, open_folder
+from lolcats.sweep.state import check_runs, choose_runs, hold_folder, open_folder
 
 
 @dataclass
@@ -76,14 +76,23 @@ def run_sweep(
         The table, which is also in the sweep's folder; rows of failed runs have an error.
 
     Raises:
-        LolcatsError: a run on disk has other settings, a pattern matches no run, what shall be measured cannot be, or
-            the folder cannot be written.
+        LolcatsError: a run on disk has other settings, a pattern matches no run, what shall be measured cannot be,
+            another sweep works in the folder, or it cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LolcatsError("a sweep is one process; to use several GPUs give --jobs N instead of torchrun")
     chosen = choose_runs(sweep, only, "--only") if only else sweep.runs
-    _open(sweep, Path(source), chosen, choose_runs(sweep, overwrite, "--overwrite") if overwrite else [])
-    progress = _Progress(sweep, measurements, console, read_failures(sweep))
+    replaced = choose_runs(sweep, overwrite, "--overwrite") if overwrite else []
+    with hold_folder(sweep):
+        _open(sweep, Path(source), chosen, replaced)
+        return _run_all(sweep, chosen, jobs, share, describe, _Progress(sweep, measurements, console))
+
+
+def _run_all(
+    sweep: Sweep, chosen: Sequence[SweepRun], jobs: int, share: bool, describe: Callable[[Exception], str],
+    progress: _Progress,
+) -> Table:  # fmt: skip
+    progress.failures = read_failures(sweep)
     todo: list[Job] = [job for job in [*sweep_teachers(sweep, chosen), *chosen] if not is_finished(job)]
     if finished := len(chosen) - len([job for job in todo if isinstance(job, SweepRun)]):
         progress.say(f"{finished} of {len(chosen)} runs are finished already")

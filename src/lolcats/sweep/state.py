@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -100,6 +101,31 @@ def open_folder(sweep: Sweep, source: Path, replaced: Sequence[SweepRun] = ()) -
     file = sweep.folder / SWEEP_FILE
     if not (file.exists() and source.exists() and file.samefile(source)):
         write_text(file, sweep.text)
+
+
+@contextmanager
+def hold_folder(sweep: Sweep) -> Iterator[None]:
+    """Keep other sweeps out of the folder: two of them would do the same runs into the same files.
+
+    Raises:
+        LolcatsError: another process holds it, or the place cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(sweep.folder.parent / f".{sweep.folder.name}.lock")
+    try:
+        sweep.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LolcatsError(
+            f"another `lolcats sweep` works in {sweep.folder}; wait for it, end it, or choose another name=..."
+        ) from error
+    except OSError as error:
+        raise LolcatsError(f"cannot write in {sweep.folder.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _changes(file: Path, config: RunConfig) -> list[str]:

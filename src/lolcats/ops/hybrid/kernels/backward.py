@@ -153,7 +153,7 @@ def _key_features(
     on(key_features, (p.heads, p.blocks, p.rows))(
         q, k, v, *maps, decay, *pointers, row_table, p.tokens_of(grad), saved.inverse, rows.delta, either(dy, x.q),
         key_part, *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *feature_strides(p, x), p.tokens,
-        *numbers, NEED_DY=need_dy, STAGES=p.stages, **shared,
+        *numbers, NEED_DY=need_dy, **shared,
     )  # fmt: skip
     if dv is not None:
         local, _, local_decay, after, _ = pointers

@@ -295,7 +295,6 @@ def key_features(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     C: tl.constexpr,
-    STAGES: tl.constexpr,
     T: tl.constexpr,
 ):
     """b_j and dy of a block of keys. Grid: (HEADS, blocks, rows).
@@ -367,7 +366,7 @@ def key_features(
     if MAP != GIVEN:
         wq = load_part(map_q, head, D, BD, WIDTH, 0, BF, TMA)
         bq = load_bias(bias_q + head * WIDTH, WIDTH, BF, MAP)
-    for c in tl.range(FIRST, tl.minimum(REACH + 1 + ahead, blocks), num_stages=STAGES):
+    for c in range(FIRST, tl.minimum(REACH + 1 + ahead, blocks)):
         query0 = first + c * C
         query = query0 + tl.arange(0, C)
         near, far = pair_masks(query[None, :], key[:, None], offset, WINDOW, TERRACED)
