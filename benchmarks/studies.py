@@ -22,6 +22,11 @@ from lolcats.sweep import Sweep, load_sweep
 SWEEP = "all"
 """Name of the joint sweep: its runs and results are in FOLDER/all."""
 ENABLED = "transfer.enabled"
+COLUMNS = {
+    "perplexity.transfer": "after transfer", "perplexity.student": "student", "kl.student": "KL",
+    "perplexity.window_only": "window only",
+}  # fmt: skip
+"""Columns of the printed tables beside scores -> their heads; perplexities but for KL."""
 PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
 
@@ -73,19 +78,21 @@ def combine(folder: Path, sweeps: list[Sweep]) -> None:
 
 
 def tables(folder: Path) -> None:
-    """Print the rows of each study."""
+    """Print the rows of each study, in Markdown; scores in percent, the teacher last."""
     results = json.loads((folder / SWEEP / "results.json").read_text())
     rows = {row["name"]: row["columns"] for row in results["runs"]}
-    teachers = {row["name"]: row["columns"] for row in results.get("teachers", [])}
-    columns = ["perplexity.transfer", "perplexity.student", "kl.student", "perplexity.window_only"]
+    teachers = {row["name"]: dict(row["columns"]) for row in results.get("teachers", [])}
+    plain = [row["perplexity.teacher"] for row in rows.values() if row.get("perplexity.teacher")]
+    for teacher in teachers.values():
+        teacher["perplexity.student"] = plain[0] if len(set(plain)) == 1 else None
     scores = dict.fromkeys(name for row in [*rows.values(), *teachers.values()] for name in row if _is_score(name))
+    heads = COLUMNS | {name: name.rpartition(".")[0] if name.endswith(("acc", "acc_norm")) else name for name in scores}
     for study, runs in json.loads((folder / "studies.json").read_text()).items():
-        print(f"\n### {study}\n\n| run | " + " | ".join([*columns, *scores]) + " |")
-        print("|---" * (1 + len(columns) + len(scores)) + "|")
+        print(f"\n### {study}\n\n| run | " + " | ".join(heads.values()) + " |")
+        print("|---" * (1 + len(heads)) + "|")
         for name, combined in [*runs.items(), *((name, name) for name in teachers)]:
             row = rows.get(combined) or teachers.get(combined) or {}
-            cells = [_show(row.get(column), column in scores) for column in [*columns, *scores]]
-            print(f"| {name} | " + " | ".join(cells) + " |")
+            print(f"| {name} | " + " | ".join(_show(row.get(column), column in scores) for column in heads) + " |")
 
 
 def _is_score(column: str) -> bool:
@@ -93,7 +100,9 @@ def _is_score(column: str) -> bool:
 
 
 def _show(value: float | None, is_score: bool) -> str:
-    return "-" if value is None else f"{100 * value:.1f}" if is_score else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if is_score else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def main() -> None:
