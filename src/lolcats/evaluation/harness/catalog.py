@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lm_eval.tasks import TaskManager
 
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.harness.index import task_manager
 
 
 class Source(NamedTuple):
@@ -26,7 +27,7 @@ class Catalog:
     """lm-eval's index of tasks, groups and tags.
 
     Args:
-        manager: lm-eval's own index; reading its ten thousand definitions takes seconds, see `catalog`.
+        manager: lm-eval's own index.
     """
 
     def __init__(self, manager: TaskManager) -> None:
@@ -86,7 +87,7 @@ class Catalog:
 @cache
 def catalog() -> Catalog:
     """The one of the installed lm-eval, read once."""
-    return Catalog(TaskManager())
+    return Catalog(task_manager())
 
 
 def _names(members: object) -> Iterator[str]:
