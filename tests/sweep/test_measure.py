@@ -91,6 +91,28 @@ def test_numbers_are_those_of_evaluate(make_sweep: Callable[..., Sweep], measure
 
 
 @pytest.mark.slow
+def test_controls_are_measured_on_the_tasks(make_sweep: Callable[..., Sweep], measure: dict[str, Any]) -> None:
+    """In columns of their own; recall and the teacher are as without them."""
+    controls = ["window_only", "training_free"]
+    sweep = make_sweep(grid={"seed": [0]}, measure=measure | {"controls": controls})
+    table = run_sweep(sweep, "study.yaml")
+    config = sweep.runs[0].config
+    how = harness.HarnessSettings(Path(measure["task_data"]), batch_size=4)
+    scores = harness.run_benchmarks(
+        RunFolder.of(config).model, measure["tasks"], how, teacher=config.model, controls=controls, device="cpu",
+        dtype="float32",
+    )  # fmt: skip
+    columns = table.runs[0].columns
+    for control in controls:
+        assert columns[f"tasks.average.{control}"] == scores.averages()["average"][control]
+        assert columns[f"piqa.acc.{control}"] == scores.rows[0].scores[control].mean
+    assert columns["tasks.average"] == scores.averages()["average"]["student"]
+    assert "tasks.average.teacher" not in columns and "passkey.500.window_only" not in columns
+    assert set(table.teachers[0].columns) == set(SCORES)
+    assert all(row.status == "finished" for row in run_sweep(sweep, "study.yaml").runs)
+
+
+@pytest.mark.slow
 def test_only_what_is_missing_is_measured(
     make_sweep: Callable[..., Sweep], measure: dict[str, Any], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,12 +162,12 @@ def test_a_trained_run_is_only_measured(
 
 
 def _interrupted(original: Callable[..., None]) -> Callable[..., None]:
-    def measure(loaded: Any, tasks: Any, measured: Any, settings: Any, show: Any) -> None:
+    def measure(*args: Any) -> None:
         def stop(label: str, done: int, count: int | None) -> None:
             if done >= 8:
                 raise KeyboardInterrupt
 
-        original(loaded, tasks, measured, settings, stop)
+        original(*args[:-1], stop)
 
     return measure
 

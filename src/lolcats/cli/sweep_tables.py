@@ -129,10 +129,13 @@ def _show_percent(value: float | None, spread: float | None) -> str:
 
 
 def print_scores(out: Console, results: Results) -> None:
-    """The tables of the section `measure`, if there is one: average and main metric of each task, and recall."""
+    """The tables of the section `measure`, if there is one: average and main metric of each task, and recall.
+
+    Of controls the averages are shown; the files have all.
+    """
     recall = [name for name in results.scores if name.partition(".")[2].isdecimal()]
     averages = [name for name in results.scores if name.startswith("tasks.")]
-    tasks = [name for name in results.scores if name not in recall + averages]
+    tasks = [name for name in results.scores if name not in recall + averages and name.count(".") == 1]
     for title, names in ("tasks, % right", averages + tasks), ("recall, % found", recall):
         if names:
             out.print(f"\n{title}", markup=False)

@@ -50,12 +50,13 @@ def sweep_teachers(sweep: Sweep, runs: Sequence[SweepRun] | None = None) -> list
     configs = {(run.config.model, run.config.dtype): run.config for run in reversed(sweep.runs)}
     wanted = {(run.config.model, run.config.dtype) for run in (sweep.runs if runs is None else runs)}
     teachers = []
+    measure = sweep.measure.model_copy(update={"controls": []})
     for (model, dtype), config in reversed(configs.items()):
         digest = hashlib.sha256(f"{model} {dtype}".encode()).hexdigest()[:8]
         name = f"teacher-{label(Path(model).name)}-{dtype}-{digest}"
         file = sweep.folder / "measurements" / f"{name}.json"
         if (model, dtype) in wanted:
-            teachers.append(SweepTeacher(name if len(configs) > 1 else "teacher", config, sweep.measure, file))
+            teachers.append(SweepTeacher(name if len(configs) > 1 else "teacher", config, measure, file))
     return teachers
 
 
@@ -96,8 +97,8 @@ def do_job(job: Job, console: Console | None) -> None:
 def _do_run(run: SweepRun, console: Console | None, say: Say) -> None:
     folder = linearize(run.config, resume=True, console=console)
     release_memory()
-    model = str(folder.model)
-    measure_model(model, Measured.of_run(folder), run.measure, device=run.config.device, say=say)
+    where = {"teacher": run.config.model, "device": run.config.device}
+    measure_model(str(folder.model), Measured.of_run(folder), run.measure, **where, say=say)
 
 
 def is_finished(job: Job) -> bool:

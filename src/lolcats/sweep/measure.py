@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from lolcats.config import dotted, explain
+from lolcats.config import Control, dotted, explain
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness import HarnessSettings
 from lolcats.evaluation.recall import RecallSettings, check_tasks
@@ -27,6 +27,7 @@ class MeasureConfig(Section):
     lengths: list[Positive] = Field(default=[512, 1024, 2048], min_length=1)  # tokens of prompt and answer
     samples: Positive = 20  # prompts a recall task and length
     teacher: bool = True  # measure the teacher too, once for all runs
+    controls: list[Control] = Field(default=[])  # modes of each student that are measured on the tasks too
 
     @field_validator("tasks", "recall", mode="before")
     @classmethod
@@ -62,7 +63,8 @@ class MeasureConfig(Section):
         """What the numbers of a task depend on: with other settings it is measured again."""
         # The number of examples of another task in the list is no matter of this one.
         examples = {key: n for key, n in self.num_fewshot.items() if key == task or key not in self.tasks}
-        return {"task_data": self.task_data, "limit": self.limit, "num_fewshot": examples}
+        controls = {"controls": sorted(self.controls)} if self.controls else {}
+        return {"task_data": self.task_data, "limit": self.limit, "num_fewshot": examples, **controls}
 
     def recall_identity(self) -> dict[str, Any]:
         """The same of recall; task and length stand beside it."""

@@ -92,10 +92,15 @@ class Measured:
         """What is known with these settings: main metrics of the tasks, their averages, and recall by length."""
         missing = {*self.missing_tasks(measure), *self.missing_cells(measure)}
         rows = [_row(row) for t in measure.tasks if t not in missing for row in self._tasks[t]["rows"]]
-        found = {f"{row.task}.{row.metric.removesuffix(',none')}": _column(row) for row in rows}
+        found = {}
+        for row in rows:
+            for variant, score in row.scores.items():
+                name = f"{row.task}.{row.metric.removesuffix(',none')}{_ending(variant)}"
+                found[name] = ScoreColumn(finite(score.mean), row.is_share)
         if not missing & set(measure.tasks):  # the mean over other tasks would not compare
             for name, means in Scores(rows, {}).averages().items():
-                found[f"tasks.{name.replace(' ', '_')}"] = ScoreColumn(next(iter(means.values())), True)
+                for variant, mean in means.items():
+                    found[f"tasks.{name.replace(' ', '_')}{_ending(variant)}"] = ScoreColumn(mean, True)
         for task in measure.recall:
             for length in sorted(set(measure.lengths)):
                 if (name := _cell(task, length)) not in missing:
@@ -132,5 +137,6 @@ def _row(record: dict[str, Any]) -> Row:
     return Row(**{**record, "scores": scores})
 
 
-def _column(row: Row) -> ScoreColumn:
-    return ScoreColumn(finite(next(iter(row.scores.values())).mean), row.is_share)
+def _ending(variant: str) -> str:
+    """Of the columns of a variant: those of controls bear its name."""
+    return "" if variant in ("student", "teacher") else f".{variant}"

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.compare import Loaded, load_variants
+from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.context import check_context
+from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall import recall
 from lolcats.sweep.disk import empty_model
 from lolcats.sweep.measure import MeasureConfig
@@ -61,13 +63,21 @@ def _check_tasks(measure: MeasureConfig, fetch: bool) -> None:
 
 
 def measure_model(
-    source: str, measured: Measured, measure: MeasureConfig, *, device: str, dtype: str = "auto", say: Say
+    source: str,
+    measured: Measured,
+    measure: MeasureConfig,
+    *,
+    teacher: str | None = None,
+    device: str,
+    dtype: str = "auto",
+    say: Say,
 ) -> None:
     """Measure what is missing of a student or a teacher, and keep it; an interruption loses one batch at most.
 
     Args:
         source: the linearized model, or a pretrained one.
         measured: where the numbers go.
+        teacher: of a linearized model, for the control `training_free`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
         say: where progress is shown.
 
@@ -77,8 +87,10 @@ def measure_model(
     if measured.is_complete(measure):
         return
     with _sweep_words(), _full_precision():
-        loaded = load_variants(source, controls=(), device=device, dtype=dtype)
-        (name,) = loaded.variants
+        before = teacher if "training_free" in measure.controls else None
+        loaded = load_variants(source, teacher=before, controls=measure.controls, device=device, dtype=dtype)
+        name = "student" if "student" in loaded.variants else "teacher"
+        modes = {key: mode for key, mode in loaded.variants.items() if key == name or key != "teacher"}
         said: set[str] = set()
 
         def show(label: str, done: int, count: int | None) -> None:
@@ -87,17 +99,22 @@ def measure_model(
                 say(f"measuring: {label}")
 
         if tasks := measured.missing_tasks(measure):
-            _measure_tasks(loaded, tasks, measured, measure, show)
+            _measure_tasks(modes, loaded.tokenizer, tasks, measured, measure, show)
         if measured.missing_cells(measure):
             progress = measured.recall_progress(measure)
             how = {"batch_size": measure.batch_size, "progress": progress, "report": show}
-            recall(loaded.variants, loaded.tokenizer, measure.recall_settings(), **how)
+            recall({name: modes[name]}, loaded.tokenizer, measure.recall_settings(), **how)
     for column, score in measured.columns(measure).items():
         say(f"{name:<14} {column} " + ("-" if score.value is None else f"{score.value:.4f}"))
 
 
 def _measure_tasks(
-    loaded: Loaded, tasks: list[str], measured: Measured, measure: MeasureConfig, show: Callable[..., None]
+    modes: dict[str, Variant],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    measured: Measured,
+    measure: MeasureConfig,
+    show: Callable[..., None],
 ) -> None:
     from lolcats.evaluation.harness.progress import Progress
     from lolcats.evaluation.harness.quiet import quiet
@@ -113,9 +130,7 @@ def _measure_tasks(
             # All of them, because num_fewshot may name any.
             for benchmark in load_benchmarks(measure.tasks, settings):
                 if benchmark.name in tasks:
-                    scores = measure_benchmarks(
-                        loaded.variants, loaded.tokenizer, [benchmark], settings, progress, show
-                    )
+                    scores = measure_benchmarks(modes, tokenizer, [benchmark], settings, progress, show)
                     measured.add_task(benchmark.name, measure, scores, scores.rows)
         done = True
     finally:
