@@ -22,6 +22,8 @@ from lolcats.sweep import Sweep, load_sweep
 SWEEP = "all"
 """Name of the joint sweep: its runs and results are in FOLDER/all."""
 ENABLED = "transfer.enabled"
+JOINED = ("tasks", "recall", "controls")
+"""What is measured of all runs if it is measured in one study; the rest of `measure` is that of the first study."""
 COLUMNS = {
     "perplexity.transfer": "after transfer", "perplexity.student": "student", "kl.student": "KL",
     "perplexity.window_only": "window only",
@@ -69,7 +71,8 @@ def combine(folder: Path, sweeps: list[Sweep]) -> None:
                 runs[key] = {"name": names[key], **changed}
             where.setdefault(sweep.name, {})[run.name] = names[key]
     measures = [sweep.measure.model_dump(mode="json") for sweep in sweeps]
-    measure = {**measures[0], "tasks": list(dict.fromkeys(task for m in measures for task in m["tasks"]))}
+    joined = {key: list(dict.fromkeys(name for m in measures for name in m[key])) for key in JOINED}
+    measure = {**measures[0], **joined}
     content = {"name": SWEEP, "base": "paper", "settings": {"runs_dir": str(folder)}, "measure": measure}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "studies.yaml").write_text(write_yaml({**content, "runs": list(runs.values())}))
