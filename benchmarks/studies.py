@@ -18,6 +18,7 @@ from typing import Any
 from lolcats.config import RunConfig, load_config
 from lolcats.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep import Sweep, load_sweep
+from lolcats.sweep.settings import flat
 
 SWEEP = "all"
 """Name of the joint sweep: its runs and results are in FOLDER/all."""
@@ -31,14 +32,6 @@ COLUMNS = {
 """Columns of the printed tables beside scores -> their heads; perplexities but for KL."""
 PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    if not isinstance(value, dict) or (prefix and not value):
-        return {prefix: value}
-    items = [flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-    return {key: inner for part in items for key, inner in part.items()}
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

@@ -117,9 +117,9 @@ def _prepare(
     dtype = choose_dtype(config.dtype, device)
     model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     shown = console if accelerator.is_main_process else None
-    others = config.evaluation.sources
-    datasets = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=shown, others=others)
-    train_set, validation = datasets
+    train_set, validation = build_datasets(
+        config.data, tokenizer, config.seed, teacher=model, console=shown, others=config.evaluation.sources
+    )
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)

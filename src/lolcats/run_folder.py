@@ -86,9 +86,14 @@ class RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         raise LolcatsError(f"cannot write {path}: {error}") from error

@@ -22,8 +22,8 @@ from lolcats.sweep.sharing import stage_one, stage_one_is_done, take_stage_one
 from lolcats.sweep.state import SWEEP_FILE
 
 POLL_SECONDS = 0.2
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")
-"""What errors say when a GPU, or this machine, has no memory left."""
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ended by signal 9")
+"""What errors say when a GPU, or this machine, whose kernel then kills a process, has no memory left."""
 PATIENCE_SECONDS = 20.0
 """How long a process may take to end after Ctrl-C before it is killed."""
 

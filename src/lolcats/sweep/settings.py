@@ -78,7 +78,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     content = _read(file)
     given = parse_overrides(overrides)
     content = merged(content, {"measure": given.pop("measure")} if "measure" in given else {})
-    parts = _Parts(file, content, _flat(given))
+    parts = _Parts(file, content, flat(given))
     runs = [] if parts.too_many else _build_runs(parts)
     if parts.problems:
         lines = "\n".join(f"  {problem}" for problem in parts.problems)
@@ -102,13 +102,13 @@ class _Parts:
         self.file = file
         self.problems = [_unknown(key) for key in content if key not in KEYS]
         self.base_settings = self._read_base(content.get("base", "recommended"))
-        self.settings = _flat(self._mapping(content, "settings"))
+        self.settings = flat(self._mapping(content, "settings"))
         if "name" in self.settings:
             self.problems.append("settings.name: a run gets its name from the sweep, whose own stands at the top")
         self.name = str(given.pop("name", content.get("name", file.stem)))
         if not NAME.fullmatch(self.name):
             self.problems.append(f"name: expected letters, digits, '.', '_' and '-' (got {self.name!r})")
-        axes = {key: self._axis(key, values) for key, values in _flat(self._mapping(content, "grid")).items()}
+        axes = {key: self._axis(key, values) for key, values in flat(self._mapping(content, "grid")).items()}
         self.grid = {key: values for key, values in axes.items() if values}
         self.sets = self._read_runs(content.get("runs"))
         if not content.get("grid") and not content.get("runs"):
@@ -140,7 +140,7 @@ class _Parts:
         # A file is looked for beside the sweep file, so that the two can be moved together.
         is_file = base is not None and base.endswith((".yaml", ".yml"))
         config = load_config(self.file.parent / str(base) if is_file else base)
-        return {key: value for key, value in _flat(read_yaml(dump_config(config))).items() if key != "name"}
+        return {key: value for key, value in flat(read_yaml(dump_config(config))).items() if key != "name"}
 
     def _mapping(self, content: dict[str, Any], key: str) -> dict[str, Any]:
         value = content.get(key)
@@ -171,7 +171,7 @@ class _Parts:
             elif name in [other for other, _ in sets]:
                 self.problems.append(f"runs, item {number}: the name {name} is taken; each run needs its own")
             else:
-                sets.append((str(name), _flat({key: value for key, value in item.items() if key != "name"})))
+                sets.append((str(name), flat({key: value for key, value in item.items() if key != "name"})))
         return sets
 
     def _check_overlaps(self, given: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ def _at(line: str, names: list[str], count: int) -> str:
 
 
 def _unknown(key: str) -> str:
-    keys = _flat(RunConfig().model_dump()).keys() | RunConfig.model_fields.keys()
+    keys = flat(RunConfig().model_dump()).keys() | RunConfig.model_fields.keys()
     near = difflib.get_close_matches(str(key), KEYS, 1, 0.7)
     if not near and (key in keys or str(key).split(".")[0] in RunConfig.model_fields):
         return f"{key}: is a key of a run; put it under settings"
@@ -256,16 +256,16 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"finetune": {"rank": 4}} and {"finetune.rank": 4} as {"finetune.rank": 4}."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            flat |= _flat(value, f"{name}.")
+            found |= flat(value, f"{name}.")
         elif not (value is None and name in RunConfig.model_fields):  # a section whose lines are all commented out
-            flat[name] = value
-    return flat
+            found[name] = value
+    return found
 
 
 def _text(value: Any) -> str:

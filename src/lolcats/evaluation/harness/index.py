@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import os
 import pickle
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from lolcats.data.cache import cache_root
+from lolcats.errors import LolcatsError
+from lolcats.run_folder import write_bytes
 
 
 def task_manager() -> TaskManager:
@@ -55,15 +56,12 @@ def _definitions(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _keep(file: Path, manager: TaskManager) -> None:
-    """Write the file whole or not at all, in place of that of another stamp."""
+    """Write the file in place of that of another stamp."""
     try:
-        content = pickle.dumps(manager)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(content)
-        os.replace(part.name, file)
+        write_bytes(file, pickle.dumps(manager))
         for old in file.parent.glob("*.pickle"):
             if old != file:
                 old.unlink(missing_ok=True)
-    except (OSError, pickle.PicklingError, AttributeError, TypeError):
+    except (LolcatsError, OSError, pickle.PicklingError, AttributeError, TypeError):
         return

@@ -113,8 +113,8 @@ class ResumableLM(Base):
         answers: list[Any] = [None] * len(requests)
         for groups in _pieces(sorted(shared.values(), key=order), PIECE * int(self.batch_size)):
             places = [place for group in groups for place in group]
-            part = [requests[place] for place in places]
-            found = self._kept([request[1:] for request in part], partial(self._score, part))
+            part = [[requests[place] for place in group] for group in groups]
+            found = self._kept([requests[place][1:] for place in places], partial(self._score, part))
             for place, (score, greedy) in zip(places, found, strict=True):
                 answers[place] = (score, greedy)
         return answers
@@ -122,27 +122,25 @@ class ResumableLM(Base):
     def _generate(self, requests: list[Any]) -> list[str]:
         return super().generate_until(requests, disable_tqdm=True)
 
-    def _score(self, requests: list[TokenRequest]) -> list[tuple[float, bool]]:
-        """HFLM's numbers, without its four waits for the device a request and its softmax over all of the prompt."""
-        rows: dict[tuple[int, ...], list[TokenRequest]] = {}
-        for request in requests:
-            rows.setdefault(tuple(request[1] + request[2][:-1]), []).append(request)
-        answers = []
-        for batch in _pieces(list(rows.items()), int(self.batch_size)):
-            answers += self._score_rows([list(row[-self.max_length :]) for row, _ in batch], [of for _, of in batch])
-        return answers
+    def _score(self, groups: list[list[TokenRequest]]) -> list[tuple[float, bool]]:
+        """HFLM's numbers, without its four waits for the device a request and its softmax over all of the prompt.
 
-    def _score_rows(self, rows: list[list[int]], requests: list[list[TokenRequest]]) -> list[tuple[float, bool]]:
-        """One forward pass over the rows, each the tokens of some requests without their last."""
+        Args:
+            groups: requests that are alike but for their last token.
+        """
+        return [answer for batch in _pieces(groups, int(self.batch_size)) for answer in self._score_batch(batch)]
+
+    def _score_batch(self, groups: list[list[TokenRequest]]) -> list[tuple[float, bool]]:
+        """One forward pass, with a row of tokens for each group: those of its requests without their last."""
+        rows = [(of[0][1] + of[0][2][:-1])[-self.max_length :] for of in groups]
         longest = max(map(len, rows))
         inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         # (row, position before, token) of every token of an answer
-        answers = [(i, len(rows[i]), request[2]) for i, of in enumerate(requests) for request in of]
+        answers = [(i, len(rows[i]), request[2]) for i, of in enumerate(groups) for request in of]
         asked = [(i, end - len(a) + j, t) for i, end, a in answers for j, t in enumerate(a)]
         row, position, token = torch.tensor(asked, device=self.device).unbind(1)
-        scores = nnf.log_softmax(
-            self._model_call(inputs)[row, position], -1, dtype=getattr(self, "softmax_dtype", None)
-        )
+        logits = self._model_call(inputs)[row, position]
+        scores = nnf.log_softmax(logits, -1, dtype=getattr(self, "softmax_dtype", None))
         values = scores.gather(1, token[:, None]).squeeze(1).cpu()
         greedy = (scores.argmax(-1) == token).cpu()
         sizes = [len(answer) for _, _, answer in answers]

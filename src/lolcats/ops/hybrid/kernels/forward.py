@@ -216,25 +216,28 @@ def forward_kernel(
         fade = 1.0
         if HAS_DECAY and SPLIT:
             fade = tl.exp(tl.load(local_decay + at))
-        # A loop, so that the tiles of both parts are on their way at once.
-        for part in tl.range(0, PARTS, num_stages=STAGES):
-            k_sum = load_sums(
-                local_sum + at * F, before_sum + at_before * F * (DV + 1) + F * DV, fade, part, SPLIT, WIDTH, BF
-            )
-            phi_i = phi[0]
-            if PARTS == 2:
-                phi_i = tl.where(part == 0, phi[0], phi[1])
-            if HAS_DECAY:
-                phi_i = (phi_i * tl.exp(passed)[:, None]).to(dtype)
-            denominator += tl.sum(phi_i.to(tl.float32) * k_sum[None, :], 1)
-            # Two products rather than one sum: the sum would go through registers.
-            kv = load_part(local, at * PARTS + part, WIDTH, BF, DV, column0, BV, TMA)
-            acc = tl.dot(phi_i.to(state_dtype), kv, acc, input_precision=PRECISION)
-            if SPLIT:
+        # With more than one stage a loop, so that the tiles of both parts are on their way at once.
+        UNROLLED: tl.constexpr = PARTS if STAGES == 1 else 1
+        for step in tl.range(0, PARTS // UNROLLED, num_stages=STAGES):
+            for i in tl.static_range(UNROLLED):
+                part = step * UNROLLED + i
+                k_sum = load_sums(
+                    local_sum + at * F, before_sum + at_before * F * (DV + 1) + F * DV, fade, part, SPLIT, WIDTH, BF
+                )
+                phi_i = phi[i]
+                if UNROLLED < PARTS:
+                    phi_i = tl.where(step == 0, phi[0], phi[1])
                 if HAS_DECAY:
-                    phi_i = (phi_i * fade).to(dtype)
-                kv = load_part(before, at_before * PARTS + part, WIDTH, BF, DV, column0, BV, TMA)
+                    phi_i = (phi_i * tl.exp(passed)[:, None]).to(dtype)
+                denominator += tl.sum(phi_i.to(tl.float32) * k_sum[None, :], 1)
+                # Two products rather than one sum: the sum would go through registers.
+                kv = load_part(local, at * PARTS + part, WIDTH, BF, DV, column0, BV, TMA)
                 acc = tl.dot(phi_i.to(state_dtype), kv, acc, input_precision=PRECISION)
+                if SPLIT:
+                    if HAS_DECAY:
+                        phi_i = (phi_i * fade).to(dtype)
+                    kv = load_part(before, at_before * PARTS + part, WIDTH, BF, DV, column0, BV, TMA)
+                    acc = tl.dot(phi_i.to(state_dtype), kv, acc, input_precision=PRECISION)
 
     # 3. linear pairs in reach
     if MAP != GIVEN:

@@ -108,8 +108,11 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        """Tiles of a loop that are on their way at once: two where two programs still share a multiprocessor."""
-        return 2 if self.tma and self.lowered and max(self.d, self.dv, self.width) <= 128 else 1
+        """Tiles of a loop that are on their way at once.
+
+        Two where two programs still share a multiprocessor, but with heads of 64, where it was seen to be slower.
+        """
+        return 2 if self.tma and self.lowered and 64 < max(self.d, self.dv) <= 128 and self.width <= 128 else 1
 
     def segments(self, heads: int) -> tuple[int, int]:
         """Groups a segment, and segments, when there is a state for each of `heads` heads."""
