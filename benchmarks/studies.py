@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lolcats.config import RunConfig, load_config
+from lolcats.config import Control, RunConfig, load_config
 from lolcats.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep import Sweep, load_sweep
+from lolcats.sweep.measured import AVERAGE
 from lolcats.sweep.settings import flat
 
 SWEEP = "all"
@@ -30,6 +32,8 @@ COLUMNS = {
     "perplexity.window_only": "window only",
 }  # fmt: skip
 """Columns of the printed tables beside scores -> their heads; perplexities but for KL."""
+NUMBERS = ("perplexity", "kl", "tokens_per_second", "seconds")
+"""Kinds of columns that are not benchmarks."""
 PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
 
@@ -81,24 +85,56 @@ def tables(folder: Path) -> None:
     plain = [row["perplexity.teacher"] for row in rows.values() if row.get("perplexity.teacher")]
     for teacher in teachers.values():
         teacher["perplexity.student"] = plain[0] if len(set(plain)) == 1 else None
-    scores = dict.fromkeys(name for row in [*rows.values(), *teachers.values()] for name in row if _is_score(name))
-    heads = COLUMNS | {name: name.rpartition(".")[0] if name.endswith(("acc", "acc_norm")) else name for name in scores}
+    names = dict.fromkeys(name for row in [*rows.values(), *teachers.values()] for name in row)
+    scores, recall = [n for n in names if _is_score(n)], _recall(names)
+    heads = [*COLUMNS.values(), *map(_head, scores), *(f"{task} {', '.join(at)}" for task, at in recall.items())]
     for study, runs in json.loads((folder / "studies.json").read_text()).items():
-        print(f"\n### {study}\n\n| run | " + " | ".join(heads.values()) + " |")
+        print(f"\n### {study}\n\n| run | " + " | ".join(heads) + " |")
         print("|---" * (1 + len(heads)) + "|")
         for name, combined in [*runs.items(), *((name, name) for name in teachers)]:
             row = rows.get(combined) or teachers.get(combined) or {}
-            print(f"| {name} | " + " | ".join(_show(row.get(column), column in scores) for column in heads) + " |")
+            print(f"| {name} | " + " | ".join(_cells(row, scores, recall)) + " |")
+
+
+def _cells(row: dict[str, float], scores: list[str], recall: dict[str, list[str]]) -> Iterator[str]:
+    for column in COLUMNS:
+        yield _show(row.get(column))
+    for column in scores:
+        yield _percent(row.get(column), 1)
+    for task, lengths in recall.items():
+        yield ", ".join(_percent(row.get(f"{task}.{length}"), 0) for length in lengths).strip(", ")
 
 
 def _is_score(column: str) -> bool:
-    return column.partition(".")[0] not in ("perplexity", "kl", "tokens_per_second", "seconds")
+    """Whether a column is a benchmark's; of the controls only the averages are printed."""
+    kind, end = column.partition(".")[0], column.rpartition(".")[2]
+    if kind in NUMBERS or end.isdecimal():
+        return False
+    return column.startswith(AVERAGE) or end not in get_args(Control)
 
 
-def _show(value: float | None, is_score: bool) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f}" if is_score else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+def _head(column: str) -> str:
+    """`piqa.acc` is headed piqa, `tasks.average.window_only` average, window_only."""
+    if column.startswith(AVERAGE):
+        return column.removeprefix("tasks.").replace(".", ", ")
+    return column.rpartition(".")[0] if column.endswith(("acc", "acc_norm")) else column
+
+
+def _recall(names: Iterable[str]) -> dict[str, list[str]]:
+    """Recall tasks -> their lengths in tokens, from columns such as `passkey.512`."""
+    found: dict[str, list[str]] = {}
+    for task, _, length in (name.rpartition(".") for name in names):
+        if length.isdecimal():
+            found.setdefault(task, []).append(length)
+    return found
+
+
+def _show(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f}"
 
 
 def main() -> None:

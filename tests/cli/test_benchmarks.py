@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import lolcats
+
 from .conftest import SENTENCE, Run
 
 VARIANTS = ["teacher", "training_free", "student", "window_only", "linear_only", "no_attention"]
@@ -51,6 +53,7 @@ def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path) -> 
     assert list(content["rows"][0]["scores"]) == list(content["results"]) == VARIANTS
     assert set(content["results"]["student"]["1"]["piqa"]) >= {"acc,none", "acc_norm,none", "acc_stderr,none"}
     assert content["settings"]["chat"] is True and content["versions"]["lm_eval"]
+    assert content["versions"]["lolcats"] == lolcats.__version__
     assert content["dtype"] == "float32" and content["device"].startswith("cpu")
     assert not Path("x.json.progress").exists()
 

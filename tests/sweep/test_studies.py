@@ -39,7 +39,9 @@ def test_every_run_is_done_once(studies: ModuleType, tmp_path: Path) -> None:
 
 
 def test_tables(studies: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    columns = {"perplexity.teacher": 20.0, "perplexity.student": 31.234, "kl.student": 0.5, "piqa.acc": 0.666}
+    columns = {"perplexity.teacher": 20.0, "perplexity.student": 31.234, "kl.student": 0.5, "piqa.acc": 0.666,
+               "piqa.acc.window_only": 0.6, "tasks.average": 0.666, "tasks.average.window_only": 0.6,
+               "passkey.512": 1.0, "passkey.1024": 0.1}  # fmt: skip
     results = {
         "runs": [{"name": "a", "columns": columns}],
         "teachers": [{"name": "teacher", "columns": {"piqa.acc": 0.7}}],
@@ -49,5 +51,8 @@ def test_tables(studies: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "studies.json").write_text(json.dumps({"window": {"window-64": "a", "window-4": "b"}}))
     studies.tables(tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[5] == "| window-64 |  | 31.23 | 0.50 |  | 66.6 |"
-    assert lines[6] == "| window-4 |  |  |  |  |  |" and lines[7] == "| teacher |  | 20.00 |  |  | 70.0 |"
+    heads = "| run | after transfer | student | KL | window only | piqa | average | average, window_only |"
+    assert lines[3] == heads + " passkey 512, 1024 |"
+    assert lines[5] == "| window-64 |  | 31.23 | 0.50 |  | 66.6 | 66.6 | 60.0 | 100, 10 |"
+    assert lines[6] == "| window-4 |  |  |  |  |  |  |  |  |"
+    assert lines[7] == "| teacher |  | 20.00 |  |  | 70.0 |  |  |  |"

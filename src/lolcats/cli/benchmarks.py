@@ -197,9 +197,11 @@ def _notes(scores: Scores, settings: HarnessSettings) -> Iterator[str]:
 def _write(file: Path, what: dict[str, Any], settings: HarnessSettings, scores: Scores) -> None:
     from importlib.metadata import version
 
+    from lolcats import __version__
     from lolcats.run_folder import write_text
 
-    versions = {name: version(name) for name in ("lolcats", "lm_eval", "torch", "transformers")}
+    # The package may be used from its sources, without being installed: then it has no metadata.
+    versions = {"lolcats": __version__} | {name: version(name) for name in ("lm_eval", "torch", "transformers")}
     content = what | {"date": date.today().isoformat(), "settings": asdict(settings), "versions": versions}
     content |= asdict(scores) | {"averages": scores.averages()}
     write_text(file, json.dumps(_spell(content), indent=2, allow_nan=False) + "\n")
