@@ -1,11 +1,14 @@
 """`lolcats evaluate --tasks`: the table, the file of numbers, refusals, and what a killed process leaves behind."""
 
+import importlib.metadata
 import json
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,8 +44,17 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path) -> None:
+def _without(version: Callable[[str], str], missing: str, name: str) -> str:
+    if name == missing:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+
+def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All controls beside the student; the paper's metric in the table, all of lm-eval's in the file."""
+    # As where the package is used from its sources: without metadata.
+    metadata = partial(_without, importlib.metadata.version, "lolcats")
+    monkeypatch.setattr(importlib.metadata, "version", metadata)
     words = ["--tasks", "piqa,winogrande", "--task-data", data, "--limit", 5, "--seeds", "0,1", "--json", "x.json"]
     answer = cli("evaluate", finished, *words, "--chat")
     assert answer.code == 0 and answer.err == ""

@@ -195,13 +195,11 @@ def _notes(scores: Scores, settings: HarnessSettings) -> Iterator[str]:
 
 
 def _write(file: Path, what: dict[str, Any], settings: HarnessSettings, scores: Scores) -> None:
-    from importlib.metadata import version
-
     from lolcats import __version__
+    from lolcats.evaluation.harness import library_versions
     from lolcats.run_folder import write_text
 
-    # The package may be used from its sources, without being installed: then it has no metadata.
-    versions = {"lolcats": __version__} | {name: version(name) for name in ("lm_eval", "torch", "transformers")}
+    versions = {"lolcats": __version__} | library_versions()
     content = what | {"date": date.today().isoformat(), "settings": asdict(settings), "versions": versions}
     content |= asdict(scores) | {"averages": scores.averages()}
     write_text(file, json.dumps(_spell(content), indent=2, allow_nan=False) + "\n")

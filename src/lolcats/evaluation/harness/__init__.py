@@ -3,7 +3,7 @@
 lm-eval itself is imported when something runs.
 """
 
-from lolcats.evaluation.harness.run import HarnessSettings, Show, run_benchmarks
+from lolcats.evaluation.harness.run import HarnessSettings, Show, library_versions, run_benchmarks
 from lolcats.evaluation.harness.scores import Row, Score, Scores
 
-__all__ = ["HarnessSettings", "Row", "Score", "Scores", "Show", "run_benchmarks"]
+__all__ = ["HarnessSettings", "Row", "Score", "Scores", "Show", "library_versions", "run_benchmarks"]

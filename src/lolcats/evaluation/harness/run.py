@@ -144,7 +144,7 @@ def measure_benchmarks(
         check_tokenizer(variant.model, tokenizer, chat=settings.chat)
         if id(variant.model) not in identities:
             identities[id(variant.model)] = model_identity(variant.model, tokenizer)
-        identity = key_of(identities[id(variant.model)], name, _versions())
+        identity = key_of(identities[id(variant.model)], name, library_versions())
         models[name] = ResumableLM(
             variant.model,
             tokenizer,
@@ -225,5 +225,6 @@ def _add(
         scores.truncated[benchmark.name] = cut
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide over the scores."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval", "datasets")}
