@@ -10,13 +10,13 @@ runs/NAME/config.yaml       the settings, complete
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lolcats.config import RunConfig, dump_config, load_config
 from lolcats.errors import LolcatsError
+from lolcats.files import write_text
 
 
 class RunFolder:
@@ -82,20 +82,3 @@ class RunFolder:
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace results.json."""
         write_text(self.results_file, json.dumps(results, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise LolcatsError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,10 +13,11 @@ import pytest
 
 from lolcats.config import DataConfig
 from lolcats.data import build_datasets, cache, read_documents
-from lolcats.data.cache import TokenCache, cache_root
+from lolcats.data.cache import TokenCache
 from lolcats.data.documents import EncodedDocument
 from lolcats.data.templates import Template
 from lolcats.errors import DataError
+from lolcats.files import cache_root
 
 DOCUMENTS = [np.arange(n % 7 + 1, dtype=np.int32) + n for n in range(40)]
 

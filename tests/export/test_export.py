@@ -127,7 +127,7 @@ def test_a_replacement_that_fails_at_the_last_moment_puts_the_old_back(
             raise OSError(5, "Input/output error")
         original(source, target)
 
-    monkeypatch.setattr("lolcats.saving.os.replace", fail)
+    monkeypatch.setattr("lolcats.files.os.replace", fail)
     with pytest.raises(LolcatsError, match=r"Input/output error; what was there before is untouched"):
         export_model(runs().path, out, overwrite=True)
     assert contents(out) == before

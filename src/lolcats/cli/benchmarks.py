@@ -197,7 +197,7 @@ def _notes(scores: Scores, settings: HarnessSettings) -> Iterator[str]:
 def _write(file: Path, what: dict[str, Any], settings: HarnessSettings, scores: Scores) -> None:
     from lolcats import __version__
     from lolcats.evaluation.harness import library_versions
-    from lolcats.run_folder import write_text
+    from lolcats.files import write_text
 
     versions = {"lolcats": __version__} | library_versions()
     content = what | {"date": date.today().isoformat(), "settings": asdict(settings), "versions": versions}

@@ -226,7 +226,7 @@ def _check_local(copies: dict[str, str], sources: list[str]) -> None:
 
 
 def _write(file: Path, model: str, settings: dict[str, Any], scores: dict[str, Measurement]) -> None:
-    from lolcats.run_folder import write_text
+    from lolcats.files import write_text
 
     content = {"model": model, **settings, "scores": {name: asdict(score) for name, score in scores.items()}}
     write_text(file, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")

@@ -166,7 +166,7 @@ def _bar(out: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _write(file: Path, run: RecallRun, cells: list[Cell]) -> None:
-    from lolcats.run_folder import write_text
+    from lolcats.files import write_text
 
     content = {"model": run.source, "teacher": run.teacher, **asdict(run.settings)}
     content["cells"] = [asdict(cell) for cell in cells]

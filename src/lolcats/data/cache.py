@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,22 +23,14 @@ import numpy as np
 
 from lolcats.data.documents import Documents, EncodedDocument
 from lolcats.data.encoding import digest
-from lolcats.errors import DataError
-from lolcats.run_folder import write_text
+from lolcats.errors import DataError, LolcatsError
+from lolcats.files import cache_root, write_bytes, write_text
 
 VERSION = 1
 SHARD_TOKENS = 1 << 24
 SHARD_SECONDS = 60.0  # no more work than this is lost when the process is killed
 
 Batches = Iterator[tuple[int, list[EncodedDocument]]]
-
-
-def cache_root() -> Path:
-    """The folder of everything that can be made again: LOLCATS_CACHE, else `lolcats` in the user's cache folder."""
-    if own := os.environ.get("LOLCATS_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "lolcats"
 
 
 @contextmanager
@@ -194,8 +185,8 @@ class TokenCache:
                 self.shards.append({"files": files, "tokens": len(ids), "documents": len(table), "records": records})
             index = {"identity": self.identity, "complete": self.complete, "shards": self.shards}
             write_text(self.index_file, json.dumps(index, indent=1) + "\n")
-        except OSError as error:
-            raise DataError(f"cannot write the cache {self.folder}: {error.strerror or error}") from error
+        except LolcatsError as error:
+            raise DataError(f"the cache: {error}; set LOLCATS_CACHE=FOLDER to have it elsewhere") from error
 
     def _drop_strays(self) -> None:
         listed = {name for shard in self.shards for name in shard["files"]}
@@ -221,15 +212,7 @@ def _npy(table: np.ndarray) -> bytes:
 
 def _write_bytes(path: Path, content: bytes) -> dict[str, int]:
     """Write a file atomically; returns size, time and checksum for the index."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, content)
     state = path.stat()
     return {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "crc32": zlib.crc32(content)}
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import GenerationConfig
 
-from lolcats.data.cache import cache_root
 from lolcats.data.encoding import digest, tokenizer_identity
 from lolcats.data.records import Record
 from lolcats.errors import DataError
-from lolcats.run_folder import write_text
+from lolcats.files import cache_root, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

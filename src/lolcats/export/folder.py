@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lolcats.errors import LolcatsError
-from lolcats.saving import RECIPE_FILE, atomic_folder
+from lolcats.files import atomic_folder
+from lolcats.saving import RECIPE_FILE
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 
-from lolcats.run_folder import write_text
+from lolcats.files import write_text
 from lolcats.sweep.job import Job, SweepTeacher, is_finished
 from lolcats.sweep.settings import Sweep
 from lolcats.sweep.sharing import stage_one, stage_one_is_done, take_stage_one

@@ -11,7 +11,8 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness import Row, Score, Scores
 from lolcats.evaluation.recall import Cell
 from lolcats.evaluation.recall import Progress as RecallProgress
-from lolcats.run_folder import RunFolder, write_text
+from lolcats.files import write_text
+from lolcats.run_folder import RunFolder
 from lolcats.sweep.measure import MeasureConfig
 from lolcats.sweep.measurements import finite
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lolcats.config import RunConfig
-from lolcats.run_folder import RunFolder, write_text
+from lolcats.files import write_text
+from lolcats.run_folder import RunFolder
 
 Columns = dict[str, float | None]
 """Name of a column, such as perplexity.student -> value; None where there is no finite number."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lolcats.run_folder import RunFolder, write_text
+from lolcats.files import write_text
+from lolcats.run_folder import RunFolder
 from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
 from lolcats.sweep.measured import Measured, ScoreColumn
 from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run

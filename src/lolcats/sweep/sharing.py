@@ -7,14 +7,14 @@ from its own. Its results are those that it would have had alone, but for the cl
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.run_folder import RunFolder, write_text
+from lolcats.files import atomic_file, write_text
+from lolcats.run_folder import RunFolder
 from lolcats.sweep.settings import SweepRun
 from lolcats.sweep.state import steps_done
 
@@ -87,11 +87,5 @@ def _copy(source: RunFolder, target: RunFolder, name: str) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise LolcatsError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

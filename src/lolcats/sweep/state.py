@@ -12,7 +12,8 @@ from typing import Literal
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
-from lolcats.run_folder import RunFolder, write_text
+from lolcats.files import hold, write_text
+from lolcats.run_folder import RunFolder
 from lolcats.sweep.measured import Measured
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.training.checkpoint import read_metadata
@@ -110,22 +111,9 @@ def hold_folder(sweep: Sweep) -> Iterator[None]:
     Raises:
         LolcatsError: another process holds it, or the place cannot be written.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(sweep.folder.parent / f".{sweep.folder.name}.lock")
-    try:
-        sweep.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise LolcatsError(
-            f"another `lolcats sweep` works in {sweep.folder}; wait for it, end it, or choose another name=..."
-        ) from error
-    except OSError as error:
-        raise LolcatsError(f"cannot write in {sweep.folder.parent}: {error.strerror or error}") from error
-    try:
+    busy = f"another `lolcats sweep` works in {sweep.folder}; wait for it, end it, or choose another name=..."
+    with hold(sweep.folder.parent / f".{sweep.folder.name}.lock", busy):
         yield
-    finally:
-        lock.release()
 
 
 def _changes(file: Path, config: RunConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
+from lolcats.files import atomic_file
 
 FORMAT = "lolcats-checkpoint-1"
 
@@ -22,15 +22,9 @@ FORMAT = "lolcats-checkpoint-1"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and JSON metadata to `path`; an interruption or a full disk leaves the old file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic_file(path) as temporary:
         save_file(ready, temporary, metadata={"format": FORMAT, "content": json.dumps(dict(metadata))})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise LolcatsError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

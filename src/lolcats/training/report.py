@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lolcats.files import write_text
+
 
 class Reporter:
     """Writes metrics.jsonl (None: nowhere) and draws progress on `console` (None: silently)."""
@@ -61,9 +63,7 @@ class Reporter:
             return
         lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if not ((m := json.loads(line))["stage"] == stage and m["step"] > step)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:

@@ -18,9 +18,8 @@ from pathlib import Path
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
-from lolcats.data.cache import cache_root
 from lolcats.errors import LolcatsError
-from lolcats.run_folder import write_bytes
+from lolcats.files import cache_root, write_bytes
 
 
 def task_manager() -> TaskManager:

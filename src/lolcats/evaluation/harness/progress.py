@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import weakref
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.errors import LolcatsError
+from lolcats.files import cache_root
 
 PIECE = 1 << 22
 """Numbers of a tensor that are hashed at a time; bounds the memory for their 64-bit copies."""
@@ -67,9 +67,8 @@ class Progress:
 
 
 def default_file(*names: object) -> Path:
-    """Where progress is kept when no other place was given: in the user's cache folder, a file for each `names`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lolcats" / "evaluations" / f"{key_of(*names)[:16]}.progress"
+    """Where progress is kept when no other place was given: in the cache folder, a file for each `names`."""
+    return cache_root() / "evaluations" / f"{key_of(*names)[:16]}.progress"
 
 
 def key_of(*parts: object) -> str:

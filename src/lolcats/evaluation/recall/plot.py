@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.recall.progress import Cell
 from lolcats.evaluation.recall.tasks import TASKS
+from lolcats.files import atomic_file
 
 SUFFIXES = (".png", ".pdf", ".svg")
 _DARK = 0.55  # cells below it get light figures
@@ -102,11 +102,5 @@ def _depth_names(depths: int) -> tuple[range, list[str]]:
 
 
 def _save(figure: Any, file: Path) -> None:
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
-    try:
-        figure.savefig(temporary, dpi=200)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise LolcatsError(f"cannot write {file}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, dpi=200, format=file.suffix.removeprefix("."))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.errors import LolcatsError
-from lolcats.run_folder import write_text
+from lolcats.files import write_text
 
 
 @dataclass

@@ -1,0 +1,188 @@
+"""Files that are whole or not there: written beside their place, brought to the disk, then renamed.
+
+A process that is killed while it writes leaves `.NAME.HOST-PID.tmp` beside NAME. Whoever writes NAME next removes what
+dead processes of this machine left (`remove_leftovers`); what a living one is writing stays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lolcats.errors import LolcatsError
+
+_HOST = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname()) or "host"
+_LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>\d+)\.(?P<kind>tmp|old)$", re.DOTALL)
+
+
+def cache_root() -> Path:
+    """The folder of everything that can be made again: LOLCATS_CACHE, else `lolcats` in the user's cache folder."""
+    if own := os.environ.get("LOLCATS_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "lolcats"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text atomically; raises as `atomic_file` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically; raises as `atomic_file` does."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place at the end, when its content is on the disk.
+
+    Raises:
+        LolcatsError: the disk is full or the place cannot be written; what was there before is untouched then.
+    """
+    temporary = _beside(path, "tmp")
+    try:
+        remove_leftovers(path)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        _discard(temporary)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place at the end; what was there before is deleted only then.
+
+    Raises:
+        LolcatsError: the disk is full or the place cannot be written; everything is as before then.
+    """
+    temporary, old = _beside(folder, "tmp"), _beside(folder, "old")
+    try:
+        remove_leftovers(folder)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for item in [*temporary.rglob("*"), temporary]:
+            _flush(item)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        _discard(temporary)
+        _discard(old)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what dead processes of this machine left while they wrote `path`.
+
+    A folder that one of them had moved away and not yet replaced is put back first.
+    """
+    if not path.parent.is_dir():
+        return
+    for item in _leftovers(path.parent, path.name):
+        if item.name.endswith(".old") and not path.exists():
+            os.replace(item, path)
+        else:
+            _discard(item)
+
+
+def remove_leftovers_in(folder: Path) -> None:
+    """As `remove_leftovers`, for everything in `folder` and its sub-folders; only for a folder that is ours alone."""
+    for parent in [folder, *(item for item in folder.rglob("*") if item.is_dir() and not item.is_symlink())]:
+        if parent.is_dir():  # else it was part of a leftover
+            for item in list(_leftovers(parent)):
+                found = _LEFTOVER.match(item.name)
+                assert found is not None
+                remove_leftovers(parent / found["name"])
+
+
+@contextmanager
+def hold(file: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file; the system releases it when this process ends, however it ends.
+
+    Args:
+        busy: what the error says if another process holds it.
+
+    Raises:
+        LolcatsError: another process holds it, or the place cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LolcatsError(busy) from error
+    except OSError as error:
+        raise LolcatsError(f"cannot write in {file.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{kind}")
+
+
+def _leftovers(parent: Path, name: str | None = None) -> Iterator[Path]:
+    """What dead processes of this machine left in a folder, of one name or of all."""
+    for item in sorted(parent.iterdir()):
+        found = _LEFTOVER.match(item.name)
+        if found and name in (None, found["name"]) and found["host"] == _HOST and not _lives(int(found["pid"])):
+            yield item
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this machine is alive; where that cannot be asked, it is."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: a rename must not get there before what it names."""
+    if path.is_symlink() or (path.is_dir() and os.name != "posix"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _discard(path: Path) -> None:
+    """Delete what is ours; that it cannot be deleted is no reason to hide why writing failed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: Exception) -> LolcatsError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return LolcatsError(f"cannot write {path}: {reason}; what was there before is untouched")

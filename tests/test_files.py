@@ -1,0 +1,117 @@
+"""Files and folders that are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lolcats.errors import LolcatsError
+from lolcats.files import atomic_file, atomic_folder, hold, remove_leftovers_in, write_text
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lolcats.files import atomic_file, atomic_folder
+place = Path(sys.argv[1])
+with (atomic_folder if sys.argv[2] == "folder" else atomic_file)(place) as temporary:
+    ((temporary / "half") if sys.argv[2] == "folder" else temporary).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def kill_while_writing(place: Path, kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(place), kind], env=os.environ | {"PYTHONPATH": SOURCE})
+    assert done.returncode == -signal.SIGKILL
+
+
+SOURCE = str(Path(__file__).parents[1] / "src")
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    for kind, place in (("file", tmp_path / "results.json"), ("folder", tmp_path / "model")):
+        kill_while_writing(place, kind)
+        assert names(tmp_path) != [] and not place.exists()
+        if kind == "file":
+            write_text(place, "whole")
+        else:
+            with atomic_folder(place) as temporary:
+                (temporary / "a").write_text("whole")
+        assert names(tmp_path) == [place.name]
+        place.unlink() if kind == "file" else remove_tree(place)
+
+
+def remove_tree(folder: Path) -> None:
+    for item in folder.iterdir():
+        item.unlink()
+    folder.rmdir()
+
+
+def test_leftovers_are_found_in_sub_folders(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    kill_while_writing(tmp_path / "checkpoints" / "last.safetensors", "file")
+    kill_while_writing(tmp_path / "model", "folder")
+    remove_leftovers_in(tmp_path)
+    assert names(tmp_path) == ["checkpoints"] and names(tmp_path / "checkpoints") == []
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("being written")
+        remove_leftovers_in(tmp_path)
+        assert temporary.exists()
+    assert (tmp_path / "a").read_text() == "being written"
+
+
+def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
+    kill_while_writing(tmp_path / "model", "folder")  # for a name of a dead process
+    (left,) = tmp_path.iterdir()
+    moved = left.with_name(left.name.removesuffix(".tmp") + ".old")
+    moved.mkdir()
+    (moved / "weights").write_text("the only copy")
+    remove_leftovers_in(tmp_path)
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "weights").read_text() == "the only copy"
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    with atomic_folder(place) as temporary:
+        (temporary / "a").write_text("first")
+    with pytest.raises(LolcatsError, match=r"cannot write .*untouched"), atomic_folder(place) as temporary:
+        (temporary / "a").write_text("second")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "b") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["model"] and (place / "a").read_text() == "first"
+
+
+def test_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    write_text(tmp_path / "a", "x")
+    assert events == ["fsync", "rename", "fsync"]
+    events.clear()
+    with atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "a").write_text("x")
+    assert events == ["fsync", "fsync", "rename", "fsync"]  # the file, the folder, and then the folder around it
+
+
+def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from lolcats.files import hold\n"
+    script += "try:\n    with hold(Path(sys.argv[1]), 'busy'): print('held')\nexcept ValueError as e: print(e)"
+    command = [sys.executable, "-c", script, str(tmp_path / "lock")]
+    env = os.environ | {"PYTHONPATH": SOURCE}
+    with hold(tmp_path / "lock", "busy"):
+        assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == "busy"
+    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == "held"
