@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Quantization = Literal["none", "8bit", "4bit"]
 
@@ -73,6 +75,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def dequantize_below(adapter: PeftModel, dtype: torch.dtype) -> PeftModel:
     """The same adapter on ordinary weights in `dtype`; the quantized ones are written out in place."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
     name = str(adapter.active_adapter)
     config, state = adapter.peft_config[name], get_peft_model_state_dict(adapter)
     state = {key: value.clone() for key, value in state.items()}
@@ -80,4 +84,4 @@ def dequantize_below(adapter: PeftModel, dtype: torch.dtype) -> PeftModel:
     dequantize(model, dtype)
     plain = get_peft_model(model, config)
     set_peft_model_state_dict(plain, state)
-    return cast(PeftModel, plain)
+    return cast("PeftModel", plain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lolcats import LolcatsError
+from lolcats import LolcatsError, recipe
 from lolcats.run_folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
@@ -24,7 +23,6 @@ from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import hold_folder
 from lolcats.training import Reporter
 
-recipe = importlib.import_module("lolcats.linearize")
 RANKS = {"grid": {"finetune.rank": [2, 3]}}
 
 

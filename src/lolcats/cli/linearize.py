@@ -40,7 +40,7 @@ def linearize(
 
     from accelerate import PartialState
 
-    from lolcats.linearize import linearize as run_recipe
+    from lolcats.recipe import linearize as run_recipe
 
     silence()
     out = console()

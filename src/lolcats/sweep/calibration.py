@@ -11,7 +11,7 @@ from typing import Any
 from lolcats.config import RunConfig, load_config
 from lolcats.device import choose_device
 from lolcats.errors import LolcatsError
-from lolcats.linearize import linearize
+from lolcats.recipe import linearize
 from lolcats.strict_yaml import write_yaml
 from lolcats.sweep.plan import STAGES, Speed
 from lolcats.sweep.settings import SweepRun

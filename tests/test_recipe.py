@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -13,14 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_config
+from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_config, recipe
 from lolcats.config import dump_config
 from lolcats.data import build_datasets
 from lolcats.evaluation import Variant, measure
 from lolcats.run_folder import RunFolder
 from lolcats.training import Reporter
-
-recipe = importlib.import_module("lolcats.linearize")  # `lolcats.linearize` itself is the function
 
 
 class Killed(BaseException):
