@@ -5,6 +5,11 @@ CONFIG ?= configs/demo.yaml
 DEMO_ARGS ?=
 # Options for pytest, such as TEST_ARGS="-k cache".
 TEST_ARGS ?=
+# Processes that share the tests, a file at a time.
+TEST_WORKERS ?= 2
+# Of `make test-faults`.
+KILLS ?= 300
+SEED ?= 0
 
 # PyTorch's threads otherwise spin while they wait, which on a machine with other work costs several times the time.
 export OMP_WAIT_POLICY ?= passive
@@ -14,22 +19,30 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --co
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format clean
+.PHONY: help demo test test-gpu test-faults check format clean quick
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      linearize a 135M model on this machine (CONFIG=..., DEMO_ARGS='key=value ...')"
-	@echo "make test      all tests that need no GPU (TEST_ARGS='...')"
-	@echo "make test-gpu  the tests that need a GPU"
-	@echo "make check     lint, format and types"
-	@echo "make format    format the code"
-	@echo "make clean     remove .venv, caches and build output; runs/ stays"
+	@echo "make demo         linearize a 135M model on this machine (CONFIG=..., DEMO_ARGS='key=value ...')"
+	@echo "make test         all tests that need no GPU (TEST_ARGS='...')"
+	@echo "make quick        the tests that take no more than a few seconds each"
+	@echo "make test-faults  kill runs at random moments and compare (KILLS=300 SEED=0)"
+	@echo "make test-gpu     the tests that need a GPU"
+	@echo "make check        lint, format and types"
+	@echo "make format       format the code"
+	@echo "make clean        remove .venv, caches and build output; runs/ stays"
 
 demo: .venv/.demo
 	$(BIN)/lolcats linearize $(CONFIG) --overwrite $(DEMO_ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+
+quick: .venv/.dev
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+
+test-faults: .venv/.dev
+	$(BIN)/python tests/faults/kills.py --kills $(KILLS) --seed $(SEED)
 
 test-gpu: .venv/.dev
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)

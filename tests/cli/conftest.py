@@ -7,18 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lolcats.cli import main
+from tiny import SENTENCE, save_teacher
 
-SENTENCE = "the cat sat on the mat and looked at the moon while a long river ran through the green valley. "
-CHATML = (
-    "{% for m in messages %}{{ '<start>' + m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
-)
 TINY = [
     "device=cpu",
     "dtype=float32",
@@ -54,21 +47,6 @@ class Answer:
 Run = Callable[..., Answer]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>", "<start>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([SENTENCE], trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    made.chat_template = CHATML
-    return made
-
-
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> Iterator[None]:
     """No progress bars of transformers, whose state is global and is put back."""
@@ -83,20 +61,7 @@ def quiet() -> Iterator[None]:
 def place(tmp_path_factory: pytest.TempPathFactory, quiet: None) -> Path:
     """Folder with teacher/, a Llama of two layers, and text.txt."""
     folder = tmp_path_factory.mktemp("cli")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
+    save_teacher(folder / "teacher")
     (folder / "text.txt").write_text(SENTENCE * 40)
     return folder
 

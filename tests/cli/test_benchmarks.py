@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import lolcats
+from tiny import SENTENCE
 
-from .conftest import SENTENCE, Run
+from .conftest import Run
 
 VARIANTS = ["teacher", "training_free", "student", "window_only", "linear_only", "no_attention"]
 

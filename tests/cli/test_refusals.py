@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from lolcats.cli import main
+from tiny import make_tokenizer
 
-from .conftest import Run, make_tokenizer
+from .conftest import Run
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:
