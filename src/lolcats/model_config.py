@@ -55,8 +55,11 @@ def read_model_config(source: str) -> PretrainedConfig:
                 f"its model_type is {raw.get('model_type', 'unknown to transformers')!r:.80}; "
                 "expected a model that transformers knows"
             ) from error
+        expected = (
+            "" if raw else "expected a hub name, a folder with config.json and safetensors, a .gguf file or 'demo'; "
+        )
         raise LolcatsError(
-            f"the configuration of {source} cannot be read: {type(error).__name__}: {reason(error)}"
+            f"cannot load {source!r}: {expected}its configuration cannot be read: {type(error).__name__}: {reason(error)}"
         ) from error
     check_config(config, source)
     return config
@@ -145,6 +148,6 @@ def _count(file: Path) -> int:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
         raise LolcatsError(
-            f"{file} cannot be read: {reason(error)}; it is damaged or incomplete, copy it again"
+            f"cannot load {str(file)!r}: it is damaged or incomplete ({reason(error)}); copy it again"
         ) from error
     return sum(int(torch.Size(shape).numel()) for shape in shapes)

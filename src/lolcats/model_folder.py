@@ -31,12 +31,8 @@ def expand_model(source: str | Path) -> str:
     return str(expand(source)) if str(source).startswith("~") else str(source)
 
 
-def check_place(source: str, *, weights: bool = True) -> None:
+def check_place(source: str) -> None:
     """Refuse what is certainly no model. A name that is no path of this machine may be one of the hub.
-
-    Args:
-        source: the name or path of a model.
-        weights: whether weights and tokenizer are needed, or config.json alone.
 
     Raises:
         LolcatsError: the message says what is there instead and what to give.
@@ -47,19 +43,23 @@ def check_place(source: str, *, weights: bool = True) -> None:
     if place.is_file():
         raise LolcatsError(f"cannot load {source!r}: it is a file; expected the folder of a model, or a .gguf file")
     if place.is_dir():
-        _check_folder(place, source, weights)
+        if (place / ADAPTER).exists():
+            raise LolcatsError(f"cannot load {source!r}: {_adapter(place)}")
+        if not (place / "config.json").is_file():
+            raise LolcatsError(f"cannot load {source!r}: {_without_config(place)}")
     elif source.startswith(("/", "./", "../", "\\")) or place.is_symlink():
         gone = "a link to nowhere" if place.is_symlink() else "no such folder"
         raise LolcatsError(f"cannot load {source!r}: {gone}; expected a hub name, a folder, a .gguf file or 'demo'")
 
 
-def _check_folder(folder: Path, source: str, weights: bool) -> None:
-    names = sorted(item.name for item in folder.iterdir())
-    if (folder / ADAPTER).exists():
-        raise LolcatsError(f"cannot load {source!r}: {_adapter(folder)}")
-    if not (folder / "config.json").is_file():
-        raise LolcatsError(f"cannot load {source!r}: {_without_config(folder, names)}")
-    if not weights:
+def check_files(source: str) -> None:
+    """Refuse the folder of a model without weights or without a tokenizer.
+
+    Raises:
+        LolcatsError: the message says what is missing.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
         return
     if not _holds(folder, WEIGHTS):
         raise LolcatsError(
@@ -72,8 +72,9 @@ def _check_folder(folder: Path, source: str, weights: bool) -> None:
         )
 
 
-def _without_config(folder: Path, names: list[str]) -> str:
+def _without_config(folder: Path) -> str:
     """What a folder without config.json is."""
+    names = sorted(item.name for item in folder.iterdir())
     if not names:
         return "the folder is empty; expected a model's config.json, weights and tokenizer"
     if (folder / "config.yaml").is_file():

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
+from lolcats.device import check_impl
 from lolcats.errors import LolcatsError
 from lolcats.model_config import read_model_config
-from lolcats.model_folder import check_place, expand_model
+from lolcats.model_folder import check_files, check_place, expand_model
 from lolcats.printable import reason
 from lolcats.quantization import (
     Quantization,
@@ -54,7 +55,9 @@ def load_teacher(
     if gguf is None:
         check_place(source)
         check_adapter_on_hub(source)
-        read_model_config(source)
+        settings = getattr(read_model_config(source), "linearization", None) or {}
+        check_impl(settings.get("impl", "auto"), torch.device(device), f"linearization.impl in config.json of {source}")
+        check_files(source)
     with explained(source):
         if gguf is not None:
             model, tokenizer = _load_gguf(gguf, dtype)
