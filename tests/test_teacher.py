@@ -45,7 +45,7 @@ def test_what_is_not_there_is_explained(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_broken_folder_is_explained(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(LolcatsError, match=r"expected a hub name, a folder"):
+    with pytest.raises(LolcatsError, match=r"config.json is not JSON"):
         load_teacher(folder)
 
 
@@ -69,7 +69,7 @@ def test_converted_gguf_weights_keep_float32_frequencies(
 ) -> None:
     """bfloat16 rotary frequencies are off by a whole turn after a few hundred tokens."""
     model, tokenizer = load_teacher(folder)
-    monkeypatch.setattr("lolcats.teacher.AutoModelForCausalLM.from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr("lolcats.teacher.AutoModelForCausalLM.from_pretrained", lambda *a, **k: (model, {}))
     monkeypatch.setattr("lolcats.teacher.AutoTokenizer.from_pretrained", lambda *a, **k: tokenizer)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: object())
     file = tmp_path / "a.gguf"

@@ -15,11 +15,14 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from typing_extensions import Self
 
 from lolcats.errors import ConfigError
-from lolcats.settings import Count, Factor, Names, Positive, Rate, Section, Tokens
+from lolcats.printable import shorten
+from lolcats.settings import Count, Factor, Length, Names, Near, Positive, Rate, Rows, Section, Seed, Tokens, Width
 from lolcats.settings import DataConfig as DataConfig
 from lolcats.settings import SourceConfig as SourceConfig
 from lolcats.strict_yaml import read_yaml, write_yaml
 
+MOST_PROBLEMS = 50
+"""Wrong settings that a message explains."""
 Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
 
 
@@ -27,10 +30,10 @@ class LinearizationConfig(Section):
     """The attention layer that replaces softmax attention, and the layers that get it."""
 
     feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
-    feature_size: Positive | None = None  # f, the width of the learned matrix; None is the head size
-    window: Count = 64  # tokens with exact softmax attention
+    feature_size: Width | None = None  # f, the width of the learned matrix; None is the head size
+    window: Near = 64  # tokens with exact softmax attention
     window_kind: Literal["sliding", "terraced"] = "sliding"
-    sinks: Count = 0  # first tokens of the text that always keep softmax attention
+    sinks: Near = 0  # first tokens of the text that always keep softmax attention
     state_heads: Literal["query", "kv"] = "query"  # one linear state a query head, or one a key/value head
     layers: Literal["all"] | list[int] | float = "all"  # indices (negative from the end), or a fraction in (0, 1]
     impl: Literal["auto", "triton", "chunked", "recurrent", "reference"] = "auto"
@@ -63,8 +66,8 @@ class OptimConfig(Section):
     _losses: ClassVar[tuple[str, ...]] = ()  # the weights of the stage's losses
     enabled: bool = True
     tokens: Tokens  # training tokens of the stage; see `steps`
-    batch_size: Positive = 8  # sequences a step
-    micro_batch_size: Positive | None = None  # sequences at once on the device; None is batch_size
+    batch_size: Rows = 8  # sequences a step
+    micro_batch_size: Rows | None = None  # sequences at once on the device; None is batch_size
     lr: Rate
     schedule: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of lr left at the end of cosine and linear
@@ -109,7 +112,7 @@ class FinetuneConfig(OptimConfig):
     tokens: Tokens = 10_000_000
     lr: Rate = 1e-4
     method: Literal["lora", "full"] = "lora"
-    rank: Positive = 8
+    rank: Width = 8
     alpha: Rate = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["attention", "all"] | Names = "attention"  # linear layers in linearized attention, all, or names
@@ -124,10 +127,10 @@ class EvaluationConfig(Section):
     """What is measured after training."""
 
     sources: list[str] = Field(default=[])  # empty: the held-out validation sequences
-    segment_length: Annotated[int, Field(ge=2)] | None = None  # tokens; None is data.sequence_length
+    segment_length: Length | None = None  # tokens; None is data.sequence_length
     last: Positive | None = None  # count only the last tokens of a segment; None counts all
     max_segments: Positive | None = None
-    batch_size: Positive = 4  # segments at once
+    batch_size: Rows = 4  # segments at once
     controls: list[Control] = Field(default=["window_only", "linear_only", "no_attention", "training_free"])
 
 
@@ -139,7 +142,7 @@ class RunConfig(Section):
         "run"  # the folder of the run inside runs_dir
     )
     runs_dir: str = "runs"
-    seed: Count = 0
+    seed: Seed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"  # of the teacher's linear layers while training
@@ -180,6 +183,19 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
         valid = dotted(RunConfig().model_dump()) + [f"data.sources.{key}" for key in SourceConfig.model_fields]
         lines = "\n".join(f"  {line}" for line in explain(error, valid))
         raise ConfigError(f"the configuration {path_or_recipe or 'given'} cannot be used:\n{lines}") from error
+
+
+def check_linearization(settings: object, source: str = "config.json") -> LinearizationConfig:
+    """The layer that a linearized model's configuration describes.
+
+    Raises:
+        ConfigError: settings that cannot be used; the message names them.
+    """
+    try:
+        return LinearizationConfig.model_validate(settings)
+    except ValidationError as error:
+        lines = "; ".join(f"linearization.{line}" for line in explain(error, list(LinearizationConfig.model_fields)))
+        raise ConfigError(f"{source} cannot be used: {lines}") from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -251,7 +267,8 @@ def explain(error: ValidationError, valid: Sequence[str]) -> list[str]:
     """What is wrong with settings, a line for each key; `valid` are all keys that there are."""
     names = {part for key in valid for part in key.split(".")}
     problems: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    for item in items[:MOST_PROBLEMS]:
         if item["loc"][-1:] == ("str",) and isinstance(item["input"], dict):
             continue  # a source with settings is no plain name: what is wrong inside it is said below
         if item["type"] == "extra_forbidden":
@@ -261,6 +278,7 @@ def explain(error: ValidationError, valid: Sequence[str]) -> list[str]:
         # A union adds the name of each of its types to the location; joined under the key they read as one sentence.
         path = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in names)
         message = item["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+        got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {shorten(repr(item['input']), 100)})"
         problems.setdefault(path, []).append(message + got)
-    return [f"{path}: {' or '.join(messages)}" if path else messages[0] for path, messages in problems.items()]
+    more = [f"and {len(items) - MOST_PROBLEMS:,} more"] if len(items) > MOST_PROBLEMS else []
+    return [f"{path}: {' or '.join(messages)}" if path else messages[0] for path, messages in problems.items()] + more

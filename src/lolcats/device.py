@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from lolcats.errors import LolcatsError
@@ -23,6 +26,20 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise LolcatsError(f"device {name!r} was asked for, but this machine has none; use device=auto or device=cpu")
     return device
+
+
+def check_impl(impl: str, device: torch.device, where: str = "linearization.impl") -> None:
+    """Refuse an implementation that cannot run on a device, before anything is loaded.
+
+    Raises:
+        LolcatsError: Triton's kernels are asked for, and are not installed or have no GPU.
+    """
+    if impl != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise LolcatsError(f"{where} is triton, and the package triton is not installed here; use auto")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise LolcatsError(f"{where} is triton, which needs a CUDA device; this is {device.type}: use auto")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

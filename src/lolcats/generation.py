@@ -1,20 +1,153 @@
-"""Text out of a model: a thin layer over `model.generate`."""
+"""Text out of a model: a thin layer over `model.generate`.
+
+What a model's own generation settings ask for (beams, assistants, stop strings, other caches, other results) is for its
+users, and much of it cannot be done here. So texts of ours are written by settings of our own; of the model's, only
+the tokens that end and fill a text count.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lolcats.errors import DataError, LolcatsError
+from lolcats.evaluation.context import check_context, context_limit, ends_there
+from lolcats.printable import reason
+from lolcats.vocabulary import check_token_ids, vocabulary_size
+
+SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_p")
+"""Options that are generation settings; all others go to `generate` as they are."""
 
 
-@torch.no_grad()
+class Sample(NamedTuple):
+    """A text for show."""
+
+    text: str | None
+    note: str | None
+    """Why there is no text."""
+
+
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 40, **options: Any
 ) -> str:
-    """Continuation of `prompt`, without it; greedy unless `options` of `generate` say otherwise."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids = cast(Any, model).generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=options.pop("do_sample", False), **options
+    """Continuation of `prompt`, without it; greedy unless `options` say otherwise.
+
+    Args:
+        model, tokenizer: what writes.
+        prompt: the text to continue.
+        max_new_tokens: how much to write at most.
+        options: do_sample, temperature, top_p, streamer, past_key_values.
+
+    Raises:
+        LolcatsError: what `write_tokens` raises, or a prompt that is no text.
+    """
+    ids = encode(tokenizer, prompt)
+    written = write_tokens(model, tokenizer, ids, max_new_tokens=max_new_tokens, **options)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def try_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Sample:
+    """As `sample`, for texts that are only shown: whatever goes wrong becomes a note, and the caller goes on."""
+    try:
+        room = 40
+        if ends_there(model):
+            room = max(1, min(room, (context_limit(model) or room) - encode(tokenizer, prompt).shape[1]))
+        return Sample(sample(model, tokenizer, prompt, room), None)
+    except Exception as error:
+        return Sample(None, f"{type(error).__name__}: {reason(error)}")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Tensor:
+    """The tokens of a text: [1, N].
+
+    Raises:
+        LolcatsError: halves of characters in it, or a text without tokens.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("the text is not UTF-8; convert it first, for instance with iconv -t UTF-8") from error
+    ids = list(cast(Any, tokenizer(text, verbose=False, **options)["input_ids"]))
+    if not ids:
+        raise DataError("the tokenizer makes no token of the text; give a longer one")
+    return torch.tensor([ids])
+
+
+@torch.no_grad()
+def write_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, *, max_new_tokens: int, **options: Any
+) -> Tensor:
+    """The tokens of a text and of its continuation: [1, N + up to max_new_tokens].
+
+    Args:
+        model: what writes; its own generation settings are left out but for the tokens that end or fill a text.
+        tokenizer: of the model.
+        ids: [1, N] tokens to continue.
+        max_new_tokens: how much to write at most.
+        options: do_sample, temperature, top_p, and arguments of `generate` such as streamer and past_key_values.
+
+    Raises:
+        LolcatsError: tokens that the model does not know, more than a table of positions holds, or predictions that
+            are not numbers.
+    """
+    check_token_ids(ids, model, "the prompt")
+    check_context(model, ids.shape[1] + max_new_tokens, "prompt and continuation")
+    options["max_new_tokens"] = max_new_tokens
+    settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    ids = ids.to(model.device)
+    with _own_settings(model, tokenizer, settings) as config:
+        return cast(Any, model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Finite()]),
+            **options,
+        )
+
+
+class _Finite(LogitsProcessor):
+    """Stops where a prediction is not a number: the likeliest of NaNs is a token too, and the text would look empty."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not scores.amax(-1).isfinite().all():
+            raise LolcatsError(
+                "the model's predictions are NaN or infinite, so there is no text: its weights are damaged, or its "
+                "numbers overflow (try --dtype float32)"
+            )
+        return scores
+
+
+@contextmanager
+def _own_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> Iterator[GenerationConfig]:
+    """Inside, the model has settings of ours alone: `generate` fills what a call leaves open from the model's."""
+    before = model.generation_config
+    rows = vocabulary_size(model)
+    ends = [token for token in _tokens(getattr(before, "eos_token_id", None)) if rows is None or token < rows]
+    fill = [*_tokens(getattr(before, "pad_token_id", None)), *_tokens(tokenizer.pad_token_id), *ends, 0]
+    config = GenerationConfig(
+        eos_token_id=ends or None, pad_token_id=fill[0], **({"do_sample": False} | settings), use_cache=True
     )
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    model.generation_config = config
+    try:
+        yield config
+    finally:
+        model.generation_config = before
+
+
+def _tokens(value: object) -> list[int]:
+    """The token ids in a setting that may hold one, several or none."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return [token for token in several if type(token) is int and token >= 0]

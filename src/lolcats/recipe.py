@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import build_datasets, check_sources
-from lolcats.device import choose_device, choose_dtype, describe_device
+from lolcats.device import check_impl, choose_device, choose_dtype, describe_device
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.generation import sample
@@ -31,6 +31,7 @@ from lolcats.saving import save_artefact
 from lolcats.teacher import load_teacher
 from lolcats.training import FinetuneStage, Reporter, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.loop import Stage
+from lolcats.vocabulary import check_token_ids
 
 SAMPLE_PROMPT = "The most important thing to know about computers is"
 
@@ -85,6 +86,7 @@ def linearize(
     """
     started = time.perf_counter()
     device = choose_device(config.device)
+    check_impl(config.linearization.impl, device)
     accelerator = Accelerator(cpu=device.type == "cpu")
     if not resume:
         check_sources(config.data, config.evaluation.sources)  # before anything is written or loaded
@@ -120,6 +122,8 @@ def _prepare(
     train_set, validation = build_datasets(
         config.data, tokenizer, config.seed, teacher=model, console=shown, others=config.evaluation.sources
     )
+    for name, dataset in (("the training text", train_set), ("the held-out text", validation)):
+        check_token_ids(dataset.ids, model, name)
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)

@@ -17,6 +17,7 @@ from typing import Any
 from lolcats.config import RunConfig, dump_config, load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
+from lolcats.model_folder import expand
 
 
 class RunFolder:
@@ -37,7 +38,7 @@ class RunFolder:
     @classmethod
     def of(cls, config: RunConfig) -> RunFolder:
         """The folder that the settings name."""
-        return cls(Path(config.runs_dir) / config.name)
+        return cls(expand(config.runs_dir) / config.name)
 
     def prepare(self, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
         """Make the folder for a new run, or check that this run can go on in it.

@@ -17,14 +17,20 @@ from pydantic import (
 
 def _whole(value: object) -> object:
     # 1e7, the usual way to write a token count, is a float in YAML.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Factor = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+# Upper bounds are far above what anybody trains with; beyond them a typing error would fill the memory without a word.
+Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**14)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Rows = Annotated[int, Field(ge=1, le=2**16)]  # of a batch
+Length = Annotated[int, Field(ge=2, le=2**24)]  # of a sequence, in tokens
+Near = Annotated[int, Field(ge=0, le=2**17)]  # tokens that keep exact attention
+Width = Annotated[int, Field(ge=1, le=2**16)]  # of a learned matrix
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy takes
+Factor = Annotated[float, Field(ge=0, le=3e38)]  # as large as float32 goes
+Rate = Annotated[float, Field(gt=0, le=3e38)]
 Names = Annotated[list[str], Field(min_length=1)]
 TemplateName = Literal["plain", "alpaca", "chat"]
 
@@ -46,7 +52,7 @@ class SourceConfig(Section):
     columns: dict[str, str] = {}  # "instruction" (or text, output, ...) -> what the data set calls it
     revision: str | None = None  # of a data set of the hub
     streaming: bool | None = None  # of a data set of the hub: rows are fetched as they are read
-    length: Annotated[int, Field(ge=2)] | None = None  # "passkey" and "self": tokens a sample; None: sequence_length
+    length: Length | None = None  # "passkey" and "self": tokens a sample; None: sequence_length
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -60,7 +66,7 @@ class DataConfig(Section):
     sources: Annotated[list[str | SourceConfig], Field(min_length=1)] = ["python-docs"]
     local: dict[str, str] = {}  # name of a data set -> file or folder that is read in its place
     template: Literal["auto"] | TemplateName = "auto"  # auto: the data set's own, else plain
-    sequence_length: Annotated[int, Field(ge=2)] = 1024  # tokens
+    sequence_length: Length = 1024  # tokens
     packing: Literal["stream", "documents"] = "stream"
     validation_sequences: Positive = 16
     max_tokens: Tokens | None = None  # stop reading after this many tokens

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
+from lolcats.device import check_impl
 from lolcats.errors import LolcatsError
+from lolcats.model_config import read_model_config
+from lolcats.model_folder import check_files, check_place, expand_model
+from lolcats.printable import reason
 from lolcats.quantization import (
     Quantization,
     forget_quantization,
@@ -20,6 +27,7 @@ from lolcats.quantization import (
     keep_differentiable,
     quantization_config,
 )
+from lolcats.weights import check_complete, check_finite
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,11 +47,18 @@ def load_teacher(
         quantization: "8bit" or "4bit" loads the linear layers so, by bitsandbytes; a GGUF file is dequantized before.
 
     Raises:
-        LolcatsError: nothing is there, it cannot be read, or an optional package is missing.
+        LolcatsError: nothing is there, it cannot be read, weights are missing, left over, of another shape or not
+            finite, an adapter lies on them, they are quantized already, or an optional package is missing.
     """
-    source = str(source)
+    source = expand_model(source)
     gguf = demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
-    try:
+    if gguf is None:
+        check_place(source)
+        check_adapter_on_hub(source)
+        settings = getattr(read_model_config(source), "linearization", None) or {}
+        check_impl(settings.get("impl", "auto"), torch.device(device), f"linearization.impl in config.json of {source}")
+        check_files(source)
+    with explained(source):
         if gguf is not None:
             model, tokenizer = _load_gguf(gguf, dtype)
             if quantization != "none":
@@ -51,31 +66,103 @@ def load_teacher(
                     model.save_pretrained(folder)
                     model = _load_quantized(folder, dtype, device, quantization)
         elif quantization != "none":
+            tokenizer = _load_tokenizer(source)
             model = _load_quantized(source, dtype, device, quantization)
-            tokenizer = AutoTokenizer.from_pretrained(source)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, LolcatsError):
-            raise
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LolcatsError(
-            f"cannot load {source!r}: expected a hub name, a folder with config.json and safetensors, a .gguf file or "
-            f"'demo'; {first.strip()}"
-        ) from error
+            tokenizer = _load_tokenizer(source)
+            model = _load_model(source, dtype=dtype or "auto")
     if not is_quantized(model):  # quantized weights are loaded where they belong
         model = model.to(device)  # type: ignore[arg-type]
+    check_finite(model, source)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Inside, whatever other libraries raise over a foreign file becomes one line with the reason.
+
+    Raises:
+        LolcatsError: in place of any other exception but lack of memory.
+    """
+    try:
+        yield
+    except (LolcatsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise LolcatsError(f"cannot load {source!r}: a package is missing; {reason(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise LolcatsError(
+            f"cannot load {source!r}: its weights are pickled with more than tensors in them, which could run code, or "
+            "damaged; expected safetensors"
+        ) from error
+    except Exception as error:  # what a broken file makes parsers raise has no end: struct.error, IndexError, ...
+        if source.endswith(".gguf") and Path(source).is_file():
+            raise LolcatsError(
+                f"cannot load {source!r}: it is no whole GGUF file of a model that transformers can read "
+                f"({type(error).__name__}: {reason(error)}); copy it again"
+            ) from error
+        raise LolcatsError(
+            f"cannot load {source!r}: expected a hub name, a folder with config.json and safetensors, a .gguf file or "
+            f"'demo'; {type(error).__name__}: {reason(error)}"
+        ) from error
+
+
+def check_adapter_on_hub(source: str) -> None:
+    """Refuse the hub name of an adapter, of which transformers would load the base model and train beside it.
+
+    Raises:
+        LolcatsError: it is one.
+    """
+    if Path(source).exists():
+        return  # looked at already
+    try:
+        file = find_adapter_config_file(source)
+    except (OSError, ValueError):  # no such name, or no network: loading says so
+        return
+    if file is not None:
+        raise LolcatsError(
+            f"cannot load {source!r}: it is a peft adapter, or has one beside the model; merge it first: "
+            "PeftModel.from_pretrained(base, NAME).merge_and_unload().save_pretrained(FOLDER), and give the folder"
+        )
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (LolcatsError, MemoryError):
+        raise
+    except Exception as error:
+        what = reason(error)
+        if "trust_remote_code" in what:
+            what = "it asks to run code of its own (auto_map), which lolcats never does"
+        raise LolcatsError(
+            f"cannot load {source!r}: its tokenizer cannot be read ({type(error).__name__}: {what}); expected "
+            "tokenizer.json and tokenizer_config.json, or files of another tokenizer that transformers knows"
+        ) from error
+
+
+def _load_model(source: str | Path, **options: Any) -> PreTrainedModel:
+    """A model of which every tensor was read.
+
+    Raises:
+        LolcatsError: it was not.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # their names are needed; `check_complete` refuses them
+        **options,
+    )
+    check_complete(found, str(Path(source) / options["gguf_file"] if "gguf_file" in options else source))
+    return model
 
 
 def _load_quantized(
     source: str, dtype: torch.dtype | None, device: torch.device | str, quantization: Quantization
 ) -> PreTrainedModel:
     config = quantization_config(quantization, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or "auto", quantization_config=config, device_map={"": str(device)}
-    )
+    model = _load_model(source, dtype=dtype or "auto", quantization_config=config, device_map={"": str(device)})
     keep_differentiable(model)
     return model
 
@@ -96,8 +183,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        model = _load_model(path.parent, gguf_file=path.name, dtype=torch.float32)
     finally:
         if bar:
             hf_logging.enable_progress_bar()

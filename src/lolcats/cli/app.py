@@ -22,6 +22,8 @@ from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
 from lolcats.cli.sweep import sweep
 from lolcats.cli.sweep_job import sweep_job
+from lolcats.cli.terminal import write_anything
+from lolcats.printable import printable
 from lolcats.silence import no_bars
 
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     words = [word for word in options if word != "--debug"] + words[len(options) :]
+    write_anything()
     os.environ.setdefault("TQDM_DISABLE", "1")  # for the processes that are started from here
     try:
         with warnings.catch_warnings(), no_bars():
@@ -90,6 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr)
         print(f"{process_prefix()}error: {describe(error)}", file=sys.stderr)
         return 2 if is_usage_error(error) else 1

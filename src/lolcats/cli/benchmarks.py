@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lolcats.cli.failures import Interrupted
 from lolcats.cli.load import silence
+from lolcats.cli.options import expand_path
 from lolcats.cli.tables import console, ordered, show_number
 from lolcats.errors import LolcatsError
 
@@ -29,7 +30,11 @@ Tasks = Annotated[
 ]
 TaskData = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Read TASK_SPLIT.jsonl[.gz] from here, nothing from the hub (--tasks)."),
+    typer.Option(
+        metavar="DIR",
+        callback=expand_path,
+        help="Read TASK_SPLIT.jsonl[.gz] from here, nothing from the hub (--tasks).",
+    ),
 ]
 NumFewshot = Annotated[
     list[str] | None,

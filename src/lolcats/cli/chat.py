@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lolcats.cli.load import load_model
 from lolcats.cli.options import Device, Dtype, Model, NewTokens, Seed, Temperature, TopP, sampling
 from lolcats.errors import LolcatsError
+from lolcats.printable import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ class Conversation:
     Args:
         model: any causal language model; the state of a linearized one stays small.
         tokenizer: one with a chat template.
-        options: of `generate`.
+        options: of `write_tokens`.
 
     Raises:
         LolcatsError: the tokenizer has no chat template.
@@ -46,28 +47,36 @@ class Conversation:
         self.cache = DynamicCache(config=self.model.config)
 
     def reply(self, text: str, streamer: Any = None) -> str:
-        """The model's answer to `text`."""
-        import torch
+        """The model's answer to `text`.
+
+        Raises:
+            LolcatsError: the template fails, or what `write_tokens` raises.
+        """
+        from lolcats.generation import encode, write_tokens
 
         self.messages.append({"role": "user", "content": text})
-        rendered = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-        encoded = self.tokenizer(cast(str, rendered), add_special_tokens=False, verbose=False)
-        ids = list(cast(Any, encoded["input_ids"]))
+        prompt = encode(self.tokenizer, self._render(), add_special_tokens=False)
+        ids = prompt[0].tolist()
         if self.seen != ids[: len(self.seen)] or len(ids) <= len(self.seen):
             self.forget_state()  # the template writes earlier turns differently from what the model wrote
-        prompt = torch.tensor([ids], device=self.model.device)
-        with torch.no_grad():
-            written = cast(Any, self.model).generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=self.cache,
-                streamer=streamer,
-                **self.options,
-            )[0]
+        written = write_tokens(
+            self.model, self.tokenizer, prompt, past_key_values=self.cache, streamer=streamer, **self.options
+        )[0]
         self.seen = written[: int(self.cache.get_seq_length())].tolist()
         answer = str(self.tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": answer})
         return answer
+
+    def _render(self) -> str:
+        """The messages as the template writes them; it came with the model, and may raise anything."""
+        try:
+            rendered = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            raise LolcatsError(
+                f"the chat template of this model failed: {reason(error)}; mend chat_template in its folder, or use "
+                "lolcats generate"
+            ) from error
+        return str(rendered)
 
 
 def chat(
@@ -96,3 +105,5 @@ def chat(
                 talk.reply(line, CountingStreamer(tokenizer))
     except (EOFError, KeyboardInterrupt):
         typer.echo()
+    except UnicodeDecodeError as error:
+        raise LolcatsError(f"standard input is not {error.encoding} (byte {error.start}); convert it first") from error

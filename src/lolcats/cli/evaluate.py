@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lolcats.cli import benchmarks
 from lolcats.cli import recall as recall_options
 from lolcats.cli.load import find_model, read_recipe, silence
-from lolcats.cli.options import Device, Dtype, Model
+from lolcats.cli.options import Device, Dtype, Model, expand_path
 from lolcats.cli.tables import console, position_notes, position_table, score_table
 from lolcats.config import Control, RunConfig
 from lolcats.errors import LolcatsError
@@ -48,7 +48,10 @@ Controls = Annotated[list[str] | None, typer.Option(help=f"{CONTROLS}, or none; 
 Teacher = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=expand_path, help="Also write the numbers to this file."),
+]
 ByPosition = Annotated[bool, typer.Option("--by-position", help="A second table, by place in the text.")]
 Beyond = Annotated[
     int | None,

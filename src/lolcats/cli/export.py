@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from lolcats.cli.load import silence
+from lolcats.cli.options import expand_path
 from lolcats.cli.tables import show_bytes
 from lolcats.errors import LolcatsError
 
 Source = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="The folder of a finished run or of its model.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", callback=expand_path, help="The folder to write.")]
 FormatName = Annotated[
     str,
     typer.Option(

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.model_config import read_model_config
+from lolcats.model_folder import check_place, expand_model
 from lolcats.modeling import LinearizedAttention, linearized_layers
 from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local
 from lolcats.ops import HybridState, hybrid_attention
@@ -57,16 +59,13 @@ def read_facts(source: str) -> ModelFacts:
     """
     if source == "demo" or source.endswith(".gguf"):
         return describe(load_teacher(source)[0])
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, LolcatsError):
-            raise
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LolcatsError(f"cannot read the configuration of {source!r}: {first}") from error
+    source = expand_model(source)
+    check_place(source)
+    config = read_model_config(source)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+            dtype = getattr(config, "dtype", None) or torch.float32
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, ImportError) as error:
         kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
         layers = int(getattr(config, "num_hidden_layers", 0))

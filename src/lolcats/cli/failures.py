@@ -7,7 +7,9 @@ import sys
 
 from pydantic import ValidationError
 
+from lolcats.config import MOST_PROBLEMS
 from lolcats.errors import LolcatsError
+from lolcats.printable import one_line
 
 INTERRUPTED = {
     "linearize": "interrupted; the last checkpoint is kept",
@@ -27,29 +29,20 @@ class Interrupted(Exception):
 
 
 def describe(error: Exception) -> str:
-    """One line for the person who typed the command."""
+    """One printable line of bounded length for the person who typed the command."""
     if is_usage_error(error):
         return f"{one_line(error.format_message())} (lolcats --help shows the options)"  # type: ignore[attr-defined]
     if isinstance(error, ValidationError):
-        problems = error.errors(include_url=False)
+        problems = error.errors(include_url=False)[:MOST_PROBLEMS]
         return one_line("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems))
     if isinstance(error, LolcatsError):
         return one_line(str(error))
     if isinstance(error, OSError):
-        reason = error.strerror or one_line(str(error))
-        return f"{error.filename}: {reason}" if error.filename else reason
+        reason = error.strerror or str(error)
+        return one_line(f"{error.filename}: {reason}" if error.filename else reason)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; use smaller batches, shorter sequences or a smaller model"
     return f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
-
-
-def one_line(text: str) -> str:
-    """The lines of `text` as one: after a colon they go on, else a semicolon parts them."""
-    joined = ""
-    for line in filter(None, map(str.strip, text.splitlines())):
-        gap = " " if joined.endswith((":", ";", ",", ".")) else "; "
-        joined += (gap if joined else "") + line
-    return joined
 
 
 def is_usage_error(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import typer
 from lolcats.cli.load import load_model
 from lolcats.cli.options import Device, Dtype, Model, NewTokens, Seed, Temperature, TopP, sampling
 from lolcats.errors import LolcatsError
+from lolcats.printable import without_controls
 
 
 def generate(
@@ -24,7 +25,7 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Continue a text; speed and size of the state go to stderr."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt() if prompt == "-" else prompt
     if not text.strip():
         raise LolcatsError("the prompt is empty; give a text to continue")
 
@@ -41,9 +42,24 @@ def generate(
     options = sampling(temperature, top_p)
     written = sample(network, tokenizer, text, max_new_tokens, streamer=streamer, past_key_values=cache, **options)
     if not stream:
-        typer.echo(written)
+        typer.echo(without_controls(written))
     memory = show_bytes(cache_bytes(cache))
     typer.echo(f"{streamer.tokens} tokens, {streamer.tokens_per_second:,.1f} tokens/s, {memory} of state", err=True)
+
+
+def read_prompt() -> str:
+    """Standard input as text.
+
+    Raises:
+        LolcatsError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise LolcatsError(
+            f"standard input is not {error.encoding} (byte {error.start}); convert it first, for instance with "
+            f"iconv -t UTF-8"
+        ) from error
 
 
 def cache_bytes(cache: object) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
+from lolcats.model_folder import expand_model
+from lolcats.printable import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,11 +24,12 @@ def silence() -> None:
 
 
 def find_model(source: str) -> str:
-    """`source`, or the model inside it if it is the folder of a run.
+    """`source` with `~` written out, or the model inside it if it is the folder of a run.
 
     Raises:
         LolcatsError: it is the folder of a run that has no model yet.
     """
+    source = expand_model(source)
     folder = Path(source)
     if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         return source
@@ -51,9 +54,26 @@ def read_results(source: str) -> dict[str, Any]:
 
     file = Path(source) / RESULTS_FILE
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise LolcatsError(f"{file} is not JSON: {error}") from error
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise LolcatsError(f"{file} is not JSON: {reason(error)}; delete it to go on without the numbers") from error
+    if problem := _unusable(content):
+        raise LolcatsError(f"{file}: {problem}; delete it to go on without the numbers")
+    return content
+
+
+def _unusable(results: object) -> str | None:
+    """Why results cannot be shown."""
+    if not isinstance(results, dict):
+        return f"expected an object with perplexity, got {type(results).__name__}"
+    for section in ("perplexity", "kl"):
+        scores = results.get(section, {})
+        numbers = scores.values() if isinstance(scores, dict) else [""]
+        if any(isinstance(n, bool) or not isinstance(n, int | float | None) or abs(n or 0) > 1e300 for n in numbers):
+            return f"{section} must be numbers by name"
+        if section == "perplexity" and (None in numbers or scores.get("teacher") == 0):
+            return f"{section} must be numbers by name, none of them 0 or null"
+    return None if isinstance(results.get("evaluation", {}), dict) else "evaluation must be an object"
 
 
 def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lolcats.model_folder import expand
 
 
 def _check_device(name: str) -> str:
@@ -20,6 +23,27 @@ def _check_dtype(name: str) -> str:
     return name
 
 
+def _check_temperature(value: float) -> float:
+    if value != 0 and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:  # NaN is neither
+        raise typer.BadParameter(f"expected 0 or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}, got {value}")
+    return value
+
+
+def _check_top_p(value: float) -> float:
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"expected above 0 and up to 1, got {value}")
+    return value
+
+
+def expand_path(path: Path | None) -> Path | None:
+    """A path option with `~` written out."""
+    return None if path is None else expand(path)
+
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+MAX_SEED = 2**32 - 1
+"""What numpy takes."""
+MAX_COUNT = 10**9
 Model = Annotated[
     str,
     typer.Argument(
@@ -28,10 +52,14 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", callback=_check_device, help="auto, cpu, mps, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", callback=_check_dtype, help="auto, float32 or bfloat16.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+NewTokens = Annotated[int, typer.Option(min=1, max=10**7, help="Most tokens to write.")]
+Temperature = Annotated[
+    float, typer.Option(callback=_check_temperature, help="0 always takes the likeliest token; else 0.01 to 100.")
+]
+TopP = Annotated[
+    float, typer.Option(callback=_check_top_p, help="Sample from the likeliest tokens of this total share.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampling.")]
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, object]:

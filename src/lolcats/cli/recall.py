@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from lolcats.cli.failures import Interrupted
 from lolcats.cli.load import read_recipe, silence
+from lolcats.cli.options import MAX_SEED, expand_path
 from lolcats.cli.tables import console, ordered
 from lolcats.errors import LolcatsError
 
@@ -37,12 +38,15 @@ Lengths = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=1, help="With --recall: prompts a task and length.")]
 Depths = Annotated[int, typer.Option(min=1, help="With --recall: ranges of depth that the prompts are spread over.")]
-RecallSeed = Annotated[int, typer.Option("--recall-seed", min=0, help="With --recall: of the prompts.")]
+RecallSeed = Annotated[int, typer.Option("--recall-seed", min=0, max=MAX_SEED, help="With --recall: of the prompts.")]
 Haystack = Annotated[
     str, typer.Option(metavar="SOURCE", help="With --recall: prose for the niah tasks from niah_single_2 on.")
 ]
 Plot = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="With --recall: heat maps, length x depth (.png, .pdf or .svg).")
+    Path | None,
+    typer.Option(
+        metavar="FILE", callback=expand_path, help="With --recall: heat maps, length x depth (.png, .pdf or .svg)."
+    ),
 ]
 BeyondContext = Annotated[
     bool, typer.Option("--beyond-context", help="With --recall: allow lengths beyond the model's context.")

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from lolcats.printable import without_controls
+
 
 class CountingStreamer(TextStreamer):
     """Prints tokens as they come (unless `silent`) and counts them.
@@ -32,10 +34,10 @@ class CountingStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a piece of text."""
+        """Print a piece of text, without what a terminal would obey."""
         self.text += text
         if not self.silent:
-            super().on_finalized_text(text, stream_end)
+            super().on_finalized_text(without_controls(text), stream_end)
 
     @property
     def tokens_per_second(self) -> float:

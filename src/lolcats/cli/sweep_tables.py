@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats.cli.tables import show_bytes
+from lolcats.cli.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from lolcats.sweep import Plan, Sweep
@@ -155,7 +156,7 @@ def _print_fitted(out: Console, heads: list[str], rows: list[list[str]], left: i
     for row in rows:
         table.add_row(*row)
     # A narrower terminal breaks the lines, which loses nothing.
-    Console(highlight=False, width=max(out.width, needed)).print(table, crop=False)
+    SafeConsole(width=max(out.width, needed)).print(table, crop=False)
 
 
 def show_time(seconds: float | None) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lolcats.cli.terminal import SafeConsole
+
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
 
@@ -27,8 +29,8 @@ MIN_WIDTH = 100
 
 def console() -> Console:
     """Standard output; wide enough for our tables where it is a file."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=max(out.width, MIN_WIDTH))
+    out = SafeConsole()
+    return out if out.is_terminal else SafeConsole(width=max(out.width, MIN_WIDTH))
 
 
 def score_table(

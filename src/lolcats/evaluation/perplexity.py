@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lolcats.evaluation.context import context_limit
 from lolcats.training.losses import HEAD_CHUNK, OutputHead
+from lolcats.vocabulary import check_token_ids
 
 
 @dataclass
@@ -78,6 +79,8 @@ def measure(
     count, length = segments.shape
     if length < 2 or (last is not None and not 1 <= last < length):
         raise ValueError(f"expected segments longer than last={last} (and than 1 token); got {length} tokens")
+    for variant in variants.values():
+        check_token_ids(segments, variant.model, "the text to measure on")
     zeros = torch.zeros(length - 1, dtype=torch.float64)
     sums = {name: _Sums(zeros.clone(), zeros.clone()) for name in variants}
     for begin in range(0, count, batch_size):

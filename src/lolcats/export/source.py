@@ -9,6 +9,7 @@ from typing import Any
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
+from lolcats.model_folder import expand
 from lolcats.run_folder import RunFolder
 from lolcats.saving import RECIPE_FILE, RESULTS_FILE
 
@@ -31,6 +32,7 @@ def open_source(place: Path) -> Source:
     Raises:
         LolcatsError: nothing is there, the run has not finished, or it was not made by a recipe.
     """
+    place = expand(place)
     run = next((RunFolder(p) for p in (place, place.resolve().parent) if _is_run_of(p, place)), None)
     model = run.model if run is not None else place
     if run is not None and not (model / "config.json").is_file():

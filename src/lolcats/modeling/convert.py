@@ -18,9 +18,11 @@ from lolcats.feature_maps import build_feature_map
 from lolcats.modeling.attention import LinearizedAttention, Mode
 from lolcats.modeling.hf import mark_as_linearized
 from lolcats.modeling.masks import NAME
+from lolcats.modeling.plain import check_plain
 from lolcats.modeling.start import match_start
 from lolcats.ops import resolve_impl
 from lolcats.ops.hybrid.layout import Settings
+from lolcats.vocabulary import check_token_ids
 
 OPEN_GATE = 6.0
 """Initial bias of a decay gate: sigmoid(6) = 0.9975, half of a key's weight is left after 280 tokens."""
@@ -40,12 +42,16 @@ def convert(
         The same object; its class is now a `Linearized...` subclass of its family's class.
 
     Raises:
-        LolcatsError: the model cannot be linearized (the message says why), or `input_ids` is missing.
+        LolcatsError: the model cannot be linearized (the message says why, and nothing has changed), or `input_ids`
+            is missing or holds tokens that the model does not know.
     """
     config = config or LinearizationConfig()
+    check_plain(model)
     check_supported(model)
     if config.start == "matched" and input_ids is None:
         raise LolcatsError("start='matched' needs a batch of real text; pass input_ids [B, N] or use start='paper'")
+    if input_ids is not None:
+        check_token_ids(input_ids, model, "input_ids")
     choose_layers(list(attention_modules(model)), config.layers)  # refuse before anything changes
     mark_as_linearized(model, config)
     install(model, config)

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lolcats.config import LinearizationConfig
+from lolcats.config import LinearizationConfig, check_linearization
 from lolcats.errors import LolcatsError
 
 MODEL_TYPE = "lolcats"
@@ -43,6 +43,7 @@ class LolcatsConfig(PretrainedConfig):
                 f"config.json says model_type 'lolcats' but has base_model_type {family!r} and "
                 f"{'a' if 'linearization' in config_dict else 'no'} linearization; was it written by save_pretrained?"
             )
+        check_linearization(config_dict["linearization"])
         return linearized_config_class(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
 
 

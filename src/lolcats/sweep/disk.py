@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.config import RunConfig
 from lolcats.device import choose_device, choose_dtype
+from lolcats.model_config import read_model_config
+from lolcats.model_folder import expand_model
 from lolcats.modeling import linearized_layers
 from lolcats.modeling.convert import check_supported, install
 from lolcats.teacher import demo_file
@@ -41,13 +43,14 @@ class DiskEstimate:
 def empty_model(source: str) -> PreTrainedModel | None:
     """A model on the meta device; None where its configuration cannot be read."""
     try:
+        source = expand_model(source)
         if source == "demo" or source.endswith(".gguf"):
             file = demo_file() if source == "demo" else Path(source)
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         else:
-            config = AutoConfig.from_pretrained(source)
+            config = read_model_config(source)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 

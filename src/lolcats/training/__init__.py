@@ -15,6 +15,7 @@ from lolcats.training.finetune import FinetuneStage
 from lolcats.training.loop import Stage, TrainingData, TrainResult, train
 from lolcats.training.report import Reporter
 from lolcats.training.transfer import TransferStage
+from lolcats.vocabulary import check_token_ids
 
 __all__ = [
     "FinetuneStage",
@@ -89,6 +90,8 @@ def _run(
     seed: int,
     autocast: torch.dtype | None,
 ) -> TrainResult:
+    for name, dataset in (("the training text", data.train), ("the validation text", data.validation)):
+        check_token_ids(dataset.ids, model, name)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         return train(
