@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from lolcats.modeling import attention_mode, convert, linearized_layers
 from lolcats.modeling.convert import attention_modules, check_supported, choose_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
-from lolcats.ops import kernels_available
 from lolcats.processes import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.run_folder import RunFolder
 from lolcats.run_state import Run, forget_measurements, new_results
@@ -170,7 +168,7 @@ def transfer(run: Run) -> None:
     config = run.config.transfer
     if not config.enabled:
         return
-    _use_compiled(run, config.compile)
+    run.use_compiled(config.compile)
     stage = TransferStage(run.model, config)
     _train(run, stage, config)
     run.model.requires_grad_(False)
@@ -194,14 +192,14 @@ def finetune(run: Run) -> None:
         set_seed(run.config.seed)  # the adapters' start must not depend on whether stage 1 was resumed
         stage = FinetuneStage(run.model, config)
         _train(run, stage, config)
-    _use_compiled(run, False)
+    run.use_compiled(False)
     saved = _save(run, stage, widened)
     teacher: list[Variant] = []
     run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, stage)))
     _record(run, student_variants(run.model, list(run.config.evaluation.controls)), teacher[0] if teacher else None)
     # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
     for name, score in saved.items():
-        _store(run.results, name, score)
+        run.store(name, score)
 
 
 def _save(run: Run, stage: FinetuneStage | None, widened: bool) -> dict[str, Measurement]:
@@ -290,35 +288,19 @@ def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, not
     e = run.config.evaluation
     options: dict[str, Any] = {"teacher": teacher, "last": e.last, "batch_size": e.batch_size}
     scores: dict[str, Measurement] = {}
+    run.forget_notes([_measuring(name, note) for name in variants])
     try:
         scores = measure(variants, run.segments, **options)
     except Exception:  # one of them; the others are measured one by one
         for name, variant in variants.items():
             one = {name: variant}
-            run.attempt(_measuring(name), lambda one=one: scores.update(measure(one, run.segments, **options)))
+            run.attempt(_measuring(name, note), lambda one=one: scores.update(measure(one, run.segments, **options)))
     for name, score in scores.items():
-        _store(run.results, name, score)
+        run.store(name, score)
         distance = "" if score.kl is None or name == "teacher" else f", KL to the teacher {score.kl:.4f}"
         run.say(f"{name:<14} perplexity {score.perplexity:.2f}{distance}{note}")
     return scores
 
 
-def _measuring(name: str) -> str:
-    return f"measurement of {name}"
-
-
-def _store(results: dict[str, Any], name: str, score: Measurement) -> None:
-    values = asdict(score)
-    results["perplexity"][name] = values["perplexity"]
-    if values["kl"] is not None:
-        results["kl"][name] = values["kl"]
-    results["by_position"][name] = values["by_position"]
-    results["evaluation"]["tokens"] = values["tokens"]
-
-
-def _use_compiled(run: Run, setting: str | bool) -> None:
-    """Compile the layers' attention for training where that pays: on a GPU that the kernels do not know."""
-    device = run.accelerator.device
-    wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
-    for layer in linearized_layers(run.model):
-        layer.impl = "compiled" if wanted else layer.eager_impl
+def _measuring(name: str, note: str = "") -> str:
+    return f"measurement of {name}{note}"

@@ -10,7 +10,7 @@ from lolcats.errors import LolcatsError
 
 NUMBERS = ("perplexity", "kl", "tokens", "tokens_per_second", "seconds")
 """Sections of numbers by name."""
-SECTIONS = (*NUMBERS, "by_position", "evaluation", "generation", "best")
+SECTIONS = (*NUMBERS, "by_position", "evaluation", "generation", "best", "notes", "changes")
 """Sections that are mappings."""
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
+from lolcats.evaluation import Measurement
+from lolcats.modeling import linearized_layers
+from lolcats.ops import kernels_available
 from lolcats.processes import describe, on_main_process
 from lolcats.run_folder import RunFolder
 from lolcats.training import Reporter, TrainingData
@@ -49,17 +52,37 @@ class Run:
         if self.console is not None and self.accelerator.is_main_process:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def store(self, name: str, score: Measurement) -> None:
+        """Put what a variant scores into the results."""
+        values = asdict(score)
+        self.results["perplexity"][name] = values["perplexity"]
+        if values["kl"] is not None:
+            self.results["kl"][name] = values["kl"]
+        self.results["by_position"][name] = values["by_position"]
+        self.results["evaluation"]["tokens"] = values["tokens"]
+
+    def use_compiled(self, setting: str | bool) -> None:
+        """Compile the layers' attention for training where that pays: on a GPU that the kernels do not know."""
+        device = self.accelerator.device
+        wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
+        for layer in linearized_layers(self.model):
+            layer.impl = "compiled" if wanted else layer.eager_impl
+
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Do something that is only shown or measured: where it fails the results get a note, and the run goes on."""
-        notes = self.results.setdefault("notes", {})
-        notes.pop(what, None)
+        self.forget_notes([what])
         try:
             action()
         except Exception as error:  # whatever it is: the trained weights are worth more than a number
-            notes[what] = " ".join(describe(error).split())
-            self.say(f"{what} failed and is left out: {notes[what]}")
-        if not notes:
-            del self.results["notes"]
+            text = " ".join(describe(error).split())
+            self.results.setdefault("notes", {})[what] = text
+            self.say(f"{what} failed and is left out: {text}")
+
+    def forget_notes(self, names: Sequence[str]) -> None:
+        """Leave out notes of an earlier process on what is done again."""
+        notes = {name: text for name, text in self.results.pop("notes", {}).items() if name not in names}
+        if notes:
+            self.results["notes"] = notes
 
 
 def new_results(**facts: Any) -> dict[str, Any]:
