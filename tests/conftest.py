@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lolcats.config import LinearizationConfig
+from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.data import PackedDataset
 from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
 from lolcats.training import TrainingData
@@ -208,3 +209,45 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A teacher of two layers with its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, initializer_range=0.3,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    """A few kilobytes of English in a file."""
+    path = tmp_path_factory.mktemp("text") / "river.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Settings of a run of five steps a stage; a test adds its own."""
+
+    def make(*overrides: str) -> RunConfig:
+        settings = [
+            f"model={model_folder}", "name=try", f"runs_dir={tmp_path / 'runs'}", "device=cpu", "dtype=float32",
+            "linearization.window=6", "linearization.sinks=1", "linearization.start=matched",
+            f"data.sources=[{text_file}]", "data.sequence_length=24", "data.validation_sequences=3",
+            "transfer.tokens=480", "transfer.batch_size=4", "transfer.warmup_steps=1", "transfer.checkpoint_every=2",
+            "transfer.validate_every=2",
+            "finetune.tokens=480", "finetune.batch_size=4", "finetune.warmup_steps=1", "finetune.checkpoint_every=2",
+            "finetune.validate_every=2", "finetune.lr=1e-2", "finetune.kl_factor=1", "finetune.dropout=0.1",
+        ]  # fmt: skip
+        return load_config(None, [*settings, *overrides])
+
+    return make

@@ -2,69 +2,38 @@
 
 from __future__ import annotations
 
-import datetime
+import math
 import time
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import build_datasets, check_sources
 from lolcats.device import check_impl, choose_device, choose_dtype, describe_device
+from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.generation import sample
 from lolcats.modeling import attention_mode, convert, linearized_layers
+from lolcats.modeling.convert import attention_modules, check_supported, choose_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
-from lolcats.ops import kernels_available
-from lolcats.processes import on_main_process
-from lolcats.quantization import dequantize, dequantize_below
+from lolcats.processes import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.run_folder import RunFolder
-from lolcats.saving import save_artefact
+from lolcats.run_state import Run, forget_measurements, new_results
+from lolcats.saving import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.teacher import load_teacher
-from lolcats.training import FinetuneStage, Reporter, TrainingData, TrainResult, TransferStage, train
-from lolcats.training.loop import Stage
+from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
+from lolcats.training.finetune import check_lora
 from lolcats.vocabulary import check_token_ids
 
 SAMPLE_PROMPT = "The most important thing to know about computers is"
-
-
-@dataclass
-class _Run:
-    """What the steps of the recipe share."""
-
-    config: RunConfig
-    folder: RunFolder
-    accelerator: Accelerator
-    reporter: Reporter
-    console: Console | None
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    data: TrainingData
-    segments: Tensor
-    results: dict[str, Any]
-    started: float
-    """Clock at which the run would have started if it had never been interrupted."""
-
-    def count_seconds(self) -> None:
-        """Bring `seconds.total` up to date."""
-        self.results["seconds"]["total"] = round(time.perf_counter() - self.started, 2)
-
-    def write_results(self) -> None:
-        """Put results.json on disk."""
-        on_main_process(self.accelerator, lambda: self.folder.write_results(self.results))
-
-    def say(self, text: str) -> None:
-        """A line for the person watching."""
-        if self.console is not None and self.accelerator.is_main_process:
-            self.console.print(text, highlight=False)
+FORMATS = ("float32", "bfloat16", "float16")
 
 
 def linearize(
@@ -88,21 +57,44 @@ def linearize(
     device = choose_device(config.device)
     check_impl(config.linearization.impl, device)
     accelerator = Accelerator(cpu=device.type == "cpu")
+    for stage in ("transfer", "finetune"):
+        if (settings := getattr(config, stage)).enabled:
+            check_batch_size(stage, settings.batch_size, accelerator.num_processes)
+    folder = RunFolder.of(config)
+    with ending_together(accelerator), ExitStack() as held:
+        results = from_main_process(accelerator, lambda: _open(folder, config, device, held, resume, overwrite))
+        if results is None:
+            return folder
+        run = _prepare(config, folder, accelerator, device, console, results, started)
+        measure_teacher(run)
+        transfer(run)
+        finetune(run)
+        run.results["complete"] = True
+        run.count_seconds()
+        on_main_process(accelerator, lambda: save_results(folder.model, run.results))
+        run.write_results()
+    return folder
+
+
+def _open(
+    folder: RunFolder, config: RunConfig, device: torch.device, held: ExitStack, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Open the run's folder in the main process; what it has measured so far, or None if it is finished."""
+    if resume and folder.is_finished(config):
+        return None
     if not resume:
         check_sources(config.data, config.evaluation.sources)  # before anything is written or loaded
-    folder = RunFolder.of(config)
-    on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
-    if resume and folder.results().get("complete"):
-        return folder
-    run = _prepare(config, folder, accelerator, device, console, started)
-    measure_teacher(run)
-    transfer(run)
-    finetune(run)
-    run.results["complete"] = True
-    run.count_seconds()
-    on_main_process(accelerator, lambda: save_artefact(folder.model, run.model, run.tokenizer, config, run.results))
-    run.write_results()
-    return folder
+    held.enter_context(folder.held())
+    folder.prepare(config, resume=resume, overwrite=overwrite)
+    asked = config.evaluation.model_dump(mode="json", exclude={"batch_size"})
+    results = folder.results()
+    results.pop("complete", None)  # its model is gone, and is made again
+    if results.get("measured_with", asked) != asked:
+        forget_measurements(results)
+    dtype = results.get("dtype") if config.dtype == "auto" else None  # another device might choose another one
+    if dtype not in FORMATS:
+        dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    return results | {"dtype": dtype, "measured_with": asked}
 
 
 def _prepare(
@@ -111,13 +103,15 @@ def _prepare(
     accelerator: Accelerator,
     device: torch.device,
     console: Console | None,
+    results: dict[str, Any],
     started: float,
-) -> _Run:
+) -> Run:
     set_seed(config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
-    dtype = choose_dtype(config.dtype, device)
-    model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
+    model, tokenizer = load_teacher(config.model, getattr(torch, results["dtype"]), device, config.quantization)
+    check_supported(model)  # before the text is read, which may take long
+    choose_layers(list(attention_modules(model)), config.linearization.layers)
     shown = console if accelerator.is_main_process else None
     train_set, validation = build_datasets(
         config.data, tokenizer, config.seed, teacher=model, console=shown, others=config.evaluation.sources
@@ -127,54 +121,58 @@ def _prepare(
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
-    results = folder.results() or {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "model": config.model,
-        "device": describe_device(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization": config.quantization,
-        "seed": config.seed,
-        "evaluation": {"segments": segments.shape[0], "length": segments.shape[1], "last": config.evaluation.last},
-        "perplexity": {},
-        "kl": {},
-        "by_position": {},
-        "tokens": {},
-        "tokens_per_second": {},
-        "seconds": {},
-        "generation": {"prompt": SAMPLE_PROMPT},
-    }
+    facts = {"model": config.model, "device": describe_device(device), "dtype": results["dtype"]}
+    measured = {"segments": segments.shape[0], "length": segments.shape[1], "last": config.evaluation.last}
+    facts |= {"quantization": config.quantization, "seed": config.seed}
+    results = new_results(**facts, evaluation=measured, generation={"prompt": SAMPLE_PROMPT}) | results
+    results["evaluation"] |= measured
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
-    layers = linearized_layers(model)
+    if config.finetune.enabled:
+        check_lora(model, config.finetune)
     started -= results["seconds"].get("total", 0.0)
-    run = _Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
+    run = Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
     run.say(
-        f"{type(model).__name__}: {len(layers)} of {model.config.num_hidden_layers} layers linearized, "
-        f"{len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
+        f"{type(model).__name__}: {len(linearized_layers(model))} of {model.config.num_hidden_layers} layers "
+        f"linearized, {len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
         f"{results['device']}, {results['dtype']}"
     )
+    if accelerator.is_main_process and (unknown := folder.unknown_settings()):
+        run.say(f"{folder.config_file} has settings of a later version, which are ignored: {', '.join(unknown)}")
     return run
 
 
-def measure_teacher(run: _Run) -> None:
-    """Teacher and training-free control, before anything is trained."""
-    if "teacher" not in run.results["perplexity"]:
-        variants = teacher_variants(run.model)
-        if "training_free" not in run.config.evaluation.controls:
-            del variants["training_free"]
-        _record(run, variants, variants["teacher"])
-        with attention_mode(run.model, "softmax"):
-            run.results["generation"]["teacher"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
-        run.count_seconds()
-        run.write_results()
+def measure_teacher(run: Run) -> None:
+    """Teacher and training-free control, before anything is trained.
+
+    Raises:
+        LolcatsError: the teacher's loss is not finite, so nothing could be learned from it.
+    """
+    if "teacher" in run.results["perplexity"]:
+        return
+    variants = teacher_variants(run.model)
+    if "training_free" not in run.config.evaluation.controls:
+        del variants["training_free"]
+    scores = _record(run, variants, variants["teacher"])
+    if "teacher" not in scores:
+        raise LolcatsError(f"the teacher cannot be measured: {run.results['notes'][_measuring('teacher')]}")
+    if not math.isfinite(scores["teacher"].loss):
+        raise LolcatsError(
+            f"the loss of the teacher {run.config.model} is {scores['teacher'].loss} on the text to be measured, so "
+            "nothing can be learned from it; look at its weights, or try dtype=float32 and other text"
+        )
+    with attention_mode(run.model, "softmax"):
+        _sample(run, "teacher")
+    run.count_seconds()
+    run.write_results()
 
 
-def transfer(run: _Run) -> None:
+def transfer(run: Run) -> None:
     """Stage 1."""
     config = run.config.transfer
     if not config.enabled:
         return
-    _use_compiled(run, config.compile)
+    run.use_compiled(config.compile)
     stage = TransferStage(run.model, config)
     _train(run, stage, config)
     run.model.requires_grad_(False)
@@ -187,8 +185,8 @@ def transfer(run: _Run) -> None:
         run.write_results()
 
 
-def finetune(run: _Run) -> None:
-    """Stage 2, then the student and its controls; adapters are merged at the end if the settings say so."""
+def finetune(run: Run) -> None:
+    """Stage 2; then the artefact is saved, and only then the student and its controls are measured."""
     config = run.config.finetune
     stage = None
     widened = _slow_backward(run)
@@ -198,24 +196,50 @@ def finetune(run: _Run) -> None:
         set_seed(run.config.seed)  # the adapters' start must not depend on whether stage 1 was resumed
         stage = FinetuneStage(run.model, config)
         _train(run, stage, config)
-    _use_compiled(run, False)
-    variants = student_variants(run.model, list(run.config.evaluation.controls))
-    _record(run, variants, _teacher_after(run, stage))
-    if run.config.quantization != "none":
-        _dequantize(run, stage)
-    if stage is not None and (adapter := stage.finish()) is not None:
-        # The artefact always holds merged weights; the adapter is kept apart, for those who want it alone.
-        on_main_process(run.accelerator, lambda: adapter.save_pretrained(str(run.folder.adapter)))
-        adapter.merge_and_unload()
-    if widened:
-        cast_weights(run.model, torch.bfloat16)
+    run.use_compiled(False)
+    saved = _save(run, stage, widened)
+    teacher: list[Variant] = []
+    run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, stage)))
+    _record(run, student_variants(run.model, list(run.config.evaluation.controls)), teacher[0] if teacher else None)
+    # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
+    for name, score in saved.items():
+        run.store(name, score)
+
+
+def _save(run: Run, stage: FinetuneStage | None, widened: bool) -> dict[str, Measurement]:
+    """Save the artefact, and sample from it; its own scores, where they can differ from those of what was trained."""
+    adapter = None if stage is None else stage.adapter
+    scores: dict[str, Measurement] = {}
+    with unchanged(adapter or run.model):
+        if run.config.quantization != "none":
+            unpack(run.model, stage, getattr(torch, run.results["dtype"]))
+        if stage is not None and (own := stage.finish()) is not None:
+            on_main_process(run.accelerator, lambda: save_adapter(run.folder.adapter, own))
+            own.merge_and_unload()
+        if widened:
+            cast_weights(run.model, torch.bfloat16)
+        artefact = (run.folder.model, run.model, run.tokenizer, run.config, run.results)
+        on_main_process(run.accelerator, lambda: save_artefact(*artefact))
+        run.write_results()
+        if stage is not None:
+            student = {"student": student_variants(run.model, [])["student"]}
+            scores = _record(run, student, None, note=" (as saved)")
+        _sample(run, "student")
     if stage is not None:
-        # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
-        _record(run, {"student": student_variants(run.model, [])["student"]}, None, note=" (as saved)")
-    run.results["generation"]["student"] = sample(run.model, run.tokenizer, SAMPLE_PROMPT)
+        stage.adapter = adapter
+    return scores
 
 
-def _teacher_after(run: _Run, stage: FinetuneStage | None) -> Variant:
+def _sample(run: Run, name: str) -> None:
+    """What the model, as it is now, writes after the prompt."""
+    run.results["generation"].pop(name, None)
+    text: list[str] = []
+    run.attempt(f"sample of the {name}", lambda: text.append(sample(run.model, run.tokenizer, SAMPLE_PROMPT)))
+    if text:
+        run.results["generation"][name] = text[0]
+
+
+def _teacher_after(run: Run, stage: FinetuneStage | None) -> Variant:
     """The teacher of the student: the same weights without adapters, or loaded anew where they were trained."""
     if stage is None:
         return teacher_variants(run.model)["teacher"]
@@ -226,23 +250,14 @@ def _teacher_after(run: _Run, stage: FinetuneStage | None) -> Variant:
     return Variant(load_teacher(run.config.model, getattr(torch, run.results["dtype"]), run.model.device)[0])
 
 
-def _dequantize(run: _Run, stage: FinetuneStage | None) -> None:
-    """Ordinary weights for the artefact, before adapters are merged into them."""
-    dtype = getattr(torch, run.results["dtype"])
-    if stage is not None and stage.adapter is not None:
-        stage.adapter = dequantize_below(stage.adapter, dtype)
-    else:
-        dequantize(run.model, dtype)
-
-
-def _slow_backward(run: _Run) -> bool:
+def _slow_backward(run: Run) -> bool:
     """Whether stage 2 is better done in float32: CPUs run bfloat16 forward twice as fast, but backward far slower."""
     if run.config.quantization != "none":
         return False
     return run.config.dtype == "auto" and run.accelerator.device.type == "cpu" and run.results["dtype"] == "bfloat16"
 
 
-def _train(run: _Run, stage: Stage, config: Any) -> TrainResult:
+def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
     autocast = torch.bfloat16 if next(run.model.parameters()).dtype == torch.bfloat16 else None
     result = train(
         stage,
@@ -258,6 +273,8 @@ def _train(run: _Run, stage: Stage, config: Any) -> TrainResult:
     run.results["tokens_per_second"][stage.name] = round(result.tokens_per_second, 1)
     run.results["seconds"][stage.name] = round(result.seconds, 2)
     run.results.setdefault("best", {})[stage.name] = {"step": result.best_step, "loss": result.best_loss}
+    if result.changes:
+        run.results.setdefault("changes", {})[stage.name] = result.changes
     run.say(
         f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({result.tokens_per_second:,.0f} tokens/s), "
@@ -266,33 +283,28 @@ def _train(run: _Run, stage: Stage, config: Any) -> TrainResult:
     return result
 
 
-def _record(
-    run: _Run,
-    variants: dict[str, Variant],
-    teacher: Variant | None,
-    note: str = "",
-) -> None:
-    """Measure and put the numbers into the results; without a teacher, no distance from it."""
+def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, note: str = "") -> dict[str, Measurement]:
+    """Measure and put the numbers into the results; without a teacher, no distance from it.
+
+    Returns:
+        The scores of the variants that could be measured.
+    """
     e = run.config.evaluation
-    scores = measure(variants, run.segments, teacher=teacher, last=e.last, batch_size=e.batch_size)
+    options: dict[str, Any] = {"teacher": teacher, "last": e.last, "batch_size": e.batch_size}
+    scores: dict[str, Measurement] = {}
+    run.forget_notes([_measuring(name, note) for name in variants])
+    try:
+        scores = measure(variants, run.segments, **options)
+    except Exception:  # one of them; the others are measured one by one
+        for name, variant in variants.items():
+            one = {name: variant}
+            run.attempt(_measuring(name, note), lambda one=one: scores.update(measure(one, run.segments, **options)))
     for name, score in scores.items():
-        _store(run.results, name, score)
+        run.store(name, score)
         distance = "" if score.kl is None or name == "teacher" else f", KL to the teacher {score.kl:.4f}"
         run.say(f"{name:<14} perplexity {score.perplexity:.2f}{distance}{note}")
+    return scores
 
 
-def _store(results: dict[str, Any], name: str, score: Measurement) -> None:
-    values = asdict(score)
-    results["perplexity"][name] = values["perplexity"]
-    if values["kl"] is not None:
-        results["kl"][name] = values["kl"]
-    results["by_position"][name] = values["by_position"]
-    results["evaluation"]["tokens"] = values["tokens"]
-
-
-def _use_compiled(run: _Run, setting: str | bool) -> None:
-    """Compile the layers' attention for training where that pays: on a GPU that the kernels do not know."""
-    device = run.accelerator.device
-    wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
-    for layer in linearized_layers(run.model):
-        layer.impl = "compiled" if wanted else layer.eager_impl
+def _measuring(name: str, note: str = "") -> str:
+    return f"measurement of {name}{note}"

@@ -39,6 +39,9 @@ class Scripted:
         self.losses = iter(losses)
         self.batches: list[Tensor] = []
 
+    def origin(self) -> dict[str, Any]:
+        return {"linearization": {}, "weights": ""}
+
     def count(self, batch: Batch) -> int:
         return batch.tokens
 

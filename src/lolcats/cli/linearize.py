@@ -61,8 +61,10 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     """What a finished run has measured, wrote, and where its model is."""
     results = folder.results()
     out.print()
-    out.print(score_table(results["perplexity"], results["kl"], config))
+    out.print(score_table(results.get("perplexity", {}), results.get("kl", {}), config))
     print_generations(out, results.get("generation", {}))
+    for what, text in results.get("notes", {}).items():
+        out.print(f"{what} failed: {text}", markup=False, soft_wrap=True)
     out.print(f"\nmodel: {folder.model}", markup=False, soft_wrap=True)
     out.print(f"try it: lolcats generate {show_path(folder.model)} 'Once upon a time'", markup=False, soft_wrap=True)
     loading = f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"

@@ -11,9 +11,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.processes import ending_together
 from lolcats.training.finetune import FinetuneStage
-from lolcats.training.loop import Stage, TrainingData, TrainResult, train
+from lolcats.training.loop import train
 from lolcats.training.report import Reporter
+from lolcats.training.stage import Stage, TrainingData, TrainResult
 from lolcats.training.transfer import TransferStage
 from lolcats.vocabulary import check_token_ids
 
@@ -46,13 +48,14 @@ def transfer_attention(
         model: from `lolcats.convert`; its own weights do not change.
         data: sequences to train and validate on.
         config: settings; None is `TransferConfig()`.
-        folder: where checkpoints live, and from which an interrupted stage goes on; None keeps none.
+        folder: where checkpoints live, and from which an interrupted stage goes on; None keeps none. A checkpoint says
+            with which settings, data and weights the stage was begun, and is refused with others.
         reporter: where metrics go; None is silent.
         seed: order of the sequences.
         autocast: torch.bfloat16 for mixed precision.
 
     Raises:
-        LolcatsError: the model is not converted, the loss is not finite, or a checkpoint does not fit.
+        LolcatsError: the model is not converted, the loss or a weight is not finite, or a checkpoint does not fit.
     """
     stage = TransferStage(model, config or TransferConfig())
     result = _run(stage, stage.config, model, data, folder, reporter, seed, autocast)
@@ -93,7 +96,7 @@ def _run(
     for name, dataset in (("the training text", data.train), ("the validation text", data.validation)):
         check_token_ids(dataset.ids, model, name)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    with tempfile.TemporaryDirectory() as temporary:
+    with ending_together(accelerator), tempfile.TemporaryDirectory() as temporary:
         return train(
             stage,
             config,

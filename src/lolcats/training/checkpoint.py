@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,20 @@ from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file
 
 FORMAT = "lolcats-checkpoint-1"
+SLOTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of each parameter."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and JSON metadata to `path`; an interruption or a full disk leaves the old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LolcatsError(f"cannot write {path}: {error.strerror or error}") from error
     ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    content = json.dumps({**metadata, "tensors": len(ready)})
     with atomic_file(path) as temporary:
-        save_file(ready, temporary, metadata={"format": FORMAT, "content": json.dumps(dict(metadata))})
+        save_file(ready, temporary, metadata={"format": FORMAT, "content": content})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,9 +45,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Only the metadata of what `save_tensors` wrote; raises as `load_tensors` does."""
+    """Only the metadata of what `save_tensors` wrote, its `step` among them; raises as `load_tensors` does."""
     with _opened(path) as (_, metadata):
         return metadata
+
+
+def damaged(path: Path, what: object) -> LolcatsError:
+    """The error for a checkpoint that cannot be used, with what to do."""
+    return LolcatsError(
+        f"cannot read the checkpoint {path}: {what}; delete its folder {path.parent} to start this stage anew"
+    )
 
 
 @contextmanager
@@ -48,17 +62,33 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A checkpoint and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise LolcatsError(f"{path} is not a checkpoint of lolcats (format {metadata.get('format')!r})")
-            yield file, json.loads(metadata["content"])
+            held = file.metadata() or {}
+            if held.get("format") != FORMAT:
+                raise LolcatsError(
+                    f"{path} is not a checkpoint of lolcats (format {held.get('format')!r}); "
+                    f"delete its folder {path.parent} to start this stage anew"
+                )
+            metadata = _read_content(path, held.get("content"))
+            if metadata.get("tensors", len(file.keys())) != len(file.keys()):
+                raise damaged(path, f"it holds {len(file.keys())} tensors of {metadata['tensors']}")
+            yield file, metadata
     except (OSError, SafetensorError) as error:
-        raise LolcatsError(f"cannot read the checkpoint {path}: {error}; delete it to start this stage anew") from error
+        raise damaged(path, error) from error
+
+
+def _read_content(path: Path, content: str | None) -> dict[str, Any]:
+    try:
+        metadata = json.loads(content or "")
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"its metadata is not JSON ({error})") from error
+    if not isinstance(metadata, dict) or type(metadata.get("step")) is not int or metadata["step"] < 0:
+        raise damaged(path, "its metadata does not say its step")
+    return metadata
 
 
 def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Parameters, optimizer state and random number generators as named tensors."""
-    tensors: dict[str, Tensor] = {f"parameter:{name}": p for name, p in parameters.items()}
+    tensors = parameter_tensors(parameters)
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer:{key}:{name}"] = torch.as_tensor(value)
@@ -68,34 +98,70 @@ def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.op
     return tensors
 
 
+def parameter_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Parameters by the names that they have in a checkpoint."""
+    return {f"parameter:{name}": p for name, p in parameters.items()}
+
+
 def restore_training(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put a checkpoint of `training_tensors` back and return its metadata."""
+    """Put a checkpoint of `training_tensors` back and return its metadata.
+
+    Raises:
+        LolcatsError: it cannot be read, is of another model, or something in it is missing or odd.
+    """
     tensors, metadata = load_tensors(path)
+    states = _optimizer_states(path, tensors, parameters, metadata["step"])
     restore_parameters(path, tensors, parameters)
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer:"):
-            _, slot, name = key.split(":", 2)
-            states.setdefault(name, {})[slot] = value
     for name, p in parameters.items():
         if name in states:  # the step counter stays where AdamW keeps it: on the CPU unless fused
             fused = bool(optimizer.defaults.get("fused"))
             optimizer.state[p] = {
                 k: v if k == "step" and not fused else v.to(p.device) for k, v in states[name].items()
             }
-    torch.set_rng_state(tensors["random:cpu"])
-    if "random:cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random:cuda"])
+    _restore_random(path, tensors)
     return metadata
+
+
+def _optimizer_states(
+    path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], step: int
+) -> dict[str, dict[str, Tensor]]:
+    """What AdamW keeps, by parameter; a parameter that never had a gradient has nothing."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer:"):
+            _, slot, name = (*key.split(":", 2), "", "")[:3]
+            states.setdefault(name, {})[slot] = value
+    if step and not states:
+        raise damaged(path, "the state of the optimizer is missing")
+    for name, state in states.items():
+        if name not in parameters:
+            raise damaged(path, f"it has a state of the optimizer for {name!r}, which is not trained")
+        if state.keys() != SLOTS:
+            raise damaged(path, f"the state of the optimizer for {name} is not complete")
+        for slot, value in state.items():
+            shape = torch.Size([]) if slot == "step" else parameters[name].shape
+            if value.shape != shape or value.dtype != torch.float32 or not bool(value.isfinite().all()):
+                raise damaged(path, f"the state of the optimizer for {name} has an odd {slot}")
+    return states
+
+
+def _restore_random(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        torch.set_rng_state(tensors["random:cpu"])
+        if "random:cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random:cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise damaged(path, f"the state of the random numbers is missing or odd ({type(error).__name__})") from error
 
 
 def restore_parameters(path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Copy the parameters of a checkpoint into the model's.
 
     Raises:
-        LolcatsError: names or shapes differ: it is a checkpoint of another model or other settings.
+        LolcatsError: names or shapes differ: it is a checkpoint of another model or other settings; or its numbers are
+            of another kind, or not finite.
     """
     held = {k.removeprefix("parameter:"): v for k, v in tensors.items() if k.startswith("parameter:")}
     if held.keys() != parameters.keys() or any(held[n].shape != p.shape for n, p in parameters.items()):
@@ -103,6 +169,16 @@ def restore_parameters(path: Path, tensors: Mapping[str, Tensor], parameters: Ma
             f"{path} belongs to another model or other settings: it holds {len(held)} trained tensors, "
             f"this run trains {len(parameters)}; use the run's own configuration or another name"
         )
+    for name, p in parameters.items():
+        if held[name].dtype != p.dtype:
+            raise damaged(path, f"{name} is {held[name].dtype}, expected {p.dtype}")
+        if not bool(held[name].isfinite().all()):
+            raise damaged(path, f"{name} holds numbers that are not finite")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(held[name])
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of metadata is a number and not NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -23,6 +23,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
+from lolcats.training.identity import layer_settings, weights_digest
 from lolcats.training.losses import next_token_loss, shifted_labels
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}
@@ -37,7 +38,7 @@ class FinetuneStage:
         config: the stage's settings.
 
     Raises:
-        LolcatsError: no module of the linearized layers has a name in `targets`.
+        LolcatsError: see `check_lora`.
     """
 
     name = "finetune"
@@ -46,6 +47,8 @@ class FinetuneStage:
         self.model, self.config = model, config
         self.adapter: PeftModel | None = None
         self.teacher: PreTrainedModel | None = None
+        check_lora(model, config)
+        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(model.named_parameters())}
         model.requires_grad_(False)
         if config.method == "lora":
             self.adapter = add_lora(model, config)
@@ -62,6 +65,10 @@ class FinetuneStage:
     def parameters(self) -> dict[str, nn.Parameter]:
         """LoRA matrices (or all weights), and the feature maps where asked for."""
         return self._parameters
+
+    def origin(self) -> dict[str, Any]:
+        """The settings of the layers, and all weights as stage 1 left them."""
+        return self._origin
 
     def count(self, batch: Batch) -> int:
         """Tokens whose loss counts in a batch."""
@@ -141,6 +148,35 @@ def _real(batch: Batch) -> Tensor:
     if batch.document is None:
         return torch.ones_like(batch.loss_mask)
     return batch.document >= 0
+
+
+def check_lora(model: PreTrainedModel, config: FinetuneConfig) -> None:
+    """See that LoRA layers can be put on the targets, before anything is trained.
+
+    Raises:
+        LolcatsError: a name in `config.targets` is no linear layer of the model, there are no targets, or the rank is
+            larger than any of them could use.
+    """
+    if config.method != "lora":
+        return
+    targets = lora_targets(model, config.targets)
+    if not targets:
+        raise LolcatsError(
+            f"finetune.targets {config.targets!r}: this model has no linear layers there; name some of "
+            f"{sorted({_last(n) for n in lora_targets(model, 'all')})}, or use finetune.method=full"
+        )
+    largest = max(_rank_of(model.get_submodule(name)) for name in targets)
+    if config.rank > largest:
+        raise LolcatsError(
+            f"finetune.rank {config.rank} is more than the smaller side of every target, at most {largest}; lower it"
+        )
+
+
+def _rank_of(layer: nn.Module) -> int:
+    """The largest rank that the weight of a linear layer can have."""
+    if isinstance(layer, nn.Linear):  # its weight may be packed
+        return min(layer.in_features, layer.out_features)
+    return min(layer.get_parameter("weight").shape)
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:

@@ -20,7 +20,7 @@ from transformers import masking_utils
 from lolcats.training.batches import Batch
 
 if TYPE_CHECKING:
-    from lolcats.training.loop import Stage
+    from lolcats.training.stage import Stage
 
 EAGER_STEPS = 3
 """Steps before the recording: kernels are compiled and libraries make their workspaces in them."""
@@ -63,6 +63,10 @@ class GraphedStage:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained."""
         return self._parameters
+
+    def origin(self) -> dict[str, Any]:
+        """As the stage says."""
+        return self.stage.origin()
 
     def count(self, batch: Batch) -> int:
         """As the stage counts."""

@@ -9,90 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import Tensor
 
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
 from lolcats.errors import LolcatsError
+from lolcats.processes import check_batch_size, check_same, from_main_process, on_main_process
 from lolcats.training.batches import Batch, make_batch, step_rows
 from lolcats.training.checkpoint import (
     load_tensors,
+    parameter_tensors,
     restore_parameters,
     restore_training,
-    save_tensors,
     training_tensors,
 )
 from lolcats.training.graphs import GraphedStage
+from lolcats.training.identity import identity
 from lolcats.training.report import Reporter
+from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
-
-
-class Stage(Protocol):
-    """What differs between attention transfer and fine-tuning."""
-
-    name: str
-    """Folder of the checkpoints and `stage` in the metrics."""
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, float32, by name."""
-        ...
-
-    def count(self, batch: Batch) -> int:
-        """Tokens over which the loss of the batch is a mean: the weight of a micro-batch in its step."""
-        ...
-
-    def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
-        """Add `share` times the gradient of the batch; return metrics, "loss" among them (detached, not yet read)."""
-        ...
-
-    def validate(self, batch: Batch) -> dict[str, Tensor]:
-        """Metrics of a batch without gradients; "loss" decides which checkpoint is best."""
-        ...
-
-    def where(self, metrics: Mapping[str, Tensor]) -> str:
-        """Which part of the model made these metrics not finite, for the error message ("" if unknown)."""
-        ...
-
-
-@dataclass
-class TrainingData:
-    """Sequences to learn from and to validate on."""
-
-    train: PackedDataset
-    validation: PackedDataset
-    keep_apart: bool = False
-    """Whether attention stops at document boundaries."""
-
-
-@dataclass
-class TrainResult:
-    """Outcome of one stage."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    """Time spent on training steps, validation and checkpoints left out."""
-    tokens_per_second: float
-    best_step: int
-    best_loss: float
-    final: dict[str, float] = field(default_factory=dict)
-    """Validation metrics at the best step."""
-
-
-@dataclass
-class _Progress:
-    step: int = 0
-    seconds: float = 0.0
-    best_step: int = -1
-    best: dict[str, float] = field(default_factory=lambda: {"loss": math.inf})
+from lolcats.training.stage import Stage, TrainingData, TrainResult
 
 
 def train(
@@ -113,8 +56,10 @@ def train(
         autocast: bfloat16 for mixed precision, None for none.
 
     Raises:
-        LolcatsError: the loss is not finite, or the checkpoint does not fit.
+        LolcatsError: the loss or a weight is not finite, the checkpoint does not fit (other settings, data or weights),
+            or there are more processes than sequences in a batch.
     """
+    check_batch_size(stage.name, config.batch_size, accelerator.num_processes)
     loop = _Loop(stage, config, data, folder, reporter, accelerator, seed, autocast)
     return loop.run()
 
@@ -143,23 +88,42 @@ class _Loop:
             list(self.parameters.values()), lr=config.lr, weight_decay=config.weight_decay, fused=fused
         )
         self.schedule = Schedule(config, self.steps)
-        self.progress = _Progress()
+        self.progress = Progress()
+        what = identity(stage, config, data)
+        check_same(accelerator, what["data"], "the training data")
+        check_same(accelerator, what["weights"], "the weights at the start of the stage")
+        self.checkpoints = Checkpoints(folder, stage.name, self.steps, seed, what)
 
     def run(self) -> TrainResult:
-        last = self.folder / "last.safetensors"
-        if last.exists():
-            self._restore(last)
-        else:
-            self.reporter.resumed(self.stage.name, 0)
+        self._begin()
         with self.reporter.stage(self.stage.name, self.steps, self.progress.step) as bar:
             while self.progress.step < self.steps:
                 self._step(bar)
                 done = self.progress.step == self.steps
-                if done or self.progress.step % self.config.validate_every == 0:
+                if validated := done or self.progress.step % self.config.validate_every == 0:
                     self._validate()
                 if done or self.progress.step % self.config.checkpoint_every == 0:
-                    self._save(last)
+                    self._save(validated)
         return self._finish()
+
+    def _begin(self) -> None:
+        """Start where the files are, or with the same weights in all processes."""
+        self.progress = from_main_process(self.accelerator, self.checkpoints.find)
+        if self.progress.schedule is not None:
+            metadata = restore_training(self.checkpoints.last, self.parameters, self.optimizer)
+            if metadata["step"] != self.progress.step:
+                raise LolcatsError(f"{self.checkpoints.last} is at step {metadata['step']} here and at "
+                                   f"{self.progress.step} in process 0; put the run on a shared disk")  # fmt: skip
+            self.schedule.restore(self.progress.schedule)
+        else:
+            self._share_parameters()
+        on_main_process(self.accelerator, lambda: self.reporter.resumed(self.stage.name, self.progress.step))
+
+    def _share_parameters(self) -> None:
+        """Give the main process's parameters to all."""
+        if self.accelerator.num_processes > 1:
+            for p in self.parameters.values():
+                p.data.copy_(cast(Tensor, broadcast(p.data)))
 
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
@@ -201,68 +165,82 @@ class _Loop:
         """Add up gradients and metrics over processes: only the few trained parameters, once a step."""
         if self.accelerator.num_processes == 1:
             return metrics
-        for p in self.parameters.values():
-            if p.grad is not None:
+        trained = list(self.parameters.values())
+        # A parameter without a gradient here (an expert that no token chose) may have one elsewhere.
+        flags = torch.tensor([p.grad is not None for p in trained], device=self.accelerator.device).float()
+        used = cast(Tensor, self.accelerator.reduce(flags, "sum")).tolist()
+        for p, count in zip(trained, used, strict=True):
+            if count:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = cast(Tensor, self.accelerator.reduce(p.grad, "sum"))
         return cast(dict[str, Tensor], self.accelerator.reduce(metrics, "sum"))
 
     def _check_finite(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
             return
-        raise LolcatsError(
-            f"{self.stage.name}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']} at step "
-            f"{self.progress.step + 1}{self.stage.where(tensors)}; the last good checkpoint is in {self.folder}. "
-            "Lower the learning rate and resume"
-        )
+        what = f"the loss is {values['loss']} and the gradient norm {values['gradient_norm']}"
+        raise self._not_finite(what, self.progress.step + 1, self.stage.where(tensors))
+
+    def _not_finite(self, what: str, step: int, where: str = "") -> LolcatsError:
+        last, name = self.checkpoints.last, self.stage.name
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint of this stage yet"
+        return LolcatsError(f"{name}: {what} at step {step}{where}; {kept}. Lower the learning rate (it is "
+                            f"{self.config.lr:g}: {name}.lr=...) and resume")  # fmt: skip
 
     def _validate(self) -> None:
-        device, totals = self.accelerator.device, {}
-        data = self.data.validation
-        for batch, share in self._micro_batches(data, np.arange(len(data)), alone=True):
-            with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                for name, value in self.stage.validate(batch).items():
-                    totals[name] = totals.get(name, 0) + value.double() * share
-        values = {name: value.tolist() for name, value in totals.items()}
+        scores = self._scores(np.arange(len(self.data.validation)))
+        values = from_main_process(self.accelerator, lambda: scores)  # one opinion of what is best
+        self._check_sound(values["loss"])
         self.schedule.observe(values["loss"])
         self.reporter.validation(self.stage.name, self.progress.step, values, self._tokens())
         if values["loss"] < self.progress.best["loss"]:
             self.progress.best, self.progress.best_step = values, self.progress.step
-            if self.accelerator.is_main_process:
-                weights = {f"parameter:{n}": p for n, p in self.parameters.items()}
-                save_tensors(self.folder / "best.safetensors", weights, {"step": self.progress.step, **values})
+            weights = parameter_tensors(self.parameters)
+            on_main_process(self.accelerator, lambda: self.checkpoints.save_best(weights, self.progress))
+
+    def _scores(self, rows: np.ndarray) -> dict[str, Any]:
+        """Metrics of sequences of the validation data."""
+        device, totals = self.accelerator.device, {}
+        for batch, share in self._micro_batches(self.data.validation, rows, alone=True):
+            with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                for name, value in self.stage.validate(batch).items():
+                    totals[name] = totals.get(name, 0) + value.double() * share
+        return {name: value.tolist() for name, value in totals.items()}
+
+    def _check_sound(self, loss: float) -> None:
+        """Refuse weights that are not finite, or whose loss is not: they must not be kept as a checkpoint."""
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the validation loss is {loss}", self.progress.step)
+        for name, p in self.parameters.items():
+            if not bool(p.detach().isfinite().all()):
+                raise self._not_finite(f"{name} holds numbers that are not finite", self.progress.step)
 
     def _tokens(self) -> int:
         return self.progress.step * self.config.batch_size * self.length
 
-    def _save(self, path: Path) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        p = self.progress
-        metadata = {"stage": self.stage.name, "step": p.step, "steps": self.steps, "seconds": p.seconds}
-        metadata |= {"best": p.best, "best_step": p.best_step, "schedule": self.schedule.state(), "seed": self.seed}
-        save_tensors(path, training_tensors(self.parameters, self.optimizer), metadata)
+    def _save(self, validated: bool) -> None:
+        """Write `last`; what the step before made of the weights is looked at first, unless it was just now."""
+        on_main_process(self.accelerator, lambda: self._write_last(validated))
 
-    def _restore(self, path: Path) -> None:
-        metadata = restore_training(path, self.parameters, self.optimizer)
-        if metadata.get("stage") != self.stage.name or metadata.get("steps") != self.steps:
-            raise LolcatsError(
-                f"{path} is of stage {metadata.get('stage')!r} with {metadata.get('steps')} steps; this run's is "
-                f"{self.stage.name!r} with {self.steps}. Use the run's own configuration or another name"
-            )
-        if metadata.get("seed", self.seed) != self.seed:
-            raise LolcatsError(f"{path} was made with seed {metadata['seed']}, not {self.seed}: the order of the data "
-                               "would change; use the run's own seed or another name")  # fmt: skip
-        self.progress = _Progress(metadata["step"], metadata["seconds"], metadata["best_step"], metadata["best"])
-        self.schedule.restore(metadata["schedule"])
-        self.reporter.resumed(self.stage.name, self.progress.step)
+    def _write_last(self, validated: bool) -> None:
+        if not validated:
+            cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with torch.random.fork_rng(cuda):  # the random numbers of the training go on as if nothing were asked
+                self._check_sound(self._scores(np.arange(1))["loss"])
+        tensors = training_tensors(self.parameters, self.optimizer)
+        self.checkpoints.save_last(tensors, self.progress, self.schedule.state())
 
     def _finish(self) -> TrainResult:
-        best = self.folder / "best.safetensors"
-        if self.accelerator.is_main_process and best.exists():
-            restore_parameters(best, load_tensors(best)[0], self.parameters)
-        if self.accelerator.num_processes > 1:
-            for p in self.parameters.values():
-                p.data.copy_(cast(Tensor, broadcast(p.data)))
+        """Leave the best weights in the model of every process."""
+        on_main_process(self.accelerator, self._restore_best)
+        self._share_parameters()
         p = self.progress
         speed = self._tokens() / p.seconds if p.seconds else 0.0
-        return TrainResult(p.step, self._tokens(), p.seconds, speed, p.best_step, p.best["loss"], p.best)
+        return TrainResult(
+            p.step, self._tokens(), p.seconds, speed, p.best_step, p.best["loss"], p.best, changes=p.changes
+        )
+
+    def _restore_best(self) -> None:
+        best = self.checkpoints.best
+        if best.exists():
+            restore_parameters(best, load_tensors(best)[0], self.parameters)

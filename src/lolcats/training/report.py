@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lolcats.files import write_text
+from lolcats.files import write_bytes
 
 
 class Reporter:
@@ -58,14 +58,30 @@ class Reporter:
             self._progress.console.print(f"{stage:<9} step {step}: validation loss {values['loss']:.4g}")
 
     def resumed(self, stage: str, step: int) -> None:
-        """Drop lines written after the checkpoint from which the stage goes on."""
+        """Drop lines written after the checkpoint from which the stage goes on, and what is no line of metrics."""
         if self.path is None or not self.path.exists():
             return
-        lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if not ((m := json.loads(line))["stage"] == stage and m["step"] > step)]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        content = self.path.read_bytes()
+        lines = content.splitlines()
+        read = [(line, found) for line in lines if (found := _read_line(line)) is not None]
+        lost = len(lines) - len(read)
+        if lost - (not content.endswith(b"\n")) > 0 and self.console is not None:  # a kill leaves one half line
+            text = f"{self.path}: {lost} lines that are no metrics were dropped"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        kept = b"".join(line + b"\n" for line, found in read if not (found[0] == stage and found[1] > step))
+        if kept != content:
+            write_bytes(self.path, kept)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _read_line(line: bytes) -> tuple[str, int] | None:
+    """Stage and step of a line of metrics, None where it is none."""
+    try:
+        found = json.loads(line)
+        return (found["stage"], found["step"]) if type(found["step"]) is int else None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None

@@ -8,6 +8,7 @@ memory is that of one layer, however many there are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
+from lolcats.training.identity import layer_settings, weights_digest
 from lolcats.training.losses import output_error, weight_cross_entropy
 
 
@@ -43,6 +46,11 @@ class TransferStage:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Feature maps, window factors, query scales and decay gates of all layers."""
         return self._parameters
+
+    def origin(self) -> dict[str, Any]:
+        """The settings of the layers and the teacher's weights."""
+        own = ((name, p) for name, p in self.model.named_parameters() if not is_added(name))
+        return {"linearization": layer_settings(self.model), "weights": weights_digest(own)}
 
     def count(self, batch: Batch) -> int:
         """Real tokens of a batch."""

@@ -1,0 +1,169 @@
+"""How the processes of one run learn that one of them has failed: a key in a store that all of them read.
+
+A thread of each process looks every half second. A process that fails writes why; one that is killed cannot, so those
+of its machine write it for it. Whoever reads it prints it and ends at once: its main thread may wait for the failed one
+inside a library, where no exception of Python reaches it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 5.0
+"""How long the main process, in which the store lives, waits until the others have read why it ends."""
+CONNECT_SECONDS = 60
+FAILED, DONE, READ = "failed", "done", "read"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def connect(rank: int, processes: int, address: str, tell_port: Callable[[int], int]) -> TCPStore:
+    """The store of these processes, which lives in the main one.
+
+    Args:
+        address: of the main process.
+        tell_port: gives the number that the main process gives to it to all processes.
+    """
+    timeout = timedelta(seconds=CONNECT_SECONDS)
+    if rank == 0:
+        store = TCPStore(address, 0, processes, True, timeout, wait_for_workers=False)
+        tell_port(store.port)
+        return store
+    return TCPStore(address, tell_port(0), processes, False, timeout, wait_for_workers=False)
+
+
+class ProcessWatch:
+    """Looks at the other processes until `stop`.
+
+    Args:
+        store: what they share.
+        rank: of this process.
+        processes: how many there are.
+    """
+
+    def __init__(self, store: TCPStore, rank: int, processes: int) -> None:
+        self.store, self.rank, self.processes = store, rank, processes
+        self._ending = threading.Event()
+        store.set(f"process{rank}", f"{_machine()} {os.getpid()}")
+        self._thread = threading.Thread(target=self._watch, name="lolcats-processes", daemon=True)
+        self._thread.start()
+
+    def done(self) -> None:
+        """This process has done its part: from here on it may end."""
+        self._ending.set()
+        self.store.set(f"{DONE}{self.rank}", "1")
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._ending.set()
+        self._thread.join()
+
+    def tell(self, error: BaseException, text: str) -> str | None:
+        """Let the others know that this process ends.
+
+        Returns:
+            What ended another process before, where `error` is but its consequence here; else None.
+        """
+        self._ending.set()
+        self._thread.join()
+        with suppress(RuntimeError):  # the store ends with the main process
+            reason = self._consequence_of(error)
+            if reason is None:
+                kind = "interrupted" if isinstance(error, KeyboardInterrupt) else FAILED
+                self._post(f"{kind} process {self.rank}: {text}")
+            self._acknowledge()
+            return reason
+        return None
+
+    def _watch(self) -> None:
+        while not self._ending.wait(POLL_SECONDS):
+            try:
+                message = self._message()
+            except RuntimeError:
+                message = f"{FAILED} process 0 ended without a word: it was killed, or its machine is gone"
+            if message is not None and not self._ending.is_set():
+                self._end(message)
+
+    def _message(self) -> str | None:
+        """Why a process has ended, None while all live."""
+        if self.store.check([FAILED]):
+            return self.store.get(FAILED).decode()
+        for rank in range(self.processes):
+            if rank != self.rank and self._is_gone(rank):
+                self._post(f"{FAILED} process {rank} ended without a word: it was killed, perhaps for want of memory")
+                return self.store.get(FAILED).decode()
+        return None
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a process of this machine has ended before it was done; of other machines nobody can say."""
+        if not self.store.check([f"process{rank}"]):
+            return False
+        machine, _, number = self.store.get(f"process{rank}").decode().rpartition(" ")
+        return machine == _machine() and not _runs(int(number)) and not self.store.check([f"{DONE}{rank}"])
+
+    def _consequence_of(self, error: BaseException) -> str | None:
+        """The reason of another process, if this process's `error` may be due to it."""
+        if not isinstance(error, RuntimeError):
+            return None
+        deadline = time.monotonic() + 2 * POLL_SECONDS
+        while time.monotonic() < deadline:
+            if (message := self._message()) is not None:
+                return message.partition(" ")[2]
+            time.sleep(POLL_SECONDS / 5)
+        return None
+
+    def _post(self, message: str) -> None:
+        """Write why all end; the first message stays."""
+        self.store.compare_set(FAILED, "", message)
+
+    def _acknowledge(self) -> None:
+        """Say that this process knows; the main one waits for the others, which could read nothing without it."""
+        count = self.store.add(READ, 1)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.rank == 0 and count < self.processes and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS / 5)
+            count = self.store.add(READ, 0)
+
+    def _end(self, message: str) -> None:
+        with suppress(RuntimeError):
+            self._acknowledge()
+        kind, _, text = message.partition(" ")
+        prefix = f"[process {self.rank}] " if self.rank else ""
+        line = "interrupted" if kind == "interrupted" else f"error: {text}"
+        with suppress(OSError):
+            if sys.stdout.isatty():
+                print("\x1b[?25h", end="", flush=True)  # a progress bar had hidden the cursor
+            print(f"{prefix}{line}", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED if kind == "interrupted" else 1)
+
+
+def _machine() -> str:
+    """This machine, or the container whose process numbers these are."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()}{space}"
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine still runs; one that has ended but was not yet waited for does not."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True  # it cannot be asked
+    return state not in ("Z", "X")

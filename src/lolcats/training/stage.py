@@ -1,0 +1,70 @@
+"""What a training stage is to the loop, what it learns from, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lolcats.data import PackedDataset
+from lolcats.training.batches import Batch
+
+
+class Stage(Protocol):
+    """What differs between attention transfer and fine-tuning."""
+
+    name: str
+    """Folder of the checkpoints and `stage` in the metrics."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, float32, by name."""
+        ...
+
+    def origin(self) -> dict[str, Any]:
+        """What the stage begins with, as JSON: settings of the layers, and a digest of the weights."""
+        ...
+
+    def count(self, batch: Batch) -> int:
+        """Tokens over which the loss of the batch is a mean: the weight of a micro-batch in its step."""
+        ...
+
+    def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
+        """Add `share` times the gradient of the batch; return metrics, "loss" among them (detached, not yet read)."""
+        ...
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """Metrics of a batch without gradients; "loss" decides which checkpoint is best."""
+        ...
+
+    def where(self, metrics: Mapping[str, Tensor]) -> str:
+        """Which part of the model made these metrics not finite, for the error message ("" if unknown)."""
+        ...
+
+
+@dataclass
+class TrainingData:
+    """Sequences to learn from and to validate on."""
+
+    train: PackedDataset
+    validation: PackedDataset
+    keep_apart: bool = False
+    """Whether attention stops at document boundaries."""
+
+
+@dataclass
+class TrainResult:
+    """Outcome of one stage."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    """Time spent on training steps, validation and checkpoints left out."""
+    tokens_per_second: float
+    best_step: int
+    best_loss: float
+    final: dict[str, float] = field(default_factory=dict)
+    """Validation metrics at the best step."""
+    changes: list[str] = field(default_factory=list)
+    """Settings that were changed on the way, each with the step after which."""
