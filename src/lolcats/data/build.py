@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lolcats.data.documents import Documents
-from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files
-from lolcats.data.named import COLLECTIONS, NAMED, NAMES
+from lolcats.data.named import COLLECTIONS, NAMED
 from lolcats.data.packing import PackedDataset, pack
 from lolcats.data.reading import Context, Part, load_parts, parts_of
-from lolcats.data.sources import HINT, local_copy
+from lolcats.data.sources import check_source
 from lolcats.errors import DataError
 from lolcats.settings import DataConfig, SourceConfig
 
@@ -77,16 +76,12 @@ def check_sources(config: DataConfig, others: Sequence[str] = ()) -> None:
         others: sources that are read elsewhere (`evaluation.sources`), of which `data.local` may name copies too.
 
     Raises:
-        DataError: a file is missing, or `data.local` names a data set that no source uses.
+        DataError: see `check_source`; or `data.local` names a data set that no source uses.
     """
-    for name in [*config.source_names, *others]:
-        for part in COLLECTIONS.get(name, (name,)):
-            if part.endswith(TOKEN_SUFFIXES):
-                find_files(part, TOKEN_SUFFIXES, HINT)
-            elif part not in NAMES and not part.startswith("hf:"):
-                find_data(part, HINT)
-            if (copy := local_copy(part, config.local)) is not None:
-                _check_copy(part, copy)
+    for source in [*config.sources, *others]:
+        settings = SourceConfig(name=source) if isinstance(source, str) else source
+        for part in COLLECTIONS.get(settings.name, (settings.name,)):
+            check_source(settings.model_copy(update={"name": part}), config.local)
     used = local_names([*config.source_names, *others])
     if strays := [name for name in config.local if name not in used]:
         raise DataError(
@@ -103,16 +98,6 @@ def local_names(sources: Sequence[str]) -> set[str]:
             if part.startswith("hf:"):
                 names.add(part.removeprefix("hf:").split(":")[0])
     return names
-
-
-def _check_copy(name: str, copy: str) -> None:
-    try:
-        find_data(copy)
-    except DataError as error:
-        from lolcats.data.files import is_saved_dataset
-
-        if not is_saved_dataset(copy):
-            raise DataError(f"data.local names {copy} for {name!r}, but {error}") from error
 
 
 def _check_size(tokens: int, length: int, count: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lolcats.data.cache import Batches, TokenCache
 from lolcats.data.documents import Documents
-from lolcats.data.encoding import RECORDS, digest, encode_batches, token_file, tokenizer_identity
-from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files, is_saved_dataset
+from lolcats.data.encoding import RECORDS, digest, encode_texts, token_file, tokenizer_identity
+from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files, has_ending, is_saved_dataset
 from lolcats.data.named import COLLECTIONS, NAMED
 from lolcats.data.passkey import passkey_samples
 from lolcats.data.progress import show_reading
 from lolcats.data.records import Record
-from lolcats.data.sources import HINT, hub_place, iter_records, local_copy
-from lolcats.data.templates import Template
+from lolcats.data.sources import HINT, check_settings, hub_place, iter_placed, local_copy
+from lolcats.data.templates import Template, render
 from lolcats.errors import DataError
 from lolcats.settings import SourceConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Placed = Iterator[tuple[Record, str]]  # records, each with where it was read
 
 PASSKEY_SAMPLES = 10_000
 SELF_SAMPLES = 2_000
@@ -112,11 +114,12 @@ def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
     if settings.name in COLLECTIONS:
         names = COLLECTIONS[settings.name]
         return [part for name in names for part in parts_of(settings.model_copy(update={"name": name}), context)]
+    check_settings(settings)
     named = NAMED.get(settings.name)
     validation = settings.validation
     if validation is None and named is not None:
         validation = named.validation
-    if settings.name.endswith(TOKEN_SUFFIXES):
+    if has_ending(settings.name, TOKEN_SUFFIXES):
         files = find_files(settings.name, TOKEN_SUFFIXES, HINT)
         return [Part(settings.name, validation, lambda cap: _load_token_files(files, context.tokenizer, cap))]
     make, identity, template = _text_of(settings, context)
@@ -125,7 +128,8 @@ def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
 
     def produce(skip: int) -> Batches:
         size = 1 if settings.name == "self" else RECORDS  # what is written slowly is shown as it comes
-        return encode_batches(islice(make(), skip, None), template, context.tokenizer, batch_size=size)
+        texts = _render_all(islice(make(), skip, None), template, context.tokenizer)
+        return encode_texts(texts, context.tokenizer, batch_size=size)
 
     def load(cap: int | None) -> Documents:
         with show_reading(settings.name, cache, context.console) as tell:
@@ -133,6 +137,16 @@ def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
         return documents if cap is None else documents.split(cap)[0]
 
     return [Part(settings.name, validation, load)]
+
+
+def _render_all(
+    records: Iterable[tuple[Record, str]], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, str]]:
+    for record, where in records:
+        try:
+            yield render(record, template, tokenizer)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
 
 
 def _load_token_files(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, cap: int | None) -> Documents:
@@ -145,8 +159,8 @@ def _load_token_files(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase,
     return Documents.join(found)
 
 
-def _text_of(settings: SourceConfig, context: Context) -> tuple[Callable[[], Iterator[Record]], dict, Template]:
-    """A function that gives the records, what they depend on, and the template that makes them text."""
+def _text_of(settings: SourceConfig, context: Context) -> tuple[Callable[[], Placed], dict, Template]:
+    """A function that gives placed records, what they depend on, and the template that makes them text."""
     length = settings.length or context.length
     if settings.name == "passkey":
         return _passkey(settings.limit or PASSKEY_SAMPLES, length, context)
@@ -158,17 +172,22 @@ def _text_of(settings: SourceConfig, context: Context) -> tuple[Callable[[], Ite
             raise DataError('source "self" is written by the teacher of a run; here there is none, name other text')
         text = SelfText(context.teacher, context.tokenizer, settings.limit or SELF_SAMPLES, length, context.seed)
         own: Template = "chat" if context.tokenizer.chat_template else "plain"
-        return text.records, text.identity, template or own
+        return (
+            lambda: ((r, f"text {n} of the teacher") for n, r in enumerate(text.records())),
+            text.identity,
+            template or own,
+        )
     named = NAMED.get(settings.name)
     identity = source_identity(settings, context.local)
-    return lambda: iter_records(settings, context.local), identity, template or (named.template if named else "plain")
+    return lambda: iter_placed(settings, context.local), identity, template or (named.template if named else "plain")
 
 
-def _passkey(count: int, length: int, context: Context) -> tuple[Callable[[], Iterator[Record]], dict, Template]:
-    def make() -> Iterator[Record]:
+def _passkey(count: int, length: int, context: Context) -> tuple[Callable[[], Placed], dict, Template]:
+    def make() -> Placed:
         # The end token that closes a document, and a little room: prompt and answer are tokenised as one text.
-        for sample in passkey_samples(context.tokenizer, length - 1, seed=context.seed, count=count):
-            yield {"prompt": sample.prompt, "completion": sample.answer}
+        samples = passkey_samples(context.tokenizer, length - 1, seed=context.seed, count=count)
+        for number, sample in enumerate(samples):
+            yield {"prompt": sample.prompt, "completion": sample.answer}, f"passkey {number}"
 
     tokenizer = tokenizer_identity(context.tokenizer, "raw")
     return make, {"passkey": 1, "seed": context.seed, "count": count, "length": length, "for": tokenizer}, "raw"
@@ -186,7 +205,7 @@ def source_identity(settings: SourceConfig, local: Mapping[str, str]) -> dict[st
         return identity | {"topics": digest(topics)}
     place = hub_place(source) if named is not None or source.startswith("hf:") else None
     copy = local_copy(source, local)
-    if place is not None and copy is None and not Path(place[0]).exists():
+    if place is not None and copy is None and not Path(place[0]).expanduser().exists():
         return identity | {"hub": place, "revision": settings.revision, "named": named and source}
     folder = copy if copy is not None else place[0] if place is not None else source
     if Path(folder).expanduser().is_dir() and (place is not None or is_saved_dataset(folder)):
