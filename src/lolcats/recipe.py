@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import build_datasets, check_sources
+from lolcats.data.build import vocabulary_size
+from lolcats.data.notes import notes_on_data
 from lolcats.device import choose_device, choose_dtype, describe_device
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
@@ -121,7 +123,10 @@ def _prepare(
         config.data, tokenizer, config.seed, teacher=model, console=shown, others=config.evaluation.sources
     )
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
-    segments = evaluation_segments(config, tokenizer, validation)
+    segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
+    stages = {"transfer": config.transfer, "finetune": config.finetune}
+    asked = {name: stage.tokens for name, stage in stages.items() if stage.enabled}
+    notes = notes_on_data(config.data, train_set.ids.size, asked, demo=config.model == "demo")
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     results = folder.results() or {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -131,6 +136,7 @@ def _prepare(
         "quantization": config.quantization,
         "seed": config.seed,
         "evaluation": {"segments": segments.shape[0], "length": segments.shape[1], "last": config.evaluation.last},
+        "notes": notes,
         "perplexity": {},
         "kl": {},
         "by_position": {},
@@ -139,6 +145,9 @@ def _prepare(
         "seconds": {},
         "generation": {"prompt": SAMPLE_PROMPT},
     }
+    if shown is not None:
+        for note in notes:
+            shown.print(note, markup=False, highlight=False, soft_wrap=True)
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
     layers = linearized_layers(model)

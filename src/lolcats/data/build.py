@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def build_datasets(
         config: sources and settings.
         tokenizer: a tokenizer with an end token.
         seed: of all shuffles, and of what "passkey" and "self" make up.
-        teacher: writes the text of the source "self".
+        teacher: writes the text of the source "self", and says which tokens there are.
         console: where progress is shown; None is silent.
         others: see `check_sources`.
 
@@ -48,7 +48,8 @@ def build_datasets(
         DataError: less than one training sequence is left, or a source that is missing, empty or broken.
     """
     check_sources(config, others)
-    context = Context(tokenizer, config.template, config.sequence_length, seed, config.local, teacher, console)
+    size = None if teacher is None else vocabulary_size(teacher)
+    context = Context(tokenizer, config.template, config.sequence_length, seed, config.local, teacher, console, size)
     groups = [parts_of(source, context) for source in config.sources]
     held_by_rule, training, ruled = _read_mixture(config, groups, seed, console)
     length, count = config.sequence_length, config.validation_sequences
@@ -60,13 +61,19 @@ def build_datasets(
     else:
         rest, held = _hold_out_beside(training, ruled, held_by_rule, count * length, seed)
         count = None  # all that the rule names
-    pad_id = _pad_id(tokenizer)
+    pad_id = _pad_id(tokenizer, size)
     return pack(rest, length, config.packing, pad_id), pack(held, length, config.packing, pad_id)[:count]
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding is masked, so any id of the vocabulary will do."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that a model can read."""
+    return int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, size: int | None) -> int:
+    """Padding is masked, so any id that the model has will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if isinstance(i, int) and (size is None or i < size)), 0)
 
 
 def check_sources(config: DataConfig, others: Sequence[str] = ()) -> None:
@@ -79,9 +86,7 @@ def check_sources(config: DataConfig, others: Sequence[str] = ()) -> None:
         DataError: see `check_source`; or `data.local` names a data set that no source uses.
     """
     for source in [*config.sources, *others]:
-        settings = SourceConfig(name=source) if isinstance(source, str) else source
-        for part in COLLECTIONS.get(settings.name, (settings.name,)):
-            check_source(settings.model_copy(update={"name": part}), config.local)
+        check_source(source, config.local)
     used = local_names([*config.source_names, *others])
     if strays := [name for name in config.local if name not in used]:
         raise DataError(

@@ -44,6 +44,7 @@ class Context:
         local: see `iter_records`.
         teacher: writes the source "self".
         console: where progress is shown; None is silent.
+        vocabulary: tokens of the model that reads the text; None leaves that to the tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,6 +54,7 @@ class Context:
     local: Mapping[str, str] = field(default_factory=dict)
     teacher: PreTrainedModel | None = None
     console: Console | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def read_documents(
     max_tokens: int | None = None,
     *,
     local: Mapping[str, str] | None = None,
+    vocabulary: int | None = None,
 ) -> Documents:
     """Tokenise whole sources, one after the other; with `max_tokens` the document that crosses it is cut there.
 
@@ -84,11 +87,13 @@ def read_documents(
         tokenizer: a tokenizer with an end token.
         max_tokens: the cap on all sources together; None reads everything.
         local: see `iter_records`.
+        vocabulary: tokens of the model that reads the text; None leaves that to the tokenizer.
 
     Raises:
-        DataError: a source that is missing, empty or broken, see `iter_records`, `encode` and `token_file`.
+        DataError: a source that is missing, empty, broken or of another vocabulary, see `iter_records`, `encode` and
+            `token_file`.
     """
-    context = Context(tokenizer, template, local=local or {})
+    context = Context(tokenizer, template, local=local or {}, vocabulary=vocabulary)
     return load_parts([part for source in sources for part in parts_of(source, context)], max_tokens)
 
 
@@ -121,7 +126,7 @@ def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
         validation = named.validation
     if has_ending(settings.name, TOKEN_SUFFIXES):
         files = find_files(settings.name, TOKEN_SUFFIXES, HINT)
-        return [Part(settings.name, validation, lambda cap: _load_token_files(files, context.tokenizer, cap))]
+        return [Part(settings.name, validation, lambda cap: _load_token_files(files, context, cap))]
     make, identity, template = _text_of(settings, context)
     key = {"text": identity, "template": template, "tokenizer": tokenizer_identity(context.tokenizer, template)}
     cache = TokenCache(key, wide=len(context.tokenizer) > 1 << 16)
@@ -134,7 +139,9 @@ def parts_of(source: str | SourceConfig, context: Context) -> list[Part]:
     def load(cap: int | None) -> Documents:
         with show_reading(settings.name, cache, context.console) as tell:
             documents = cache.read(produce, cap, tell)
-        return documents if cap is None else documents.split(cap)[0]
+        documents = documents if cap is None else documents.split(cap)[0]
+        _check_vocabulary(documents, settings.name, context)
+        return documents
 
     return [Part(settings.name, validation, load)]
 
@@ -149,13 +156,28 @@ def _render_all(
             raise DataError(f"{where}: {error}") from error
 
 
-def _load_token_files(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, cap: int | None) -> Documents:
+def _check_vocabulary(documents: Documents, name: str, context: Context) -> None:
+    """Refuse tokens that the model does not have; only a tokenizer that is larger than the model can give them."""
+    size = context.vocabulary
+    if size is None or len(context.tokenizer) <= size:
+        return
+    highest = max((int(document.ids.max()) for document in documents), default=0)
+    if highest >= size:
+        token = context.tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"{name} holds token {highest} ({token!r}), and the model has {size} of the tokenizer's "
+            f"{len(context.tokenizer)} tokens; take the tokenizer of the model, or text without that token"
+        )
+
+
+def _load_token_files(files: Sequence[Path], context: Context, cap: int | None) -> Documents:
     found: list[Documents] = []
     for path in files:
         left = None if cap is None else cap - sum(part.tokens for part in found)
         if left == 0:
             break
-        found.append(token_file(path, tokenizer, left))
+        found.append(token_file(path, context.tokenizer, left))
+        _check_vocabulary(found[-1], str(path), context)
     return Documents.join(found)
 
 

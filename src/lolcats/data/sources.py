@@ -90,12 +90,15 @@ def _rows(settings: SourceConfig, named: NamedSet | None, local: Mapping[str, st
     return read_files(find_data(source, HINT))
 
 
-def check_source(settings: SourceConfig, local: Mapping[str, str]) -> None:
+def check_source(source: str | SourceConfig, local: Mapping[str, str]) -> None:
     """See that what a source names is on this machine, unless it is on the hub; nothing is read yet.
 
     Raises:
         DataError: a file, configuration or split that is missing, or settings that the source does not take.
     """
+    settings = SourceConfig(name=source) if isinstance(source, str) else source
+    for name in COLLECTIONS.get(settings.name, ()):
+        check_source(settings.model_copy(update={"name": name}), local)
     source, named = settings.name, NAMED.get(settings.name)
     check_settings(settings)
     if has_ending(source, TOKEN_SUFFIXES):
