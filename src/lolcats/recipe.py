@@ -124,9 +124,7 @@ def _prepare(
     )
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
     segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
-    stages = {"transfer": config.transfer, "finetune": config.finetune}
-    asked = {name: stage.tokens for name, stage in stages.items() if stage.enabled}
-    notes = notes_on_data(config.data, train_set.ids.size, asked, demo=config.model == "demo")
+    notes = notes_on_data(config, len(train_set) * train_set.ids.shape[1], shown)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     results = folder.results() or {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -145,9 +143,6 @@ def _prepare(
         "seconds": {},
         "generation": {"prompt": SAMPLE_PROMPT},
     }
-    if shown is not None:
-        for note in notes:
-            shown.print(note, markup=False, highlight=False, soft_wrap=True)
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
     layers = linearized_layers(model)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lolcats.cli import benchmarks
 from lolcats.cli import recall as recall_options
 from lolcats.cli.load import find_model, read_recipe, silence
-from lolcats.cli.options import Device, Dtype, Model
+from lolcats.cli.options import Device, Dtype, Model, check_target
 from lolcats.cli.tables import console, position_notes, position_table, score_table
 from lolcats.config import Control, RunConfig
 from lolcats.errors import LolcatsError
@@ -99,8 +99,7 @@ def evaluate(
     others = {"--lengths": lengths != recall_options.LENGTHS, "--plot": plot, "--beyond-context": beyond_context}
     recall_options.check_mixture(recall, own, others)
     controls = _check_controls(control)
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
+    json_file, plot = (check_target(file) for file in (json_file, plot))
     source = find_model(model)
     recipe = read_recipe(source)
     trained = recipe.data.sequence_length if recipe is not None else None
@@ -127,7 +126,7 @@ def evaluate(
         return
     batch = batch_size or (recipe.evaluation.batch_size if recipe is not None else 4)
     options = {"controls": controls, "batch_size": batch, "device": device, "dtype": dtype}
-    _measure_text(source, recipe, settings, options, json_file, by_position)
+    _measure_text(source, recipe, settings, options, json_file, by_position, by_default=sources is None)
 
 
 def _measure_text(
@@ -137,6 +136,7 @@ def _measure_text(
     options: dict[str, Any],
     json_file: Path | None,
     by_position: bool,
+    by_default: bool,
 ) -> None:
     """Perplexity and distance from the teacher."""
     from lolcats.evaluation.compare import compare
@@ -150,7 +150,7 @@ def _measure_text(
         scores = compare(source, progress=show, **options, **settings)
     if json_file is not None:
         _write(json_file, source, settings, scores)
-    _print_scores(out, scores, recipe, settings["sources"])
+    _print_scores(out, scores, recipe, settings["sources"], by_default)
     if by_position:
         _print_positions(out, scores, settings["length"], trained)
 
@@ -179,10 +179,14 @@ def _progress(out: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, count: bars.update(bar, completed=done, total=count)
 
 
-def _print_scores(out: Console, scores: dict[str, Measurement], recipe: RunConfig | None, sources: list[str]) -> None:
+def _print_scores(
+    out: Console, scores: dict[str, Measurement], recipe: RunConfig | None, sources: list[str], by_default: bool
+) -> None:
     learned = [] if recipe is None else [name for name in sources if name in recipe.data.source_names]
     note = f" (the model was trained on text of {', '.join(learned)})" if learned else ""
     names = ", ".join(sources)
+    if recipe is None and by_default:
+        note = ", the default text; --sources names other"
     if recipe is not None and not sources:
         names = f"the text of {', '.join(recipe.data.source_names)} that was held out from training"
     tokens = next(iter(scores.values())).tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import gzip
 import io
@@ -57,7 +58,7 @@ def find_files(source: str, suffixes: tuple[str, ...], hint: str = "") -> list[P
     elif path.is_file() or path.is_symlink():
         found = [path]
     else:
-        found = _once(Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
+        found = _glob(path)
     files = sorted(file for file in found if has_ending(file.name, suffixes))
     if not files:
         what = f"has no {', '.join(suffixes)} file" if found or path.exists() else "matches no file or folder"
@@ -73,6 +74,8 @@ def _walk(folder: Path) -> list[Path]:
     """All files in a folder and its sub-folders, through links too."""
 
     def refuse(error: OSError) -> None:
+        if not os.path.isdir(folder):
+            return  # the beginning of a glob that matches nothing
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     seen: set[str] = set()
@@ -82,6 +85,27 @@ def _walk(folder: Path) -> list[Path]:
         folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(parent, name)) not in seen]
         files += [Path(parent, name) for name in names]
     return _once(files)
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """The files that a glob names. The library's own `**` goes round in circles where links do."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return _once(Path(name) for name in glob.glob(str(pattern)) if not os.path.isdir(name))
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:fixed])
+    return [file for file in _walk(base) if _matches(file.relative_to(base).parts, parts[fixed:])]
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path matches, part by part; hidden names only where they are asked for."""
+    if not names or not pattern:
+        return not names and all(part == "**" for part in pattern)
+    hidden = names[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (not hidden and _matches(names[1:], pattern))
+    fits = fnmatch.fnmatchcase(names[0], pattern[0]) and (not hidden or pattern[0].startswith("."))
+    return fits and _matches(names[1:], pattern[1:])
 
 
 def _once(paths: Iterable[Path]) -> list[Path]:

@@ -154,9 +154,8 @@ def _downloaded(name: str, revision: str | None, source: str, trouble: str, kept
         return snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
     except (OSError, ValueError):
         pass
-    found = (
-        f" ({' '.join(str(kept).split())})" if isinstance(kept, ValueError) else ""
-    )  # it has other rows than asked for
+    other_rows = isinstance(kept, ValueError)  # else there was nothing
+    found = f" ({' '.join(str(kept).split())})" if other_rows else ""
     flags = [f"{flag}={os.environ[flag]}" for flag in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if flag in os.environ]
     key = source if not source.startswith("hf:") else name
     raise DataError(
