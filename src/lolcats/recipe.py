@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lolcats.config import RunConfig
 from lolcats.data import build_datasets, check_sources
+from lolcats.data.notes import notes_on_data
 from lolcats.device import check_impl, choose_device, choose_dtype, describe_device
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
@@ -30,7 +31,7 @@ from lolcats.saving import save_adapter, save_artefact, save_results, unchanged,
 from lolcats.teacher import load_teacher
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
-from lolcats.vocabulary import check_token_ids
+from lolcats.vocabulary import vocabulary_size
 
 SAMPLE_PROMPT = "The most important thing to know about computers is"
 FORMATS = ("float32", "bfloat16", "float16")
@@ -116,16 +117,16 @@ def _prepare(
     train_set, validation = build_datasets(
         config.data, tokenizer, config.seed, teacher=model, console=shown, others=config.evaluation.sources
     )
-    for name, dataset in (("the training text", train_set), ("the held-out text", validation)):
-        check_token_ids(dataset.ids, model, name)
     data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
-    segments = evaluation_segments(config, tokenizer, validation)
+    segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
+    notes = notes_on_data(config, len(train_set) * train_set.ids.shape[1], shown)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     facts = {"model": config.model, "device": describe_device(device), "dtype": results["dtype"]}
     measured = {"segments": segments.shape[0], "length": segments.shape[1], "last": config.evaluation.last}
     facts |= {"quantization": config.quantization, "seed": config.seed}
     results = new_results(**facts, evaluation=measured, generation={"prompt": SAMPLE_PROMPT}) | results
     results["evaluation"] |= measured
+    results["data_notes"] = notes
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
     if config.finetune.enabled:

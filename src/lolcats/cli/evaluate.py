@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lolcats.cli import benchmarks
 from lolcats.cli import recall as recall_options
 from lolcats.cli.load import find_model, read_recipe, silence
-from lolcats.cli.options import Device, Dtype, Model, expand_path
+from lolcats.cli.options import Device, Dtype, Model, check_target, expand_path
 from lolcats.cli.tables import console, position_notes, position_table, score_table
 from lolcats.config import Control, RunConfig
 from lolcats.errors import LolcatsError
@@ -30,7 +30,8 @@ MOST_SEGMENTS = 32
 
 
 Sources = Annotated[
-    list[str] | None, typer.Option(help="Text to measure on; repeatable. Default: the recipe's, or python-docs.")
+    list[str] | None,
+    typer.Option(help="Text to measure on; repeatable. Default: as the recipe measures, else python-docs."),
 ]
 Local = Annotated[
     list[str] | None,
@@ -40,9 +41,12 @@ Local = Annotated[
 ]
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")]
 Last = Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")]
-Most = Annotated[int | None, typer.Option(min=1, help=f"Segments to read. Default: the recipe's, or {MOST_SEGMENTS}.")]
+Most = Annotated[
+    int | None, typer.Option(min=1, help=f"Segments to read. Default: as the recipe; {MOST_SEGMENTS} of other text.")
+]
 Batch = Annotated[
-    int | None, typer.Option(min=1, help="Segments or --tasks requests at once. Default: 4, of requests 1.")
+    int | None,
+    typer.Option(min=1, help="Segments or --tasks requests at once. Default: the recipe's, else 4; of requests 1."),
 ]
 Controls = Annotated[list[str] | None, typer.Option(help=f"{CONTROLS}, or none; repeatable. Default: all of them.")]
 Teacher = Annotated[
@@ -98,8 +102,7 @@ def evaluate(
     others = {"--lengths": lengths != recall_options.LENGTHS, "--plot": plot, "--beyond-context": beyond_context}
     recall_options.check_mixture(recall, own, others)
     controls = _check_controls(control)
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise LolcatsError(f"no folder {json_file.parent} to write {json_file.name} into")
+    json_file, plot = (check_target(file) for file in (json_file, plot))
     source = find_model(model)
     recipe = read_recipe(source)
     trained = recipe.data.sequence_length if recipe is not None else None
@@ -115,7 +118,7 @@ def evaluate(
     }
     settings = _settings(recipe, given)
     if local:
-        _check_local(given["local"], settings["sources"])
+        _check_local(given["local"], settings["sources"] or (recipe.data.source_names if recipe is not None else []))
     if recall is not None:
         asked = recall_options.read_settings(recall, lengths, samples, depths, recall_seed, haystack, beyond_context)
         rest = (settings["teacher"], controls, asked, batch_size or 4, device, dtype, json_file, plot)
@@ -124,8 +127,9 @@ def evaluate(
     if wanted.check(given | {"by_position": by_position}):
         benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size or 1, device, dtype, json_file)
         return
-    options = {"controls": controls, "batch_size": batch_size or 4, "device": device, "dtype": dtype}
-    _measure_text(source, recipe, settings, options, json_file, by_position)
+    batch = batch_size or (recipe.evaluation.batch_size if recipe is not None else 4)
+    options = {"controls": controls, "batch_size": batch, "device": device, "dtype": dtype}
+    _measure_text(source, recipe, settings, options, json_file, by_position, by_default=sources is None)
 
 
 def _measure_text(
@@ -135,6 +139,7 @@ def _measure_text(
     options: dict[str, Any],
     json_file: Path | None,
     by_position: bool,
+    by_default: bool,
 ) -> None:
     """Perplexity and distance from the teacher."""
     from lolcats.evaluation.compare import compare
@@ -142,11 +147,13 @@ def _measure_text(
     silence()
     out = console()
     trained = recipe.data.sequence_length if recipe is not None else None
+    held_out = None if settings["sources"] else recipe
     with _progress(out) as show:
-        scores = compare(source, edges=[trained] if trained else [], progress=show, **options, **settings)
+        options |= {"edges": [trained] if trained else [], "held_out": held_out}
+        scores = compare(source, progress=show, **options, **settings)
     if json_file is not None:
         _write(json_file, source, settings, scores)
-    _print_scores(out, scores, recipe, settings["sources"])
+    _print_scores(out, scores, recipe, settings["sources"], by_default)
     if by_position:
         _print_positions(out, scores, settings["length"], trained)
 
@@ -175,12 +182,19 @@ def _progress(out: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, count: bars.update(bar, completed=done, total=count)
 
 
-def _print_scores(out: Console, scores: dict[str, Measurement], recipe: RunConfig | None, sources: list[str]) -> None:
+def _print_scores(
+    out: Console, scores: dict[str, Measurement], recipe: RunConfig | None, sources: list[str], by_default: bool
+) -> None:
     learned = [] if recipe is None else [name for name in sources if name in recipe.data.source_names]
     note = f" (the model was trained on text of {', '.join(learned)})" if learned else ""
+    names = ", ".join(sources)
+    if recipe is None and by_default:
+        note = ", the default text; --sources names other"
+    if recipe is not None and not sources:
+        names = f"the text of {', '.join(recipe.data.source_names)} that was held out from training"
     tokens = next(iter(scores.values())).tokens
     out.print(score_table({n: s.perplexity for n, s in scores.items()}, {n: s.kl for n, s in scores.items()}, recipe))
-    out.print(f"\n{tokens:,} tokens of {', '.join(sources)}{note}", markup=False)
+    out.print(f"\n{tokens:,} tokens of {names}{note}", markup=False)
 
 
 def _check_controls(control: list[str] | None) -> list[str]:
@@ -193,7 +207,11 @@ def _check_controls(control: list[str] | None) -> list[str]:
 
 
 def _settings(recipe: RunConfig | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `compare`: what the options leave open comes from the recipe, `last` only with its length."""
+    """The arguments of `compare`: what the options leave open comes from the recipe, `last` only with its length.
+
+    Without sources it is the text that the run of the recipe held out. Of its own text a recipe without `max_segments`
+    takes all.
+    """
     chosen: dict[str, Any] = {"sources": ["python-docs"], "length": 1024, "last": None, "max_segments": MOST_SEGMENTS}
     chosen |= {"teacher": None, "local": {}}
     if recipe is not None:
@@ -201,7 +219,9 @@ def _settings(recipe: RunConfig | None, given: dict[str, Any]) -> dict[str, Any]
         known = {"sources": e.sources, "length": e.segment_length or recipe.data.sequence_length, "last": e.last}
         known |= {"max_segments": e.max_segments, "teacher": recipe.model}
         given = given | {"local": recipe.data.local | given["local"]}
-        chosen |= {name: value for name, value in known.items() if value}
+        chosen |= known
+        if known["max_segments"] is None and given["sources"] not in (None, e.sources):
+            chosen["max_segments"] = MOST_SEGMENTS
         chosen["last"] = e.last if given["length"] is None else None
     chosen |= {name: value for name, value in given.items() if value}
     return chosen | {"teacher": None if chosen["teacher"] == "none" else chosen["teacher"]}

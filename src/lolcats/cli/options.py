@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lolcats.errors import LolcatsError
 from lolcats.model_folder import expand
 
 
@@ -60,6 +62,24 @@ TopP = Annotated[
     float, typer.Option(callback=_check_top_p, help="Sample from the likeliest tokens of this total share.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampling.")]
+
+
+def check_target(file: Path | None) -> Path | None:
+    """A file that is written at the end, with ~ expanded; refused before the work begins if it cannot be.
+
+    Raises:
+        LolcatsError: a folder, or in one that is missing or may not be written.
+    """
+    if file is None:
+        return None
+    file = file.expanduser()
+    if file.is_dir():
+        raise LolcatsError(f"{file} is a folder; name a file to write")
+    if not file.resolve().parent.is_dir():
+        raise LolcatsError(f"no folder {file.parent} to write {file.name} into")
+    if not os.access(file.resolve().parent, os.W_OK):
+        raise LolcatsError(f"cannot write into the folder {file.parent}; name a file elsewhere")
+    return file
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, object]:

@@ -101,7 +101,7 @@ def read_settings(
     if not names:
         raise LolcatsError("--recall names no task; for instance --recall passkey,niah_single_1")
     words = [word.strip() for word in lengths.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+    if not words or not all(word.isdecimal() and len(word) < 10 and int(word) > 0 for word in words):
         raise LolcatsError(f"--lengths must be numbers of tokens such as 512,1024,2048; got {lengths!r}")
     numbers = sorted({int(word) for word in words})
     return RecallSettings(check_tasks(names), numbers, samples, depths, seed, haystack, beyond_context)
@@ -116,11 +116,12 @@ def evaluate_recall(run: RecallRun) -> None:
     """
     from lolcats.evaluation.compare import load_variants
     from lolcats.evaluation.recall import Progress as Kept
-    from lolcats.evaluation.recall import recall
+    from lolcats.evaluation.recall import check_haystack, recall
     from lolcats.evaluation.recall.plot import check_plot, plot_recall
 
     if run.plot is not None:
         check_plot(run.plot, run.settings.tasks)
+    check_haystack(run.settings)
     progress_file = None if run.json_file is None else run.json_file.with_name(run.json_file.name + ".progress")
     kept = Kept(progress_file, _identity(run))
     silence()

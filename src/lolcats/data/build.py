@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lolcats.data.documents import Documents
-from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files
-from lolcats.data.named import COLLECTIONS, NAMED, NAMES
+from lolcats.data.named import COLLECTIONS, NAMED
 from lolcats.data.packing import PackedDataset, pack
 from lolcats.data.reading import Context, Part, load_parts, parts_of
-from lolcats.data.sources import HINT, local_copy
+from lolcats.data.sources import check_source
 from lolcats.errors import DataError
 from lolcats.settings import DataConfig, SourceConfig
+from lolcats.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def build_datasets(
         config: sources and settings.
         tokenizer: a tokenizer with an end token.
         seed: of all shuffles, and of what "passkey" and "self" make up.
-        teacher: writes the text of the source "self".
+        teacher: writes the text of the source "self", and says which tokens there are.
         console: where progress is shown; None is silent.
         others: see `check_sources`.
 
@@ -49,7 +49,8 @@ def build_datasets(
         DataError: less than one training sequence is left, or a source that is missing, empty or broken.
     """
     check_sources(config, others)
-    context = Context(tokenizer, config.template, config.sequence_length, seed, config.local, teacher, console)
+    size = None if teacher is None else vocabulary_size(teacher)
+    context = Context(tokenizer, config.template, config.sequence_length, seed, config.local, teacher, console, size)
     groups = [parts_of(source, context) for source in config.sources]
     held_by_rule, training, ruled = _read_mixture(config, groups, seed, console)
     length, count = config.sequence_length, config.validation_sequences
@@ -61,13 +62,14 @@ def build_datasets(
     else:
         rest, held = _hold_out_beside(training, ruled, held_by_rule, count * length, seed)
         count = None  # all that the rule names
-    pad_id = _pad_id(tokenizer)
+    pad_id = _pad_id(tokenizer, size)
     return pack(rest, length, config.packing, pad_id), pack(held, length, config.packing, pad_id)[:count]
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding is masked, so any id of the vocabulary will do."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+def _pad_id(tokenizer: PreTrainedTokenizerBase, size: int | None) -> int:
+    """Padding is masked, so any id that the model has will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if isinstance(i, int) and (size is None or i < size)), 0)
 
 
 def check_sources(config: DataConfig, others: Sequence[str] = ()) -> None:
@@ -77,16 +79,10 @@ def check_sources(config: DataConfig, others: Sequence[str] = ()) -> None:
         others: sources that are read elsewhere (`evaluation.sources`), of which `data.local` may name copies too.
 
     Raises:
-        DataError: a file is missing, or `data.local` names a data set that no source uses.
+        DataError: see `check_source`; or `data.local` names a data set that no source uses.
     """
-    for name in [*config.source_names, *others]:
-        for part in COLLECTIONS.get(name, (name,)):
-            if part.endswith(TOKEN_SUFFIXES):
-                find_files(part, TOKEN_SUFFIXES, HINT)
-            elif part not in NAMES and not part.startswith("hf:"):
-                find_data(part, HINT)
-            if (copy := local_copy(part, config.local)) is not None:
-                _check_copy(part, copy)
+    for source in [*config.sources, *others]:
+        check_source(source, config.local)
     used = local_names([*config.source_names, *others])
     if strays := [name for name in config.local if name not in used]:
         raise DataError(
@@ -103,16 +99,6 @@ def local_names(sources: Sequence[str]) -> set[str]:
             if part.startswith("hf:"):
                 names.add(part.removeprefix("hf:").split(":")[0])
     return names
-
-
-def _check_copy(name: str, copy: str) -> None:
-    try:
-        find_data(copy)
-    except DataError as error:
-        from lolcats.data.files import is_saved_dataset
-
-        if not is_saved_dataset(copy):
-            raise DataError(f"data.local names {copy} for {name!r}, but {error}") from error
 
 
 def _check_size(tokens: int, length: int, count: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from lolcats.data.encoding import digest
 from lolcats.errors import DataError, LolcatsError
 from lolcats.files import cache_root, write_bytes, write_text
 
-VERSION = 1
+VERSION = 2  # 2: copies of the hub are read by configuration and split; what is beside a conversation counts
 SHARD_TOKENS = 1 << 24
 SHARD_SECONDS = 60.0  # no more work than this is lost when the process is killed
 
@@ -70,6 +71,8 @@ class TokenCache:
         self.dtype = "<u4" if wide else "<u2"
         self.index_file = self.folder / "index.json"
         self.shards: list[dict[str, Any]] = []
+        self.tables: list[np.ndarray] = []
+        """Of each shard: int64 [documents, 2], tokens and prompt tokens."""
         self.complete = False
         self.damaged = ""
         """What was found wrong in the folder and is made again, "" if nothing was."""
@@ -117,7 +120,7 @@ class TokenCache:
             trusting: without the lock nothing is repaired, and a file that was touched counts as broken; with it, its
                 checksum decides.
         """
-        self.shards, self.complete = [], False
+        self.shards, self.tables, self.complete = [], [], False
         if not self.index_file.is_file():
             return
         try:
@@ -128,10 +131,12 @@ class TokenCache:
                 if trouble := self._trouble(shard, trusting):
                     self.damaged = trouble
                     break
+                self.tables.append(self._table(shard))
                 self.shards.append(shard)
             self.complete = bool(index["complete"]) and not self.damaged
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
-            self.shards, self.damaged = [], "its index cannot be read"
+        except Exception:  # whatever a damaged file makes of being read: it is made again
+            self.shards, self.tables, self.complete = [], [], False
+            self.damaged = "its index or a table of documents cannot be read"
 
     def _trouble(self, shard: dict[str, Any], trusting: bool) -> str:
         """What is wrong with the files of a shard, "" if nothing is."""
@@ -148,6 +153,16 @@ class TokenCache:
                 return f"{name} was changed"
             facts["mtime_ns"] = state.st_mtime_ns  # a copy of the folder: right content, another time
         return ""
+
+    def _table(self, shard: dict[str, Any]) -> np.ndarray:
+        """The documents of a shard; raises ValueError where they are not those of its tokens."""
+        tokens, table = shard["files"]
+        columns = np.load(self.folder / table, allow_pickle=False)
+        held = shard["files"][tokens]["size"] // np.dtype(self.dtype).itemsize
+        fits = columns.shape == (shard["documents"], 2) and columns.dtype == np.int64 and columns.min(initial=0) >= 0
+        if not fits or not isinstance(shard["records"], int) or not int(columns[:, 0].sum()) == held == shard["tokens"]:
+            raise ValueError("the table of documents does not fit the tokens")
+        return columns
 
     def _extend(self, produce: Callable[[int], Batches], cap: int | None, tell: Callable[[int, int], None]) -> None:
         self._drop_strays()
@@ -183,6 +198,7 @@ class TokenCache:
                 files = {f"{number}.bin": _write_bytes(self.folder / f"{number}.bin", ids.tobytes())}
                 files[f"{number}.npy"] = _write_bytes(self.folder / f"{number}.npy", _npy(table))
                 self.shards.append({"files": files, "tokens": len(ids), "documents": len(table), "records": records})
+                self.tables.append(table)
             index = {"identity": self.identity, "complete": self.complete, "shards": self.shards}
             write_text(self.index_file, json.dumps(index, indent=1) + "\n")
         except LolcatsError as error:
@@ -191,15 +207,18 @@ class TokenCache:
     def _drop_strays(self) -> None:
         listed = {name for shard in self.shards for name in shard["files"]}
         for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.npy"), *self.folder.glob("*.tmp")]:
-            if path.name not in listed:
+            if path.name in listed:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
     def _map(self) -> Documents:
         parts = []
-        for shard in self.shards:
-            tokens, table = shard["files"]
+        for shard, columns in zip(self.shards, self.tables, strict=True):
+            tokens, _ = shard["files"]
             ids = np.memmap(self.folder / tokens, self.dtype, mode="r")
-            columns = np.load(self.folder / table)
             parts.append(Documents.of_shard(ids, columns[:, 0], columns[:, 1]))
         return Documents.join(parts)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RECORDS = 256  # tokenised in one call: enough to keep the tokenizer's threads busy
 _SCAN = 1 << 24  # tokens of a file that are looked at in one go
+_LEAST = 16  # tokens from which on a pattern in them is no accident
 
 
 def encode(
@@ -46,13 +47,23 @@ def encode_batches(
     batch_size: int = RECORDS,
 ) -> Iterator[tuple[int, list[EncodedDocument]]]:
     """As `encode`, in batches: how many records were read for it, and the documents that they gave."""
+    yield from encode_texts((render(record, template, tokenizer) for record in records), tokenizer, add_eos, batch_size)
+
+
+def encode_texts(
+    texts: Iterable[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    add_eos: bool = True,
+    batch_size: int = RECORDS,
+) -> Iterator[tuple[int, list[EncodedDocument]]]:
+    """As `encode_batches`, of pairs (prompt, response)."""
     eos = tokenizer.eos_token_id
     if add_eos and eos is None:
         raise DataError("the tokenizer has no eos token to end documents with; set tokenizer.eos_token")
     begin = _begin_ids(tokenizer)
     end = [eos] if add_eos else []
-    remaining = iter(records)
-    while batch := [render(record, template, tokenizer) for record in islice(remaining, batch_size)]:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, batch_size)):
         documents = []
         for ids, prompt_length in zip(*_tokenise(batch, tokenizer), strict=True):
             head = [] if ids[:1] == begin else begin
@@ -119,12 +130,15 @@ def token_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int |
         max_tokens: read at most this many from the beginning.
 
     Raises:
-        DataError: an empty file, one cut inside a token, or ids that the tokenizer does not have.
+        DataError: an empty file, one cut inside a token, integers of another size, or ids that the tokenizer does not
+            have.
     """
-    size, width = path.stat().st_size, 4 if path.suffix == ".u32" else 2
+    size, width = path.stat().st_size, 4 if path.suffix.lower() == ".u32" else 2
     if size == 0 or size % width:
         raise DataError(f"{path} has {size} bytes; expected uint{8 * width} token ids, {width} bytes each")
-    ids = np.memmap(path, f"<u{width}", mode="r")[:max_tokens]
+    ids = np.memmap(path, f"<u{width}", mode="r")
+    _check_width(path, ids, len(tokenizer))
+    ids = ids[:max_tokens]
     eos, ends = tokenizer.eos_token_id, []
     for first in range(0, len(ids), _SCAN):
         part = ids[first : first + _SCAN]
@@ -136,6 +150,20 @@ def token_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int |
             ends.append(np.flatnonzero(part == eos) + first + 1)
     edges = np.unique(np.concatenate([[0], *ends, [len(ids)]]).astype(np.int64))
     return Documents.of_shard(ids, np.diff(edges))
+
+
+def _check_width(path: Path, ids: np.ndarray, vocabulary: int) -> None:
+    """Refuse wider integers, of which every second half would be read as a token of its own: 0, or hardly more."""
+    width = 8 * ids.itemsize
+    if bytes(ids[:4].tobytes()[:6]) == b"\x93NUMPY":
+        raise DataError(f"{path} is an array of numpy's save; write the bare uint{width} ids with tofile")
+    start = ids[: _SCAN // 256]
+    if len(start) >= _LEAST and start[1::2].max() <= (vocabulary - 1) >> width and start[::2].any():
+        wider = "uint32 ids are read from a file whose name ends in .u32" if width == 16 else "write uint32 ids"
+        second = start[1::2].max() or "zero"
+        raise DataError(
+            f"{path}: every second uint{width} is {second}, so its integers are wider; {wider}, int64 must be converted"
+        )
 
 
 def tokens_file(

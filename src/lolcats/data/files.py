@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import gzip
 import io
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -19,26 +21,96 @@ from lolcats.errors import DataError
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 TOKEN_SUFFIXES = (".u16", ".u32", ".bin")
 _ARRAYS = (".json", ".json.gz")  # read where they are named, or alone in a folder: they may hold anything
+_ADVICE = {
+    (".csv", ".tsv"): "tables of text are read as hf:FOLDER, or written as .jsonl, an object a line",
+    (".npy", ".npz", ".pt"): "token ids are read from .u16 and .u32 files, as numpy's tofile writes them",
+    (
+        ".zip",
+        ".tar",
+        ".bz2",
+        ".xz",
+        ".zst",
+        ".7z",
+        ".gz",
+    ): "of compressed files .txt.gz, .jsonl.gz and .json.gz are read",
+    (".md", ".html", ".pdf", ".docx", ".epub", ".xml"): "convert it to plain text in a .txt file",
+}
+"""What to do with files that people have."""
+
+
+def has_ending(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a name ends so, in small letters or capitals."""
+    return name.lower().endswith(suffixes)
 
 
 def find_files(source: str, suffixes: tuple[str, ...], hint: str = "") -> list[Path]:
     """List the files that a path, folder (with its sub-folders) or glob names, sorted, kept by file name ending.
 
+    Links to folders are followed; a folder that is reached in several ways is read once.
+
     Raises:
-        DataError: no such file, or none with one of `suffixes`; `hint` says what else a source may be.
+        DataError: no such file, none with one of `suffixes`, or a link to one that is not there; `hint` says what else
+            a source may be.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file()]
-    elif path.is_file():
+        found = _walk(path)
+    elif path.is_file() or path.is_symlink():
         found = [path]
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    files = sorted(file for file in found if file.name.endswith(suffixes))
+        found = _glob(path)
+    files = sorted(file for file in found if has_ending(file.name, suffixes))
     if not files:
         what = f"has no {', '.join(suffixes)} file" if found or path.exists() else "matches no file or folder"
-        raise DataError(f"source {source!r} {what}; give a path, a folder or a glob{hint}")
-    return files
+        advice = next((text for ends, text in _ADVICE.items() if any(has_ending(f.name, ends) for f in found)), "")
+        other = f"; {advice}" if advice else f"; give a path, a folder or a glob{hint}"
+        raise DataError(f"source {source!r} {what}{other}")
+    if gone := [file for file in files if not file.exists()]:
+        raise DataError(f"{gone[0]} is a link to a file that is not there; mend or remove it")
+    return [file for file in files if file.is_file()]
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files in a folder and its sub-folders, through links too."""
+
+    def refuse(error: OSError) -> None:
+        if not os.path.isdir(folder):
+            return  # the beginning of a glob that matches nothing
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    seen: set[str] = set()
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(parent, name)) not in seen]
+        files += [Path(parent, name) for name in names]
+    return _once(files)
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """The files that a glob names. The library's own `**` goes round in circles where links do."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return _once(Path(name) for name in glob.glob(str(pattern)) if not os.path.isdir(name))
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:fixed])
+    return [file for file in _walk(base) if _matches(file.relative_to(base).parts, parts[fixed:])]
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path matches, part by part; hidden names only where they are asked for."""
+    if not names or not pattern:
+        return not names and all(part == "**" for part in pattern)
+    hidden = names[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (not hidden and _matches(names[1:], pattern))
+    fits = fnmatch.fnmatchcase(names[0], pattern[0]) and (not hidden or pattern[0].startswith("."))
+    return fits and _matches(names[1:], pattern[1:])
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Each name of a folder once, however many links lead to the folder."""
+    return list({(os.path.realpath(path.parent), path.name): path for path in sorted(paths, reverse=True)}.values())
 
 
 def find_data(source: str, hint: str = "") -> list[Path]:
@@ -49,13 +121,11 @@ def find_data(source: str, hint: str = "") -> list[Path]:
     """
     try:
         return find_files(source, TEXT_SUFFIXES, hint)
-    except DataError:
-        path = Path(source).expanduser()
-        arrays = sorted(path.rglob("*")) if path.is_dir() else [path]
-        arrays = [file for file in arrays if file.is_file() and file.name.endswith(_ARRAYS)]
-        if not arrays:
-            raise
-        return arrays
+    except DataError as error:
+        try:
+            return find_files(source, _ARRAYS, hint)
+        except DataError:
+            raise error from None
 
 
 def is_saved_dataset(source: str) -> bool:
@@ -99,7 +169,7 @@ def mix_streams(files: Sequence[tuple[str, int, Callable[[], BinaryIO]]]) -> Ite
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
+    if has_ending(path.name, (".parquet",)):
         yield from _read_parquet(path)
         return
     with _reading(str(path)), path.open("rb") as raw:
@@ -108,11 +178,12 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _read_stream(name: str, raw: BinaryIO) -> Iterator[Row]:
     with _reading(name):
-        opened = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
-        kind = name.removesuffix(".gz")
+        kind = name.lower()
+        opened = gzip.GzipFile(fileobj=raw) if kind.endswith(".gz") else raw
+        kind = kind.removesuffix(".gz")
         with io.TextIOWrapper(opened, encoding="utf-8-sig") as lines:  # type: ignore[arg-type]
             if kind.endswith(".txt"):
-                yield {"text": lines.read()}, name
+                yield {"text": _checked(lines.read(), name)}, name
             elif kind.endswith(".json"):
                 yield from _read_array(lines.read(), name)
             else:
@@ -131,10 +202,16 @@ def _reading(name: str) -> Iterator[None]:
         raise DataError(f"cannot read {name}: {error}") from error
 
 
+def _checked(text: str, name: str) -> str:
+    if "\0" in text:
+        raise DataError(f"{name} holds NUL bytes, so it is no UTF-8 text (UTF-16, perhaps); convert it to UTF-8")
+    return text
+
+
 def _parse_line(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists inside lists
         raise DataError(f"{where}: broken JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {line.strip()!r:.60}")
@@ -144,7 +221,7 @@ def _parse_line(line: str, where: str) -> dict:
 def _read_array(text: str, name: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: broken JSON ({error}); lines of objects belong into a .jsonl file") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{name}: expected a JSON list of objects, got {text.strip()!r:.60}")
@@ -154,7 +231,7 @@ def _read_array(text: str, name: str) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DataError(f'{path} needs the library pyarrow: pip install "lolcats[data]"') from error
     number = 0
@@ -163,5 +240,5 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 yield row, f"{path} row {number}"
                 number += 1
-    except (OSError, ArrowInvalid) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, ArrowException) as error:
+        raise DataError(f"cannot read {path} at row {number}: {error}") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lolcats.data.files import find_data, is_saved_dataset, mix_streams, read_files
+from lolcats.data.copies import hushed, library, read_copy
+from lolcats.data.files import mix_streams
 from lolcats.data.records import Row
 from lolcats.errors import DataError
 
@@ -25,7 +25,7 @@ def read_hub(
     """Rows of a data set of the hub, or of a folder that the library datasets can load.
 
     Where the hub is out of reach, the copy is read that datasets keeps of what it loaded before, or the one that
-    `hf download` made.
+    `hf download` made: the same configuration and split, or nothing.
 
     Args:
         name: OWNER/NAME, or a folder.
@@ -35,18 +35,42 @@ def read_hub(
     Raises:
         DataError: it cannot be reached and there is no copy; or it cannot be loaded.
     """
-    datasets = _library(source)
-    trouble = None if Path(name).exists() else _why_unreachable(name, revision)
-    try:
-        with _offline(datasets, trouble is not None):
-            rows = datasets.load_dataset(
-                name, config, split=split, revision=revision, streaming=streaming and trouble is None
-            )
-    except Exception as error:  # datasets, its readers and the network have no common class of errors
-        if trouble is None:
-            raise DataError(f"cannot load {source!r}: {error}") from error
-        yield from read_copy(_downloaded(name, revision, source, trouble), split, source=source)
+    if Path(name).expanduser().exists():
+        if revision is not None:
+            raise DataError(f"source {source!r} is on this machine and has no revision {revision}; leave revision out")
+        yield from read_copy(name, config, split, source=source)
         return
+    datasets = library(source)
+    trouble = _why_unreachable(name, revision)
+    if trouble is not None:
+        yield from _read_kept(datasets, name, config, split, source=source, revision=revision, trouble=trouble)
+        return
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # datasets, its readers and the network have no common class of errors
+        raise DataError(f"cannot load {source!r}: {error}") from error
+    yield from _numbered(rows, source)
+
+
+def _read_kept(
+    datasets: ModuleType, name: str, config: str | None, split: str, *, source: str, revision: str | None, trouble: str
+) -> Iterator[Row]:
+    """Rows of what datasets keeps, if it is of this configuration and revision, else of what `hf download` fetched."""
+    try:
+        with _offline(datasets), hushed(datasets):
+            builder = datasets.load_dataset_builder(name, config)
+            if revision not in (None, builder.hash):
+                raise DataError(f"what datasets keeps of it is of revision {builder.hash}, not {revision}")
+            rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # as in read_hub
+        copy = _downloaded(name, revision, source, trouble, error)
+        # The folder is of the revision: it was looked for by it.
+        yield from read_copy(copy, config, split, source=source)
+        return
+    yield from _numbered(rows, source)
+
+
+def _numbered(rows: Any, source: str) -> Iterator[Row]:
     number = 0
     try:
         for row in rows:
@@ -64,9 +88,10 @@ def read_hub_files(name: str, pattern: str, *, source: str, revision: str | None
     Raises:
         DataError: the hub is out of reach, or has no such files.
     """
-    _library(source)
+    library(source)
     if (trouble := _why_unreachable(name, revision)) is not None:
-        yield from read_copy(_downloaded(name, revision, source, trouble), "train", source=source, in_proportion=True)
+        copy = _downloaded(name, revision, source, trouble)
+        yield from read_copy(copy, None, "train", source=source, pattern=pattern)
         return
     from huggingface_hub import HfFileSystem
 
@@ -80,39 +105,6 @@ def read_hub_files(name: str, pattern: str, *, source: str, revision: str | None
         raise DataError(f"{source!r}: {name} on the hub has no files {pattern}; it may have changed")
     files = [(path, int(found[path]["size"]), lambda path=path: hub.open(path, "rb")) for path in sorted(found)]
     yield from mix_streams(files)  # type: ignore[arg-type]
-
-
-def read_copy(copy: str, split: str, *, source: str, in_proportion: bool = False) -> Iterator[Row]:
-    """Rows of a data set that lies on this machine: a file, a downloaded repository, or a folder of `save_to_disk`.
-
-    Raises:
-        DataError: nothing is there, it cannot be read, or it has no such split.
-    """
-    if is_saved_dataset(copy):
-        return _read_saved(copy, split, source)
-    files = find_data(copy)
-    if Path(copy).expanduser().is_dir():  # a repository holds other splits too
-        files = [file for file in files if re.search(rf"(^|[^a-z]){re.escape(split)}([^a-z]|$)", file.name)] or files
-    return read_files(files, in_proportion and not any(file.suffix == ".parquet" for file in files))
-
-
-def _read_saved(folder: str, split: str, source: str) -> Iterator[Row]:
-    datasets = _library(source)
-    try:
-        saved = datasets.load_from_disk(str(Path(folder).expanduser()))
-        rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read {folder} (split {split!r}): {error}") from error
-    for number, row in enumerate(rows):
-        yield dict(row), f"{folder} row {number}"
-
-
-def _library(source: str) -> ModuleType:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f'source {source!r} needs the datasets library: pip install "lolcats[data]"') from error
-    return datasets
 
 
 def _why_unreachable(name: str, revision: str | None) -> str | None:
@@ -134,26 +126,23 @@ def _asked_offline() -> bool:
 
 
 @contextmanager
-def _offline(datasets: ModuleType, wanted: bool) -> Iterator[None]:
+def _offline(datasets: ModuleType) -> Iterator[None]:
     """Let datasets look at its own copies at once, without the half minute of attempts that were made already."""
     from huggingface_hub import constants
 
-    if not wanted:
-        yield
-        return
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    verbosity = datasets.logging.get_verbosity()
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    datasets.logging.set_verbosity_error()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-        datasets.logging.set_verbosity(verbosity)
 
 
-def _downloaded(name: str, revision: str | None, source: str, trouble: str) -> str:
+def _downloaded(name: str, revision: str | None, source: str, trouble: str, kept: Exception | None = None) -> str:
     """The folder that `hf download` filled.
+
+    Args:
+        kept: why what datasets keeps would not do.
 
     Raises:
         DataError: there is none; the message says where was looked and what to do.
@@ -165,11 +154,13 @@ def _downloaded(name: str, revision: str | None, source: str, trouble: str) -> s
         return snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
     except (OSError, ValueError):
         pass
+    other_rows = isinstance(kept, ValueError)  # else there was nothing
+    found = f" ({' '.join(str(kept).split())})" if other_rows else ""
     flags = [f"{flag}={os.environ[flag]}" for flag in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if flag in os.environ]
     key = source if not source.startswith("hf:") else name
     raise DataError(
         f"data set {source!r} is missing: it is {name} on the Hugging Face hub, which was not reached ({trouble}; "
-        f"{', '.join(flags) or 'HF_DATASETS_OFFLINE is not set'}); no copy in {HF_DATASETS_CACHE}, in "
+        f"{', '.join(flags) or 'HF_DATASETS_OFFLINE is not set'}); no copy in {HF_DATASETS_CACHE}{found}, in "
         f"{constants.HF_HUB_CACHE} or named in data.local. Fetch it where there is a network (hf download --repo-type "
         f"dataset {name} --local-dir FOLDER) and set data.local.{key}=FOLDER"
     )

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from lolcats.data.encoding import digest, tokenizer_identity
 from lolcats.data.records import Record
-from lolcats.errors import DataError
+from lolcats.errors import DataError, LolcatsError
 from lolcats.files import cache_root, write_text
 
 if TYPE_CHECKING:
@@ -81,14 +81,17 @@ class SelfText:
         """Batch `number`, from its file or from the teacher."""
         file = self.folder / f"{number:06}.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            records = self._write(number)
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if _are_records(kept):
+                return kept
+        except (OSError, ValueError, RecursionError):
+            pass
+        records = self._write(number)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            write_text(file, json.dumps(records) + "\n")
+        except (OSError, LolcatsError) as error:
             raise DataError(f"cannot write the cache {self.folder}: {error}; set LOLCATS_CACHE=FOLDER") from error
-        write_text(file, json.dumps(records) + "\n")
         return records
 
     def _write(self, number: int) -> list[Record]:
@@ -155,6 +158,15 @@ class SelfText:
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
             texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
         return texts
+
+
+def _are_records(kept: object) -> bool:
+    """Whether this is what a batch is kept as: anything else is damage, and written again."""
+    shapes = ({"text"}, {"prompt", "completion"})
+    return isinstance(kept, list) and all(
+        isinstance(record, dict) and set(record) in shapes and all(isinstance(text, str) for text in record.values())
+        for record in kept
+    )
 
 
 def _first(record: Record) -> str:

@@ -1,10 +1,9 @@
 """How a record becomes text: a prompt, which the model is given, and a response, which it learns to write."""
 
-from typing import TYPE_CHECKING, Literal, get_args
-
-import jinja2
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lolcats.data.records import ChatRecord, CompletionRecord, InstructionRecord, Message, Record
+from lolcats.data.turns import EXTRAS
 from lolcats.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,14 +36,17 @@ def render(record: Record, template: Template, tokenizer: "PreTrainedTokenizerBa
         tokenizer: read by "chat" only.
 
     Raises:
-        DataError: an unknown template, "alpaca" with a conversation, or a chat template that is missing or refuses.
+        DataError: an unknown template, a conversation that it has no place for, or a chat template that is missing or
+            refuses.
     """
     if template not in get_args(Template):
         raise DataError(f"unknown template {template!r}; expected plain, alpaca or chat")
     if "text" in record:
         return "", record["text"]
     if template == "chat":
-        return _render_chat(_conversation(record), tokenizer)
+        return _render_chat(_conversation(record), record.get("tools"), tokenizer)
+    if "messages" in record and (parts := _chat_only(record)):
+        raise DataError(f"the {template} template has no place for {', '.join(parts)}; set data.template to chat")
     if template == "alpaca":
         return _render_alpaca(record)
     if template == "raw" and "prompt" in record:
@@ -73,10 +75,21 @@ def _conversation(record: InstructionRecord | CompletionRecord | ChatRecord) -> 
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _render_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+def _chat_only(record: ChatRecord) -> list[str]:
+    """Parts of a conversation that are neither roles nor contents."""
+    names = [name for name in EXTRAS if any(name in turn for turn in record["messages"])]
+    return [*names, "tools"] if record.get("tools") else names
+
+
+def _render_chat(
+    messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
-    whole = _apply(messages, tokenizer, for_generation=False)
+    parts = _chat_only({"messages": messages, "tools": tools or []})
+    if unknown := [name for name in parts if name not in str(tokenizer.chat_template)]:
+        raise DataError(f"the tokenizer's chat template has no place for {', '.join(unknown)}; leave such records out")
+    whole = _apply(messages, tools, tokenizer, for_generation=False)
     if tokenizer.eos_token and whole.rstrip().endswith(str(tokenizer.eos_token)):
         # Generation stops at the end token, so what the template writes after it is never produced.
         whole = whole.rstrip()
@@ -84,15 +97,22 @@ def _render_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") 
         return whole, ""
     if len(messages) == 1:
         return "", whole
-    asked = _apply(messages[:-1], tokenizer, for_generation=True)
+    asked = _apply(messages[:-1], tools, tokenizer, for_generation=True)
     # Some templates add text only when they ask for a reply (an empty "thinking" block), so `asked` need not be how
     # `whole` begins: the prompt is what the two share.
     shared = next((i for i, (left, right) in enumerate(zip(asked, whole, strict=False)) if left != right), len(asked))
     return whole[:shared], whole[shared:]
 
 
-def _apply(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", for_generation: bool) -> str:
+def _apply(
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    for_generation: bool,
+) -> str:
+    given: dict[str, Any] = {"tools": tools} if tools else {}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation))
-    except jinja2.TemplateError as error:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation, **given)
+    except Exception as error:  # a template is a program: what its author raises, and what goes wrong in it
         raise DataError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+    return str(text)

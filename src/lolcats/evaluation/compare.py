@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lolcats.config import Control, LinearizationConfig
+from lolcats.config import Control, LinearizationConfig, RunConfig
+from lolcats.data.build import build_datasets, local_names
 from lolcats.data.packing import read_documents
+from lolcats.data.sources import check_source
 from lolcats.device import choose_device, choose_dtype
 from lolcats.errors import DataError, LolcatsError
 from lolcats.evaluation.context import check_context
 from lolcats.evaluation.controls import student_variants, teacher_variants
 from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
+from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import convert, linearized_layers
 from lolcats.teacher import load_teacher
+from lolcats.vocabulary import vocabulary_size
 
 
 def compare(
@@ -29,6 +33,7 @@ def compare(
     teacher: str | Path | None = None,
     sources: Sequence[str] = ("python-docs",),
     local: Mapping[str, str] | None = None,
+    held_out: RunConfig | None = None,
     length: int = 1024,
     last: int | None = None,
     max_segments: int | None = None,
@@ -45,6 +50,7 @@ def compare(
         model: what `load_teacher` takes; a model that is not linearized scores as "teacher".
         teacher: the weights from before the linearization; None leaves out all that needs them.
         sources, local: see `lolcats.data.iter_records`; or token files.
+        held_out: in place of sources, the text that this run held out from training.
         length, last, max_segments: tokens a segment, how many of them count (from the end), segments to read.
         controls, batch_size, edges, progress: see `lolcats.evaluation.controls` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
@@ -53,9 +59,18 @@ def compare(
         LolcatsError: a model or a source that cannot be used, a teacher of another model, or segments longer than
             a table of positions.
     """
+    if last is not None and last >= length:
+        raise DataError(f"last={last} must be less than the length of a segment, {length}")
+    if held_out is None:
+        for source in sources:
+            check_source(source, local or {})
     loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
-    check_context(next(iter(loaded.variants.values())).model, length, "a segment")
-    segments = _read_segments(sources, local, loaded.tokenizer, length, last, max_segments)
+    first = next(iter(loaded.variants.values())).model
+    check_context(first, length, "a segment")
+    if held_out is not None:
+        segments = _held_out_segments(held_out, loaded.tokenizer, local, length, last, max_segments)
+    else:
+        segments = _read_segments(sources, local, loaded.tokenizer, vocabulary_size(first), length, max_segments)
     return measure(
         loaded.variants,
         segments,
@@ -119,17 +134,35 @@ def _read_segments(
     sources: Sequence[str],
     local: Mapping[str, str] | None,
     tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
     length: int,
-    last: int | None,
     count: int | None,
 ) -> Tensor:
     """Segments [S, length] int64."""
-    if last is not None and last >= length:
-        raise DataError(f"last={last} must be less than the length of a segment, {length}")
     limit = None if count is None else count * length
-    documents = read_documents(sources, "auto", tokenizer, limit, local=local)
+    documents = read_documents(sources, "auto", tokenizer, limit, local=local, vocabulary=vocabulary)
     ids = np.concatenate([document.ids for document in documents]).astype(np.int64)
     try:
         return as_segments(torch.from_numpy(ids), length)
     except ValueError as error:
         raise DataError(f"{', '.join(sources)}: {error}; choose a shorter length") from error
+
+
+def _held_out_segments(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    local: Mapping[str, str] | None,
+    length: int,
+    last: int | None,
+    count: int | None,
+) -> Tensor:
+    """Segments [S, length] int64 of the text that a run validates on."""
+    wanted = {"sources": [], "segment_length": length, "last": last, "max_segments": count}
+    evaluation = config.evaluation.model_copy(update=wanted)
+    names = local_names(config.data.source_names)
+    copies = {name: copy for name, copy in (local or {}).items() if name in names}
+    try:
+        _, validation = build_datasets(config.data.model_copy(update={"local": copies}), tokenizer, config.seed)
+        return evaluation_segments(config.model_copy(update={"evaluation": evaluation}), tokenizer, validation)
+    except DataError as error:
+        raise DataError(f"the text that the recipe held out: {error}; or name other text (--sources)") from error

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from lolcats.data.sources import iter_records
+from lolcats.data.sources import iter_placed
 from lolcats.data.templates import render
 from lolcats.errors import DataError
 
@@ -28,8 +28,12 @@ def essay(source: str) -> tuple[str, ...]:
         DataError: the source cannot be read, or has no sentence of 5 to 60 words.
     """
     found: list[str] = []
-    for record in iter_records(source):
-        for paragraph in re.split(r"\n\s*\n", "".join(render(record, "plain", None))):  # type: ignore[arg-type]
+    for record, where in iter_placed(source):
+        try:
+            text = "".join(render(record, "plain", None))  # type: ignore[arg-type]
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        for paragraph in re.split(r"\n\s*\n", text):
             sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
             found += [s for s in sentences if _PROSE.fullmatch(s) and len(s.split()) in _WORDS]
     if not found:

@@ -42,15 +42,13 @@ class Progress:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.cells: dict[tuple[str, str, int], Cell] = {}
         if path is not None and path.exists():
-            for values in self._read(path):
-                cell = Cell(**values)
-                self.cells[cell.variant, cell.task, cell.length] = cell
+            self.cells = {(cell.variant, cell.task, cell.length): cell for cell in self._read(path)}
 
-    def _read(self, path: Path) -> list[dict[str, Any]]:
+    def _read(self, path: Path) -> list[Cell]:
         try:
-            content = json.loads(path.read_text())
-            known, cells = content["settings"], content["cells"]
-        except (ValueError, KeyError, TypeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            known, cells = dict(content["settings"]), [Cell(**values) for values in content["cells"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LolcatsError(f"{path} is not the progress of a recall evaluation; move it away") from error
         for name in [*known, *self.settings]:
             if known.get(name) != self.settings.get(name):

@@ -94,6 +94,16 @@ def check_recall(
     return tasks
 
 
+def check_haystack(settings: RecallSettings) -> None:
+    """Read the prose, if a task asks for it: it can be found wrong without the model.
+
+    Raises:
+        DataError: see `essay`.
+    """
+    if any(TASKS[task].prose for task in check_tasks(settings.tasks)):
+        essay(settings.haystack)
+
+
 def _check_vocabulary(prompt: Prompt, model: PreTrainedModel) -> None:
     if (highest := max(prompt.ids)) >= (size := model.get_input_embeddings().weight.shape[0]):  # type: ignore[arg-type]
         raise LolcatsError(f"the tokenizer gives token {highest} and the model has {size}; it is another model's")
