@@ -22,7 +22,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
 )
-
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from lolcats import LolcatsError, RunConfig, export_model
@@ -162,7 +161,9 @@ def test_the_code_is_the_packages_own() -> None:
         parts = name.split("_", 1)[1]
         own = next(p for p in source.rglob("*.py") if _flat(p.relative_to(source)) == parts).read_text()
         old, new = own.splitlines(), text.splitlines()
-        tried = {"try:", "except ImportError:", "    raise", *(f"    {line}" for line in old if "import triton" in line)}
+        tried = {"try:", "except ImportError:", "    raise"} | {
+            f"    {line}" for line in old if "import triton" in line
+        }
         different += [line for line in set(new) - set(old) - tried if not line.lstrip().startswith("from .")]
         different += [
             line for line in set(old) - set(new) if not line.lstrip().startswith(("from lolcats", "import triton"))
@@ -211,6 +212,17 @@ def test_the_settings_have_the_packages_fields_and_defaults() -> None:
     assert made().model_dump() == LinearizationConfig().model_dump(mode="json")
     chosen = LinearizationConfig(window=7, layers=[0, 1], sinks=2)
     assert made(**chosen.model_dump(mode="json")).model_dump() == chosen.model_dump(mode="json")
+
+
+def test_no_text_of_a_config_becomes_code(runs: Runs, tmp_path: Path) -> None:
+    folder = export_model(runs().path, tmp_path / "a").folder
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["X = print('executed')  #"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    out = export_model(folder, tmp_path / "b", "remote-code").folder
+    assert "executed" not in (out / "modeling_lolcats.py").read_text()
+    assert json.loads((out / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == (
+        "modeling_lolcats.LinearizedLlamaForCausalLM"
+    )
 
 
 def test_an_unknown_family_is_refused(runs: Runs, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import cast
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling.hf import linearized_config_class
 
 START, SETTINGS, ENTRY = "lolcats.modeling.hf", "lolcats.config", "modeling_lolcats"
 IMPORT = re.compile(r"^(\s*)from (lolcats(?:\.\w+)*) import ", re.MULTILINE)
@@ -45,7 +47,10 @@ def write_code(folder: Path) -> None:
         raise LolcatsError(f"{folder / 'config.json'} has base_model_type {family!r}, which transformers does not know")
     from lolcats import __version__  # the package itself imports this module
 
-    config_class, model_class = f"Linearized{CONFIG_MAPPING[family].__name__}", config["architectures"][0]
+    config_type = linearized_config_class(CONFIG_MAPPING[family])
+    model_type = cast(type, AutoModelForCausalLM._model_mapping[config_type])
+    # Not what config.json calls them: that would be text from a file in code that somebody runs.
+    config_class, model_class = config_type.__name__, model_type.__name__
     files = collect_sources()
     files[ENTRY] = _entry_source(family, config_class, model_class)
     for name, text in files.items():
