@@ -183,6 +183,6 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"lolcats_results.json is not JSON"):
         export_model(tmp_path / "broken", tmp_path / "out")
     adapter = export_model(runs().path, tmp_path / "adapter", "adapter").folder
-    with pytest.raises(LolcatsError, match=r"no linearized model or run at"):
+    with pytest.raises(LolcatsError, match=r"is an exported adapter, .*export the run"):
         export_model(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

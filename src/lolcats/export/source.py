@@ -13,6 +13,8 @@ from lolcats.model_folder import expand
 from lolcats.run_folder import RunFolder
 from lolcats.saving import RECIPE_FILE, RESULTS_FILE
 
+ADAPTER_FILE = "adapter_config.json"
+
 
 @dataclass
 class Source:
@@ -38,6 +40,11 @@ def open_source(place: Path) -> Source:
     if run is not None and not (model / "config.json").is_file():
         raise LolcatsError(
             f"{place} is a run without a model yet; finish it: lolcats linearize {run.config_file} --resume"
+        )
+    if (place / ADAPTER_FILE).is_file() and not (model / "config.json").is_file():
+        raise LolcatsError(
+            f"{place} is an exported adapter, whose weights are those of its base model; export the run that it is "
+            "from, or save load_adapter(...)[0].merge_and_unload() with lolcats_recipe.yaml beside it"
         )
     if not (model / "config.json").is_file():
         raise LolcatsError(f"no linearized model or run at {place}; expected a folder that lolcats linearize wrote")
