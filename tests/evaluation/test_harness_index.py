@@ -40,6 +40,17 @@ def test_the_second_time_nothing_is_read(tasks: Path, tmp_path: Path, monkeypatc
     assert isinstance(again, TaskManager) and again.task_index == first.task_index
 
 
+@pytest.mark.slow
+def test_everything_of_lm_eval_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real installation; nothing is unpickled."""
+    monkeypatch.setenv("LOLCATS_CACHE", str(tmp_path / "cache"))
+    made = index.task_manager()
+    assert [path.suffix for path in cached(tmp_path)] == [".json"]
+    found = index.task_manager()
+    assert found.task_index == made.task_index and found.all_groups == made.all_groups
+    assert found.all_subtasks == made.all_subtasks and found.all_tags == made.all_tags
+
+
 def test_changed_definitions_are_read(tasks: Path, tmp_path: Path) -> None:
     index.task_manager()
     before = cached(tmp_path)
@@ -50,7 +61,12 @@ def test_changed_definitions_are_read(tasks: Path, tmp_path: Path) -> None:
     assert len(cached(tmp_path)) == 1 and cached(tmp_path) != before
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04N."])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no JSON", b"\x80\x04N.", b"{}1", b"[[1]]", b'[["one", "TASK", "/etc/x.yaml", {}, []]]',
+     b'[["one", "TASK", "../x.yaml", {}, []]]', b'[["one", "NO_KIND", null, {}, []]]', b"[" * 100_000],
+    ids=lambda content: str(content[:30]),
+)  # fmt: skip
 def test_a_broken_cache_is_made_anew(tasks: Path, tmp_path: Path, content: bytes) -> None:
     index.task_manager()
     (file,) = cached(tmp_path)

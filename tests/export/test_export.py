@@ -95,6 +95,40 @@ def test_the_source_is_never_replaced(runs: Runs, tmp_path: Path) -> None:
     assert contents(run) == before
 
 
+def test_nothing_is_written_into_the_source(runs: Runs, tmp_path: Path) -> None:
+    """Nor through links, of either."""
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(runs().path, run)
+    shutil.copytree(run / "model", tmp_path / "alone")
+    before = contents(run)
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "to_out").symlink_to(run / "model" / "out")
+    for source, out in (
+        (run, run / "out"),
+        (run / "model", run / "model" / "deep" / "out"),
+        (tmp_path / "link", run / "out"),
+        (run, tmp_path / "link" / "model" / "out"),
+        (run, tmp_path / "to_out"),
+        (tmp_path / "alone", tmp_path / "alone" / "inner"),
+    ):
+        with pytest.raises(LolcatsError, match=r"lies inside .*choose a folder outside"):
+            export_model(source, out)
+    assert contents(run) == before
+
+
+def test_a_link_to_a_place_stays_one(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    for overwrite in (False, True):
+        export_model(runs().path, tmp_path / "out", "adapter", overwrite=overwrite)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "README.md").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_model(runs().path, ".", "adapter")
+    assert 'load_adapter("here")' in (tmp_path / "here" / "README.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "here", "out"]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_nothing_and_what_was_there(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
@@ -106,7 +140,7 @@ def test_a_full_disk_leaves_nothing_and_what_was_there(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lolcats.export.api.shutil.copyfile", full)
+    monkeypatch.setattr("lolcats.export.contents.shutil.copyfile", full)
     monkeypatch.setattr("lolcats.export.adapter.save_file", full)
     for overwrite, place in ((True, out), (False, tmp_path / "new")):
         with pytest.raises(LolcatsError, match=r"cannot write .*No space left on device; .*untouched"):
@@ -149,6 +183,6 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"lolcats_results.json is not JSON"):
         export_model(tmp_path / "broken", tmp_path / "out")
     adapter = export_model(runs().path, tmp_path / "adapter", "adapter").folder
-    with pytest.raises(LolcatsError, match=r"no linearized model or run at"):
+    with pytest.raises(LolcatsError, match=r"is an exported adapter, .*export the run"):
         export_model(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from lolcats import LolcatsError, RunConfig, export_model
 from lolcats.export import remote_code
@@ -142,6 +143,8 @@ def test_the_code_is_the_packages_own() -> None:
         "lolcats_modeling_hf",
         "lolcats_modeling_attention",
         "lolcats_ops_hybrid_api",
+        "lolcats_ops_hybrid_kernels_attention",
+        "lolcats_ops_hybrid_kernels_decode",
         "lolcats_feature_maps",
     } <= set(files)
     source = Path(remote_code.__file__).parents[1]
@@ -158,9 +161,41 @@ def test_the_code_is_the_packages_own() -> None:
         parts = name.split("_", 1)[1]
         own = next(p for p in source.rglob("*.py") if _flat(p.relative_to(source)) == parts).read_text()
         old, new = own.splitlines(), text.splitlines()
-        different += [line for line in set(new) - set(old) if not line.lstrip().startswith("from .")]
-        different += [line for line in set(old) - set(new) if not line.lstrip().startswith("from lolcats")]
+        tried = {"try:", "except ImportError:", "    raise"} | {
+            f"    {line}" for line in old if "import triton" in line
+        }
+        different += [line for line in set(new) - set(old) - tried if not line.lstrip().startswith("from .")]
+        different += [
+            line for line in set(old) - set(new) if not line.lstrip().startswith(("from lolcats", "import triton"))
+        ]
     assert sorted(line[:16] for line in different) == ["AutoConfig.regis", 'NAME = "lolcats"', "NAME = __name__"]
+
+
+def test_every_module_is_found_by_transformers_and_asks_for_no_other_package(tmp_path: Path) -> None:
+    """transformers copies what it finds to be imported relatively, and wants every package imported outside `try`."""
+    files = remote_code.collect_sources()
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        wanted = set(get_imports(tmp_path / f"{name}.py")) - set(sys.stdlib_module_names)
+        assert wanted <= {"torch", "transformers"}, (name, wanted)
+    start = tmp_path / "lolcats_modeling_hf.py"
+    assert {Path(file).stem for file in get_relative_import_files(start)} | {start.stem} == set(files)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import lolcats.ops",
+        "from .ops import hybrid",
+        "from lolcats.config import RunConfig",
+        "module = importlib.import_module('lolcats.ops.maps')",
+        "module = importlib.import_module(f'lolcats.ops.{name}')",
+    ],
+)
+def test_imports_that_could_not_be_followed_are_our_own_bug(line: str) -> None:
+    remote_code.check_imports("module", "from lolcats.ops.maps import MapWeights\n")
+    with pytest.raises(AssertionError, match="module"):
+        remote_code.check_imports("module", f"{line}\n")
 
 
 def _flat(path: Path) -> str:
@@ -177,6 +212,17 @@ def test_the_settings_have_the_packages_fields_and_defaults() -> None:
     assert made().model_dump() == LinearizationConfig().model_dump(mode="json")
     chosen = LinearizationConfig(window=7, layers=[0, 1], sinks=2)
     assert made(**chosen.model_dump(mode="json")).model_dump() == chosen.model_dump(mode="json")
+
+
+def test_no_text_of_a_config_becomes_code(runs: Runs, tmp_path: Path) -> None:
+    folder = export_model(runs().path, tmp_path / "a").folder
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["X = print('executed')  #"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    out = export_model(folder, tmp_path / "b", "remote-code").folder
+    assert "executed" not in (out / "modeling_lolcats.py").read_text()
+    assert json.loads((out / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == (
+        "modeling_lolcats.LinearizedLlamaForCausalLM"
+    )
 
 
 def test_an_unknown_family_is_refused(runs: Runs, tmp_path: Path) -> None:

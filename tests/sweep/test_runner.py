@@ -302,5 +302,5 @@ def test_runs_side_by_side(make_sweep: Callable[..., Sweep], monkeypatch: pytest
     assert shared_from(beside.runs[1].config) == "a"
     for one, other in zip(beside.runs[:2], after.runs[:2], strict=True):
         assert comparable(one) == comparable(other) and weights(one) == weights(other)
-    logs = sorted(path.name for path in (beside.folder / "logs").iterdir())
+    logs = sorted(path.name for path in (beside.folder / "logs").iterdir() if not path.name.startswith("."))
     assert logs == ["a.log", "b.log", "bad.log", "sweep.yaml"]

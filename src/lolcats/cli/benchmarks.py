@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lolcats.cli.failures import Interrupted
 from lolcats.cli.load import silence
@@ -46,6 +47,9 @@ Seeds = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task, or part of a group. Default: all.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask the --tasks in the tokenizer's chat template.")]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut prompts too long for the model at the left.")]
+TaskCode = Annotated[
+    bool, typer.Option("--task-code", help="Run the Python code that a YAML file given to --tasks names.")
+]
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Wanted:
     limit: int | None
     chat: bool
     truncate: bool
+    task_code: bool = False
 
     def check(self, others: dict[str, Any]) -> bool:
         """Whether tasks were asked for; `others` are the options of perplexity.
@@ -108,6 +113,7 @@ class Wanted:
             batch_size=batch_size,
             chat=self.chat,
             truncate=self.truncate,
+            code=self.task_code,
         )
 
 
@@ -157,7 +163,12 @@ def measure(
 @contextmanager
 def _bar(out: Console) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar of requests under the name of what is measured."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bars:
         bar = bars.add_task("", total=None)
         yield lambda label, done, count: bars.update(bar, description=label, completed=done, total=count)
@@ -170,7 +181,7 @@ def _print(out: Console, scores: Scores, settings: HarnessSettings) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for row in scores.rows:
         shown = [_show(row, row.scores[name]) for name in names]
-        table.add_row(row.task, row.metric.removesuffix(",none"), row.examples, *shown)
+        table.add_row(Text(row.task), Text(row.metric.removesuffix(",none")), row.examples, *shown)
     for label, means in scores.averages().items():
         table.add_row(label, "", "", *(show_number(100 * means[name], 1) for name in names))
     out.print(table)

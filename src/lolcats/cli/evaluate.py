@@ -84,6 +84,7 @@ def evaluate(
     limit: benchmarks.Limit = None,
     chat: benchmarks.Chat = False,
     truncate: benchmarks.Truncate = False,
+    task_code: benchmarks.TaskCode = False,
     beyond: Beyond = None,
     recall: recall_options.Recall = None,
     lengths: recall_options.Lengths = recall_options.LENGTHS,
@@ -123,7 +124,7 @@ def evaluate(
         asked = recall_options.read_settings(recall, lengths, samples, depths, recall_seed, haystack, beyond_context)
         rest = (settings["teacher"], controls, asked, batch_size or 4, device, dtype, json_file, plot)
         return recall_options.evaluate_recall(recall_options.RecallRun(source, *rest))
-    wanted = benchmarks.Wanted(tasks, task_data, num_fewshot, seeds, limit, chat, truncate)
+    wanted = benchmarks.Wanted(tasks, task_data, num_fewshot, seeds, limit, chat, truncate, task_code)
     if wanted.check(given | {"by_position": by_position}):
         benchmarks.measure(source, wanted, settings["teacher"], controls, batch_size or 1, device, dtype, json_file)
         return

@@ -59,5 +59,7 @@ def export(
     )
     share = f", {done.size / done.model_size:.1%} of the model's {show_bytes(done.model_size)}"
     typer.echo(f"{format_name}: {done.folder}, {show_bytes(done.size)}{share if format_name == 'adapter' else ''}")
+    if done.left_out:
+        typer.echo(f"left out, no part of a model: {', '.join(map(repr, done.left_out))}")
     if push_to_hub is not None:
         typer.echo(f"uploaded: {push_folder(done.folder, push_to_hub, private=private)}")

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.export.source import Source
+from lolcats.export.weights import check_finite
 from lolcats.modeling import LinearizedAttention, convert
 from lolcats.saving import RECIPE_FILE
 from lolcats.teacher import load_teacher
@@ -53,6 +54,8 @@ def write_adapter(source: Source, folder: Path) -> None:
     config.target_modules = targets or NO_TARGETS
     config.inference_mode = True
     config.base_model_name_or_path = source.config.model
+    for name, tensor in lora.items():
+        check_finite(name, tensor, source.model)
     ready = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(ready, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -11,9 +10,11 @@ from lolcats.config import dump_config
 from lolcats.errors import LolcatsError
 from lolcats.export.adapter import write_adapter
 from lolcats.export.card import Format, model_card
-from lolcats.export.folder import new_folder
+from lolcats.export.contents import copy_files, model_files, weight_files
+from lolcats.export.folder import check_place, new_folder
 from lolcats.export.remote_code import write_code
 from lolcats.export.source import Source, is_local, last_part, open_source, without_paths
+from lolcats.export.weights import check_model
 from lolcats.saving import RECIPE_FILE, RESULTS_FILE
 
 FORMATS: tuple[Format, ...] = ("merged", "adapter", "remote-code")
@@ -27,6 +28,8 @@ class Exported(NamedTuple):
     """Bytes of all files."""
     model_size: int
     """Bytes of the whole model's weights, to compare an adapter with."""
+    left_out: list[str]
+    """Names of what lies in the model's folder and is no part of a model."""
 
 
 def export_model(
@@ -52,7 +55,8 @@ def export_model(
         hide_paths: write file names instead of this machine's paths into the recipe; always so if `base` is given.
 
     Raises:
-        LolcatsError: no such format, model or run, a place that cannot be written, or a run without an adapter.
+        LolcatsError: no such format, model or run, a place that cannot be written, a run without an adapter, or
+            weights that are not whole; nothing is written then.
     """
     if format not in FORMATS:
         raise LolcatsError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
@@ -61,31 +65,24 @@ def export_model(
         opened.config = without_paths(opened.config, base or last_part(opened.config.model))
         opened.results = opened.results | {"model": opened.config.model}
     keep = [opened.model] if opened.run is None else [opened.model, opened.run.path]
+    check_place(out, overwrite, keep)
+    files, left_out = model_files(opened.model)
+    check_model(opened.model)
     with new_folder(out, overwrite=overwrite, keep=keep) as folder:
-        write_format(opened, folder, format)
-        write_texts(opened, folder, cast(Format, format), name or out.name)
-    return Exported(out, _size(out, "*"), _size(opened.model, "*.safetensors"))
+        write_format(opened, files, folder, format)
+        write_texts(opened, folder, cast(Format, format), name or out.resolve().name)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return Exported(out, size, sum(file.stat().st_size for file in weight_files(opened.model)), left_out)
 
 
-def write_format(source: Source, folder: Path, format: str) -> None:
+def write_format(source: Source, files: list[Path], folder: Path, format: str) -> None:
     """Weights and what is needed to load them."""
     if format == "adapter":
         write_adapter(source, folder)
         return
-    copy_model(source.model, folder)
+    copy_files(files, source.model, folder)
     if format == "remote-code":
         write_code(folder)
-
-
-def copy_model(model: Path, folder: Path) -> None:
-    """Weights, configurations and tokenizer; not code, nor the card of an earlier export."""
-    for file in sorted(model.iterdir()):
-        if file.is_file() and file.suffix not in (".py", ".md") and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-    config = json.loads((folder / "config.json").read_text())
-    for entry in ("auto_map", "_name_or_path"):
-        config.pop(entry, None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_texts(source: Source, folder: Path, format: Format, name: str) -> None:
@@ -101,7 +98,3 @@ def check_shareable(source: str | Path, base: str | None) -> None:
     model = base or open_source(Path(source)).config.model
     if is_local(model) or Path(model).exists():
         raise LolcatsError(f"the base model {model} is a path of this machine; say what it is called: --base NAME")
-
-
-def _size(folder: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in folder.glob(pattern) if file.is_file())

@@ -24,16 +24,18 @@ def new_folder(out: Path, *, overwrite: bool, keep: list[Path]) -> Iterator[Path
         LolcatsError: `out` is there and may not be replaced, or the disk is full; nothing is left behind then.
     """
     check_place(out, overwrite, keep)
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out.resolve()) as temporary:  # behind a link, which stays one
         yield temporary
 
 
 def check_place(out: Path, overwrite: bool, keep: list[Path]) -> None:
-    """Raise LolcatsError unless `out` may be written."""
+    """Raise LolcatsError unless `out` may be written: it is neither taken nor inside of what is exported."""
     place = out.resolve()
-    for folder in keep:
-        if place == folder.resolve() or place in folder.resolve().parents:
+    for folder in (item.resolve() for item in keep):
+        if place == folder or place in folder.parents:
             raise LolcatsError(f"{out} holds the model that is exported; choose another folder")
+        if folder in place.parents:
+            raise LolcatsError(f"{out} lies inside {folder}, which is exported; choose a folder outside it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not (out / RECIPE_FILE).is_file():

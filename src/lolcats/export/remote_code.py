@@ -4,6 +4,9 @@
 imports relatively, as flat files. So each module of the package that a linearized model needs becomes one file, its own
 source with the imports made relative. Only the settings are another class: the package's check what users write with
 pydantic, which a model that is merely loaded does not need.
+
+The Triton kernels are among the files. transformers asks for every package that a file imports, unless it does so in a
+`try`; so Triton's imports are put into one, and the model is loaded, and runs in plain PyTorch, where there is none.
 """
 
 from __future__ import annotations
@@ -13,16 +16,22 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import cast
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling.hf import linearized_config_class
 
 START, SETTINGS, ENTRY = "lolcats.modeling.hf", "lolcats.config", "modeling_lolcats"
 IMPORT = re.compile(r"^(\s*)from (lolcats(?:\.\w+)*) import ", re.MULTILINE)
 REGISTRATION = "AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)\n"
 HOOK_NAME = 'NAME = "lolcats"\n'
+NAMED_MODULE = re.compile(r"lolcats(\.\w*)+")
+"""A text that names a module, or the beginning of such a text."""
+TRITON = re.compile(r"(?:^import triton\b.*\n)+", re.MULTILINE)
+"""The lines by which a file of kernels imports Triton."""
 HEADER = "# Written by `lolcats export` from the sources of lolcats {version}, Apache License 2.0.\n"
 
 
@@ -38,7 +47,10 @@ def write_code(folder: Path) -> None:
         raise LolcatsError(f"{folder / 'config.json'} has base_model_type {family!r}, which transformers does not know")
     from lolcats import __version__  # the package itself imports this module
 
-    config_class, model_class = f"Linearized{CONFIG_MAPPING[family].__name__}", config["architectures"][0]
+    config_type = linearized_config_class(CONFIG_MAPPING[family])
+    model_type = cast(type, AutoModelForCausalLM._model_mapping[config_type])
+    # Not what config.json calls them: that would be text from a file in code that somebody runs.
+    config_class, model_class = config_type.__name__, model_type.__name__
     files = collect_sources()
     files[ENTRY] = _entry_source(family, config_class, model_class)
     for name, text in files.items():
@@ -51,7 +63,7 @@ def write_code(folder: Path) -> None:
 
 
 def collect_sources() -> dict[str, str]:
-    """Flat module name -> source, of every module that building and running a linearized model imports."""
+    """Flat module name -> source, of every module that a linearized model imports, when built or at any call later."""
     found: dict[str, str] = {}
     waiting = [START]
     while waiting:
@@ -60,7 +72,8 @@ def collect_sources() -> dict[str, str]:
             continue
         text = settings_source() if module == SETTINGS else _read_source(module)
         waiting += [match[2] for match in IMPORT.finditer(text)]
-        found[flat_name(module)] = IMPORT.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", text)
+        text = IMPORT.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", text)
+        found[flat_name(module)] = TRITON.sub(_tried, text)
     return _stand_alone(found)
 
 
@@ -93,13 +106,27 @@ def _read_source(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, module
     text = Path(spec.origin).read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(text)):
-        plain = isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "lolcats" for alias in node.names)
-        assert not plain, f"{module} must import from the package by `from lolcats... import`"
-        if isinstance(node, ast.ImportFrom) and node.module == SETTINGS:
-            names = {alias.name for alias in node.names}
-            assert names == {"LinearizationConfig"}, f"{module} imports {names} from {SETTINGS}"
+    check_imports(module, text)
     return text
+
+
+def check_imports(module: str, text: str) -> None:
+    """Assert that a module's imports can be followed: all by `from lolcats.MODULE import NAME`, none by a text."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            plain = any(alias.name.split(".")[0] == "lolcats" for alias in node.names)
+            assert not plain, f"{module} must import from the package by `from lolcats... import`"
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            assert node.level == 0, f"{module} must not import relatively"
+            assert node.module != SETTINGS or names == {"LinearizationConfig"}, f"{module} imports {names}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not NAMED_MODULE.fullmatch(node.value), f"{module} has {node.value!r}: imported by its name?"
+
+
+def _tried(match: re.Match[str]) -> str:
+    lines = "".join(f"    {line}\n" for line in match[0].splitlines())
+    return f"try:\n{lines}except ImportError:\n    raise\n"
 
 
 def _stand_alone(files: dict[str, str]) -> dict[str, str]:

@@ -13,6 +13,8 @@ from lolcats.model_folder import expand
 from lolcats.run_folder import RunFolder
 from lolcats.saving import RECIPE_FILE, RESULTS_FILE
 
+ADAPTER_FILE = "adapter_config.json"
+
 
 @dataclass
 class Source:
@@ -39,6 +41,11 @@ def open_source(place: Path) -> Source:
         raise LolcatsError(
             f"{place} is a run without a model yet; finish it: lolcats linearize {run.config_file} --resume"
         )
+    if (place / ADAPTER_FILE).is_file() and not (model / "config.json").is_file():
+        raise LolcatsError(
+            f"{place} is an exported adapter, whose weights are those of its base model; export the run that it is "
+            "from, or save load_adapter(...)[0].merge_and_unload() with lolcats_recipe.yaml beside it"
+        )
     if not (model / "config.json").is_file():
         raise LolcatsError(f"no linearized model or run at {place}; expected a folder that lolcats linearize wrote")
     if not (model / RECIPE_FILE).is_file():
@@ -46,7 +53,7 @@ def open_source(place: Path) -> Source:
             f"{model} has no {RECIPE_FILE}: without its recipe nobody could know how the model was made; "
             "expected a folder that lolcats linearize wrote"
         )
-    return Source(model, run, load_config(model / RECIPE_FILE), _read_json(model / RESULTS_FILE))
+    return Source(model, run, load_config(model / RECIPE_FILE), _read_results(model / RESULTS_FILE))
 
 
 def _is_run_of(folder: Path, place: Path) -> bool:
@@ -55,11 +62,15 @@ def _is_run_of(folder: Path, place: Path) -> bool:
     return run.config_file.is_file() and (own or run.model == place.resolve())
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_results(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise LolcatsError(f"{file} is not JSON: {error}") from error
+    sections = ("perplexity", "kl", "evaluation", "tokens")
+    if not isinstance(results, dict) or any(not isinstance(results.get(s) or {}, dict) for s in sections):
+        raise LolcatsError(f"{file} does not hold what lolcats linearize measured; delete it to export without numbers")
+    return results
 
 
 def is_local(name: str) -> bool:

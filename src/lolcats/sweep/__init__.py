@@ -10,7 +10,7 @@ from lolcats.sweep.plots import draw_plots
 from lolcats.sweep.results import Table, gather, read_failures, write_table
 from lolcats.sweep.runner import run_sweep
 from lolcats.sweep.settings import Sweep, SweepRun, load_sweep
-from lolcats.sweep.state import check_runs, choose_runs
+from lolcats.sweep.state import check_runs, choose_runs, hold_job
 
 __all__ = [
     "MEASUREMENTS",
@@ -29,6 +29,7 @@ __all__ = [
     "draw_plots",
     "find_job",
     "gather",
+    "hold_job",
     "load_sweep",
     "make_plan",
     "read_failures",

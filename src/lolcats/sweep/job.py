@@ -102,5 +102,8 @@ def _do_run(run: SweepRun, console: Console | None, say: Say) -> None:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether nothing of a job is left to do."""
-    return job.is_finished if isinstance(job, SweepTeacher) else run_status(job) == "finished"
+    """Whether nothing of a job is left to do. One whose files cannot be read is not: whoever does it says why."""
+    try:
+        return job.is_finished if isinstance(job, SweepTeacher) else run_status(job) == "finished"
+    except LolcatsError:
+        return False

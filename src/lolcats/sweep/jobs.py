@@ -1,4 +1,7 @@
-"""Several runs side by side, each with its measurements in a process of its own with a log file."""
+"""Several runs side by side, each with its measurements in a process of its own with a log file.
+
+No process outlives the sweep, also not one that is killed (`attached.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,6 +19,7 @@ from types import FrameType
 import torch
 
 from lolcats.files import write_text
+from lolcats.sweep.attached import finish, start_attached
 from lolcats.sweep.job import Job, SweepTeacher, is_finished
 from lolcats.sweep.settings import Sweep
 from lolcats.sweep.sharing import stage_one, stage_one_is_done, take_stage_one
@@ -90,6 +94,7 @@ class _Pool:
         for process in [process for process in self.running if process.process.poll() is not None]:
             beside = len(self.running) > 1
             self.running.remove(process)
+            finish(process.process)
             seconds = time.monotonic() - process.started
             self.say(f"{process.job.name} ended after {seconds:,.0f} s; {len(self.waiting) + len(self.running)} left")
             error = _error(process)
@@ -125,14 +130,12 @@ def _start(job: Job, sweep: Sweep, slot: int, jobs: int, share: bool, say: Calla
     origin = take_stage_one(job, sweep.runs) if share and not isinstance(job, SweepTeacher) else None
     logs = sweep.folder / "logs"
     log = logs / f"{job.name}.log"
-    command = [sys.executable, "-m", "lolcats.cli", "sweep-job", str(logs / SWEEP_FILE), job.name]
+    command = [sys.executable, "-m", "lolcats.cli", "sweep-job", str(logs / SWEEP_FILE), job.name, "--attached"]
     note = f", stage 1 is that of {origin}" if origin else ""
     say(f"{job.name} runs (log: {log}{note})")
     with log.open("ab") as file:
         begin = file.tell()
-        process = subprocess.Popen(
-            command, env=_environment(slot, jobs), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = start_attached(command, env=_environment(slot, jobs), stdout=file, stderr=subprocess.STDOUT)
     return _Process(job, process, slot, log, begin, time.monotonic())
 
 
@@ -163,11 +166,9 @@ def _stop(running: Sequence[_Process]) -> None:
         process.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + PATIENCE_SECONDS
     for process in running:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.process.kill()
-            process.process.wait()
+        finish(process.process)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lolcats.evaluation.recall import Progress as RecallProgress
 from lolcats.files import write_text
 from lolcats.run_folder import RunFolder
 from lolcats.sweep.measure import MeasureConfig
-from lolcats.sweep.measurements import finite
+from lolcats.sweep.measurements import finite, read_object
 
 AVERAGE = "tasks.average"
 """Column of the mean over the tasks."""
@@ -40,14 +40,18 @@ class Measured:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        content = read_object(file, "it is measured anew")
+        self._tasks: dict[str, Any] = content.get("tasks", {})
+        self._recall: dict[str, Any] = content.get("recall", {})
         try:
-            content = json.loads(file.read_text()) if file.exists() else {}
-            self._tasks: dict[str, Any] = content.get("tasks", {})
-            self._recall: dict[str, Any] = content.get("recall", {})
-        except (ValueError, AttributeError) as error:
-            raise LolcatsError(
-                f"{file}: expected what a sweep has measured, got something else ({error}); delete it to measure anew"
-            ) from error
+            for record in self._tasks.values():
+                _check_settings(record)
+                _ = [_row(row).is_share for row in record["rows"]]
+            for record in self._recall.values():
+                _check_settings(record)
+                _ = Cell(**record["cell"]).score + 0.0
+        except (TypeError, LookupError, AttributeError) as error:
+            raise LolcatsError(f"{file} is not what a sweep has measured; delete it: it is measured anew") from error
 
     @classmethod
     def of_run(cls, folder: RunFolder) -> Measured:
@@ -125,6 +129,11 @@ class _KeptCells(RecallProgress):
         self._measured.add_cell(self._measure, cell)
 
 
+def _check_settings(record: dict[str, Any]) -> None:
+    if not isinstance(record["settings"], dict):
+        raise TypeError
+
+
 def _is_of(record: dict[str, Any] | None, settings: dict[str, Any]) -> bool:
     return record is not None and record["settings"] == settings
 
@@ -134,7 +143,10 @@ def _cell(task: str, length: int) -> str:
 
 
 def _row(record: dict[str, Any]) -> Row:
+    """A row as it was kept; raises TypeError, LookupError or AttributeError where it is none."""
     scores = {name: Score(**score) for name, score in record["scores"].items()}
+    for score in scores.values():
+        _ = score.mean + 0.0
     return Row(**{**record, "scores": scores})
 
 

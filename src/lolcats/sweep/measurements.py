@@ -10,8 +10,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lolcats.config import RunConfig
+from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.run_folder import RunFolder
 
@@ -54,7 +57,10 @@ def measure_run(config: RunConfig, measurements: Sequence[SweepMeasurement] = ME
     for measurement in measurements:
         file = folder.path / "measurements" / f"{measurement.name}.json"
         if measurement.kept and file.exists():
-            columns |= json.loads(file.read_text())
+            kept = read_object(file, "it is measured anew")
+            if not all(isinstance(value, float | int | None) for value in kept.values()):
+                raise LolcatsError(f"{file} holds something that is not a number; delete it: it is measured anew")
+            columns |= kept
             continue
         new = {name: finite(value) for name, value in measurement.measure(config, folder).items()}
         if measurement.kept:
@@ -62,6 +68,26 @@ def measure_run(config: RunConfig, measurements: Sequence[SweepMeasurement] = ME
             write_text(file, json.dumps(new, indent=2) + "\n")
         columns |= new
     return columns
+
+
+def read_object(file: Path, then: str) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none.
+
+    Args:
+        then: what happens where the file has been deleted.
+
+    Raises:
+        LolcatsError: it holds something else.
+    """
+    try:
+        content = json.loads(file.read_bytes()) if file.exists() else {}
+    except OSError as error:
+        raise LolcatsError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise LolcatsError(f"{file} is not JSON ({error}); delete it: {then}") from error
+    if not isinstance(content, dict):
+        raise LolcatsError(f"{file}: expected a JSON object, got {str(content)[:40]!r}; delete it: {then}")
+    return content
 
 
 def finite(value: float | None) -> float | None:

@@ -23,6 +23,7 @@ from lolcats.sweep.settings import Sweep
 SAID = {
     "--num-fewshot": "measure.num_fewshot",
     "--task-data DIR": "measure.task_data=DIR",
+    "--task-code": "`lolcats evaluate --task-code`",
     "--truncate": "`lolcats evaluate --truncate`",
     "--beyond-context": "`lolcats evaluate --beyond-context`",
 }

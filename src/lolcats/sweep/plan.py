@@ -99,11 +99,13 @@ def measured_speed(sweep: Sweep) -> Speed | None:
     names = []
     for run in [run for run in sweep.runs if run_status(run) in DONE]:
         results = RunFolder.of(run.config).results()
+        speeds, seconds = results.get("tokens_per_second", {}), results.get("seconds", {})
+        if "total" not in seconds:
+            continue
         names.append(run.name)
         for stage in STAGES:
-            found[stage] += [results["tokens_per_second"][stage]] if stage in results["tokens_per_second"] else []
+            found[stage] += [speeds[stage]] if speeds.get(stage, 0.0) > 0 else []
         own = [stage for stage in STAGES if not (stage == "transfer" and shared_from(run.config))]
-        seconds = results["seconds"]
         found["other"].append(seconds["total"] - sum(seconds.get(stage, 0.0) for stage in own))
     needed = [stage for stage in STAGES if any(getattr(run.config, stage).enabled for run in sweep.runs)]
     if not names or not all(found[stage] for stage in needed):

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.run_folder import RunFolder
 from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
 from lolcats.sweep.measured import Measured, ScoreColumn
-from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run
+from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run, read_object
 from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import run_status
@@ -98,10 +99,13 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
 def read_failures(sweep: Sweep) -> dict[str, str]:
     """The errors that an earlier call of the sweep wrote down, of runs and teachers that are still not finished."""
     file = sweep.folder / "results.json"
-    content = json.loads(file.read_text()) if file.exists() else {}
-    rows = [*content.get("runs", []), *content.get("teachers", [])]
+    content = read_object(file, "the table is made anew")
     left = {job.name for job in [*sweep.runs, *sweep_teachers(sweep)] if not is_finished(job)}
-    return {row["name"]: row["error"] for row in rows if row["error"] and row["name"] in left}
+    try:
+        rows = [*content.get("runs", []), *content.get("teachers", [])]
+        return {row["name"]: str(row["error"]) for row in rows if row["error"] and row["name"] in left}
+    except (TypeError, LookupError) as error:
+        raise LolcatsError(f"{file} is not the table of a sweep; delete it: the table is made anew") from error
 
 
 def write_table(sweep: Sweep, table: Table) -> None:
@@ -173,23 +177,31 @@ def _row(
     scores: dict[str, ScoreColumn],
 ) -> Row:
     """The row of a run; `scores` is given what is known of the section `measure`."""
-    status = run_status(run)
     keys = [*([RUN] if RUN in sweep.axes else []), *sweep.keys]
-    row = Row(run.name, status, {key: run.value(key) for key in keys}, shared=shared_from(run.config) or "")
-    if status in ("trained", "finished"):
-        found = Measured.of_run(RunFolder.of(run.config)).columns(run.measure)
-        scores |= found
-        row.columns = measure_run(run.config, measurements) | {name: score.value for name, score in found.items()}
-    if status != "finished" and run.name in failures:
+    row = Row(run.name, "new", {key: run.value(key) for key in keys})
+    try:
+        row.shared = shared_from(run.config) or ""
+        row.status = run_status(run)
+        if row.status in ("trained", "finished"):
+            found = Measured.of_run(RunFolder.of(run.config)).columns(run.measure)
+            scores |= found
+            row.columns = measure_run(run.config, measurements) | {name: score.value for name, score in found.items()}
+    except LolcatsError as error:  # a broken file of one run is no reason to keep the others from the table
+        row.status, row.error, row.columns = "failed", " ".join(str(error).split()), {}
+    if row.status != "finished" and run.name in failures:
         row.status, row.error = "failed", failures[run.name]
     return row
 
 
 def _teacher_row(teacher: SweepTeacher, failures: Mapping[str, str], scores: dict[str, ScoreColumn]) -> Row:
-    found = Measured(teacher.file).columns(teacher.measure)
-    scores |= found
-    row = Row(teacher.name, "finished" if teacher.is_finished else "started" if found else "new", {})
-    row.columns = {name: score.value for name, score in found.items()}
+    row = Row(teacher.name, "new", {})
+    try:
+        found = Measured(teacher.file).columns(teacher.measure)
+        scores |= found
+        row.status = "finished" if teacher.is_finished else "started" if found else "new"
+        row.columns = {name: score.value for name, score in found.items()}
+    except LolcatsError as error:
+        row.status, row.error = "failed", " ".join(str(error).split())
     if row.status != "finished" and teacher.name in failures:
         row.status, row.error = "failed", failures[teacher.name]
     return row

@@ -17,7 +17,7 @@ from lolcats.sweep.measuring import check_measure
 from lolcats.sweep.results import Table, gather, read_failures, write_table
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.sharing import take_stage_one
-from lolcats.sweep.state import check_runs, choose_runs, hold_folder, open_folder
+from lolcats.sweep.state import check_runs, choose_runs, hold_folder, open_folder, wait_for_jobs
 
 
 @dataclass
@@ -77,15 +77,17 @@ def run_sweep(
 
     Raises:
         LolcatsError: a run on disk has other settings, a pattern matches no run, what shall be measured cannot be,
-            another sweep works in the folder, or it cannot be written.
+            another sweep works in the folder, a process of a killed one has not ended, or it cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LolcatsError("a sweep is one process; to use several GPUs give --jobs N instead of torchrun")
     chosen = choose_runs(sweep, only, "--only") if only else sweep.runs
     replaced = choose_runs(sweep, overwrite, "--overwrite") if overwrite else []
+    progress = _Progress(sweep, measurements, console)
     with hold_folder(sweep):
+        wait_for_jobs(sweep, progress.say)
         _open(sweep, Path(source), chosen, replaced)
-        return _run_all(sweep, chosen, jobs, share, describe, _Progress(sweep, measurements, console))
+        return _run_all(sweep, chosen, jobs, share, describe, progress)
 
 
 def _run_all(

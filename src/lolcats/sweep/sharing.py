@@ -41,7 +41,10 @@ def groups(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
 def shared_from(config: RunConfig) -> str | None:
     """Name of the run whose stage 1 this run uses, None if it has its own."""
     file = RunFolder.of(config).checkpoints("transfer") / ORIGIN_FILE
-    return file.read_text().strip() if file.exists() else None
+    try:
+        return file.read_text(encoding="utf-8").strip() if file.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LolcatsError(f"cannot read {file} ({error}); delete it: it says whose stage 1 this is") from error
 
 
 def stage_one_is_done(config: RunConfig) -> bool:
@@ -75,8 +78,8 @@ def take_stage_one(run: SweepRun, runs: Sequence[SweepRun]) -> str | None:
 
 
 def _copy(source: RunFolder, target: RunFolder, name: str) -> None:
-    lines = source.metrics_file.read_text().splitlines() if source.metrics_file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["stage"] == "transfer"]
+    lines = source.metrics_file.read_bytes().splitlines() if source.metrics_file.exists() else []
+    kept = [line.decode() for line in lines if _is_of_stage_one(line)]
     folder = target.checkpoints("transfer")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / ORIGIN_FILE, name + "\n")
@@ -84,6 +87,14 @@ def _copy(source: RunFolder, target: RunFolder, name: str) -> None:
     # `last` comes last: with it the stage counts as begun, and everything else is there by then.
     for file in ("best.safetensors", "last.safetensors"):
         _copy_file(source.checkpoints("transfer") / file, folder / file)
+
+
+def _is_of_stage_one(line: bytes) -> bool:
+    """Whether a line of metrics is whole, and of stage 1; a run that was killed may have left half a line."""
+    try:
+        return json.loads(line)["stage"] == "transfer"
+    except (ValueError, TypeError, LookupError):
+        return False
 
 
 def _copy_file(source: Path, target: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +22,8 @@ from lolcats.training.checkpoint import read_metadata
 Status = Literal["new", "started", "trained", "finished"]
 """A run that is trained has its model; some of what the section `measure` asks for is missing."""
 SWEEP_FILE = "sweep.yaml"
+PATIENCE_SECONDS = 20.0
+"""How long a call waits for processes of an earlier one."""
 
 
 def run_status(run: SweepRun) -> Status:
@@ -39,7 +42,12 @@ def steps_done(config: RunConfig, stage: Literal["transfer", "finetune"]) -> int
     if folder.results().get("complete"):
         return getattr(config, stage).steps(config.data.sequence_length)
     file = folder.checkpoints(stage) / "last.safetensors"
-    return int(read_metadata(file)["step"]) if file.exists() else 0
+    if not file.exists():
+        return 0
+    step = read_metadata(file).get("step")
+    if not isinstance(step, int):
+        raise LolcatsError(f"{file} does not say at which step it was written; delete it to start this stage anew")
+    return step
 
 
 def choose_runs(sweep: Sweep, patterns: Sequence[str], option: str) -> list[SweepRun]:
@@ -93,8 +101,8 @@ def open_folder(sweep: Sweep, source: Path, replaced: Sequence[SweepRun] = ()) -
     """
     check_runs(sweep, replaced)
     for run in replaced:
-        if run_status(run) != "new":
-            shutil.rmtree(RunFolder.of(run.config).path)
+        if RunFolder.of(run.config).config_file.exists():
+            _delete(RunFolder.of(run.config).path)
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,6 +110,19 @@ def open_folder(sweep: Sweep, source: Path, replaced: Sequence[SweepRun] = ()) -
     file = sweep.folder / SWEEP_FILE
     if not (file.exists() and source.exists() and file.samefile(source)):
         write_text(file, sweep.text)
+
+
+def _delete(run: Path) -> None:
+    """Delete a run; where its folder is a link, what is in it."""
+    items = list(run.iterdir()) if run.is_symlink() else [run]
+    for item in items:
+        try:
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            else:
+                item.unlink()
+        except OSError as error:
+            raise LolcatsError(f"cannot delete {error.filename or item}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -112,8 +133,53 @@ def hold_folder(sweep: Sweep) -> Iterator[None]:
         LolcatsError: another process holds it, or the place cannot be written.
     """
     busy = f"another `lolcats sweep` works in {sweep.folder}; wait for it, end it, or choose another name=..."
-    with hold(sweep.folder.parent / f".{sweep.folder.name}.lock", busy):
+    folder = sweep.folder.resolve()  # one lock, by whatever links it is reached
+    with hold(folder.parent / f".{folder.name}.lock", busy):
         yield
+
+
+@contextmanager
+def hold_job(sweep: Sweep, name: str) -> Iterator[None]:
+    """Keep other processes from a run or teacher that this one does for a sweep.
+
+    Raises:
+        LolcatsError: another process does it, or the place cannot be written.
+    """
+    with hold(_job_lock(sweep, name), f"another process works on {name} of the sweep in {sweep.folder}"):
+        yield
+
+
+def wait_for_jobs(sweep: Sweep, say: Callable[[str], None], patience: float = PATIENCE_SECONDS) -> None:
+    """Wait for the processes of an earlier call, which was killed: they are about to end by themselves.
+
+    Args:
+        say: told once that there is something to wait for.
+        patience: seconds.
+
+    Raises:
+        LolcatsError: one of them has not ended in time.
+    """
+    deadline = time.monotonic() + patience
+    logs = sweep.folder / "logs"
+    for lock in sorted(logs.glob(_job_lock(sweep, "*").name)):
+        name = lock.name.removeprefix(".").removesuffix(".lock")
+        busy = f"a process of an earlier call still works on {name} in {sweep.folder}; wait for it, or end it"
+        said = False
+        while True:
+            try:
+                with hold(lock, busy):
+                    break
+            except LolcatsError:
+                if time.monotonic() > deadline:
+                    raise
+            if not said:
+                say(f"waiting for a process of an earlier call, which works on {name}")
+                said = True
+            time.sleep(0.1)
+
+
+def _job_lock(sweep: Sweep, name: str) -> Path:
+    return sweep.folder / "logs" / f".{name}.lock"
 
 
 def _changes(file: Path, config: RunConfig) -> list[str]:
@@ -127,8 +193,8 @@ def _changes(file: Path, config: RunConfig) -> list[str]:
 
 def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> list[str]:
     found: list[str] = []
-    for key, value in now.items():
-        old = before.get(key)
+    for key in dict.fromkeys([*now, *before]):
+        value, old = now.get(key), before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             found += _differences(old, value, f"{prefix}{key}.")
         elif old != value:

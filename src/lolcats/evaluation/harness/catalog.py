@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lm_eval.utils
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.tasks import TaskManager
 
 from lolcats.errors import LolcatsError
@@ -46,11 +48,17 @@ class Catalog:
         """Raise LolcatsError if one of `names` is neither a task, group or tag of lm-eval nor a YAML file of a task."""
         known = self.manager.all_tasks
         for name in names:
-            if name in self.manager.task_index or (name.endswith(".yaml") and Path(name).is_file()):
+            if name in self.manager.task_index or self.is_file(name):
                 continue
+            if name.endswith((".yaml", ".yml")):
+                raise LolcatsError(f"no file {name}; expected a task of lm-eval, or a file .yaml that defines one")
             near = difflib.get_close_matches(name, known, 3) or [task for task in known if name.lower() in task][:3]
             hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
             raise LolcatsError(f"unknown task {name!r}: lm-eval has no task or group of that name; {hint}")
+
+    def is_file(self, name: str) -> bool:
+        """Whether a name is not lm-eval's but that of a file that defines a task."""
+        return name not in self.manager.task_index and name.endswith(".yaml") and Path(name).is_file()
 
     def lineage(self, task: str) -> list[str]:
         """The groups and tags that contain a task, nearest first."""
@@ -87,7 +95,18 @@ class Catalog:
 @cache
 def catalog() -> Catalog:
     """The one of the installed lm-eval, read once."""
+    _sandbox_templates()
     return Catalog(task_manager())
+
+
+def _sandbox_templates() -> None:
+    """Let lm-eval fill in its templates, which may be a stranger's, in a sandbox: theirs could run any code."""
+    own = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(
+        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
+    )
+    sandbox.filters |= own.filters
+    lm_eval.utils.env = sandbox
 
 
 def _names(members: object) -> Iterator[str]:

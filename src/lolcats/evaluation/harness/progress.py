@@ -48,8 +48,11 @@ class Progress:
 
     def get(self, key: str) -> Any:
         """The answer under a key, None where there is none."""
-        row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        try:
+            row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
+            return None if row is None else json.loads(row[0])
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise LolcatsError(f"{self.file} is damaged ({error}); delete it: what it held is measured anew") from error
 
     def put(self, key: str, value: Any) -> None:
         """Keep an answer; it is on disk when this returns. Numbers come back exactly as they were."""

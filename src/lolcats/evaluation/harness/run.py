@@ -55,6 +55,8 @@ class HarnessSettings:
     """Write prompts in the tokenizer's chat template."""
     truncate: bool = False
     """Cut prompts that are too long for the model, at the left, instead of refusing them."""
+    code: bool = False
+    """Run code that the YAML file of a task names: functions, classes, metrics of the hub."""
 
 
 def run_benchmarks(
@@ -116,9 +118,10 @@ def load_benchmarks(tasks: Sequence[str], settings: HarnessSettings) -> list[Ben
     known = catalog()
     known.check(tasks)
     files = None if settings.task_data is None else TaskFiles(settings.task_data, known)
-    loaded = [load_benchmark(name, known, files, settings.examples) for name in dict.fromkeys(tasks)]
-    names = {name for benchmark in loaded for task in benchmark.tasks for name in (task, *known.lineage(task))}
-    if stray := set(settings.examples) - names - {ALL}:
+    names = dict.fromkeys(tasks)
+    loaded = [load_benchmark(name, known, files, settings.examples, code=settings.code) for name in names]
+    parts = {name for benchmark in loaded for task in benchmark.tasks for name in (task, *known.lineage(task))}
+    if stray := set(settings.examples) - parts - {ALL}:
         raise LolcatsError(f"--num-fewshot names {', '.join(sorted(stray))}, which is not among the tasks")
     return loaded
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.group import Group
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness.catalog import Catalog
 from lolcats.evaluation.harness.files import LocalSplits, TaskFiles
+from lolcats.evaluation.harness.own_tasks import check_file
 
 PAPER_EXAMPLES = {"mmlu": 5}
 """Examples in the prompt where neither the user nor lm-eval says how many."""
@@ -51,7 +53,12 @@ class Benchmark:
 
 
 def load_benchmark(
-    name: str, catalog: Catalog, files: TaskFiles | None = None, examples: Mapping[str, int] | None = None
+    name: str,
+    catalog: Catalog,
+    files: TaskFiles | None = None,
+    examples: Mapping[str, int] | None = None,
+    *,
+    code: bool = False,
 ) -> Benchmark:
     """Let lm-eval build a task or group.
 
@@ -60,18 +67,22 @@ def load_benchmark(
         catalog: which there are.
         files: local data; None lets lm-eval fetch them from the hub.
         examples: examples in the prompt, by the name of a task or group; `ALL` stands for any.
+        code: whether code that a YAML file names may be run.
 
     Raises:
         LolcatsError: there is no such task, its data cannot be had, or it needs something that is not here.
     """
     catalog.check([name])
+    if catalog.is_file(name):
+        check_file(Path(name), code=code)
+    problems: list[Exception] = []
     try:
-        with nullcontext() if files is None else files.in_use():
+        with _noted_downloads(problems) if files is None else files.in_use():
             loaded = catalog.manager.load([name])
     except LolcatsError:
         raise
     except Exception as error:  # from anywhere in datasets, lm-eval, or the code that defines the task
-        raise LolcatsError(_explain(name, catalog, files, error)) from error
+        raise LolcatsError(_explain(name, catalog, files, error, of_data=error in problems)) from error
     benchmark = Benchmark(name, loaded["tasks"], loaded.get("groups", {}), "")
     for task_name, task in benchmark.tasks.items():
         _refuse_unsafe(task_name, task)
@@ -117,8 +128,31 @@ def _data_digests(task: Task) -> dict[str, str]:
         return {}
 
 
-def _explain(name: str, catalog: Catalog, files: TaskFiles | None, error: Exception) -> str:
-    """One line on why a task cannot be built."""
+@contextmanager
+def _noted_downloads(problems: list[Exception]) -> Iterator[None]:
+    """Inside, what goes wrong while a task gets its data is also put into `problems`."""
+    original = ConfigurableTask.download
+
+    def download(task: ConfigurableTask, *args: Any, **options: Any) -> None:
+        try:
+            original(task, *args, **options)
+        except Exception as error:
+            problems.append(error)
+            raise
+
+    ConfigurableTask.download = download  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = original  # type: ignore[method-assign]
+
+
+def _explain(name: str, catalog: Catalog, files: TaskFiles | None, error: Exception, *, of_data: bool) -> str:
+    """One line on why a task cannot be built.
+
+    Args:
+        of_data: whether it went wrong while the task got its data from the hub.
+    """
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     reason = f"{type(error).__name__}: {said}"
     if isinstance(error, ModuleNotFoundError):
@@ -129,6 +163,11 @@ def _explain(name: str, catalog: Catalog, files: TaskFiles | None, error: Except
             f"{name} cannot be made from {files.last.path.name} with its fields {fields}: {reason}; expected the "
             "fields of its data set on the hub"
         )
+    if catalog.is_file(name) and not of_data:
+        return f"{name} does not define a task that its data fit: {reason}"
+    local = "; --task-data DIR reads local files instead"
+    if catalog.is_file(name):
+        return f"the data that {name} names in dataset_path cannot be had: {reason}{local}"
     path, part = catalog.source(catalog.leaves(name)[0])
     hub = f"{path} ({part})" if part else path
-    return f"the data of {name}, {hub} on the hub, cannot be had: {reason}; --task-data DIR reads local files instead"
+    return f"the data of {name}, {hub} on the hub, cannot be had: {reason}{local}"

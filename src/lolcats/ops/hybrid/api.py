@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +18,27 @@ from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, HybridState, ring_slots
 
 
+class _Kernels(NamedTuple):
+    """The functions of `kernels.attention` that are called here."""
+
+    attention: Callable[..., HybridOutput]
+    refusal: Callable[..., str | None]
+    fits: Callable[..., bool]
+
+
 @functools.cache
 def _kernels() -> Any:
-    """The module of the Triton kernels, or None where Triton is not installed."""
+    """The Triton kernels (`_Kernels`), or None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    # By name: a plain import would make Triton a requirement of the code that `lolcats export` writes.
-    return importlib.import_module("lolcats.ops.hybrid.kernels.attention")
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.hybrid.kernels.attention import fits, kernel_attention, refusal
+
+    return _Kernels(kernel_attention, refusal, fits)
 
 
 def _triton(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
-    return _kernels().kernel_attention(inputs, settings, return_state)
+    return _kernels().attention(inputs, settings, return_state)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Inputs, Settings, bool], HybridOutput]] = {
@@ -186,7 +195,7 @@ def _attend(inputs: Inputs, settings: Settings, maps: MapWeights | None, return_
         inputs = inputs._replace(phi_k=features.repeat_interleave(heads // features.shape[1], 1))
     with torch.autocast(inputs.q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
         if fused:
-            return _kernels().kernel_attention(inputs, settings, return_state, maps)
+            return _kernels().attention(inputs, settings, return_state, maps)
         return IMPLEMENTATIONS[impl](inputs, settings, return_state)
 
 

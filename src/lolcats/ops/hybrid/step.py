@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ def fused_step(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings
     """
     if maps is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels_available(q.device):
         return None
-    # By name: a plain import would make Triton a requirement of the code that `lolcats export` writes.
-    decode = importlib.import_module("lolcats.ops.hybrid.kernels.decode")
-    return decode.decode_step if decode.can_step(q, v, maps, settings) else None
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.hybrid.kernels.decode import can_step, decode_step
+
+    return decode_step if can_step(q, v, maps, settings) else None

@@ -10,9 +10,9 @@ import torch.nn.functional as nnf
 import triton
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels import tiles
 from lolcats.ops.hybrid.kernels.forward import forward_kernel
 from lolcats.ops.hybrid.kernels.states import scan_segments, sum_segments
+from lolcats.ops.hybrid.kernels.tiles import GIVEN, HEDGEHOG, T2R
 from lolcats.ops.hybrid.layout import Settings
 
 try:
@@ -26,7 +26,7 @@ SUM_PROGRAMS = 264
 """Programs that sum states at once: two for each multiprocessor of an H100."""
 SMALLEST = 64
 """Rows of a product on the tensor cores: with less Triton 3.6 was seen to give wrong numbers on an H100."""
-KINDS = {"given": tiles.GIVEN.value, "hedgehog": tiles.HEDGEHOG.value, "t2r": tiles.T2R.value}
+KINDS = {"given": GIVEN.value, "hedgehog": HEDGEHOG.value, "t2r": T2R.value}
 
 
 class Operands(NamedTuple):
