@@ -134,7 +134,7 @@ def _read_segments(
     sources: Sequence[str],
     local: Mapping[str, str] | None,
     tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
+    vocabulary: int | None,
     length: int,
     count: int | None,
 ) -> Tensor:
