@@ -17,6 +17,7 @@ from lolcats.errors import LolcatsError
 from lolcats.feature_maps import build_feature_map
 from lolcats.modeling.attention import LinearizedAttention, Mode
 from lolcats.modeling.hf import mark_as_linearized
+from lolcats.modeling.inputs import install_hooks
 from lolcats.modeling.masks import NAME
 from lolcats.modeling.start import match_start
 from lolcats.ops import resolve_impl
@@ -143,6 +144,7 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
     ):
         # No softmax layer is left, so nobody needs an [N, N] mask.
         model.config._attn_implementation = NAME
+    install_hooks(model)
 
 
 def wrap(inner: nn.Module, config: LinearizationConfig, model_config: PretrainedConfig) -> LinearizedAttention:
