@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
@@ -70,6 +70,7 @@ class LinearizedAttention(nn.Module):
         self.impl = self.eager_impl = impl
         self.mode: Mode = "hybrid"
         self.observer: Observer | None = None
+        self.model_config: PretrainedConfig | None = None
 
     @property
     def layer_idx(self) -> int:
@@ -95,8 +96,9 @@ class LinearizedAttention(nn.Module):
         name = next((n for n in CACHE_ARGUMENTS if n in kwargs), CACHE_ARGUMENTS[0])
         cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        rotary = kwargs.get("position_embeddings")
-        handover = Handover(self, hidden, cache, past_of(cache, self.layer_idx), rotary)
+        backend = getattr(self.model_config, "_attn_implementation", None) or NAME
+        past = past_of(cache, self.layer_idx)
+        handover = Handover(self, hidden, cache, past, kwargs.get("position_embeddings"), backend)
         if self.mode == "softmax" and self.observer is None:
             handover.cache = None
             return self.inner(*args, **{name: cache}, linearized=handover, **kwargs)
@@ -284,7 +286,7 @@ def hybrid_interface(
     if layer.mode == "softmax" and layer.observer is None and mask is not None and mask.ndim == 4:
         facts = TokenFacts(None, None)  # softmax attention can do what such a mask says, whatever it is
     else:
-        facts = read_facts(mask, batch, tokens, past, read_texts(others, mask, batch, tokens, past))
+        facts = read_facts(mask, batch, tokens, past, read_texts(others, mask, batch, tokens, past, linearized.backend))
     call = AttentionCall(query, key, value, linearized.hidden, mask, facts, scale, softcap, s_aux, past.seen)
     out = layer.dispatch(call, linearized)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None

@@ -138,6 +138,7 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
         inner = getattr(parent, child)
         wrapper = wrap(inner, config, model.config.get_text_config(decoder=True))
         inner.config = inner_config
+        wrapper.model_config = model.config.get_text_config(decoder=True)
         setattr(parent, child, wrapper)
     if len(chosen) == len(
         [m for m in model.modules() if getattr(m, "layer_idx", None) is not None and calls_interface(m)]

@@ -21,6 +21,8 @@ NOTHING = TokenFacts(None, None)
 _facts: Remembered[TokenFacts] = Remembered()
 _texts: Remembered[Tensor | None] = Remembered()
 
+DEAF = ("eager", "sdpa", "flex_attention")
+"""Attention implementations of transformers that do not look at cu_seq_lens."""
 REASONS = (
     "shows tokens to others before them",
     "shows tokens of padding, which do not see themselves, to others",
@@ -183,11 +185,14 @@ def _refuse(wrong: list[bool]) -> None:
             raise LolcatsError(f"the attention mask {reason}; {WHAT_TO_DO}")
 
 
-def read_texts(kwargs: dict[str, Any], mask: Tensor | None, batch: int, tokens: int, past: Past) -> Tensor | None:
+def read_texts(
+    kwargs: dict[str, Any], mask: Tensor | None, batch: int, tokens: int, past: Past, backend: str
+) -> Tensor | None:
     """Numbers [B, N] of packed texts where no mask tells them: from cu_seq_lens, or positions that begin again.
 
     Args:
         kwargs: what the family hands to its attention function besides tensors and mask.
+        backend: attention implementation of the layers that keep softmax attention.
 
     Raises:
         LolcatsError: they contradict each other, or the cache.
@@ -197,8 +202,11 @@ def read_texts(kwargs: dict[str, Any], mask: Tensor | None, batch: int, tokens: 
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if bounds is not None:
         texts = _from_bounds(bounds, kwargs.get("cu_seq_lens_k"), batch, tokens)
-        if texts is not None and past.length is not None:
-            raise LolcatsError(f"cu_seq_lens {REASONS[5]}")
+        if texts is not None and (past.cached or (mask is None and backend in DEAF)):
+            raise LolcatsError(
+                "cu_seq_lens tell packed texts, which neither a cache nor softmax layers with eager, sdpa or flex "
+                "attention keep apart by them; pass use_cache=False and position_ids that begin again at each text"
+            )
         return texts
     if mask is not None or tokens == 1 or not looks_at_values():
         return None

@@ -45,3 +45,5 @@ class Handover:
     """What the cache held before this call."""
     rotary: Any
     """The family's rotary embeddings: one object a forward pass."""
+    backend: str
+    """Name of the attention implementation of the layers that keep softmax attention; our own where there are none."""

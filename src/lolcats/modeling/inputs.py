@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from lolcats.errors import LolcatsError
 from lolcats.modeling.attention import LinearizedAttention
+from lolcats.modeling.masks import visible_keys
 from lolcats.modeling.passes import looks_at_values
 
 
@@ -35,10 +36,12 @@ def prepare_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     names = list(inspect.signature(module.forward).parameters)
     given = dict(zip(names, args, strict=False)) | kwargs
     mask, tokens = given.get("attention_mask"), _tokens(given)
-    if not isinstance(mask, Tensor) or mask.ndim == 4 or tokens is None:
+    if not isinstance(mask, Tensor) or tokens is None:
         return args, kwargs
     seen = _seen(given.get("past_key_values"))
     check_mask(mask, tokens, seen)
+    if mask.ndim == 4:
+        return args, kwargs
     wanted = "position_ids" in names and given.get("position_ids") is None and not _has_many_axes(module)
     if not wanted or seen is None or names.index("position_ids") < len(args) or not _pads_left(mask):
         return args, kwargs
@@ -62,25 +65,30 @@ def _seen(cache: Any) -> int | Tensor | None:
 
 
 def check_mask(mask: Tensor, tokens: Tensor, seen: int | Tensor | None) -> None:
-    """Refuse a mask of less than 4 dimensions that is not the padding of these tokens and those before them.
+    """Refuse a mask whose form does not fit these tokens and those before them, or whose numbers are no padding.
 
     Args:
-        mask: [B, kv]; tokens: [B, N] or [B, N, d_model]; seen: tokens in the cache, None if not known.
+        mask: [B, kv] or [B, h, N, kv]; tokens: [B, N] or [B, N, d_model]; seen: tokens in the cache, None if not known.
 
     Raises:
-        LolcatsError: another shape, or numbers other than 0 and 1.
+        LolcatsError: another shape or type, or numbers other than 0 and 1 in two dimensions.
     """
     batch, new = tokens.shape[:2]
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch):
-        raise LolcatsError(f"expected an attention mask [{batch}, tokens]; got {tuple(mask.shape)}")
+    fits = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[2] == new)
+    if not fits or mask.shape[0] not in (1, batch):
+        raise LolcatsError(
+            f"expected an attention mask [{batch}, tokens] or [{batch}, 1, {new}, tokens]; got {tuple(mask.shape)}"
+        )
+    if mask.ndim == 4:
+        visible_keys(mask[..., :0])
     if not looks_at_values():
         return
-    if seen is not None and mask.shape[1] < int(seen) + new:
+    if seen is not None and mask.shape[-1] < int(seen) + new:
         raise LolcatsError(
             f"expected an attention mask of {int(seen) + new} columns ({int(seen)} tokens in the cache, {new} new); "
-            f"got {mask.shape[1]}"
+            f"got {mask.shape[-1]}"
         )
-    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+    if mask.ndim == 2 and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise LolcatsError(
             "the attention mask holds numbers other than 0 and 1; to tell packed texts by their numbers, pass "
             "position_ids that begin again at each text, no mask and use_cache=False"
