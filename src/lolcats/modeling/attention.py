@@ -176,7 +176,7 @@ class LinearizedAttention(nn.Module):
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
     def _attend(self, call: AttentionCall, **options: Any) -> HybridOutput:
-        options.update(attention_mask=call.facts.padding, impl=self._plain_impl())
+        options.update(attention_mask=call.facts.padding, impl=self.plain_impl())
         maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
         if maps is None or self.mode == "window_only":
             phi_q, phi_k, factor, log_decay = self.features(call)
@@ -185,7 +185,8 @@ class LinearizedAttention(nn.Module):
             call.q, call.k, call.v, maps, self._factor(), log_decay=self.log_decay(call.hidden), **options
         )
 
-    def _plain_impl(self) -> str:
+    def plain_impl(self) -> str:
+        """The implementation of code that is not compiled here."""
         # Compilation is for training on equal shapes; prompts differ in length.
         return self.eager_impl if self.impl == "compiled" else self.impl
 
@@ -235,7 +236,8 @@ class LinearizedAttention(nn.Module):
         padding = call.facts.padding
         active = None if padding is None else padding[:, 0]
         maps = None if self.mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
-        fused = fused_step(call.q, call.v, maps, settings)
+        needs_grad = any(t.requires_grad for t in (call.q, call.k, call.v, self.window_factor))
+        fused = fused_step(call.q, call.v, maps, settings, self.plain_impl(), needs_grad)
         if fused is not None:
             rest = (self._factor(), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
             out, state = fused(call.q, call.k, call.v, maps, *rest)
