@@ -38,8 +38,9 @@ def prepare_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     mask, tokens = given.get("attention_mask"), _tokens(given)
     if not isinstance(mask, Tensor) or tokens is None:
         return args, kwargs
-    seen = _seen(given.get("past_key_values"))
-    check_mask(mask, tokens, seen)
+    cache = given.get("past_key_values")
+    seen = _seen(cache)
+    check_mask(mask, tokens, seen, room=mask.ndim == 2 or getattr(cache, "is_compileable", False))
     if mask.ndim == 4:
         return args, kwargs
     wanted = "position_ids" in names and given.get("position_ids") is None and not _has_many_axes(module)
@@ -64,11 +65,12 @@ def _seen(cache: Any) -> int | Tensor | None:
         return None
 
 
-def check_mask(mask: Tensor, tokens: Tensor, seen: int | Tensor | None) -> None:
+def check_mask(mask: Tensor, tokens: Tensor, seen: int | Tensor | None, room: bool) -> None:
     """Refuse a mask whose form does not fit these tokens and those before them, or whose numbers are no padding.
 
     Args:
         mask: [B, kv] or [B, h, N, kv]; tokens: [B, N] or [B, N, d_model]; seen: tokens in the cache, None if not known.
+        room: whether there may be columns for tokens to come.
 
     Raises:
         LolcatsError: another shape or type, or numbers other than 0 and 1 in two dimensions.
@@ -83,9 +85,10 @@ def check_mask(mask: Tensor, tokens: Tensor, seen: int | Tensor | None) -> None:
         visible_keys(mask[..., :0])
     if not looks_at_values():
         return
-    if seen is not None and mask.shape[-1] < int(seen) + new:
+    missing = 0 if seen is None else int(seen) + new - mask.shape[-1]
+    if missing > 0 or (missing < 0 and not room):
         raise LolcatsError(
-            f"expected an attention mask of {int(seen) + new} columns ({int(seen)} tokens in the cache, {new} new); "
+            f"expected an attention mask of {mask.shape[-1] + missing} columns ({new} new tokens behind those in the cache); "
             f"got {mask.shape[-1]}"
         )
     if mask.ndim == 2 and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ring_slots
 
-
 FULL_DECAY = -800.0
 """exp of it is 0 in float64 too. Below it sums of decays lose what is between them, and far below they overflow."""
 
