@@ -29,7 +29,7 @@ CASES = [
 @pytest.mark.parametrize("padded", [False, True], ids=["all", "some rows pause"])
 @torch.no_grad()
 def test_steps(case: Case, kind: str, padded: bool) -> None:
-    from lolcats.ops.hybrid.kernels.decode import can_step, decode_step
+    from lolcats.ops.hybrid.kernels.decode import decode_step, step_refusal
 
     tensors = make(case, torch.float32).map(lambda x: x.detach().to(DEVICE))
     maps = map_weights(kind, case, torch.float32)
@@ -37,7 +37,7 @@ def test_steps(case: Case, kind: str, padded: bool) -> None:
         **{n: x.detach().to(DEVICE) for n, x in zip(maps._fields[1:], maps[1:], strict=True) if x is not None}
     )
     settings = Settings(case.window, case.kind, case.sinks, case.size**-0.5, case.softcap)
-    assert can_step(tensors.q, tensors.v, maps, settings)
+    assert step_refusal(tensors.q, tensors.v, maps, settings) is None
     phi_q, phi_k = maps.phi_q(tensors.q), maps.phi_k(tensors.k)
     inputs = Inputs(*tensors[:3], phi_q, phi_k, tensors.window_factor, tensors.log_decay, None, None, None)
     plain = empty_state(inputs, settings)

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
 from lolcats.feature_maps import FeatureMap, map_weights
-from lolcats.modeling.cache import LinearizedLayer, linearized_layer, own_column, to_device
-from lolcats.modeling.masks import NAME, TokenFacts, read_mask, softmax_mask
+from lolcats.modeling.cache import LinearizedLayer, linearized_layer, past_of, to_device
+from lolcats.modeling.facts import read_facts, read_texts
+from lolcats.modeling.handover import AttentionCall, Handover
+from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
+from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.softmax import capped_softmax
 from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention
 from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
@@ -29,33 +32,6 @@ from lolcats.ops.hybrid.layout import Settings
 
 Mode = Literal["hybrid", "softmax", "window_only", "linear_only", "no_attention"]
 """What a linearized layer computes: itself, its teacher, or one of the controls that show what each half does."""
-
-
-@dataclass
-class AttentionCall:
-    """What arrives at the attention interface: q [B, H, N, D], k and v [B, KV, N, .], after norms and RoPE."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    hidden: Tensor
-    """[B, N, d_model], the input of the attention module."""
-    mask: Tensor | None
-    facts: TokenFacts
-    scale: float
-    softcap: float | None = None
-    """Cap of the scores (Gemma 2)."""
-    sink_logits: Tensor | None = None
-    """[H], learned sinks (gpt-oss)."""
-
-
-@dataclass
-class Handover:
-    """What a wrapper passes through its family's forward. No tuple: accelerate's hooks would move its parts about."""
-
-    layer: LinearizedAttention
-    hidden: Tensor
-    cache: Cache | None
 
 
 Observer = Callable[["LinearizedAttention", AttentionCall, Tensor], None]
@@ -94,6 +70,7 @@ class LinearizedAttention(nn.Module):
         self.impl = self.eager_impl = impl
         self.mode: Mode = "hybrid"
         self.observer: Observer | None = None
+        self.model_config: PretrainedConfig | None = None
 
     @property
     def layer_idx(self) -> int:
@@ -119,12 +96,17 @@ class LinearizedAttention(nn.Module):
         name = next((n for n in CACHE_ARGUMENTS if n in kwargs), CACHE_ARGUMENTS[0])
         cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        backend = getattr(self.model_config, "_attn_implementation", None) or NAME
+        past = past_of(cache, self.layer_idx)
+        handover = Handover(self, hidden, cache, past, kwargs.get("position_embeddings"), backend)
         if self.mode == "softmax" and self.observer is None:
-            return self.inner(*args, **{name: cache}, linearized=Handover(self, hidden, None), **kwargs)
-        return self.inner(*args, **{name: None}, linearized=Handover(self, hidden, cache), **kwargs)
+            handover.cache = None
+            return self.inner(*args, **{name: cache}, linearized=handover, **kwargs)
+        return self.inner(*args, **{name: None}, linearized=handover, **kwargs)
 
-    def dispatch(self, call: AttentionCall, cache: Cache | None) -> Tensor:
+    def dispatch(self, call: AttentionCall, handover: Handover) -> Tensor:
         """Output [B, H, N, Dv] of the layer in its present mode."""
+        cache = handover.cache
         if self.observer is not None:
             teacher = self.softmax(call)
             self.observer(self, call, teacher)
@@ -134,6 +116,7 @@ class LinearizedAttention(nn.Module):
         if cache is None:
             return self.hybrid(call)
         layer = linearized_layer(cache, self.layer_idx)
+        check_first_visit(handover.rotary, layer, self.layer_idx)
         if layer.state is not None:
             layer.state = to_device(layer.state, call.q.device)
         if call.q.shape[2] == 1 and layer.state is not None:
@@ -142,7 +125,7 @@ class LinearizedAttention(nn.Module):
 
     def softmax(self, call: AttentionCall) -> Tensor:
         """What the teacher computes: exact attention, O(N) memory."""
-        mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2])
+        mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2], call.seen)
         if call.softcap is not None or call.sink_logits is not None:
             return capped_softmax(call.q, call.k, call.v, mask, call.scale, call.softcap, call.sink_logits)
         causal = mask is None and call.q.shape[2] > 1
@@ -193,7 +176,7 @@ class LinearizedAttention(nn.Module):
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
     def _attend(self, call: AttentionCall, **options: Any) -> HybridOutput:
-        options.update(attention_mask=call.facts.padding, impl=self._plain_impl())
+        options.update(attention_mask=call.facts.padding, impl=self.plain_impl())
         maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
         if maps is None or self.mode == "window_only":
             phi_q, phi_k, factor, log_decay = self.features(call)
@@ -202,7 +185,8 @@ class LinearizedAttention(nn.Module):
             call.q, call.k, call.v, maps, self._factor(), log_decay=self.log_decay(call.hidden), **options
         )
 
-    def _plain_impl(self) -> str:
+    def plain_impl(self) -> str:
+        """The implementation of code that is not compiled here."""
         # Compilation is for training on equal shapes; prompts differ in length.
         return self.eager_impl if self.impl == "compiled" else self.impl
 
@@ -222,11 +206,20 @@ class LinearizedAttention(nn.Module):
         state = layer.state
         if state is not None:
             state = state._replace(window=state.window._replace(phi_k=self._ring_features(state)))
-        result = self._attend(call, initial_state=state, return_state=True, **self.options(call))
+        options, facts = self.options(call), call.facts
+        if facts.segments is None:
+            result = self._attend(call, initial_state=state, return_state=True, **options)
+            out = result.out
+        else:  # packed texts, in an empty cache: the state is that of the last one of each row
+            assert state is None
+            out = self._attend(call, segment_ids=facts.segments, **options).out
+            last = facts.segments == facts.segments.amax(-1, keepdim=True)
+            alone = replace(call, facts=TokenFacts(last & (facts.segments >= 0), None))
+            result = self._attend(alone, return_state=True, **options)
         assert result.state is not None
         kept = result.state._replace(window=result.state.window._replace(phi_k=None))
-        layer.advance(kept, call.q.shape[2])
-        return torch.zeros_like(result.out) if self.mode == "no_attention" else result.out
+        layer.advance(kept, call.q.shape[2], whole=facts.padding is None and facts.segments is None)
+        return torch.zeros_like(out) if self.mode == "no_attention" else out
 
     def _ring_features(self, state: HybridState) -> Tensor:
         return self._per_state_head(self.feature_k(state.window.k))
@@ -243,7 +236,8 @@ class LinearizedAttention(nn.Module):
         padding = call.facts.padding
         active = None if padding is None else padding[:, 0]
         maps = None if self.mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
-        fused = fused_step(call.q, call.v, maps, settings)
+        needs_grad = any(t.requires_grad for t in (call.q, call.k, call.v, self.window_factor))
+        fused = fused_step(call.q, call.v, maps, settings, self.plain_impl(), needs_grad)
         if fused is not None:
             rest = (self._factor(), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
             out, state = fused(call.q, call.k, call.v, maps, *rest)
@@ -253,7 +247,7 @@ class LinearizedAttention(nn.Module):
             rest = (factor, state, settings, log_decay, active, call.sink_logits)
             with torch.autocast(call.q.device.type, enabled=False):
                 out, state = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
-        layer.advance(state, 1)
+        layer.advance(state, 1, whole=padding is None)
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
 
@@ -274,12 +268,12 @@ def hybrid_interface(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     linearized: Handover | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers: hands the call to the `LinearizedAttention` that started it."""
     if linearized is None:
@@ -287,12 +281,16 @@ def hybrid_interface(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function, so it cannot be "
             "linearized; leave this layer out with `layers`"
         )
-    layer, hidden, cache = linearized.layer, linearized.hidden, linearized.cache
+    layer, past = linearized.layer, linearized.past
     layer.check_sizes(query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    facts = read_mask(attention_mask, query.shape[2], cache is None, own_column(cache, layer.layer_idx))
-    call = AttentionCall(query, key, value, hidden, attention_mask, facts, scale, softcap, s_aux)
-    out = layer.dispatch(call, cache)
+    mask, (batch, _, tokens, _) = plain_tensor(attention_mask), query.shape
+    if layer.mode == "softmax" and layer.observer is None and mask is not None and mask.ndim == 4:
+        facts = TokenFacts(None, None)  # softmax attention can do what such a mask says, whatever it is
+    else:
+        facts = read_facts(mask, batch, tokens, past, read_texts(others, mask, batch, tokens, past, linearized.backend))
+    call = AttentionCall(query, key, value, linearized.hidden, mask, facts, scale, softcap, s_aux, past.seen)
+    out = layer.dispatch(call, linearized)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 

@@ -7,13 +7,32 @@ itself there; instead it takes its place in the cache at its first call (`linear
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
+from lolcats.errors import LolcatsError
 from lolcats.ops import HybridState
+
+
+class Past(NamedTuple):
+    """What the cache of a layer holds before a call, in the terms of a mask."""
+
+    seen: int | Tensor = 0
+    """Tokens so far, padding counted: the column of the first new token in a mask; a tensor in a static cache."""
+    length: Tensor | None = None
+    """[B]: tokens that the state stands for (neither padding nor an earlier document); None where there is no state."""
+    whole: bool = True
+    """Whether the state surely stands for all tokens so far."""
+    passes: int = 0
+    """Changes with each call in eager code: tells one forward pass from the next without asking the device."""
+    cached: bool = False
+    """Whether there is a cache."""
+    cache: weakref.ref[Cache] | None = None
+    """Which one; only in eager code."""
 
 
 class LinearizedLayer(CacheLayerMixin):
@@ -28,12 +47,23 @@ class LinearizedLayer(CacheLayerMixin):
         super().__init__()
         self.state: HybridState | None = None
         self.seen = 0
+        self.passes = 0
+        self.whole = True
 
-    def advance(self, state: HybridState, tokens: int) -> None:
-        """Keep the state after `tokens` more tokens (padding counted: `seen` is what position counters use)."""
+    def advance(self, state: HybridState, tokens: int, whole: bool = True) -> None:
+        """Keep the state after `tokens` more tokens (padding counted: `seen` is what position counters use).
+
+        `whole` says that every one of them is in the state: none was padding or of a document that is over.
+        """
         self.state = state
         self.seen += tokens
+        self._note(whole)
         self.is_initialized = True
+
+    def _note(self, whole: bool) -> None:
+        if not torch.compiler.is_compiling():  # numbers that change would have a step compiled again and again
+            self.passes += 1
+            self.whole = self.whole and whole
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +75,7 @@ class LinearizedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refused: a linearized layer keeps no keys and values that another attention could use."""
-        raise ValueError("the cache of a linearized layer can only be used by that layer; got an update from another")
+        raise LolcatsError("the cache of a linearized layer can only be used by that layer; got an update from another")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that masks speak of: all tokens so far."""
@@ -62,14 +92,14 @@ class LinearizedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused unless nothing is removed: folded keys cannot be taken out of the sums again."""
         if tokens_to_remove != 0:
-            raise ValueError(
+            raise LolcatsError(
                 "a linearized model cannot forget its last tokens (crop): their keys may already be folded into the "
                 "state. Keep a copy of the cache from before them instead; assisted generation is not possible"
             )
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.state, self.seen, self.is_initialized, self.whole = None, 0, False, True
 
     def _map(self, fn: Any) -> None:
         if self.state is not None:
@@ -110,9 +140,10 @@ class StaticLinearizedLayer(LinearizedLayer):
         self.counter = torch.tensor(0)
         self._buffers: HybridState | None = None
 
-    def advance(self, state: HybridState, tokens: int) -> None:
+    def advance(self, state: HybridState, tokens: int, whole: bool = True) -> None:
         """Write the state after `tokens` more tokens over the old one."""
         self._hold(state)
+        self._note(whole)
         if not self.is_initialized:
             self.counter = self.counter.to(state.length.device)
             _keep_address([self.counter])
@@ -159,19 +190,27 @@ def _keep_address(tensors: list[Tensor]) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def own_column(cache: Cache | None, layer_idx: int) -> int | Tensor | None:
-    """Column of the first new token in a mask of a static cache; None elsewhere: the new tokens come last."""
-    if cache is None or layer_idx >= len(cache.layers):
-        return None
-    layer = cache.layers[layer_idx]
-    return layer.get_seq_length() if isinstance(layer, StaticLayer | StaticLinearizedLayer) else None
+def past_of(cache: Cache | None, layer_idx: int) -> Past:
+    """What `cache` holds for a layer, whether it is linearized already or not."""
+    if cache is None:
+        return Past()
+    which = None if torch.compiler.is_compiling() else weakref.ref(cache)
+    if layer_idx >= len(cache.layers):
+        return Past(cached=True, cache=which)
+    layer: Any = cache.layers[layer_idx]
+    seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    if isinstance(seen, Tensor):
+        seen = seen.clone()  # a static layer counts in place
+    if not isinstance(layer, LinearizedLayer) or layer.state is None:
+        return Past(seen, cached=True, cache=which)
+    return Past(seen, layer.state.length, layer.whole, layer.passes, True, which)
 
 
 def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     """The linearized layer at `layer_idx`, put there in place of an empty one at its first use.
 
     Raises:
-        ValueError: the cache already holds tokens of a softmax layer at this place.
+        LolcatsError: the cache already holds tokens of a softmax layer at this place.
     """
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
@@ -180,9 +219,10 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
         return layer
     held = int(cache.get_seq_length(layer_idx))
     if held > 0:
-        raise ValueError(
+        raise LolcatsError(
             f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
-            f"{held} tokens of softmax attention"
+            f"{held} tokens of softmax attention (of another model, or of a model that runs its layers several times "
+            "in one pass, which cannot be linearized)"
         )
     new = StaticLinearizedLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else LinearizedLayer()
     cache.layers[layer_idx] = new

@@ -17,6 +17,7 @@ from lolcats.errors import LolcatsError
 from lolcats.feature_maps import build_feature_map
 from lolcats.modeling.attention import LinearizedAttention, Mode
 from lolcats.modeling.hf import mark_as_linearized
+from lolcats.modeling.inputs import install_hooks
 from lolcats.modeling.masks import NAME
 from lolcats.modeling.plain import check_plain
 from lolcats.modeling.start import match_start
@@ -143,12 +144,14 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
         inner = getattr(parent, child)
         wrapper = wrap(inner, config, model.config.get_text_config(decoder=True))
         inner.config = inner_config
+        wrapper.model_config = model.config.get_text_config(decoder=True)
         setattr(parent, child, wrapper)
     if len(chosen) == len(
         [m for m in model.modules() if getattr(m, "layer_idx", None) is not None and calls_interface(m)]
     ):
         # No softmax layer is left, so nobody needs an [N, N] mask.
         model.config._attn_implementation = NAME
+    install_hooks(model)
 
 
 def wrap(inner: nn.Module, config: LinearizationConfig, model_config: PretrainedConfig) -> LinearizedAttention:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from lolcats.config import LinearizationConfig, check_linearization
 from lolcats.errors import LolcatsError
@@ -89,17 +90,42 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
             "batch instead (left padding)"
         )
 
+    def _validate_generation_mode(self: PreTrainedModel, mode: Any, generation_config: Any, kwargs: Any) -> None:
+        check_generation(mode, generation_config)
+        cast(Any, base)._validate_generation_mode(self, mode, generation_config, kwargs)
+
     strict = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | FLOAT32_PARAMETERS
     attributes = {
         "__init__": __init__,
         "_apply": _apply,
         "init_continuous_batching": property(_no_pages),
         "continuous_batching_context_manager": refuse,
+        "_is_stateful": True,  # tokens cannot be taken back
+        "_validate_generation_mode": _validate_generation_mode,
         "__module__": __name__,
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,
     }
     return type(f"Linearized{base.__name__}", (base,), attributes)
+
+
+def check_generation(mode: str, generation_config: Any) -> None:
+    """Refuse ways to generate that take tokens back, before the first token is made.
+
+    Raises:
+        LolcatsError: assisted generation, by this model or as another's assistant, or contrastive search.
+    """
+    if getattr(generation_config, "is_assistant", False):
+        raise LolcatsError(
+            "a linearized model cannot be the assistant of another: tokens that are rejected would have to be taken "
+            "back from its state; leave out assistant_model, or take a model with softmax attention for it"
+        )
+    if mode in (GenerationMode.ASSISTED_GENERATION, GenerationMode.CONTRASTIVE_SEARCH):
+        raise LolcatsError(
+            f"{str(getattr(mode, 'value', mode)).replace('_', ' ')} takes tokens back, which the state of a linearized "
+            "model cannot; leave out assistant_model, prompt_lookup_num_tokens, use_mtp, assistant_early_exit and "
+            "penalty_alpha"
+        )
 
 
 def mark_as_linearized(model: PreTrainedModel, config: LinearizationConfig) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lolcats.errors import LolcatsError
 from lolcats.modeling.attention import AttentionCall, LinearizedAttention
 from lolcats.modeling.softmax import softmax_with_sinks
 from lolcats.ops.hybrid.layout import pair_masks
@@ -24,6 +25,8 @@ MATCHED_WINDOW_FACTOR = 4.0
 """sigmoid(4) = 0.982."""
 OFFSETS = tuple(0.5 * i - 6.0 for i in range(15))
 """-6 .. 1. At exp(-6) of its share the linear half is all but off, yet its gradient has not vanished."""
+SMALLEST_MASS = 1e-30
+"""Less than this is taken for no linear half at all."""
 MAX_ROWS, MAX_TOKENS = 4, 2048
 """Texts and tokens of each that are looked at: the computation is quadratic."""
 
@@ -61,15 +64,25 @@ def match_start(model: nn.Module, layers: list[LinearizedAttention], input_ids: 
 
 def _match(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:
     layer.window_factor.fill_(MATCHED_WINDOW_FACTOR)
+    if not bool(teacher.isfinite().all()):
+        raise LolcatsError(
+            f"the matched start reads the teacher's attention, and that of layer {layer.layer_idx} is not finite; look "
+            "whether the teacher's weights are, or take another dtype"
+        )
     rows = [_halves(layer, call, teacher, row) for row in range(call.q.shape[0])]
     if rows[0].share.shape[1] == 0:
         return
     both = _Halves(*(torch.cat(parts, 1) for parts in zip(*rows, strict=True)))
     share = both.share.mean(-1).clamp(1e-4, 1 - 1e-4)
-    matched = torch.logit(share) - torch.log(both.far_mass / both.near_mass).mean(-1)
+    odds = torch.logit(share) - torch.log(both.far_mass / both.near_mass).mean(-1)
+    # Without a softmax half (no window, no sinks) there is nothing that the features' scale is weighed against, and
+    # without a linear half (features that are 0, say) no scale makes one.
+    weighed = (both.near_mass > 0).all(-1) & (both.far_mass > SMALLEST_MASS).any(-1) & odds.isfinite()
+    matched = torch.where(weighed, odds, 0.0)
     errors = torch.stack([_output_error(both, matched + offset) for offset in OFFSETS])
     best = errors.argmin(0)
-    layer.query_scale.copy_(matched + torch.tensor(OFFSETS, device=matched.device)[best])
+    scale = torch.where(weighed, matched + torch.tensor(OFFSETS, device=matched.device)[best], 0.0)
+    layer.query_scale.copy_(scale)
 
 
 def _output_error(halves: _Halves, scale: Tensor) -> Tensor:
@@ -103,7 +116,7 @@ def _halves(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, ro
         linear = linear * torch.exp(between.masked_fill(~far, 0.0))
     linear = linear * far
     target = teacher[row, :, queries].float()
-    near_mass, far_mass = weights.sum(-1) + sink_weight, linear.sum(-1).clamp_min(1e-30)
+    near_mass, far_mass = weights.sum(-1) + sink_weight, linear.sum(-1).clamp_min(SMALLEST_MASS)
     return _Halves(target, share, weights @ v, near_mass, linear @ v, far_mass)
 
 

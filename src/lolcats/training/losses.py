@@ -33,14 +33,15 @@ def _mean_over_real(values: Tensor, document: Tensor | None) -> Tensor:
 def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall, document: Tensor | None) -> Tensor:
     """Cross-entropy between the attention weights of teacher and hybrid (Hedgehog, arXiv 2402.04347); O(N^2) memory.
 
-    The weights come from attending to the identity matrix as values, so they are those of the operation itself.
+    The weights come from attending to the identity matrix as values, so they are those of the operation itself: by the
+    layer's implementation, where "auto" is the chunked form, since the kernels' values are short.
     """
     n = call.q.shape[2]
     identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
     phi_q, phi_k, factor, log_decay = layer.features(call)
     weights = hybrid_attention(
         call.q, call.k, identity, phi_q, phi_k, factor, log_decay=log_decay, segment_ids=call.facts.segments,
-        impl="chunked", **layer.options(call),
+        impl="chunked" if layer.plain_impl() == "auto" else layer.plain_impl(), **layer.options(call),
     ).out  # fmt: skip
     causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
     if call.facts.segments is not None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ring_slots
 
+FULL_DECAY = -800.0
+"""exp of it is 0 in float64 too. Below it sums of decays lose what is between them, and far below they overflow."""
+
 
 class Settings(NamedTuple):
     """The numbers of one call: window, its kind, sinks, scale and cap of the scores."""
@@ -81,7 +84,7 @@ def extend(inputs: Inputs, settings: Settings) -> Extended:
     state, batch = inputs.state, inputs.q.shape[0]
     k, v, phi_k, log_decay = inputs.k, inputs.v, inputs.phi_k, inputs.log_decay
     if log_decay is not None:
-        log_decay = torch.where(position[:, None] >= 0, log_decay, 0.0)
+        log_decay = torch.where(position[:, None] >= 0, log_decay.clamp_min(FULL_DECAY), 0.0)
     sinks = find_sinks(inputs, settings, position)
     length = (position >= 0).sum(-1).expand(batch)
     ring = 0

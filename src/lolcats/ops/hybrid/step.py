@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,47 @@ from lolcats.ops.hybrid.layout import Settings
 from lolcats.ops.maps import MapWeights
 
 
-def fused_step(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings) -> Callable[..., Any] | None:
-    """The kernel's step for q [B, H, 1, D] and v [B, KV, 1, Dv], or None where it cannot run.
+def fused_step(
+    q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, impl: str = "auto", needs_grad: bool = True
+) -> Callable[..., Any] | None:
+    """The kernel's step for q [B, H, 1, D] and v [B, KV, 1, Dv], or None for the step in torch.
 
-    That is without a GPU, where gradients are wanted, under torch.compile, and for windows and sizes that it does not
-    take (`kernels.decode.can_step`).
+    Args:
+        maps: weights of the feature maps; None where they are not of a kind that the kernel makes itself.
+        impl: "triton" is the kernel; "auto" is the kernel on a GPU where it can run, in code that keeps no gradients;
+            every other name is the step in torch.
+        needs_grad: whether gradients are wanted where they are enabled.
+
+    Raises:
+        ValueError: `impl` is "triton" and the kernel cannot run the step; the message says why.
     """
-    if maps is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels_available(q.device):
+    if impl not in ("auto", "triton"):
         return None
-    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.hybrid.kernels.decode import can_step, decode_step
+    if impl == "auto" and (torch.is_grad_enabled() or not kernels_available(q.device)):
+        return None
+    reason = _refusal(q, v, maps, settings, needs_grad)
+    if reason is None:
+        return _kernels().decode_step
+    if impl == "triton":
+        raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
+    return None
 
-    return decode_step if can_step(q, v, maps, settings) else None
+
+def _kernels() -> Any:
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.hybrid.kernels import decode
+
+    return decode
+
+
+def _refusal(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, needs_grad: bool) -> str | None:
+    """Why the kernel cannot run a step, or None."""
+    if not kernels_available(q.device) and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device of compute capability 8.0 or later; the tensors are on {q.device}"
+    if torch.compiler.is_compiling():
+        return "it does not run under torch.compile"
+    if torch.is_grad_enabled() and needs_grad:
+        return "it gives no gradients; decode under torch.no_grad()"
+    if maps is None:
+        return "it makes the features of 'hedgehog' and 't2r' only, from weights at hand, and not in mode window_only"
+    return _kernels().step_refusal(q, v, maps, settings)

@@ -291,13 +291,21 @@ def advance_kernel(
     tl.store(length + batch, now + 1)
 
 
-def can_step(q: Tensor, v: Tensor, maps: MapWeights, settings: Settings) -> bool:
-    """Whether `decode_step` takes a call: sizes whose tiles fit into registers."""
-    if settings.window == 0 or q.dtype != v.dtype:
-        return False
+def step_refusal(q: Tensor, v: Tensor, maps: MapWeights, settings: Settings) -> str | None:
+    """Why `decode_step` does not take a call, or None: it takes sizes whose tiles fit into registers."""
+    if settings.window == 0:
+        return "it needs a window of at least 1"
+    if q.dtype != v.dtype or q.dtype == torch.float64:
+        return f"it takes queries and values of one dtype, not float64; got {q.dtype} and {v.dtype}"
     ring = padded(ring_slots(settings.window, settings.window_kind))
     size = max(padded(q.shape[3]), padded(v.shape[3]))
-    return max(ring, padded(maps.q.shape[2])) * size <= LARGEST_TILE and q.dtype != torch.float64
+    tile = max(ring, padded(maps.q.shape[2])) * size
+    if tile > LARGEST_TILE:
+        return (
+            f"its tiles hold {LARGEST_TILE} numbers, window slots or map columns times head size; got {tile} (window "
+            f"{settings.window}, D {q.shape[3]}, Dv {v.shape[3]})"
+        )
+    return None
 
 
 def decode_step(
