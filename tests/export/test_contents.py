@@ -102,9 +102,9 @@ def infinite(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop, r"has no tensor model.layers.1.self_attn.feature_q.weight"),
-        (add, r"does not know, model.layers.7.mlp.weight"),
-        (cut, r"another shape than config.json asks for, lm_head.weight"),
+        (drop, r"1 missing \(model.layers.1.self_attn.feature_q.weight\)"),
+        (add, r"1 not part of this model \(model.layers.7.mlp.weight\)"),
+        (cut, r"1 of another shape \(lm_head.weight"),
         (nan, r"model.norm.weight has values that are not finite"),
         (infinite, r"model.norm.weight has values that are not finite"),
     ],

@@ -28,6 +28,8 @@ START, SETTINGS, ENTRY = "lolcats.modeling.hf", "lolcats.config", "modeling_lolc
 IMPORT = re.compile(r"^(\s*)from (lolcats(?:\.\w+)*) import ", re.MULTILINE)
 REGISTRATION = "AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)\n"
 HOOK_NAME = 'NAME = "lolcats"\n'
+STAND_INS = {"LinearizationConfig", "check_linearization"}
+"""What modules may import of the settings."""
 NAMED_MODULE = re.compile(r"lolcats(\.\w*)+")
 """A text that names a module, or the beginning of such a text."""
 TRITON = re.compile(r"(?:^import triton\b.*\n)+", re.MULTILINE)
@@ -83,7 +85,7 @@ def flat_name(module: str) -> str:
 
 
 def settings_source() -> str:
-    """A plain class with the fields and defaults of `LinearizationConfig`."""
+    """The names of `STAND_INS`: a plain class with the fields and defaults of `LinearizationConfig`."""
     fields = "".join(
         f"    {name}: Any = {field.get_default(call_default_factory=True)!r}\n"
         for name, field in LinearizationConfig.model_fields.items()
@@ -99,6 +101,13 @@ class LinearizationConfig:
 {fields}
     def model_dump(self, mode: str = "json") -> dict[str, Any]:
         return asdict(self)
+
+
+def check_linearization(settings: Any, source: str = "config.json") -> LinearizationConfig:
+    try:
+        return LinearizationConfig(**settings)
+    except TypeError as error:
+        raise ValueError(f"{{source}} cannot be used: linearization: {{error}}") from error
 '''
 
 
@@ -119,7 +128,7 @@ def check_imports(module: str, text: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
             assert node.level == 0, f"{module} must not import relatively"
-            assert node.module != SETTINGS or names == {"LinearizationConfig"}, f"{module} imports {names}"
+            assert node.module != SETTINGS or names <= STAND_INS, f"{module} imports {names} from {SETTINGS}"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not NAMED_MODULE.fullmatch(node.value), f"{module} has {node.value!r}: imported by its name?"
 

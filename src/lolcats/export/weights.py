@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lolcats.errors import LolcatsError
 from lolcats.export.contents import weight_files
 from lolcats.modeling import linearized_layers
+from lolcats.printable import reason
+from lolcats.weights import all_finite, check_complete
 
 
 def check_model(folder: Path) -> None:
@@ -19,22 +21,14 @@ def check_model(folder: Path) -> None:
 
     Raises:
         LolcatsError: the folder holds no linearized model, or tensors are missing, foreign, of another shape or not
-            numbers; the message names the first.
+            numbers; the message names the first of them.
     """
-    files = weight_files(folder)
-    for file in files:
+    for file in weight_files(folder):
         _check_numbers(file)
-    model, info = _load_shapes(folder)
+    model, found = _load_shapes(folder)
     if not linearized_layers(model):
         raise LolcatsError(f"{folder} holds no linearized model; expected a folder that lolcats linearize wrote")
-    for what, names in (
-        ("has no tensor", info["missing_keys"]),
-        ("has a tensor that the model does not know,", info["unexpected_keys"]),
-        ("has a tensor of another shape than config.json asks for,", [name for name, *_ in info["mismatched_keys"]]),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise LolcatsError(f"{folder} {what} {min(names)}{more}; export a folder as lolcats linearize wrote it")
+    check_complete(found, str(folder))
 
 
 def _load_shapes(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -50,8 +44,7 @@ def _load_shapes(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     except LolcatsError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LolcatsError(f"{folder} cannot be loaded, so it is not exported: {first}") from error
+        raise LolcatsError(f"{folder} cannot be loaded, so it is not exported: {reason(error)}") from error
     return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
 
 
@@ -66,5 +59,5 @@ def _check_numbers(file: Path) -> None:
 
 def check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
     """Raise LolcatsError where a tensor has values that are not finite numbers."""
-    if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-        raise LolcatsError(f"{file}: {name} has values that are not finite numbers (NaN or infinite); train it anew")
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise LolcatsError(f"{file}: {name} has values that are not finite (NaN or infinite); train it anew")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ def run_status(run: SweepRun) -> Status:
     folder = RunFolder.of(run.config)
     if not folder.config_file.exists():
         return "new"
-    if not folder.results().get("complete"):
+    if not folder.results().get("complete") or not folder.has_model():
         return "started"
     return "finished" if Measured.of_run(folder).is_complete(run.measure) else "trained"
 
@@ -101,8 +100,10 @@ def open_folder(sweep: Sweep, source: Path, replaced: Sequence[SweepRun] = ()) -
     """
     check_runs(sweep, replaced)
     for run in replaced:
-        if RunFolder.of(run.config).config_file.exists():
-            _delete(RunFolder.of(run.config).path)
+        folder = RunFolder.of(run.config)
+        if folder.config_file.exists():
+            with folder.held():
+                folder.clear()
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,19 +111,6 @@ def open_folder(sweep: Sweep, source: Path, replaced: Sequence[SweepRun] = ()) -
     file = sweep.folder / SWEEP_FILE
     if not (file.exists() and source.exists() and file.samefile(source)):
         write_text(file, sweep.text)
-
-
-def _delete(run: Path) -> None:
-    """Delete a run; where its folder is a link, what is in it."""
-    items = list(run.iterdir()) if run.is_symlink() else [run]
-    for item in items:
-        try:
-            if item.is_dir() and not item.is_symlink():
-                shutil.rmtree(item)
-            else:
-                item.unlink()
-        except OSError as error:
-            raise LolcatsError(f"cannot delete {error.filename or item}: {error.strerror or error}") from error
 
 
 @contextmanager
