@@ -34,17 +34,12 @@ def fused_step(
         return None
     reason = _refusal(q, v, maps, settings, needs_grad)
     if reason is None:
-        return _kernels().decode_step
+        from lolcats.ops.hybrid.kernels.decode import decode_step
+
+        return decode_step
     if impl == "triton":
         raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
     return None
-
-
-def _kernels() -> Any:
-    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.hybrid.kernels import decode
-
-    return decode
 
 
 def _refusal(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, needs_grad: bool) -> str | None:
@@ -57,4 +52,7 @@ def _refusal(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, 
         return "it gives no gradients; decode under torch.no_grad()"
     if maps is None:
         return "it makes the features of 'hedgehog' and 't2r' only, from weights at hand, and not in mode window_only"
-    return _kernels().step_refusal(q, v, maps, settings)
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.hybrid.kernels.decode import step_refusal
+
+    return step_refusal(q, v, maps, settings)
