@@ -177,7 +177,7 @@ def test_every_module_is_found_by_transformers_and_asks_for_no_other_package(tmp
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)
         wanted = set(get_imports(tmp_path / f"{name}.py")) - set(sys.stdlib_module_names)
-        assert wanted <= {"torch", "transformers"}, (name, wanted)
+        assert wanted <= {"numpy", "torch", "transformers"}, (name, wanted)  # numpy: transformers needs it too
     start = tmp_path / "lolcats_modeling_hf.py"
     assert {Path(file).stem for file in get_relative_import_files(start)} | {start.stem} == set(files)
 
