@@ -101,10 +101,9 @@ def explained(source: str) -> Iterator[None]:
                 f"cannot load {source!r}: it is no whole GGUF file of a model that transformers can read "
                 f"({type(error).__name__}: {reason(error)}); copy it again"
             ) from error
-        raise LolcatsError(
-            f"cannot load {source!r}: expected a hub name, a folder with config.json and safetensors, a .gguf file or "
-            f"'demo'; {type(error).__name__}: {reason(error)}"
-        ) from error
+        places = "expected a hub name, a folder with config.json and safetensors, a .gguf file or 'demo'; "
+        places = "" if Path(source).is_dir() else places
+        raise LolcatsError(f"cannot load {source!r}: {places}{type(error).__name__}: {reason(error)}") from error
 
 
 def check_adapter_on_hub(source: str) -> None:
