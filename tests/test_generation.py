@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrained
 
 from lolcats import LolcatsError
 from lolcats.errors import DataError
-from lolcats.generation import encode, sample, try_sample, write_tokens
+from lolcats.generation import encode, sample, write_tokens
 
 
 @pytest.fixture
@@ -64,8 +64,6 @@ def test_predictions_that_are_no_numbers(model: LlamaForCausalLM, tiny_tokenizer
         model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(LolcatsError, match="NaN or infinite"):
         sample(model, tiny_tokenizer, "the river")
-    text, note = try_sample(model, tiny_tokenizer, "the river")
-    assert text is None and note is not None and "NaN" in note
 
 
 @pytest.mark.parametrize("prompt", ["", "a\udcffb"])
@@ -92,4 +90,4 @@ def test_a_table_of_positions_ends(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     ).eval()  # fmt: skip
     with pytest.raises(LolcatsError, match="context of 24"):
         sample(model, tiny_tokenizer, "the river", 40)
-    assert try_sample(model, tiny_tokenizer, "the river").note is None
+    assert sample(model, tiny_tokenizer, "the river")  # as much as there is room for

@@ -145,7 +145,8 @@ def test_finite_numbers_whose_sum_is_not() -> None:
 def test_scales_of_quantized_weights_are_looked_at(teacher: LlamaForCausalLM) -> None:
     weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     weight.SCB = torch.tensor([1.0, torch.nan])  # type: ignore[attr-defined]  # where bitsandbytes keeps them
-    teacher.model.layers[0].self_attn.q_proj.weight = weight
+    layer: Any = teacher.model.layers[0]
+    layer.self_attn.q_proj.weight = weight
     with pytest.raises(LolcatsError, match=r"q_proj\.weight"):
         check_finite(teacher, "m")
 

@@ -11,8 +11,9 @@ import pytest
 
 from lolcats.cli.terminal import SafeConsole
 from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+from tiny import make_tokenizer
 
-from .conftest import Run, make_tokenizer
+from .conftest import Run
 
 ESCAPES = "\x1b]52;c;eA==\x07\x9b31m[/red]\u202e"
 
