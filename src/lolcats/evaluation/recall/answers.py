@@ -76,16 +76,28 @@ def _generate(
     ids, mask = _left_padded([prompt.ids for prompt in batch], _filler(tokenizer))
     stop = _Settled(tokenizer, batch, ids.shape[1], settled)
     check_token_ids(ids, model, "the prompt")
-    # A penalty for repetition, or whatever else a model's generation settings say, would punish the right answer.
-    with own_settings(model, tokenizer, {"max_new_tokens": new_tokens}) as config:
-        config.pad_token_id = _filler(tokenizer)
+    with own_settings(model, tokenizer, {}):
         written = cast(Any, model).generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=config,
+            max_new_tokens=new_tokens,
+            pad_token_id=_filler(tokenizer),
             stopping_criteria=StoppingCriteriaList([stop]),
+            **GREEDY,
         )
     return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""Whatever a model's generation settings say: a penalty for repetition would punish the right answer."""
 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
