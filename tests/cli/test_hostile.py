@@ -108,8 +108,8 @@ def test_tokens_that_the_model_does_not_know(cli: Run, teacher: Path, arguments:
     (tmp_path / "new.txt").write_text("<new> the cat sat on the mat " * 300)
     source = f"data.sources=['{tmp_path / 'new.txt'}']"
     cli("generate", teacher, "<new> cat").refused("the prompt holds token", "resize_token_embeddings")
-    cli("linearize", teacher, *arguments[2:], source).refused("the training text holds token")
-    cli("evaluate", teacher, "--sources", "new.txt", "--length", "16").refused("the text to measure on holds token")
+    cli("linearize", teacher, *arguments[2:], source).refused("holds token 300")
+    cli("evaluate", teacher, "--sources", "new.txt", "--length", "16").refused("holds token 300")
     assert cli("generate", teacher, "the cat", "--max-new-tokens", "2").code == 0
 
 
