@@ -21,7 +21,7 @@ from lolcats.settings import DataConfig as DataConfig
 from lolcats.settings import SourceConfig as SourceConfig
 from lolcats.strict_yaml import read_yaml, write_yaml
 
-MOST_PROBLEMS = 50
+MOST_PROBLEMS = 20
 """Wrong settings that a message explains."""
 Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
 
@@ -192,9 +192,10 @@ def check_linearization(settings: object, source: str = "config.json") -> Linear
         ConfigError: settings that cannot be used; the message names them.
     """
     try:
-        return LinearizationConfig.model_validate(settings)
+        return RunConfig.model_validate({"linearization": settings}).linearization
     except ValidationError as error:
-        lines = "; ".join(f"linearization.{line}" for line in explain(error, list(LinearizationConfig.model_fields)))
+        valid = [f"linearization.{key}" for key in LinearizationConfig.model_fields]
+        lines = "; ".join(explain(error, ["linearization", *valid]))
         raise ConfigError(f"{source} cannot be used: {lines}") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,49 +23,38 @@ from transformers import (
 
 from lolcats.errors import DataError, LolcatsError
 from lolcats.evaluation.context import check_context, context_limit, ends_there
-from lolcats.printable import reason
 from lolcats.vocabulary import check_token_ids, vocabulary_size
 
+SHOWN = 40
+"""Tokens of a text that only shows what a model is like."""
 SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_p")
 """Options that are generation settings; all others go to `generate` as they are."""
 
 
-class Sample(NamedTuple):
-    """A text for show."""
-
-    text: str | None
-    note: str | None
-    """Why there is no text."""
-
-
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 40, **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    **options: Any,
 ) -> str:
     """Continuation of `prompt`, without it; greedy unless `options` say otherwise.
 
     Args:
         model, tokenizer: what writes.
         prompt: the text to continue.
-        max_new_tokens: how much to write at most.
+        max_new_tokens: how much to write at most; None is 40, or what is left of a table of positions.
         options: do_sample, temperature, top_p, streamer, past_key_values.
 
     Raises:
         LolcatsError: what `write_tokens` raises, or a prompt that is no text.
     """
     ids = encode(tokenizer, prompt)
+    if max_new_tokens is None:
+        room = (context_limit(model) or 0) - ids.shape[1] if ends_there(model) else SHOWN
+        max_new_tokens = max(1, min(SHOWN, room))
     written = write_tokens(model, tokenizer, ids, max_new_tokens=max_new_tokens, **options)
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def try_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Sample:
-    """As `sample`, for texts that are only shown: whatever goes wrong becomes a note, and the caller goes on."""
-    try:
-        room = 40
-        if ends_there(model):
-            room = max(1, min(room, (context_limit(model) or room) - encode(tokenizer, prompt).shape[1]))
-        return Sample(sample(model, tokenizer, prompt, room), None)
-    except Exception as error:
-        return Sample(None, f"{type(error).__name__}: {reason(error)}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Tensor:
@@ -106,7 +95,7 @@ def write_tokens(
     options["max_new_tokens"] = max_new_tokens
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     ids = ids.to(model.device)
-    with _own_settings(model, tokenizer, settings) as config:
+    with own_settings(model, tokenizer, settings) as config:
         return cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -129,10 +118,16 @@ class _Finite(LogitsProcessor):
 
 
 @contextmanager
-def _own_settings(
+def own_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> Iterator[GenerationConfig]:
-    """Inside, the model has settings of ours alone: `generate` fills what a call leaves open from the model's."""
+    """Inside, the model has settings of ours alone: `generate` fills what a call leaves open from the model's.
+
+    Args:
+        model: gets its own settings back at the end; of them, the tokens that end or fill a text are kept.
+        tokenizer: of the model.
+        settings: what else `GenerationConfig` takes.
+    """
     before = model.generation_config
     rows = vocabulary_size(model)
     ends = [token for token in _tokens(getattr(before, "eos_token_id", None)) if rows is None or token < rows]

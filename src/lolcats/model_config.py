@@ -55,12 +55,11 @@ def read_model_config(source: str) -> PretrainedConfig:
                 f"its model_type is {raw.get('model_type', 'unknown to transformers')!r:.80}; "
                 "expected a model that transformers knows"
             ) from error
-        expected = (
+        places = (
             "" if raw else "expected a hub name, a folder with config.json and safetensors, a .gguf file or 'demo'; "
         )
-        raise LolcatsError(
-            f"cannot load {source!r}: {expected}its configuration cannot be read: {type(error).__name__}: {reason(error)}"
-        ) from error
+        what = f"its configuration cannot be read: {type(error).__name__}: {reason(error)}"
+        raise LolcatsError(f"cannot load {source!r}: {places}{what}") from error
     check_config(config, source)
     return config
 

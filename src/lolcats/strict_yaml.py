@@ -16,6 +16,16 @@ MOST_LEVELS = 30
 
 
 class _Loader(yaml.SafeLoader):
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.level >= MOST_LEVELS:  # here already, since the scanner takes long over many open brackets
+            raise yaml.YAMLError(f"it is nested too deeply; expected {MOST_LEVELS} levels at most")
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if repeated := [key for key, count in Counter(keys).items() if count > 1]:
@@ -53,8 +63,6 @@ def read_yaml(text: str) -> Any:
         if (size := _size(node, {}, 1)) > MOST_CHARACTERS:
             raise yaml.YAMLError(f"its aliases stand for {size:,} characters; expected {MOST_CHARACTERS:,} at most")
         return loader.construct_document(node)
-    except RecursionError as error:
-        raise yaml.YAMLError(f"it is nested too deeply; expected {MOST_LEVELS} levels at most") from error
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # 2024-99-99, !!int "", ...
         raise yaml.YAMLError(f"it holds a value that cannot be read: {error}") from error
 
@@ -71,7 +79,9 @@ def _size(node: yaml.Node, known: dict[int, int], level: int) -> int:
         yaml.YAMLError: a node inside itself, too many levels, or a character that no file can hold.
     """
     if level > MOST_LEVELS:
-        raise yaml.YAMLError(f"it is nested too deeply, or in itself; expected {MOST_LEVELS} levels at most")
+        raise yaml.YAMLError(
+            f"an alias stands for itself, or for too many levels; expected {MOST_LEVELS} levels at most"
+        )
     if isinstance(node, yaml.ScalarNode):
         if bad := re.search("[\x00\ud800-\udfff]", node.value):
             raise yaml.MarkedYAMLError(problem=f"unusable character {bad[0]!r}", problem_mark=node.start_mark)

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lolcats.device import check_impl
 from lolcats.errors import LolcatsError
@@ -101,10 +101,9 @@ def explained(source: str) -> Iterator[None]:
                 f"cannot load {source!r}: it is no whole GGUF file of a model that transformers can read "
                 f"({type(error).__name__}: {reason(error)}); copy it again"
             ) from error
-        raise LolcatsError(
-            f"cannot load {source!r}: expected a hub name, a folder with config.json and safetensors, a .gguf file or "
-            f"'demo'; {type(error).__name__}: {reason(error)}"
-        ) from error
+        places = "expected a hub name, a folder with config.json and safetensors, a .gguf file or 'demo'; "
+        places = "" if Path(source).is_dir() else places
+        raise LolcatsError(f"cannot load {source!r}: {places}{type(error).__name__}: {reason(error)}") from error
 
 
 def check_adapter_on_hub(source: str) -> None:
@@ -147,13 +146,14 @@ def _load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         LolcatsError: it was not.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         source,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # their names are needed; `check_complete` refuses them
         **options,
     )
+    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     check_complete(found, str(Path(source) / options["gguf_file"] if "gguf_file" in options else source))
     return model
 

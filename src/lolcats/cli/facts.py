@@ -15,6 +15,7 @@ from lolcats.model_folder import check_place, expand_model
 from lolcats.modeling import LinearizedAttention, linearized_layers
 from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local
 from lolcats.ops import HybridState, hybrid_attention
+from lolcats.printable import reason
 from lolcats.teacher import load_teacher
 
 
@@ -72,6 +73,10 @@ def read_facts(source: str) -> ModelFacts:
         name = type(config).__name__.removesuffix("Config")
         if isinstance(error, LolcatsError):
             raise
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            raise LolcatsError(
+                f"no model can be built from config.json of {source!r}: {type(error).__name__}: {reason(error)}"
+            ) from error
         return ModelFacts(name, "-", layers, [], [], f"{name} is {kind} that transformers can load as such")
     return describe(model)
 

@@ -40,9 +40,14 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return one_line(f"{error.filename}: {reason}" if error.filename else reason)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _out_of_memory(error):
         return "out of memory; use smaller batches, shorter sequences or a smaller model"
     return f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)[:1000])  # torch on CPUs
 
 
 def is_usage_error(error: Exception) -> bool:

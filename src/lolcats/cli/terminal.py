@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -16,8 +17,8 @@ from lolcats.printable import printable
 class SafeConsole(Console):
     """A console for names, paths and results of others: no markup, no emoji codes, control characters written out."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(width=width, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string as text; written out here already, so that tables know how wide it is."""
@@ -32,5 +33,5 @@ class SafeConsole(Console):
 def write_anything() -> None:
     """Let characters that the encoding of standard output lacks be written out instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall.needles import Prompt
+from lolcats.generation import own_settings
+from lolcats.vocabulary import check_token_ids
 
 Settled = Callable[[str, Sequence[str]], bool]
 
@@ -73,14 +75,16 @@ def _generate(
 ) -> list[str]:
     ids, mask = _left_padded([prompt.ids for prompt in batch], _filler(tokenizer))
     stop = _Settled(tokenizer, batch, ids.shape[1], settled)
-    written = cast(Any, model).generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=new_tokens,
-        pad_token_id=_filler(tokenizer),
-        stopping_criteria=StoppingCriteriaList([stop]),
-        **GREEDY,
-    )
+    check_token_ids(ids, model, "the prompt")
+    with own_settings(model, tokenizer, {}):
+        written = cast(Any, model).generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            pad_token_id=_filler(tokenizer),
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **GREEDY,
+        )
     return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -1,0 +1,93 @@
+"""Texts of our own are written by our own settings, whatever the model's generation settings ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from lolcats import LolcatsError
+from lolcats.errors import DataError
+from lolcats.generation import encode, sample, write_tokens
+
+
+@pytest.fixture
+def model(make_teacher: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return make_teacher(vocab_size=len(tiny_tokenizer))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stop_strings": ["e"]},
+        {"prompt_lookup_num_tokens": 3},
+        {"return_dict_in_generate": True},
+        {"num_beams": 3},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"cache_implementation": "static"},
+        {"max_length": 2},
+        {"min_length": 50},
+        {"forced_eos_token_id": 3},
+        {"repetition_penalty": 9.0},
+        {"temperature": 5.0},
+        {"guidance_scale": 3.0},
+        {"eos_token_id": [10**6], "pad_token_id": -5},
+        {"suppress_tokens": [1, 2]},
+        {"use_cache": False},
+    ],
+)
+def test_settings_of_the_model_do_not_reach_samples(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]
+) -> None:
+    wanted = sample(model, tiny_tokenizer, "the river", 8)
+    assert model.generation_config is not None
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config.to_dict()
+    assert sample(model, tiny_tokenizer, "the river", 8) == wanted
+    assert model.generation_config.to_dict() == before
+
+
+def test_the_end_of_a_text_is_the_models(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = encode(tiny_tokenizer, "the river")
+    long = write_tokens(model, tiny_tokenizer, ids, max_new_tokens=8)
+    assert model.generation_config is not None and long.shape[1] == ids.shape[1] + 8
+    model.generation_config.eos_token_id = [int(long[0, ids.shape[1]])]
+    assert write_tokens(model, tiny_tokenizer, ids, max_new_tokens=8).shape[1] == ids.shape[1] + 1
+
+
+def test_predictions_that_are_no_numbers(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(LolcatsError, match="NaN or infinite"):
+        sample(model, tiny_tokenizer, "the river")
+
+
+@pytest.mark.parametrize("prompt", ["", "a\udcffb"])
+def test_prompts_that_are_no_text(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    with pytest.raises(DataError):
+        sample(model, tiny_tokenizer, prompt)
+
+
+def test_tokens_that_the_model_does_not_know(
+    make_teacher: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(DataError, match=r"the prompt holds token \d+, but the model knows 0 to 19 "):
+        sample(make_teacher(vocab_size=20), tiny_tokenizer, "the river")
+
+
+def test_a_table_of_positions_ends(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tiny_tokenizer), hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=24, word_embed_proj_dim=16, pad_token_id=0, bos_token_id=0, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    with pytest.raises(LolcatsError, match="context of 24"):
+        sample(model, tiny_tokenizer, "the river", 40)
+    assert sample(model, tiny_tokenizer, "the river")  # as much as there is room for
