@@ -71,6 +71,10 @@ def test_interrupted_recall_goes_on(cli: Run, place: Path, monkeypatch: pytest.M
         (["--recall", "passkey", "--lengths", "4096"], ["4,096", "context of 2,048", "--beyond-context"]),
         (["--recall", "niah_single_2", "--haystack", "gone.txt"], ["gone.txt", "matches no file"]),
         (["--recall", "passkey", "--json", "gone/x.json"], ["no folder gone"]),
+        (["--recall", "passkey", "--json", "."], ["is a folder"]),
+        (["--json", "~/no/such/x.json"], ["no folder", "/no/such"]),
+        (["--recall", "passkey", "--plot", "~/no/such/x.png"], ["no folder", "/no/such"]),
+        (["--recall", "passkey", "--lengths", "9" * 5000], ["--lengths"]),
         (["--recall", "passkey", "--length", "512"], ["--length goes with perplexity", "--lengths"]),
         (["--lengths", "512"], ["--lengths goes with --recall"]),
         (["--beyond", "4"], ["--beyond", "--length"]),
@@ -79,6 +83,44 @@ def test_interrupted_recall_goes_on(cli: Run, place: Path, monkeypatch: pytest.M
 def test_refusals(cli: Run, place: Path, words: list[str], parts: list[str]) -> None:
     """One line each."""
     cli("evaluate", place / "teacher", *words).refused(*parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--recall", "vt,niah_single_3", "--haystack", "gone.txt"], ["gone.txt", "matches no file"]),
+        (["--sources", "gone.txt"], ["gone.txt", "matches no file"]),
+        (["--sources", "hf:./gone::test"], ["./gone", "no split 'test'"]),
+        (["--sources", "a.txt", "--length", "64", "--last", "64"], ["last=64"]),
+    ],
+)
+def test_wrong_text_is_found_before_the_model_is_loaded(cli: Run, words: list[str], parts: list[str]) -> None:
+    """Minutes of loading come after what can be said at once: here there is no model at all."""
+    Path("gone").mkdir()
+    Path("gone/train.jsonl").write_text('{"text": "x"}')
+    cli("evaluate", "./no-model", *words).refused(*parts)
+
+
+def test_broken_progress_is_named(cli: Run, place: Path) -> None:
+    """And what to do with it."""
+    for content in (
+        "",
+        "[]",
+        '{"settings": 3, "cells": []}',
+        '{"settings": {}, "cells": [{"variant": "x"}]}',
+        "\udcff",
+    ):
+        Path("x.json.progress").write_text(content, errors="surrogateescape")
+        words = ["--recall", "passkey", *WORDS, "--json", "x.json"]
+        cli("evaluate", place / "teacher", *words).refused("x.json.progress", "move it away")
+
+
+def test_home_is_expanded(cli: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the name of the file that is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--length", "16", "--max-segments", "1", "--json", "~/x.json"]
+    answer = cli("evaluate", place / "teacher", *words)
+    assert answer.code == 0 and (tmp_path / "x.json").is_file() and "the default text" in answer.out
 
 
 def test_a_model_without_tokenizer(cli: Run, place: Path, tmp_path: Path) -> None:

@@ -42,6 +42,53 @@ def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: 
     assert content["scores"]["teacher"]["kl"] == 0
 
 
+@pytest.mark.parametrize(
+    "extra", [["evaluation.max_segments=3", "evaluation.last=5"], ["evaluation.sources=[text.txt]"]]
+)
+def test_evaluate_of_a_run_measures_what_the_run_measured(
+    cli: Run, place: Path, arguments: list[str], extra: list[str]
+) -> None:
+    """By its recipe alone, without a cap of ours: to the last digit."""
+    shutil.copy(place / "text.txt", "text.txt")
+    assert cli(*arguments, "name=own", "data.validation_sequences=40", *extra, "evaluation.batch_size=3").code == 0
+    answer = cli("evaluate", "runs/own", "--json", "x.json")
+    assert answer.code == 0, answer.err
+    results, found = (json.loads(Path(name).read_text()) for name in ("runs/own/results.json", "x.json"))
+    count = results["evaluation"]["segments"]
+    assert count == 3 if "max_segments" in extra[0] else count > 32
+    free = found["scores"]["training_free"]["perplexity"]  # its gate, which cancels, has another start here
+    assert free == pytest.approx(results["perplexity"]["training_free"], rel=1e-6)
+    for name in ("teacher", "student"):
+        score = found["scores"][name]
+        assert (score["perplexity"], score["by_position"]) == (
+            results["perplexity"][name],
+            results["by_position"][name],
+        )
+        assert score["tokens"] == results["evaluation"]["tokens"]
+    if "max_segments" in extra[0]:
+        assert "of the text of" in answer.out and "that was held out from training" in answer.out
+        short = cli("evaluate", "runs/own", "--max-segments", "1", "--json", "x.json")
+        assert short.code == 0 and json.loads(Path("x.json").read_text())["scores"]["teacher"]["tokens"] == 5
+        cli("evaluate", "runs/own", "--length", "4000").refused("held out", "4000", "--sources")
+
+
+def test_evaluate_says_that_the_text_is_gone(cli: Run, place: Path, finished: Path) -> None:
+    """Of a run whose text was moved away: its name, and the way round it."""
+    model = shutil.copytree(finished / "model", Path("copied"))
+    recipe = model / RECIPE_FILE
+    recipe.write_text(recipe.read_text().replace("text.txt", "gone.txt"))
+    cli("evaluate", model).refused("held out", "gone.txt", "--sources")
+
+
+def test_runs_say_that_there_is_little_text(cli: Run, arguments: list[str]) -> None:
+    """In the output and in the results; the default data say so too."""
+    answer = cli(*arguments, "name=little", "data.max_tokens=160", "transfer.tokens=640", "finetune.enabled=false")
+    notes = json.loads(Path("runs/little/results.json").read_text())["notes"]
+    assert answer.code == 0 and answer.err == ""
+    assert len(notes) == 1 and notes[0] in answer.out
+    assert "transfer reads them" in notes[0] and "transfer.tokens" in notes[0]
+
+
 def test_evaluate_reads_copies_of_data_sets(cli: Run, place: Path, finished: Path) -> None:
     """Named by the option, or by the recipe of the model; the numbers are those of the file."""
     source, words = "hf:some/text", ["--teacher", "none", "--control", "none", "--json", "x.json"]

@@ -1,5 +1,6 @@
 """The cache of tokens: written once, continued, repaired, shared."""
 
+import io
 import json
 import os
 import shutil
@@ -120,6 +121,42 @@ def damage_index(folder: Path) -> None:
 
 def damage_type(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps([1, 2]))
+
+
+def _replace_table(folder: Path, content: bytes) -> None:
+    """Another table of documents, listed with its right size, time and checksum."""
+    state = cache._write_bytes(folder / "00001.npy", content)
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][1]["files"]["00001.npy"] = state
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_a_table_that_is_no_table_is_made_again(root):
+    """Pickled, empty, of another type, or of other tokens: none of it is trusted or run."""
+    read(Source())
+    folder = next((root / "tokens").iterdir())
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{"a": 1}]), allow_pickle=True)
+    tables = [np.zeros((3, 2)), np.zeros((10_000, 2), np.int64), np.full((3, 2), -1)]
+    for content in (pickled.getvalue(), b"", b"x" * 200, *map(cache._npy, tables)):
+        _replace_table(folder, content)
+        mended, after = Source(), Source()
+        assert read(mended) == EVERYTHING and mended.given
+        assert read(after) == EVERYTHING and not after.given
+
+
+@pytest.mark.parametrize("name", ["index.json", ".lock", "00001.bin", "00009.npy"])
+def test_a_folder_where_a_file_belongs(name, root):
+    """Mended, or said in a line."""
+    read(Source())
+    place = next((root / "tokens").iterdir()) / name
+    place.unlink(missing_ok=True)
+    (place / "inside").mkdir(parents=True)
+    try:
+        assert read(Source()) == EVERYTHING
+    except DataError as error:
+        assert str(place) in str(error) or str(place.parent) in str(error)
+        assert "LOLCATS_CACHE=FOLDER" in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("damage", [damage_byte, damage_length, damage_missing, damage_index, damage_type])

@@ -216,6 +216,19 @@ def test_raw_files_of_a_named_set_are_those_of_the_hub(write_lines, tmp_path):
     assert list(iter_records("redpajama-sample", local)) == [{"text": "y"}]
 
 
+@pytest.mark.parametrize(
+    ("config", "files"), [("..", None), ("small/../small", None), ("a", "[broken"), ("a", "../outside.jsonl")]
+)
+def test_a_copy_is_never_left(config, files, wiki, write_lines):
+    """By a configuration that is a path, or by a card; and what the library says comes in one line."""
+    write_lines("outside.jsonl", [{"text": "outside"}])
+    if files is not None:
+        (wiki / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {files}\n---\n")
+    with pytest.raises(DataError, match=r"cannot load|no configuration|not in it") as caught:
+        texts(f"hf:some/wiki:{config}:train", wiki)
+    assert "\n" not in str(caught.value)
+
+
 def test_names_that_datasets_knows_are_folders_here(write_lines, tmp_path, monkeypatch):
     """`json` is also a module of the library, and a folder without data is not another one."""
     write_lines("json/train.jsonl", [{"text": "x"}])

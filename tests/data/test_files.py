@@ -79,6 +79,14 @@ def test_other_files_say_what_to_do(name, said, tmp_path):
             texts(source)
 
 
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "[", "hf:" + "x" * 5000])
+def test_names_that_no_file_can_have(source, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(DataError, match=r"matches no file|is missing"):
+        texts(source)
+
+
 def test_tables_are_read_as_the_advice_says(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "tables").mkdir()

@@ -6,6 +6,7 @@ card of the repository or by names of files. Nothing else is ever read in their 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,11 @@ def library(source: str) -> ModuleType:
     return datasets
 
 
+def in_words(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
 @contextmanager
 def hushed(datasets: ModuleType) -> Iterator[None]:
     """Without the warnings and bars of the libraries: what matters is an error."""
@@ -150,7 +156,7 @@ def _load_saved(folder: Path, datasets: ModuleType) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets and its readers have no common class of errors
-        raise DataError(f"cannot read {folder}, a folder of save_to_disk: {error}") from error
+        raise DataError(f"cannot read {folder}, a folder of save_to_disk: {in_words(error)}") from error
 
 
 def _read_saved_split(folder: Path, config: str | None, split: str, source: str) -> Iterator[Row]:
@@ -177,17 +183,17 @@ def _read_repository(folder: Path, config: str | None, split: str, source: str) 
         except DataError as error:
             raise DataError(f"{error}, which {source!r} asks for") from error
         except Exception as error:  # as in _load_saved
-            raise DataError(f"cannot load {source!r} from {folder}: {error}") from error
+            raise DataError(f"cannot load {source!r} from {folder}: {in_words(error)}") from error
         splits = {str(name): [str(file) for file in names] for name, names in files.items()}
         if split not in splits:
             found = ", ".join(splits) or "none"
             of = f" in its configuration {builder.config.name!r}" if config is not None else ""
             raise DataError(f"{folder} has no split {split!r}{of}, which {source!r} asks for; it has {found}")
-        _check_shards(splits[split])
+        _check_files(splits[split], folder)
         try:
             rows = builder.as_streaming_dataset(split=split)
         except Exception as error:  # as in _load_saved
-            raise DataError(f"cannot load {source!r} from {folder}: {error}") from error
+            raise DataError(f"cannot load {source!r} from {folder}: {in_words(error)}") from error
     return _numbered(rows, str(folder))
 
 
@@ -205,13 +211,15 @@ def _builder(datasets: ModuleType, folder: Path, config: str | None) -> Any:
     if known == ["default"]:  # without a card, folders are named after configurations
         if folder.name == config:
             return datasets.load_dataset_builder(str(folder))
-        if (folder / config).is_dir():
+        if config not in (".", "..") and Path(config).name == config and (folder / config).is_dir():
             return datasets.load_dataset_builder(str(folder / config))
     raise DataError(f"{folder} has no configuration {config!r} (found: {', '.join(known)})")
 
 
-def _check_shards(files: Sequence[str]) -> None:
-    """Refuse a download that broke off: NAME-00000-of-00002 without NAME-00001-of-00002."""
+def _check_files(files: Sequence[str], folder: Path) -> None:
+    """Refuse files elsewhere, and a download that broke off: NAME-00000-of-00002 without NAME-00001-of-00002."""
+    if strays := [file for file in files if not Path(os.path.normpath(file)).is_relative_to(folder)]:
+        raise DataError(f"the card of {folder} names {strays[0]}, which is not in it; name that file itself")
     numbers: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if found := _SHARD.match(file):
@@ -226,10 +234,11 @@ def _check_shards(files: Sequence[str]) -> None:
 def _numbered(rows: Any, name: str) -> Iterator[Row]:
     number = 0
     try:
-        for row in rows:
-            yield dict(row), f"{name} row {number}"
-            number += 1
+        with hushed(library(name)):
+            for row in rows:
+                yield dict(row), f"{name} row {number}"
+                number += 1
     except DataError:
         raise
     except Exception as error:  # as in _load_saved
-        raise DataError(f"cannot read {name} at row {number}: {error}") from error
+        raise DataError(f"cannot read {name} at row {number}: {in_words(error)}") from error

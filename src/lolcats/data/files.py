@@ -53,15 +53,15 @@ def find_files(source: str, suffixes: tuple[str, ...], hint: str = "") -> list[P
             a source may be.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's own questions fail on names that are too long
         found = _walk(path)
-    elif path.is_file() or path.is_symlink():
+    elif os.path.isfile(path) or os.path.islink(path):
         found = [path]
     else:
         found = _glob(path)
     files = sorted(file for file in found if has_ending(file.name, suffixes))
     if not files:
-        what = f"has no {', '.join(suffixes)} file" if found or path.exists() else "matches no file or folder"
+        what = f"has no {', '.join(suffixes)} file" if found or os.path.exists(path) else "matches no file or folder"
         advice = next((text for ends, text in _ADVICE.items() if any(has_ending(f.name, ends) for f in found)), "")
         other = f"; {advice}" if advice else f"; give a path, a folder or a glob{hint}"
         raise DataError(f"source {source!r} {what}{other}")
@@ -130,7 +130,7 @@ def find_data(source: str, hint: str = "") -> list[Path]:
 
 def is_saved_dataset(source: str) -> bool:
     """Whether a folder was written by `Dataset.save_to_disk` of the library datasets."""
-    return any((Path(source).expanduser() / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any(os.path.isfile(Path(source).expanduser() / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def read_files(files: Sequence[Path], in_proportion: bool = False) -> Iterator[Row]:

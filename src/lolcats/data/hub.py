@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lolcats.data.copies import hushed, library, read_copy
+from lolcats.data.copies import hushed, in_words, library, read_copy
 from lolcats.data.files import mix_streams
 from lolcats.data.records import Row
 from lolcats.errors import DataError
@@ -35,7 +35,7 @@ def read_hub(
     Raises:
         DataError: it cannot be reached and there is no copy; or it cannot be loaded.
     """
-    if Path(name).expanduser().exists():
+    if os.path.exists(Path(name).expanduser()):
         if revision is not None:
             raise DataError(f"source {source!r} is on this machine and has no revision {revision}; leave revision out")
         yield from read_copy(name, config, split, source=source)
@@ -48,7 +48,7 @@ def read_hub(
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # datasets, its readers and the network have no common class of errors
-        raise DataError(f"cannot load {source!r}: {error}") from error
+        raise DataError(f"cannot load {source!r}: {in_words(error)}") from error
     yield from _numbered(rows, source)
 
 
@@ -79,7 +79,9 @@ def _numbered(rows: Any, source: str) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"reading {source!r} broke off at row {number} ({error}); run again to go on") from error
+        raise DataError(
+            f"reading {source!r} broke off at row {number} ({in_words(error)}); run again to go on"
+        ) from error
 
 
 def read_hub_files(name: str, pattern: str, *, source: str, revision: str | None = None) -> Iterator[Row]:
@@ -100,7 +102,7 @@ def read_hub_files(name: str, pattern: str, *, source: str, revision: str | None
     try:
         found: dict[str, Any] = dict(hub.glob(f"{place}/{pattern}", detail=True))  # type: ignore[arg-type]
     except Exception as error:
-        raise DataError(f"cannot list the files of {source!r}: {error}") from error
+        raise DataError(f"cannot list the files of {source!r}: {in_words(error)}") from error
     if not found:
         raise DataError(f"{source!r}: {name} on the hub has no files {pattern}; it may have changed")
     files = [(path, int(found[path]["size"]), lambda path=path: hub.open(path, "rb")) for path in sorted(found)]
@@ -154,8 +156,7 @@ def _downloaded(name: str, revision: str | None, source: str, trouble: str, kept
         return snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
     except (OSError, ValueError):
         pass
-    other_rows = isinstance(kept, ValueError)  # else there was nothing
-    found = f" ({' '.join(str(kept).split())})" if other_rows else ""
+    found = f" ({in_words(kept)})" if isinstance(kept, ValueError) else ""  # else nothing is there
     flags = [f"{flag}={os.environ[flag]}" for flag in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if flag in os.environ]
     key = source if not source.startswith("hf:") else name
     raise DataError(

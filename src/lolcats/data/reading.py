@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -227,10 +228,10 @@ def source_identity(settings: SourceConfig, local: Mapping[str, str]) -> dict[st
         return identity | {"topics": digest(topics)}
     place = hub_place(source) if named is not None or source.startswith("hf:") else None
     copy = local_copy(source, local)
-    if place is not None and copy is None and not Path(place[0]).expanduser().exists():
+    if place is not None and copy is None and not os.path.exists(Path(place[0]).expanduser()):
         return identity | {"hub": place, "revision": settings.revision, "named": named and source}
     folder = copy if copy is not None else place[0] if place is not None else source
-    if Path(folder).expanduser().is_dir() and (place is not None or is_saved_dataset(folder)):
+    if os.path.isdir(Path(folder).expanduser()) and (place is not None or is_saved_dataset(folder)):
         files = sorted(file for file in Path(folder).expanduser().rglob("*") if file.is_file())
     else:
         files = find_data(folder, HINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -110,7 +111,7 @@ def check_source(source: str | SourceConfig, local: Mapping[str, str]) -> None:
             raise DataError(f"data.local names {copy} for {source!r}, but {error}") from error
     elif source.startswith("hf:"):
         name, config, split = hub_place(source)
-        if Path(name).expanduser().exists():
+        if os.path.exists(Path(name).expanduser()):
             read_copy(name, config, split, source=source)
     elif source not in NAMES:
         _rows(settings, named, local)
@@ -135,7 +136,7 @@ def check_settings(settings: SourceConfig) -> None:
         given = [key for key in keys if getattr(settings, key) not in (None, {})]
         if given and not fits:
             raise DataError(f"source {name!r} does not take {given[0]}, which goes with sources {kind}; leave it out")
-    if on_hub and settings.revision is not None and Path(hub_place(name)[0]).expanduser().exists():
+    if on_hub and settings.revision is not None and os.path.exists(Path(hub_place(name)[0]).expanduser()):
         raise DataError(f"source {name!r} is on this machine and has no revisions; leave revision out")
 
 

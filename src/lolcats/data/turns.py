@@ -30,6 +30,8 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 _LABELS = ("tool_call_id", "name")  # of the answers of tools; templates may use them
 _REFUSED = ("history", "images", "videos", "audios", "documents", "chat_template_kwargs")
 
+_UNSHOWN = ("function_call", "images", "audio")  # of a turn
+
 
 def read_turns(
     row: Mapping[str, Any], key: str, where: str, keys: Mapping[str, str] | None = None, prefix: str = ""
@@ -86,6 +88,11 @@ def _read_turn(turn: Mapping[str, Any], where: str, keys: Mapping[str, str]) -> 
     role = check_text(turn.get(role_key), role_key, where)
     if shared and role not in _SPEAKERS:
         raise DataError(f'{where}: "from" is {role!r}; expected one of {", ".join(_SPEAKERS)}')
+    if names := [name for name in _UNSHOWN if turn.get(name)] or ["weight"] * (turn.get("weight") == 0):
+        raise DataError(f'{where}: a turn comes with "{names[0]}", which cannot be followed; leave such rows out')
+    calls = turn.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise DataError(f'{where}: "tool_calls" must be a list of objects, got {shorten(calls)}')
     extras = {name: turn[name] for name in (*EXTRAS, *_LABELS) if turn.get(name)}
     content = turn.get(content_key)
     if content is None and "tool_calls" in extras:
