@@ -1,9 +1,11 @@
 """How the processes of one run learn that one of them has failed: a key in a store that all of them read.
 
 A thread of each process looks every half second. A process that fails writes why; one that is killed cannot, so those
-of its machine write it for it. The store lives in the main process, and a question to a store that is gone takes minutes
-to fail: so a second thread only looks whether the main process is there. Whoever reads it prints it and ends at once: its main thread may wait for the failed one
+of its machine write it for it. Whoever reads it prints it and ends at once: its main thread may wait for the failed one
 inside a library, where no exception of Python reaches it.
+
+The store lives in the main process, and a question to a store that is gone takes minutes to fail. So a second thread
+only looks whether the main process is there.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"mse_factor": 2.0}, "transfer.mse_factor"), ({"target": "linear"}, "transfer.target"), ({"batch_size": 2, "tokens": 240}, "transfer.batch_size")],
+    [({"mse_factor": 2.0}, "transfer.mse_factor"), ({"target": "linear"}, "transfer.target"),
+     ({"batch_size": 2, "tokens": 240}, "transfer.batch_size")],
     ids=str,
 )  # fmt: skip
 def test_other_settings_are_refused_by_name(
@@ -140,14 +141,12 @@ def test_best_weights_that_are_gone_are_not_replaced_by_the_last(
     make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
     folder = tmp_path / "stage"
-    result = train(make_student(window=4), training_data, folder, lr=3.0, schedule="constant")  # grows worse
+    result = train(make_student(window=4), training_data, folder, lr=100.0, schedule="constant")  # grows worse
     assert result.best_step < result.steps
     kept = (folder / "best.safetensors").read_bytes()
     (folder / "best.safetensors").unlink()
-    again = {"lr": 3.0, "schedule": "constant"}
-    with pytest.raises(
-        LolcatsError, match=rf"best.safetensors is missing.* of step {result.best_step}.*delete its folder"
-    ):
+    again = {"lr": 100.0, "schedule": "constant"}
+    with pytest.raises(LolcatsError, match=rf"is missing.* of step {result.best_step}.*delete its folder"):
         train(make_student(window=4), training_data, folder, **again)
     (folder / "best.safetensors").write_bytes(kept[:-9])
     with pytest.raises(LolcatsError, match=r"cannot read the checkpoint .*best.safetensors"):
@@ -174,17 +173,15 @@ def test_the_last_weights_may_be_the_best(make_student: Students, training_data:
 def test_weights_that_break_in_the_last_step_are_noticed(
     make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        LolcatsError, match=r"validation loss is .* at step 1; there is no checkpoint of this stage yet"
-    ):
-        train(make_student(window=4), training_data, tmp_path, tokens=80, lr=1e30)
+    with pytest.raises(LolcatsError, match=r"at step 1; there is no checkpoint of this stage yet"):
+        train(make_student(window=4), training_data, tmp_path, tokens=80, lr=3e38)
     assert not list(tmp_path.iterdir())
     assert train(make_student(window=4), training_data, tmp_path, tokens=80, lr=1e-3).steps == 1
 
 
 def test_a_broken_step_is_not_kept(make_student: Students, training_data: TrainingData, tmp_path: Path) -> None:
-    with pytest.raises(LolcatsError, match=r"there is no checkpoint of this stage yet"):
-        train(make_student(window=4), training_data, tmp_path, lr=1e30, checkpoint_every=1, validate_every=5)
+    with pytest.raises(LolcatsError, match=r"at step 1; there is no checkpoint of this stage yet"):
+        train(make_student(window=4), training_data, tmp_path, lr=3e38, checkpoint_every=1, validate_every=5)
     assert not list(tmp_path.iterdir())
 
 
@@ -222,7 +219,8 @@ def spoil(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        odd(step="three"), odd(step=-1), odd(step=None), odd(seconds=None), odd(best=3), odd(best={}), odd(schedule=None),
+        odd(step="three"), odd(step=-1), odd(step=None), odd(seconds=None), odd(best=3), odd(best={}),
+        odd(schedule=None),
         odd(schedule={"factor": "x", "best": 1, "waited": 0}), odd(best_step=99), odd(step=10**9), odd(changes=4),
         lose_one, spoil, without("optimizer:"), without("optimizer:step"), without("random:"),
         cast("optimizer:exp_avg", torch.float16), cast("parameter:", torch.bfloat16), cast("random:", torch.int64),
@@ -253,8 +251,9 @@ def test_metrics_that_cannot_be_read_do_not_stop_a_run(
 ) -> None:
     metrics = tmp_path / "metrics.jsonl"
     good = b'{"stage": "transfer", "step": 3, "lr": 0.1}\n'
+    odd_lines = b"{}\n"
     metrics.write_bytes(
-        b"{}\n" + good + b'e": 3}\n\xff\xfe\n[1]\n' + b"\0" * 9 + b'\n{"stage": "transfer", "step": 9}\n{"st'
+        odd_lines + good + b'e": 3}\n\xff\xfe\n[1]\n' + b"\0" * 9 + b'\n{"stage": "transfer", "step": 9}\n{"st'
     )
     train(make_student(window=4), training_data, begun, Reporter(metrics))
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
