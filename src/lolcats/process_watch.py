@@ -3,6 +3,9 @@
 A thread of each process looks every half second. A process that fails writes why; one that is killed cannot, so those
 of its machine write it for it. Whoever reads it prints it and ends at once: its main thread may wait for the failed one
 inside a library, where no exception of Python reaches it.
+
+The store lives in the main process, and a question to a store that is gone takes minutes to fail. So a second thread
+only looks whether the main process is there.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +25,10 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long the main process, in which the store lives, waits until the others have read why it ends."""
-CONNECT_SECONDS = 60
+CONNECT_SECONDS, ANSWER_SECONDS = 60, 10
+"""How long the store may take to be there, and to answer."""
 FAILED, DONE, READ = "failed", "done", "read"
+_KILLED = FAILED + " process {} ended without a word: it was killed, perhaps for want of memory"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -49,15 +54,17 @@ class ProcessWatch:
     Args:
         store: what they share.
         rank: of this process.
-        processes: how many there are.
+        places: `own_place` of all processes.
     """
 
-    def __init__(self, store: TCPStore, rank: int, processes: int) -> None:
-        self.store, self.rank, self.processes = store, rank, processes
+    def __init__(self, store: TCPStore, rank: int, places: Sequence[str]) -> None:
+        self.store, self.rank, self.places = store, rank, places
         self._ending = threading.Event()
-        store.set(f"process{rank}", f"{_machine()} {os.getpid()}")
-        self._thread = threading.Thread(target=self._watch, name="lolcats-processes", daemon=True)
-        self._thread.start()
+        store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        looks = [self._watch, self._watch_main][: 2 if rank else 1]
+        self._threads = [threading.Thread(target=look, name="lolcats-processes", daemon=True) for look in looks]
+        for thread in self._threads:
+            thread.start()
 
     def done(self) -> None:
         """This process has done its part: from here on it may end."""
@@ -67,7 +74,8 @@ class ProcessWatch:
     def stop(self) -> None:
         """Look no more."""
         self._ending.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(ANSWER_SECONDS)
 
     def tell(self, error: BaseException, text: str) -> str | None:
         """Let the others know that this process ends.
@@ -75,8 +83,7 @@ class ProcessWatch:
         Returns:
             What ended another process before, where `error` is but its consequence here; else None.
         """
-        self._ending.set()
-        self._thread.join()
+        self.stop()
         with suppress(RuntimeError):  # the store ends with the main process
             reason = self._consequence_of(error)
             if reason is None:
@@ -91,26 +98,26 @@ class ProcessWatch:
             try:
                 message = self._message()
             except RuntimeError:
-                message = f"{FAILED} process 0 ended without a word: it was killed, or its machine is gone"
+                message = _KILLED.format(0)
             if message is not None and not self._ending.is_set():
                 self._end(message)
 
     def _message(self) -> str | None:
         """Why a process has ended, None while all live."""
+        if not _lives(self.places[0]):
+            return _KILLED.format(0)
         if self.store.check([FAILED]):
             return self.store.get(FAILED).decode()
-        for rank in range(self.processes):
-            if rank != self.rank and self._is_gone(rank):
-                self._post(f"{FAILED} process {rank} ended without a word: it was killed, perhaps for want of memory")
+        for rank, place in enumerate(self.places):
+            if not _lives(place) and not self.store.check([f"{DONE}{rank}"]):
+                self._post(_KILLED.format(rank))
                 return self.store.get(FAILED).decode()
         return None
 
-    def _is_gone(self, rank: int) -> bool:
-        """Whether a process of this machine has ended before it was done; of other machines nobody can say."""
-        if not self.store.check([f"process{rank}"]):
-            return False
-        machine, _, number = self.store.get(f"process{rank}").decode().rpartition(" ")
-        return machine == _machine() and not _runs(int(number)) and not self.store.check([f"{DONE}{rank}"])
+    def _watch_main(self) -> None:
+        while not self._ending.wait(POLL_SECONDS):
+            if not _lives(self.places[0]):  # it may not end before this process is done
+                self._end(_KILLED.format(0))
 
     def _consequence_of(self, error: BaseException) -> str | None:
         """The reason of another process, if this process's `error` may be due to it."""
@@ -131,13 +138,14 @@ class ProcessWatch:
         """Say that this process knows; the main one waits for the others, which could read nothing without it."""
         count = self.store.add(READ, 1)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.rank == 0 and count < self.processes and time.monotonic() < deadline:
+        while self.rank == 0 and count < len(self.places) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 5)
             count = self.store.add(READ, 0)
 
     def _end(self, message: str) -> None:
         with suppress(RuntimeError):
-            self._acknowledge()
+            if _lives(self.places[0]):
+                self._acknowledge()
         kind, _, text = message.partition(" ")
         prefix = f"[process {self.rank}] " if self.rank else ""
         line = "interrupted" if kind == "interrupted" else f"error: {text}"
@@ -146,6 +154,11 @@ class ProcessWatch:
                 print("\x1b[?25h", end="", flush=True)  # a progress bar had hidden the cursor
             print(f"{prefix}{line}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED if kind == "interrupted" else 1)
+
+
+def own_place() -> str:
+    """Where this process is: its machine and its number there."""
+    return f"{_machine()} {os.getpid()}"
 
 
 def _machine() -> str:
@@ -157,9 +170,16 @@ def _machine() -> str:
     return f"{socket.gethostname()}{space}"
 
 
-def _runs(process: int) -> bool:
-    """Whether a process of this machine still runs; one that has ended but was not yet waited for does not."""
+def _lives(place: str) -> bool:
+    """Whether the process at a place still runs; one that has ended but was not yet waited for does not.
+
+    Of other machines nobody can say: theirs live.
+    """
+    machine, _, number = place.rpartition(" ")
+    if machine != _machine():
+        return True
     try:
+        process = int(number)
         os.kill(process, 0)
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from lolcats.errors import LolcatsError
-from lolcats.process_watch import ProcessWatch, connect
+from lolcats.process_watch import ProcessWatch, connect, own_place
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
     address = os.environ.get("MASTER_ADDR") or socket.gethostname()
     rank, count = accelerator.process_index, accelerator.num_processes
     store = connect(rank, count, address, lambda port: from_main_process(accelerator, lambda: port))
-    watch = ProcessWatch(store, rank, count)
+    watch = ProcessWatch(store, rank, gather_object([own_place()]))
     try:
         yield
         watch.done()

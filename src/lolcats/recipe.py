@@ -13,9 +13,9 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from lolcats.config import RunConfig
-from lolcats.data import build_datasets, check_sources
+from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
-from lolcats.device import check_impl, choose_device, choose_dtype, describe_device
+from lolcats.device import check_impl, choose_device
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
@@ -26,7 +26,7 @@ from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
 from lolcats.processes import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.run_folder import RunFolder
-from lolcats.run_state import Run, forget_measurements, new_results
+from lolcats.run_state import Run, open_run, with_facts
 from lolcats.saving import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.teacher import load_teacher
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
@@ -34,7 +34,6 @@ from lolcats.training.finetune import check_lora
 from lolcats.vocabulary import vocabulary_size
 
 SAMPLE_PROMPT = "The most important thing to know about computers is"
-FORMATS = ("float32", "bfloat16", "float16")
 
 
 def linearize(
@@ -63,7 +62,7 @@ def linearize(
             check_batch_size(stage, settings.batch_size, accelerator.num_processes)
     folder = RunFolder.of(config)
     with ending_together(accelerator), ExitStack() as held:
-        results = from_main_process(accelerator, lambda: _open(folder, config, device, held, resume, overwrite))
+        results = from_main_process(accelerator, lambda: open_run(folder, config, device, held, resume, overwrite))
         if results is None:
             return folder
         run = _prepare(config, folder, accelerator, device, console, results, started)
@@ -75,27 +74,6 @@ def linearize(
         on_main_process(accelerator, lambda: save_results(folder.model, run.results))
         run.write_results()
     return folder
-
-
-def _open(
-    folder: RunFolder, config: RunConfig, device: torch.device, held: ExitStack, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
-    """Open the run's folder in the main process; what it has measured so far, or None if it is finished."""
-    if resume and folder.is_finished(config):
-        return None
-    if not resume:
-        check_sources(config.data, config.evaluation.sources)  # before anything is written or loaded
-    held.enter_context(folder.held())
-    folder.prepare(config, resume=resume, overwrite=overwrite)
-    asked = config.evaluation.model_dump(mode="json", exclude={"batch_size"})
-    results = folder.results()
-    results.pop("complete", None)  # its model is gone, and is made again
-    if results.get("measured_with", asked) != asked:
-        forget_measurements(results)
-    dtype = results.get("dtype") if config.dtype == "auto" else None  # another device might choose another one
-    if dtype not in FORMATS:
-        dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    return results | {"dtype": dtype, "measured_with": asked}
 
 
 def _prepare(
@@ -121,11 +99,7 @@ def _prepare(
     segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
     notes = notes_on_data(config, len(train_set) * train_set.ids.shape[1], shown)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
-    facts = {"model": config.model, "device": describe_device(device), "dtype": results["dtype"]}
-    measured = {"segments": segments.shape[0], "length": segments.shape[1], "last": config.evaluation.last}
-    facts |= {"quantization": config.quantization, "seed": config.seed}
-    results = new_results(**facts, evaluation=measured, generation={"prompt": SAMPLE_PROMPT}) | results
-    results["evaluation"] |= measured
+    results = with_facts(results, config, device, segments, SAMPLE_PROMPT)
     results["data_notes"] = notes
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)

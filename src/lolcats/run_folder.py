@@ -209,18 +209,24 @@ class RunFolder:
         now = config.model_dump(mode="json")
         before = self._read_config()[0].model_dump(mode="json")
         complete = bool(self.results().get("complete"))
-        states: dict[str, StageState] = {}
-        for stage in STAGES:
-            states[stage], settings = self._stage(stage)
-            if settings:  # what it was really trained with, whatever config.yaml says by now
-                before |= {name: before[name] | section for name, section in with_defaults(settings).items()}
-            if complete:
-                states[stage] = "finished"
-        if (states["transfer"], states["finetune"])[0] == "new" != states["finetune"] and config.transfer.enabled:
+        found = {stage: self._stage(stage) for stage in STAGES}
+        states: dict[str, StageState] = {s: "finished" if complete else state for s, (state, _) in found.items()}
+        if states["transfer"] == "new" != states["finetune"] and config.transfer.enabled:
             raise LolcatsError(
                 f"{self.checkpoints('transfer') / 'last.safetensors'} is missing, though stage 2 has begun; put it "
                 f"back, or delete {self.path / 'checkpoints'} to train both stages anew"
             )
+        for stage, (_, settings) in found.items():
+            # What it was really trained with, whatever config.yaml says by now.
+            trained = with_defaults(settings)
+            known = {name: now[name] for name in trained if name in now}
+            if bad := forbidden(differences(trained, known), states, complete):
+                raise LolcatsError(
+                    f"{self.checkpoints(stage) / 'last.safetensors'} was made with other settings, which cannot change "
+                    f"any more: {tell(bad)}. Use those, delete its folder to start the stage anew, or choose another "
+                    "name=..."
+                )
+            before |= trained
         if bad := forbidden(differences(before, now), states, complete):
             raise LolcatsError(
                 f"{self.path} was made with other settings than this command, and they cannot change any more: "

@@ -5,21 +5,27 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
+from lolcats.data import check_sources
+from lolcats.device import choose_dtype, describe_device
 from lolcats.evaluation import Measurement
 from lolcats.modeling import linearized_layers
 from lolcats.ops import kernels_available
 from lolcats.processes import describe, on_main_process
 from lolcats.run_folder import RunFolder
 from lolcats.training import Reporter, TrainingData
+
+FORMATS = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -85,14 +91,55 @@ class Run:
             self.results["notes"] = notes
 
 
-def new_results(**facts: Any) -> dict[str, Any]:
-    """Results of a run that has measured nothing yet."""
+def open_run(
+    folder: RunFolder, config: RunConfig, device: torch.device, held: ExitStack, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Open the run's folder, in the main process.
+
+    Args:
+        held: keeps other processes out of the run until it is closed.
+
+    Returns:
+        What the run has measured so far, with the format of its weights; None if it is finished.
+
+    Raises:
+        LolcatsError: see `RunFolder.prepare`; or another process works on the run, or text is missing.
+    """
+    if resume and folder.is_finished(config):
+        return None
+    if not resume:
+        check_sources(config.data, config.evaluation.sources)  # before anything is written or loaded
+    held.enter_context(folder.held())
+    folder.prepare(config, resume=resume, overwrite=overwrite)
+    asked = config.evaluation.model_dump(mode="json", exclude={"batch_size"})
+    results = folder.results()
+    results.pop("complete", None)  # its model is gone, and is made again
+    if results.get("measured_with", asked) != asked:
+        _forget_measurements(results)
+    dtype = results.get("dtype") if config.dtype == "auto" else None  # another device might choose another one
+    if dtype not in FORMATS:
+        dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    return results | {"dtype": dtype, "measured_with": asked}
+
+
+def with_facts(
+    results: dict[str, Any], config: RunConfig, device: torch.device, segments: Tensor, prompt: str
+) -> dict[str, Any]:
+    """Results with what is known before anything is measured; what they hold already stays."""
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    sections = ("perplexity", "kl", "by_position", "tokens", "tokens_per_second", "seconds")
-    return {"date": date, **facts, **{name: {} for name in sections}}
+    facts = {"date": date, "model": config.model, "device": describe_device(device), "dtype": results["dtype"]}
+    facts |= {"quantization": config.quantization, "seed": config.seed, "evaluation": {}}
+    sections = {name: {} for name in ("perplexity", "kl", "by_position", "tokens", "tokens_per_second", "seconds")}
+    results = {**facts, **sections, "generation": {"prompt": prompt}, **results}
+    results["evaluation"] |= {
+        "segments": segments.shape[0],
+        "length": segments.shape[1],
+        "last": config.evaluation.last,
+    }
+    return results
 
 
-def forget_measurements(results: dict[str, Any]) -> None:
+def _forget_measurements(results: dict[str, Any]) -> None:
     """Leave out what was measured on another text or in another way."""
     for name in ("perplexity", "kl", "by_position", "notes"):
         results.pop(name, None)

@@ -120,7 +120,7 @@ def test_checkpoint_of_another_run(cli: Run, stopped: list[str], arguments: list
     options = ["name=b", "linearization.feature_size=4", "finetune.enabled=false"]
     assert cli(*arguments, *options).code == 0
     shutil.copy("runs/b/checkpoints/transfer/last.safetensors", CHECKPOINT)
-    cli(*stopped).refused("made with other settings", "linearization.feature_size none -> 4")
+    cli(*stopped).refused("made with other settings", "linearization.feature_size 4 -> none")
 
 
 @pytest.mark.parametrize("target", ["recommended", "paper"])

@@ -113,6 +113,7 @@ def restore_training(
     """
     tensors, metadata = load_tensors(path)
     states = _optimizer_states(path, tensors, parameters, metadata["step"])
+    _restore_random(path, tensors)
     restore_parameters(path, tensors, parameters)
     for name, p in parameters.items():
         if name in states:  # the step counter stays where AdamW keeps it: on the CPU unless fused
@@ -120,7 +121,6 @@ def restore_training(
             optimizer.state[p] = {
                 k: v if k == "step" and not fused else v.to(p.device) for k, v in states[name].items()
             }
-    _restore_random(path, tensors)
     return metadata
 
 

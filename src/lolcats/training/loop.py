@@ -37,6 +37,9 @@ from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
 from lolcats.training.stage import Stage, TrainingData, TrainResult
 
+LARGEST_LR = torch.finfo(torch.float32).max / 10
+"""AdamW divides it by 0.1 in its first step."""
+
 
 def train(
     stage: Stage,
@@ -60,6 +63,8 @@ def train(
             or there are more processes than sequences in a batch.
     """
     check_batch_size(stage.name, config.batch_size, accelerator.num_processes)
+    if config.lr > LARGEST_LR:
+        raise LolcatsError(f"{stage.name}.lr is {config.lr:g}, more than a step in float32 can hold; lower it")
     loop = _Loop(stage, config, data, folder, reporter, accelerator, seed, autocast)
     return loop.run()
 

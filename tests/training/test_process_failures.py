@@ -1,0 +1,140 @@
+"""One process of several that fails, is killed or interrupted ends the others, soon and with its message."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, signal, socket, sys, time
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+
+from lolcats.errors import LolcatsError
+from lolcats.processes import check_same, ending_together, from_main_process
+
+torch.set_num_threads(1)
+
+
+def waits(accelerator):
+    accelerator.reduce(torch.ones(1), "sum")  # for a process that never comes
+
+
+def fails(accelerator):
+    raise LolcatsError("the river is dry")
+
+
+def breaks(accelerator):
+    raise KeyError("no such stone")
+
+
+def dies(accelerator):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupts(accelerator):
+    raise KeyboardInterrupt
+
+
+def idles(accelerator):
+    time.sleep(100)
+
+
+def agrees(accelerator):
+    assert from_main_process(accelerator, lambda: accelerator.process_index) == 0
+    check_same(accelerator, "same", "the data")
+    time.sleep(2 * accelerator.process_index)  # longer than a look at the others takes
+
+
+def differs(accelerator):
+    check_same(accelerator, str(accelerator.process_index), "the data")
+
+
+def main_breaks(accelerator):
+    from_main_process(accelerator, lambda: {}["stone"])
+
+
+SCENES = {
+    "other_fails": (waits, fails), "main_fails": (fails, waits), "other_breaks": (idles, breaks),
+    "other_dies": (idles, dies), "main_dies": (dies, idles), "dies_in_exchange": (waits, dies),
+    "interrupted": (interrupts, waits), "agree": (agrees, agrees), "differ": (differs, differs),
+    "main_breaks": (main_breaks, main_breaks),
+}
+
+
+def child(name, rank, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"}
+    output = os.open(f"{sys.argv[1]}/{name}-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    accelerator = Accelerator(cpu=True)
+    try:
+        with ending_together(accelerator):
+            SCENES[name][rank](accelerator)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+for name in SCENES:
+    port, started = free_port(), time.monotonic()
+    pids = []
+    for rank in range(2):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            child(name, rank, port)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(name, *codes, round(time.monotonic() - started), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """Folder with what the processes wrote; of each scene both exit codes and the seconds it took."""
+    folder = tmp_path_factory.mktemp("scenes")
+    (folder / "script.py").write_text(SCRIPT)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", str(folder / "script.py"), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return folder, {(words := line.split())[0]: [int(word) for word in words[1:]] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("scene", "codes", "told"),
+    [
+        ("other_fails", [1, 1], ["error: process 1: the river is dry", "error: the river is dry"]),
+        ("main_fails", [1, 1], ["error: the river is dry", "[process 1] error: process 0: the river is dry"]),
+        ("other_breaks", [1, 1], ["process 1: KeyError: 'no such stone'", ""]),
+        ("other_dies", [1, -9], ["process 1 ended without a word", ""]),
+        ("main_dies", [-9, 1], ["", "process 0 ended without a word"]),
+        ("dies_in_exchange", [1, -9], ["process 1 ended without a word", ""]),
+        ("interrupted", [130, 130], ["", "[process 1] interrupted"]),
+        ("agree", [0, 0], ["", ""]),
+        ("differ", [1, 1], ["the data to be the same in all processes", "the data to be the same in all processes"]),
+        ("main_breaks", [1, 1], ["'stone'", "KeyError: 'stone'"]),
+    ],
+)  # fmt: skip
+def test_one_ends_all(ended: tuple[Path, dict[str, list[int]]], scene: str, codes: list[int], told: list[str]) -> None:
+    folder, scenes = ended
+    outputs = [(folder / f"{scene}-{rank}").read_text() for rank in range(2)]
+    assert scenes[scene][:2] == codes, outputs
+    assert scenes[scene][2] < 40
+    for output, words in zip(outputs, told, strict=True):
+        assert words in output
