@@ -80,9 +80,7 @@ def test_generation_that_takes_tokens_back_is_refused_at_once(
     assert student._is_stateful
 
 
-def test_a_student_is_no_assistant_and_has_none(
-    teacher: LlamaForCausalLM, make_student: Students, tokens: Tokens
-) -> None:
+def test_a_student_is_no_assistant_and_has_none(teacher: Any, make_student: Students, tokens: Tokens) -> None:
     student = make_student(window=4)
     with pytest.raises(LolcatsError, match=r"cannot be the assistant"):
         teacher.generate(tokens(1), max_new_tokens=4, assistant_model=student)
