@@ -66,7 +66,7 @@ def data(documents: bool) -> TrainingData:
 def numbers(case: str) -> dict[str, Any]:
     """Both losses, the last logits of a text, and how the model goes on with another."""
     family, layer, stages, *more = case.split()
-    settings = {"window": 4} | LAYERS[layer]
+    settings: dict[str, Any] = {"window": 4} | LAYERS[layer]
     sequences = data(bool(more))
     text = torch.from_numpy(sequences.train.ids[:2]).long()
     model = convert(teacher(family), LinearizationConfig(**settings), input_ids=text)

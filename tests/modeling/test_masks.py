@@ -250,8 +250,8 @@ def test_a_mask_is_looked_at_once_in_a_pass(
     monkeypatch.setattr(facts, "_judged", lambda mask, *rest: (looks.append(tuple(mask.shape)), judged(mask, *rest))[1])
     student, ids = make_student(window=4), tokens(2, N)
     mask = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
-    for _ in range(2):
-        cache = student(ids, attention_mask=mask).past_key_values
+    student(ids, attention_mask=mask)
+    cache = student(ids, attention_mask=mask).past_key_values
     student(ids[:, :1], attention_mask=torch.ones(1, 1, 1, N + 1, dtype=torch.bool), past_key_values=cache)
     assert looks == [(1, 1, N, N), (1, 1, N, N), (1, 1, 1, N + 1)]
 

@@ -140,3 +140,52 @@ def test_matched_start_leaves_no_trace(teacher: LlamaForCausalLM, tokens: Tokens
         assert all(p.grad is None for p in layer.parameters())
     kept = {n.replace(".inner.", "."): p for n, p in student.named_parameters()}
     assert all(torch.equal(kept[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("start_", ["paper", "matched"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 0},
+        {"window": 0, "decay": "gate"},
+        {"window": 0, "sinks": 2},
+        {"window": 4, "sinks": 50},
+        {"window": 0, "feature_map": "relu"},
+        {"window": 1, "window_kind": "terraced"},
+        {"window": 29},
+    ],
+    ids=str,
+)
+def test_every_start_is_finite_and_trains(
+    teacher: LlamaForCausalLM, tokens: Tokens, settings: dict[str, Any], start_: Any
+) -> None:
+    ids = tokens(3, 30)
+    student: Any = convert(teacher, LinearizationConfig(start=start_, **settings), input_ids=ids)
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+    student(ids, labels=ids, use_cache=False).loss.backward()
+    for layer in linearized_layers(student):
+        for name, p in layer.attention_parameters().items():
+            assert p.grad is not None and bool(p.grad.isfinite().all()), name
+
+
+def test_matched_start_of_a_bfloat16_teacher_is_finite(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    config = LinearizationConfig(window=0, start="matched")
+    for layer in linearized_layers(convert(teacher.bfloat16(), config, input_ids=tokens(3, 30))):
+        assert bool(layer.query_scale.isfinite().all())
+
+
+def test_features_that_are_all_zero_get_no_scale(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    student = convert(teacher, LinearizationConfig(window=4, feature_map="t2r"))
+    first: Any = linearized_layers(student)[0]
+    with torch.no_grad():
+        first.feature_k.weight.zero_()
+    start.match_start(student, [first], tokens(3, 30))
+    assert torch.equal(first.query_scale, torch.zeros(6))
+
+
+def test_a_teacher_that_is_not_finite_is_named_with_its_layer(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    broken: Any = teacher.model.layers[1].self_attn
+    with torch.no_grad():
+        broken.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(LolcatsError, match=r"layer 1 is not finite"):
+        convert(teacher, LinearizationConfig(window=4, start="matched"), input_ids=tokens(3, 30))

@@ -88,8 +88,8 @@ def check_mask(mask: Tensor, tokens: Tensor, seen: int | Tensor | None, room: bo
     missing = 0 if seen is None else int(seen) + new - mask.shape[-1]
     if missing > 0 or (missing < 0 and not room):
         raise LolcatsError(
-            f"expected an attention mask of {mask.shape[-1] + missing} columns ({new} new tokens behind those in the cache); "
-            f"got {mask.shape[-1]}"
+            f"expected an attention mask of {mask.shape[-1] + missing} columns (the tokens in the cache and {new} new "
+            f"ones); got {mask.shape[-1]}"
         )
     if mask.ndim == 2 and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise LolcatsError(
