@@ -83,7 +83,7 @@ def test_evaluate_says_that_the_text_is_gone(cli: Run, place: Path, finished: Pa
 def test_runs_say_that_there_is_little_text(cli: Run, arguments: list[str]) -> None:
     """In the output and in the results; the default data say so too."""
     answer = cli(*arguments, "name=little", "data.max_tokens=160", "transfer.tokens=640", "finetune.enabled=false")
-    notes = json.loads(Path("runs/little/results.json").read_text())["notes"]
+    notes = json.loads(Path("runs/little/results.json").read_text())["data_notes"]
     assert answer.code == 0 and answer.err == ""
     assert len(notes) == 1 and notes[0] in answer.out
     assert "transfer reads them" in notes[0] and "transfer.tokens" in notes[0]
