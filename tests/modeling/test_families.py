@@ -20,11 +20,12 @@ from lolcats.modeling import (
     linearized_layers,
     softmax,
 )
+from lolcats.modeling.head import OutputHead
 from lolcats.modeling.start import MATCHED_WINDOW_FACTOR, _halves
 from lolcats.ops import hybrid_attention
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
-from lolcats.training.losses import OutputHead, weight_cross_entropy
+from lolcats.training.losses import weight_cross_entropy
 
 Builder = Callable[..., Any]
 Tokens = Callable[..., Tensor]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, StaticLayer
 
 from lolcats.errors import LolcatsError
 from lolcats.ops import HybridState
@@ -217,7 +217,7 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinearizedLayer):
         return layer
-    held = int(cache.get_seq_length(layer_idx))
+    held = 0 if isinstance(layer, DummyLayer) else int(cache.get_seq_length(layer_idx))  # it shares another's keys
     if held > 0:
         raise LolcatsError(
             f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
