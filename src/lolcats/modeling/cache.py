@@ -206,6 +206,12 @@ def past_of(cache: Cache | None, layer_idx: int) -> Past:
     return Past(seen, layer.state.length, layer.whole, layer.passes, True, which)
 
 
+def _static_length(cache: Cache) -> int | None:
+    """What a static cache was made for; None of any other cache."""
+    static = [layer for layer in cache.layers if isinstance(layer, StaticLayer | StaticLinearizedLayer)]
+    return int(static[0].max_cache_len) if static else None
+
+
 def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     """The linearized layer at `layer_idx`, put there in place of an empty one at its first use.
 
@@ -224,7 +230,8 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
             f"{held} tokens of softmax attention (of another model, or of a model that runs its layers several times "
             "in one pass, which cannot be linearized)"
         )
-    new = StaticLinearizedLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else LinearizedLayer()
+    length = _static_length(cache) if isinstance(layer, DummyLayer | StaticLayer) else None
+    new = LinearizedLayer() if length is None else StaticLinearizedLayer(length)
     cache.layers[layer_idx] = new
     return new
 

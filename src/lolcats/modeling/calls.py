@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.head import FAILURES, probe_ids
+from lolcats.modeling.head import FAILURES, probe_ids, relative_error, tolerance
 
 WATCH = "lolcats_watch"
 """Name of the attention function that only looks."""
@@ -28,7 +28,7 @@ HARMLESS = {
     "dropout",  # a regularizer of training; the conversion trains without it
     "position_ids", "cache_position", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
-    "num_items_in_batch", "deterministic",
+    "num_items_in_batch", "deterministic", "is_causal",  # the last is asked of the model: `check_calls`
 }  # fmt: skip
 """Arguments that change no attention output, or say again what the mask says."""
 
@@ -48,21 +48,18 @@ class WatchedCall(NamedTuple):
     module: str
     sizes: Sizes
     unknown: tuple[str, ...]
+    causal: bool
+    """Whether the family says that the call is causal; if not, its mask may be."""
 
 
-def unknown_facts(module: nn.Module, handed: Mapping[str, Any]) -> tuple[str, ...]:
+def unknown_facts(handed: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of what a family hands over beyond what the hook honours."""
-    names = [n for n, v in handed.items() if n not in KNOWN | HARMLESS and v is not None and v is not False]
-    if "is_causal" in names and handed["is_causal"] is True:
-        names.remove("is_causal")
-    if "is_causal" not in handed and getattr(module, "is_causal", True) is False:
-        names.append("is_causal=False")
-    return tuple(names)
+    return tuple(n for n, v in handed.items() if n not in KNOWN | HARMLESS and v is not None and v is not False)
 
 
 def refuse_unknown(module: nn.Module, handed: Mapping[str, Any]) -> None:
     """Raise LolcatsError where the family hands over what linearized attention cannot honour."""
-    if names := unknown_facts(module, handed):
+    if names := unknown_facts(handed):
         raise LolcatsError(_unknown(type(module).__name__, names))
 
 
@@ -87,6 +84,11 @@ def check_calls(model: PreTrainedModel, sizes: Mapping[int, Sizes]) -> None:
     chosen = [call for call in calls if call.layer in sizes]
     if (order := [call.layer for call in chosen]) != sorted(order):
         raise LolcatsError(f"{name} cannot be linearized: its layers run in the order {order}, not one after the other")
+    if not all(call.causal for call in chosen) and not is_causal(model):
+        raise LolcatsError(
+            f"{name} cannot be linearized: a later token changes its earlier logits; expected a causal decoder (some "
+            "encoders are one with is_decoder=True, if they were trained so)"
+        )
     for call in chosen:
         if call.unknown:
             raise LolcatsError(f"{name} cannot be linearized: {_unknown(call.module, call.unknown)}")
@@ -102,6 +104,16 @@ def _unknown(module: str, names: Sequence[str]) -> str:
         f"{module} hands {', '.join(names)} to its attention function, which linearized attention does not know; leave "
         "such layers out with `layers`"
     )
+
+
+@torch.no_grad()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether changing the last token of a text changes no earlier logits of the model."""
+    ids = probe_ids(model)
+    one, two = (
+        model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, torch.cat([ids[:, :-1], ids[:, :1]], 1))
+    )
+    return relative_error(one, two) <= tolerance(one.dtype)
 
 
 @torch.no_grad()
@@ -126,21 +138,28 @@ def watch_calls(model: PreTrainedModel) -> list[WatchedCall]:
 
 @contextmanager
 def _watching(model: PreTrainedModel, calls: list[WatchedCall]) -> Iterator[None]:
-    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = {key: getattr(config, "_attn_implementation_internal", None) for key, config in configs.items()}
-
     def watch(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **handed: Any
     ) -> tuple[Tensor, None]:
         sizes = Sizes(query.shape[1], key.shape[1], query.shape[3])
         index = int(getattr(module, "layer_idx", None) or 0)
-        calls.append(WatchedCall(index, type(module).__name__, sizes, unknown_facts(module, handed)))
+        causal = handed.get("is_causal", getattr(module, "is_causal", True)) is not False
+        calls.append(WatchedCall(index, type(module).__name__, sizes, unknown_facts(handed), causal))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(WATCH, watch)
+    with attention_named(model, WATCH):
+        yield
+
+
+@contextmanager
+def attention_named(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, all modules of `model` take the attention function of this name, whatever each of them took before."""
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = {key: getattr(config, "_attn_implementation_internal", None) for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation_internal = WATCH
+            config._attn_implementation_internal = name
         yield
     finally:
         for key, config in configs.items():

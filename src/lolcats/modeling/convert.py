@@ -109,16 +109,16 @@ def _why_not(model: PreTrainedModel) -> str:
 
 def attention_modules(model: nn.Module) -> dict[int, str]:
     """Layer index -> name of each global attention module that can be taken over. Local (sliding) ones are left out."""
-    return {index: name for index, name, module in _self_attention(model) if layer_type(module, index) == GLOBAL}
+    return {index: name for index, name, module in self_attention(model) if layer_type(module, index) == GLOBAL}
 
 
 def other_layers(model: nn.Module) -> dict[int, str]:
     """Layer index -> type of each attention module that goes through the interface and is left as it is."""
-    found = {index: layer_type(module, index) for index, _, module in _self_attention(model)}
+    found = {index: layer_type(module, index) for index, _, module in self_attention(model)}
     return {index: kind for index, kind in found.items() if kind != GLOBAL}
 
 
-def _self_attention(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+def self_attention(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
     """(layer index, name, module) of what calls the interface, in order; attention to another text is left out."""
     found = []
     for name, module in model.named_modules():
@@ -186,7 +186,7 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
         wrapper.model_config = model.config.get_text_config(decoder=True)
         setattr(parent, child, wrapper)
     keep_all_queries(model, text_config, chosen)
-    if len(chosen) == len(_self_attention(model)):
+    if len(chosen) == len(self_attention(model)):
         # No softmax layer is left, so nobody needs an [N, N] mask.
         model.config._attn_implementation = NAME
     install_hooks(model)
@@ -213,16 +213,22 @@ def wrap(inner: nn.Module, config: LinearizationConfig, model_config: Pretrained
 
 def head_sizes(inner: nn.Module, config: PretrainedConfig) -> Sizes:
     """Query heads, key heads, and size of queries and keys of an attention module."""
-    module = cast(Any, inner)
+    module, settings = cast(Any, inner), cast(Any, config)
     if getattr(config, "is_heterogeneous", False):  # layers of different sizes
-        config = cast(Any, config).per_layer_config[int(module.layer_idx)]
-    heads = int(config.num_attention_heads)
-    groups = getattr(module, "num_key_value_groups", None)
-    own = (getattr(module, "num_key_value_heads", None), getattr(config, "num_key_value_heads", None), heads)
-    kv_heads = heads // int(groups) if groups else int(next(count for count in own if count))
+        settings = settings.per_layer_config[int(module.layer_idx)]
+
+    def first(*places: tuple[Any, str]) -> int | None:
+        return next((int(v) for place, name in places if (v := getattr(place, name, None))), None)
+
+    heads = first((module, "num_heads"), (settings, "num_attention_heads"))
+    if heads is None:
+        raise LolcatsError(f"{type(config).__name__} does not say how many heads {type(inner).__name__} has")
+    groups, own = first((module, "num_key_value_groups")), (module, "num_key_value_heads")
+    kv_heads = heads // groups if groups else first(own, (settings, "num_key_value_heads")) or heads
     # Multi-head latent attention has three sizes, and its `head_dim` is none of those that arrive here.
-    known = (getattr(module, "qk_head_dim", None), getattr(module, "head_dim", None), getattr(config, "head_dim", None))
-    return Sizes(heads, kv_heads, int(next((size for size in known if size), config.hidden_size // heads)))
+    latent = first((module, "qk_head_dim"))
+    size = latent or first((module, "head_dim"), (settings, "head_dim")) or settings.hidden_size // heads
+    return Sizes(heads, heads if latent else kv_heads, size)
 
 
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
