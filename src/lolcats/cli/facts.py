@@ -40,7 +40,7 @@ class ModelFacts:
     state_bytes: int = 0
     """Bytes of the linearized layers' state, for one text of any length."""
     kv_rates: dict[int, tuple[int, int | None]] = field(default_factory=dict)
-    """Layer index -> (bytes per token, most tokens kept) of each layer that keeps keys and values in softmax attention."""
+    """Layer index -> (bytes per token, most tokens kept) of each layer with keys and values, as softmax attention."""
 
     def softmax_bytes(self, tokens: int) -> int:
         """Bytes of keys and values after `tokens` tokens, were every layer softmax attention."""

@@ -170,9 +170,10 @@ def _visits(model: PreTrainedModel, ids: Tensor) -> Fact:
         for layer in layers:
             layer.observer = None
     expected = [layer.layer_idx for layer in layers]
-    if isinstance(result, str) or visits == expected:
-        return Fact("layers", meaning, *((float("inf"), 0.0, result) if isinstance(result, str) else (0.0, 0.0)))
-    return Fact("layers", meaning, float("inf"), 0.0, f"layers {expected} were called as {visits}")
+    problem = "" if visits == expected else f"layers {expected} were called as {visits}"
+    if isinstance(result, str):
+        problem = result
+    return Fact("layers", meaning, float("inf") if problem else 0.0, 0.0, problem)
 
 
 Run = Callable[[PreTrainedModel, Tensor], Tensor]
