@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from lolcats import LinearizationConfig, LolcatsError, convert, linearized_layers
-from lolcats.modeling import attention, check_family, check_model
+from lolcats.modeling import LinearizedLayer, attention, check_family, check_model
 from lolcats.modeling.check import plain_attention
 
 Builder = Callable[..., Any]
@@ -128,8 +128,8 @@ def test_a_scale_that_is_not_honoured_is_found(make_student: Builder, monkeypatc
 def test_a_state_that_goes_wrong_is_found_in_pieces(make_student: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention.LinearizedLayer.advance
 
-    def forget(self: Any, state: Any, tokens: int) -> None:
-        plain(self, state._replace(window=state.window._replace(k=state.window.k * 0)), tokens)
+    def forget(self: Any, state: Any, tokens: int, **kwargs: Any) -> None:
+        plain(self, state._replace(window=state.window._replace(k=state.window.k * 0)), tokens, **kwargs)
 
     monkeypatch.setattr(attention.LinearizedLayer, "advance", forget)
     assert failing(check_model(make_student(window=4))) == ["window, pieces"]
@@ -165,8 +165,8 @@ GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 @torch.no_grad()
-def test_layers_that_share_keys_and_values(families: ModuleType, tokens: Tokens, family: str, tmp_path: Path) -> None:
-    """Each keeps a state of its own; a prompt, its pieces, and a static cache give one text; saved and loaded too."""
+def test_layers_that_share_keys_and_values(families: ModuleType, tokens: Tokens, family: str) -> None:
+    """Each keeps a state of its own; a prompt, its pieces and single tokens give one text."""
     model = families.build(family, num_kv_shared_layers=2, **GEMMA)
     student = convert(model, LinearizationConfig(window=4, sinks=2, decay="gate"))
     assert [layer.layer_idx for layer in linearized_layers(student)] == [1, 3]
@@ -176,12 +176,11 @@ def test_layers_that_share_keys_and_values(families: ModuleType, tokens: Tokens,
     got = student.generate(ids, output_logits=True, **options)
     full = student(got.sequences, use_cache=False).logits[:, 23:-1]
     torch.testing.assert_close(torch.stack(got.logits, 1), full, atol=5e-4, rtol=1e-3)
-    static = student.generate(ids, cache_implementation="static", disable_compile=True, **options)
-    assert torch.equal(static.sequences, got.sequences)
     cache = DynamicCache(config=student.config)
     parts = [student(part, past_key_values=cache).logits for part in ids.split([9, 8, *[1] * 7], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), student(ids).logits, atol=5e-4, rtol=1e-3)
-    assert cache.layers[1].nbytes == cache.layers[3].nbytes > 0
+    own = [layer.nbytes for layer in cache.layers if isinstance(layer, LinearizedLayer)]
+    assert len(own) == 2 and own[0] == own[1] > 0
 
 
 def test_layers_that_share_are_linearized_together(families: ModuleType) -> None:
@@ -195,7 +194,9 @@ def test_layers_that_share_are_linearized_together(families: ModuleType) -> None
 
 def test_layers_of_different_sizes(families: ModuleType) -> None:
     """Gemma 4's global layers have larger heads, and may take their keys as values."""
-    model = families.build("gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1, **GEMMA)
+    model = families.build(
+        "gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1, global_head_dim=16, **GEMMA
+    )
     student = convert(model, LinearizationConfig(window=4))
     assert {(layer.feature_q.head_dim, layer.feature_k.heads) for layer in linearized_layers(student)} == {(16, 4)}
     assert check_model(student).ok

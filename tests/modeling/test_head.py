@@ -76,8 +76,8 @@ def test_a_head_that_asks_for_more_than_hidden_states_is_refused(
 ) -> None:
     plain = LlamaForCausalLM.forward
 
-    def forward(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        output = plain(self, input_ids=input_ids, **kwargs)
+    def forward(self: Any, input_ids: Any, **kwargs: Any) -> Any:
+        output: Any = plain(self, input_ids=input_ids, **kwargs)
         output.logits = output.logits + input_ids[..., None]  # no hidden state tells the token
         return output
 

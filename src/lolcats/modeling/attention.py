@@ -98,7 +98,7 @@ class LinearizedAttention(nn.Module):
         cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         backend = getattr(self.model_config, "_attn_implementation", None) or NAME
-        past = past_of(cache, self.layer_idx)
+        past = past_of(cache, self.layer_idx, hidden.shape[1])
         handover = Handover(self, hidden, cache, past, kwargs.get("position_embeddings"), backend)
         if self.mode == "softmax" and self.observer is None:
             handover.cache = None

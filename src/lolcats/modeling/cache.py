@@ -190,15 +190,18 @@ def _keep_address(tensors: list[Tensor]) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def past_of(cache: Cache | None, layer_idx: int) -> Past:
-    """What `cache` holds for a layer, whether it is linearized already or not."""
+def past_of(cache: Cache | None, layer_idx: int, tokens: int = 0) -> Past:
+    """What `cache` holds for a layer before a call of `tokens`, whether the layer is linearized already or not."""
     if cache is None:
         return Past()
     which = None if torch.compiler.is_compiling() else weakref.ref(cache)
     if layer_idx >= len(cache.layers):
         return Past(cached=True, cache=which)
     layer: Any = cache.layers[layer_idx]
-    seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    if isinstance(layer, DummyLayer):  # it shares the keys of a layer that has had this call's tokens already
+        seen = cache.get_seq_length() - tokens
+    else:
+        seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
     if isinstance(seen, Tensor):
         seen = seen.clone()  # a static layer counts in place
     if not isinstance(layer, LinearizedLayer) or layer.state is None:
