@@ -20,7 +20,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.generation import sample
-from lolcats.modeling import attention_mode, convert, linearized_layers
+from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.convert import attention_modules, check_supported, choose_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
@@ -103,6 +103,7 @@ def _prepare(
     results["data_notes"] = notes
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
+    check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:
         check_lora(model, config.finetune)
     started -= results["seconds"].get("total", 0.0)

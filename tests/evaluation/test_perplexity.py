@@ -93,7 +93,7 @@ def test_modes_are_entered_for_each_pass_and_left(make_student: Students, tokens
     measure(
         {"x": Variant(make_student(window=5), Mode)}, tokens(5, 8), batch_size=2, progress=lambda *a: steps.append(a)
     )
-    assert entered == ["in", "out"] * 3
+    assert entered == ["in", "out"] * 6  # for the hidden states and for the logits of three batches
     assert steps == [(2, 5), (4, 5), (5, 5)]
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from lolcats.modeling.head import OutputHead
 from lolcats.training import losses
-from lolcats.training.losses import OutputHead, next_token_loss, output_error, shifted_labels
+from lolcats.training.losses import TeacherStates, next_token_loss, output_error, shifted_labels
 
 Tokens = Callable[..., Tensor]
 
@@ -37,7 +38,8 @@ def test_chunks_give_values_and_gradients_of_the_whole(
     labels[0, :4] = labels[:, -1] = -100
 
     rows = hidden.clone().requires_grad_()
-    loss, parts = next_token_loss(teacher, rows, labels, other, ce_factor, kl_factor)
+    head = OutputHead(teacher)
+    loss, parts = next_token_loss(head, rows, labels, TeacherStates(other, head), ce_factor, kl_factor)
     (loss * 0.7).backward()
     head_gradient = teacher.lm_head.weight.grad
     teacher.lm_head.weight.grad = None
@@ -66,16 +68,17 @@ def test_logits_are_made_a_chunk_at_a_time(
     monkeypatch.setattr(losses, "HEAD_CHUNK", 5)
     teacher.requires_grad_(False)
     sizes: list[int] = []
+    head = OutputHead(teacher)
     teacher.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[0]))
     hidden = torch.randn(2, 11, 36, requires_grad=True)
-    next_token_loss(teacher, hidden, tokens(2, 11), hidden.detach(), 1.0, 1.0)[0].backward()
+    next_token_loss(head, hidden, tokens(2, 11), TeacherStates(hidden.detach(), head), 1.0, 1.0)[0].backward()
     assert max(sizes) == 5
 
 
 def test_without_a_counted_token_the_loss_is_zero(teacher: LlamaForCausalLM) -> None:
     teacher.requires_grad_(False)
     hidden = torch.randn(1, 4, 36, requires_grad=True)
-    loss, _ = next_token_loss(teacher, hidden, torch.full((1, 4), -100), None, 1.0, 0.0)
+    loss, _ = next_token_loss(OutputHead(teacher), hidden, torch.full((1, 4), -100), None, 1.0, 0.0)
     loss.backward()
     assert float(loss.detach()) == 0
     assert hidden.grad is not None and not hidden.grad.any()

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from lolcats.cli.chat import chat
+from lolcats.cli.check import check
 from lolcats.cli.evaluate import evaluate
 from lolcats.cli.export import export
 from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describe, is_usage_error, process_prefix
@@ -37,7 +38,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for verb in (linearize, sweep, evaluate, generate, chat, inspect, export):
+for verb in (linearize, sweep, evaluate, generate, chat, inspect, check, export):
     app.command()(verb)
 app.command("sweep-job", hidden=True)(sweep_job)
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lolcats.errors import LolcatsError
 from lolcats.model_config import read_model_config
 from lolcats.model_folder import check_place, expand_model
 from lolcats.modeling import LinearizedAttention, linearized_layers
-from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local
+from lolcats.modeling.check import plain_attention
+from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local, self_attention
+from lolcats.modeling.head import FAILURES, probe_ids
 from lolcats.ops import HybridState, hybrid_attention
 from lolcats.printable import reason
 from lolcats.teacher import load_teacher
@@ -39,16 +40,16 @@ class ModelFacts:
     impl: str = ""
     state_bytes: int = 0
     """Bytes of the linearized layers' state, for one text of any length."""
-    kv_rates: list[tuple[int, int | None]] = field(default_factory=list)
-    """(bytes a token, most tokens kept) of each layer if it is softmax attention."""
+    kv_rates: dict[int, tuple[int, int | None]] = field(default_factory=dict)
+    """Layer index -> (bytes per token, most tokens kept) of each layer with keys and values, as softmax attention."""
 
     def softmax_bytes(self, tokens: int) -> int:
         """Bytes of keys and values after `tokens` tokens, were every layer softmax attention."""
-        return sum(rate * min(tokens, limit or tokens) for rate, limit in self.kv_rates)
+        return sum(rate * min(tokens, limit or tokens) for rate, limit in self.kv_rates.values())
 
     def own_bytes(self, tokens: int) -> int:
         """Bytes that this model holds: the state, and keys and values of the layers that stay softmax."""
-        rest = [pair for index, pair in enumerate(self.kv_rates) if index not in self.linearized]
+        rest = [pair for index, pair in self.kv_rates.items() if index not in self.linearized]
         return self.state_bytes + sum(rate * min(tokens, limit or tokens) for rate, limit in rest)
 
 
@@ -96,7 +97,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         added=sum(p.numel() for layer in layers for p in layer.attention_parameters().values()),
         impl=", ".join(sorted({layer.impl for layer in layers})),
         state_bytes=sum(layer_state(layer, config, model.dtype).nbytes for layer in layers),
-        kv_rates=kv_rates(model, config),
+        kv_rates=kv_rates(model),
     )
     if not layers:
         try:
@@ -107,20 +108,43 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     return facts
 
 
-def kv_rates(model: nn.Module, config: Any) -> list[tuple[int, int | None]]:
-    """(bytes a token, most tokens kept) of each layer with attention, in order of the layers."""
-    found: dict[int, tuple[int, int | None]] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if index is None or isinstance(module, LinearizedAttention) or not hasattr(module, "k_proj"):
-            continue
-        _, kv_heads, size = head_sizes(module, config)
+def kv_rates(model: PreTrainedModel) -> dict[int, tuple[int, int | None]]:
+    """Layer index -> (bytes per token, most tokens kept) of what the plain model's cache holds after a short text.
+
+    Empty where that cannot be told: experts chosen from values do not run on the meta device.
+    """
+    cache, tokens = DynamicCache(config=model.config), 2
+    try:
+        with torch.no_grad(), plain_attention(model):
+            model(input_ids=probe_ids(model, tokens), past_key_values=cache, use_cache=True)
+    except (*FAILURES, NotImplementedError):
+        return announced_rates(model)
+    rates = {}
+    for index, layer in enumerate(cache.layers):
+        kept = [
+            t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, torch.Tensor)
+        ]
+        if any(t.numel() for t in kept):
+            held = sum(t.numel() * t.element_size() for t in kept)
+            rates[index] = (held // tokens, getattr(layer, "sliding_window", None))
+    return rates
+
+
+def announced_rates(model: PreTrainedModel) -> dict[int, tuple[int, int | None]]:
+    """The same from the configuration of the attention modules, where the model does not run."""
+    config, rates = model.config.get_text_config(decoder=True), {}
+    for index, _, module in self_attention(model):
+        try:
+            _, kv_heads, size = head_sizes(module, config)
+        except LolcatsError:
+            return {}
         limit = None
-        if is_local(module, int(index)):
+        if is_local(module, index):
             limit = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+        values = getattr(module, "v_head_dim", None) or size
         width = next(module.parameters()).element_size()
-        found[int(index)] = (2 * kv_heads * size * width, limit)
-    return [found[index] for index in sorted(found)]
+        rates[index] = (kv_heads * (size + values) * width, limit)
+    return rates
 
 
 def layer_state(layer: LinearizedAttention, config: Any, dtype: torch.dtype) -> HybridState:
@@ -130,8 +154,9 @@ def layer_state(layer: LinearizedAttention, config: Any, dtype: torch.dtype) -> 
     maps = heads if layer.decay_gate is not None else maps
     settings = layer.settings
     query, key = torch.zeros(1, heads, 1, size, dtype=dtype), torch.zeros(1, kv_heads, 1, size, dtype=dtype)
+    value = torch.zeros(1, kv_heads, 1, getattr(layer.inner, "v_head_dim", None) or size, dtype=dtype)
     state = hybrid_attention(
-        query, key, key, torch.zeros(1, heads, 1, layer.feature_q.features),
+        query, key, value, torch.zeros(1, heads, 1, layer.feature_q.features),
         torch.zeros(1, maps, 1, layer.feature_k.features), torch.zeros(heads),
         window=settings.window, window_kind=settings.window_kind, sinks=settings.sinks,
         log_decay=None if layer.decay_gate is None else torch.zeros(1, heads, 1), return_state=True,

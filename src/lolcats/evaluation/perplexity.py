@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.evaluation.context import context_limit
-from lolcats.training.losses import HEAD_CHUNK, OutputHead
+from lolcats.modeling.head import OutputHead
+from lolcats.training.losses import HEAD_CHUNK
 from lolcats.vocabulary import check_token_ids
 
 
@@ -83,11 +84,13 @@ def measure(
         check_token_ids(segments, variant.model, "the text to measure on")
     zeros = torch.zeros(length - 1, dtype=torch.float64)
     sums = {name: _Sums(zeros.clone(), zeros.clone()) for name in variants}
+    models = [variant.model for variant in [*variants.values(), *([] if teacher is None else [teacher])]]
+    heads = {model: OutputHead(model) for model in dict.fromkeys(models)}
     for begin in range(0, count, batch_size):
         ids = segments[begin : begin + batch_size].long()
-        reference = None if teacher is None else (_hidden(teacher, ids), OutputHead(teacher.model))
+        reference = None if teacher is None else _States.of(teacher, heads, ids)
         for name, variant in variants.items():
-            loss, kl = _token_scores(_hidden(variant, ids), OutputHead(variant.model), ids, reference)
+            loss, kl = _token_scores(_States.of(variant, heads, ids), ids, reference)
             sums[name].loss += loss
             sums[name].kl += kl
         if progress is not None:
@@ -101,28 +104,40 @@ def measure(
     return result
 
 
-def _hidden(variant: Variant, ids: Tensor) -> Tensor:
-    model = variant.model
-    with variant.mode():
-        return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+class _States(NamedTuple):
+    """Hidden states [B, L, d_model] of a variant, and what its logits are made from them with."""
+
+    hidden: Tensor
+    head: OutputHead
+    mode: Callable[[], AbstractContextManager[object]]
+
+    @classmethod
+    def of(cls, variant: Variant, heads: Mapping[PreTrainedModel, OutputHead], ids: Tensor) -> _States:
+        """One forward pass over ids [B, L]."""
+        head = heads[variant.model]
+        with variant.mode():
+            return cls(head.hidden(input_ids=ids.to(variant.model.device), use_cache=False), head, variant.mode)
+
+    def log_probabilities(self, part: slice) -> Tensor:
+        """[B, tokens of `part`, vocabulary]."""
+        with self.mode():  # a head of several layers may carry adapters
+            return self.head(self.hidden[:, part]).log_softmax(-1)
 
 
-def _token_scores(
-    hidden: Tensor, head: OutputHead, ids: Tensor, reference: tuple[Tensor, OutputHead] | None
-) -> tuple[Tensor, Tensor]:
+def _token_scores(student: _States, ids: Tensor, teacher: _States | None) -> tuple[Tensor, Tensor]:
     """Loss and KL of each position, summed over the batch: [L - 1] float64 on the CPU."""
-    targets = ids[:, 1:].to(hidden.device)
-    loss = torch.zeros(targets.shape, device=hidden.device)
+    targets = ids[:, 1:].to(student.hidden.device)
+    loss = torch.zeros(targets.shape, device=student.hidden.device)
     kl = torch.zeros_like(loss)
     step = max(1, HEAD_CHUNK // ids.shape[0])
     for begin in range(0, targets.shape[1], step):
         part = slice(begin, min(begin + step, targets.shape[1]))
-        log_p = head(hidden[:, part]).log_softmax(-1)
+        log_p = student.log_probabilities(part)
         loss[:, part] = nnf.nll_loss(log_p.flatten(0, 1), targets[:, part].flatten(), reduction="none").view_as(
             targets[:, part]
         )
-        if reference is not None:
-            log_t = reference[1](reference[0][:, part]).log_softmax(-1).to(log_p.device)
+        if teacher is not None:
+            log_t = teacher.log_probabilities(part).to(log_p.device)
             kl[:, part] = (log_t.exp() * (log_t - log_p)).sum(-1)
     return loss.sum(0).double().cpu(), kl.sum(0).double().cpu()
 

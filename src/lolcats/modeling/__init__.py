@@ -2,18 +2,21 @@
 
 from lolcats.modeling.attention import AttentionCall, LinearizedAttention, Mode
 from lolcats.modeling.cache import LinearizedLayer, state_bytes
-from lolcats.modeling.check import check_family
+from lolcats.modeling.check import Fact, FamilyCheck, check_family, check_model
 from lolcats.modeling.convert import attention_mode, convert, linearized_layers
 from lolcats.modeling.hf import LolcatsConfig
 
 __all__ = [
     "AttentionCall",
+    "Fact",
+    "FamilyCheck",
     "LinearizedAttention",
     "LinearizedLayer",
     "LolcatsConfig",
     "Mode",
     "attention_mode",
     "check_family",
+    "check_model",
     "convert",
     "linearized_layers",
     "state_bytes",

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from lolcats.errors import LolcatsError
 from lolcats.feature_maps import FeatureMap, map_weights
 from lolcats.modeling.cache import LinearizedLayer, linearized_layer, past_of, to_device
+from lolcats.modeling.calls import refuse_unknown
 from lolcats.modeling.facts import read_facts, read_texts
 from lolcats.modeling.handover import AttentionCall, Handover
 from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
@@ -97,7 +98,7 @@ class LinearizedAttention(nn.Module):
         cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         backend = getattr(self.model_config, "_attn_implementation", None) or NAME
-        past = past_of(cache, self.layer_idx)
+        past = past_of(cache, self.layer_idx, hidden.shape[1])
         handover = Handover(self, hidden, cache, past, kwargs.get("position_embeddings"), backend)
         if self.mode == "softmax" and self.observer is None:
             handover.cache = None
@@ -281,6 +282,7 @@ def hybrid_interface(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function, so it cannot be "
             "linearized; leave this layer out with `layers`"
         )
+    refuse_unknown(module, others)
     layer, past = linearized.layer, linearized.past
     layer.check_sizes(query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, StaticLayer
 
 from lolcats.errors import LolcatsError
 from lolcats.ops import HybridState
@@ -190,20 +190,29 @@ def _keep_address(tensors: list[Tensor]) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def past_of(cache: Cache | None, layer_idx: int) -> Past:
-    """What `cache` holds for a layer, whether it is linearized already or not."""
+def past_of(cache: Cache | None, layer_idx: int, tokens: int = 0) -> Past:
+    """What `cache` holds for a layer before a call of `tokens`, whether the layer is linearized already or not."""
     if cache is None:
         return Past()
     which = None if torch.compiler.is_compiling() else weakref.ref(cache)
     if layer_idx >= len(cache.layers):
         return Past(cached=True, cache=which)
     layer: Any = cache.layers[layer_idx]
-    seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    if isinstance(layer, DummyLayer):  # it shares the keys of a layer that has had this call's tokens already
+        seen = cache.get_seq_length() - tokens
+    else:
+        seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
     if isinstance(seen, Tensor):
         seen = seen.clone()  # a static layer counts in place
     if not isinstance(layer, LinearizedLayer) or layer.state is None:
         return Past(seen, cached=True, cache=which)
     return Past(seen, layer.state.length, layer.whole, layer.passes, True, which)
+
+
+def _static_length(cache: Cache) -> int | None:
+    """What a static cache was made for; None of any other cache."""
+    static = [layer for layer in cache.layers if isinstance(layer, StaticLayer | StaticLinearizedLayer)]
+    return int(static[0].max_cache_len) if static else None
 
 
 def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
@@ -217,14 +226,15 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinearizedLayer):
         return layer
-    held = int(cache.get_seq_length(layer_idx))
+    held = 0 if isinstance(layer, DummyLayer) else int(cache.get_seq_length(layer_idx))  # it shares another's keys
     if held > 0:
         raise LolcatsError(
             f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
             f"{held} tokens of softmax attention (of another model, or of a model that runs its layers several times "
             "in one pass, which cannot be linearized)"
         )
-    new = StaticLinearizedLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else LinearizedLayer()
+    length = _static_length(cache) if isinstance(layer, DummyLayer | StaticLayer) else None
+    new = LinearizedLayer() if length is None else StaticLinearizedLayer(length)
     cache.layers[layer_idx] = new
     return new
 

@@ -7,6 +7,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,19 @@ from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
 from lolcats.feature_maps import build_feature_map
 from lolcats.modeling.attention import LinearizedAttention, Mode
+from lolcats.modeling.calls import Sizes, check_calls
 from lolcats.modeling.hf import mark_as_linearized
 from lolcats.modeling.inputs import install_hooks
 from lolcats.modeling.masks import NAME
 from lolcats.modeling.plain import check_plain
+from lolcats.modeling.sharing import check_sharing, keep_all_queries
 from lolcats.modeling.start import match_start
 from lolcats.ops import resolve_impl
 from lolcats.ops.hybrid.layout import Settings
 from lolcats.vocabulary import check_token_ids
 
+GLOBAL, LOCAL = "full_attention", {"sliding_attention", "chunked_attention"}
+"""Types of layers that see the whole text, or the nearest tokens alone."""
 OPEN_GATE = 6.0
 """Initial bias of a decay gate: sigmoid(6) = 0.9975, half of a key's weight is left after 280 tokens."""
 
@@ -53,7 +58,7 @@ def convert(
         raise LolcatsError("start='matched' needs a batch of real text; pass input_ids [B, N] or use start='paper'")
     if input_ids is not None:
         check_token_ids(input_ids, model, "input_ids")
-    choose_layers(list(attention_modules(model)), config.layers)  # refuse before anything changes
+    _check_layers(model, config)  # refuse before anything changes
     mark_as_linearized(model, config)
     install(model, config)
     if config.start == "matched":
@@ -74,10 +79,26 @@ def check_supported(model: PreTrainedModel) -> None:
         raise LolcatsError(f"{type(model).__name__} cannot be linearized: {_why_not(model)}")
 
 
-def _why_not(model: nn.Module) -> str:
+def _check_layers(model: PreTrainedModel, config: LinearizationConfig) -> None:
+    """Raise LolcatsError if one of the chosen layers cannot be linearized."""
+    names, text_config = attention_modules(model), model.config.get_text_config(decoder=True)
+    chosen = choose_layers(list(names), config.layers)
+    check_sharing(text_config, chosen)
+    sizes = {index: head_sizes(model.get_submodule(names[index]), text_config) for index in chosen}
+    if not any(tensor.is_meta for tensor in model.parameters()):
+        check_calls(model, sizes)
+
+
+def _why_not(model: PreTrainedModel) -> str:
     """Why a model has no attention module that can be taken over."""
-    if any(calls_interface(module) for module in model.modules()):
-        return "all its attention layers are local (sliding window) already"
+    if other := other_layers(model):
+        kinds = sorted(set(other.values()))
+        if LOCAL.issuperset(kinds):
+            return "all its attention layers are local (sliding window or chunks) already"
+        return (
+            f"its attention layers are of type {', '.join(kinds)}, which keep or choose more than the keys of a text; "
+            "only layers of type full_attention are taken over"
+        )
     classes = {type(module).__name__ for module in model.modules()}
     attention = ", ".join(sorted(name for name in classes if name.endswith(("Attention", "Mixer"))))
     return (
@@ -88,13 +109,24 @@ def _why_not(model: nn.Module) -> str:
 
 def attention_modules(model: nn.Module) -> dict[int, str]:
     """Layer index -> name of each global attention module that can be taken over. Local (sliding) ones are left out."""
-    found: dict[int, str] = {}
+    return {index: name for index, name, module in self_attention(model) if layer_type(module, index) == GLOBAL}
+
+
+def other_layers(model: nn.Module) -> dict[int, str]:
+    """Layer index -> type of each attention module that goes through the interface and is left as it is."""
+    found = {index: layer_type(module, index) for index, _, module in self_attention(model)}
+    return {index: kind for index, kind in found.items() if kind != GLOBAL}
+
+
+def self_attention(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    """(layer index, name, module) of what calls the interface, in order; attention to another text is left out."""
+    found = []
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
-        if index is None or not calls_interface(module) or is_local(module, int(index)):
-            continue
-        found[int(index)] = name
-    return dict(sorted(found.items()))
+        crosses = any("cross" in part or part.startswith("encoder_att") for part in name.split("."))
+        if index is not None and not crosses and calls_interface(module):
+            found.append((int(index), name, module))
+    return sorted(found, key=lambda item: item[0])
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -104,14 +136,20 @@ def calls_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def is_local(module: nn.Module, index: int) -> bool:
-    """Whether the layer attends to a sliding window already."""
+def layer_type(module: nn.Module, index: int) -> str:
+    """The type of an attention layer, in the words of transformers' `layer_types`."""
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     if types is not None:
-        return types[index] != "full_attention"
+        return types[index] if index < len(types) else GLOBAL
     window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-    return window is not None and getattr(config, "use_sliding_window", True)
+    local = window is not None and getattr(config, "use_sliding_window", True)
+    return "sliding_attention" if local else GLOBAL
+
+
+def is_local(module: nn.Module, index: int) -> bool:
+    """Whether the layer attends to a part of the text already."""
+    return layer_type(module, index) in LOCAL
 
 
 def choose_layers(available: list[int], layers: str | list[int] | float) -> list[int]:
@@ -136,19 +174,19 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
     """Wrap the chosen modules. Also used when a saved model is built again."""
     names = attention_modules(model)
     chosen = choose_layers(list(names), config.layers)
-    inner_config = copy.copy(model.config.get_text_config(decoder=True))
+    text_config = model.config.get_text_config(decoder=True)
+    inner_config = copy.copy(text_config)
     inner_config._attn_implementation_internal = NAME
     for index in chosen:
         parent_name, _, child = names[index].rpartition(".")
         parent = model.get_submodule(parent_name)
         inner = getattr(parent, child)
-        wrapper = wrap(inner, config, model.config.get_text_config(decoder=True))
+        wrapper = wrap(inner, config, text_config)
         inner.config = inner_config
         wrapper.model_config = model.config.get_text_config(decoder=True)
         setattr(parent, child, wrapper)
-    if len(chosen) == len(
-        [m for m in model.modules() if getattr(m, "layer_idx", None) is not None and calls_interface(m)]
-    ):
+    keep_all_queries(model, text_config, chosen)
+    if len(chosen) == len(self_attention(model)):
         # No softmax layer is left, so nobody needs an [N, N] mask.
         model.config._attn_implementation = NAME
     install_hooks(model)
@@ -173,13 +211,24 @@ def wrap(inner: nn.Module, config: LinearizationConfig, model_config: Pretrained
     return wrapper.train(inner.training)
 
 
-def head_sizes(inner: nn.Module, config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query heads, key/value heads, size of queries and keys) of an attention module."""
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+def head_sizes(inner: nn.Module, config: PretrainedConfig) -> Sizes:
+    """Query heads, key heads, and size of queries and keys of an attention module."""
+    module, settings = cast(Any, inner), cast(Any, config)
+    if getattr(config, "is_heterogeneous", False):  # layers of different sizes
+        settings = settings.per_layer_config[int(module.layer_idx)]
+
+    def first(*places: tuple[Any, str]) -> int | None:
+        return next((int(v) for place, name in places if (v := getattr(place, name, None))), None)
+
+    heads = first((module, "num_heads"), (settings, "num_attention_heads"))
+    if heads is None:
+        raise LolcatsError(f"{type(config).__name__} does not say how many heads {type(inner).__name__} has")
+    groups, own = first((module, "num_key_value_groups")), (module, "num_key_value_heads")
+    kv_heads = heads // groups if groups else first(own, (settings, "num_key_value_heads")) or heads
     # Multi-head latent attention has three sizes, and its `head_dim` is none of those that arrive here.
-    known = (getattr(inner, "qk_head_dim", None), getattr(inner, "head_dim", None), getattr(config, "head_dim", None))
-    return heads, kv_heads, int(next((size for size in known if size), config.hidden_size // heads))
+    latent = first((module, "qk_head_dim"))
+    size = latent or first((module, "head_dim"), (settings, "head_dim")) or settings.hidden_size // heads
+    return Sizes(heads, heads if latent else kv_heads, size)
 
 
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:

@@ -21,10 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
+from lolcats.modeling.head import OutputHead
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings, weights_digest
-from lolcats.training.losses import next_token_loss, shifted_labels
+from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}
 """Names of modules that choose experts: what they choose must not change by the way."""
@@ -57,6 +58,8 @@ class FinetuneStage:
                 self.teacher = copy.deepcopy(model)
             model.float()
             model.requires_grad_(True)
+        self.head = OutputHead(model)
+        self._teacher_head = self.head if self.teacher is None else OutputHead(self.teacher)
         for layer in linearized_layers(model):
             for p in layer.attention_parameters().values():
                 p.requires_grad_(config.train_feature_maps)
@@ -107,17 +110,21 @@ class FinetuneStage:
             "position_ids": batch.position_ids,
             "use_cache": False,
         }
-        teacher_hidden = None
+        teacher = None
         if self.config.kl_factor > 0:
-            with torch.no_grad(), self._as_teacher() as teacher:
-                teacher_hidden = teacher.base_model(**inputs).last_hidden_state
-        hidden = self.model.base_model(**inputs).last_hidden_state
+            with torch.no_grad(), self._as_teacher():
+                teacher = TeacherStates(self._teacher_head.hidden(**inputs), self._teacher_logits)
+        hidden = self.head.hidden(**inputs)
         c, labels = self.config, self._labels(batch)
         plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row
         if plain:
             hidden, labels = hidden[:, :-1], labels[:, :-1]
-            teacher_hidden = None if teacher_hidden is None else teacher_hidden[:, :-1]
-        return next_token_loss(self.model, hidden, labels, teacher_hidden, c.cross_entropy_factor, c.kl_factor, plain)
+            teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[:, :-1])
+        return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor, plain)
+
+    def _teacher_logits(self, hidden: Tensor) -> Tensor:
+        with self._as_teacher():  # a head of several layers may carry adapters
+            return self._teacher_head(hidden)
 
     def _labels(self, batch: Batch) -> Tensor:
         counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
@@ -134,14 +141,13 @@ class FinetuneStage:
                 yield
 
     @contextmanager
-    def _as_teacher(self) -> Iterator[PreTrainedModel]:
-        model = self.teacher or self.model
-        with attention_mode(model, "softmax"):
+    def _as_teacher(self) -> Iterator[None]:
+        with attention_mode(self.teacher or self.model, "softmax"):
             if self.adapter is None:
-                yield model
+                yield
             else:
                 with self.adapter.disable_adapter():
-                    yield model
+                    yield
 
 
 def _real(batch: Batch) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from lolcats.modeling import AttentionCall, LinearizedAttention
+from lolcats.modeling.head import OutputHead
 from lolcats.modeling.softmax import softmax_with_sinks
 from lolcats.ops import hybrid_attention
 from lolcats.ops.hybrid.scores import cap_scores
@@ -52,11 +53,20 @@ def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall, docume
     return _mean_over_real(losses, document)
 
 
+class TeacherStates(NamedTuple):
+    """What the teacher's logits are made from, a few thousand tokens at a time."""
+
+    hidden: Tensor
+    """[B, N, d_model] or [T, d_model]."""
+    head: Callable[[Tensor], Tensor]
+    """The teacher's own map to logits: the student's may have been trained, or be of another dtype."""
+
+
 def next_token_loss(
-    model: PreTrainedModel,
+    head: OutputHead,
     hidden: Tensor,
     labels: Tensor,
-    teacher_hidden: Tensor | None,
+    teacher: TeacherStates | None,
     cross_entropy_factor: float,
     kl_factor: float,
     all_counted: bool = False,
@@ -66,7 +76,9 @@ def next_token_loss(
     The logits are made a few thousand tokens at a time and never all at once.
 
     Args:
-        hidden, teacher_hidden: [B, N, d_model].
+        head: the student's map from hidden states to logits.
+        hidden: [B, N, d_model], the student's.
+        teacher: hidden states of the same tokens and the map that belongs to them; None without KL.
         labels: [B, N] int64, the next token of each position, -100 where it does not count.
         all_counted: the caller knows that there is no -100, so that the device need not be asked for it.
 
@@ -75,12 +87,11 @@ def next_token_loss(
         tokens of each part by name, in nats.
     """
     rows, targets = hidden.flatten(0, 1), labels.flatten()
-    teacher = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
+    teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden.flatten(0, 1))
     if not all_counted:
         counted = targets != -100
         rows, targets = rows[counted], targets[counted]
-        teacher = None if teacher is None else teacher[counted]
-    head = OutputHead(model)
+        teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[counted])
     if any(p.requires_grad for p in head.parameters()):
         parts = _loss_parts(head, rows, targets, teacher, kl_factor > 0)
         sums = torch.stack(parts)
@@ -94,30 +105,8 @@ def next_token_loss(
     return loss, named
 
 
-class OutputHead:
-    """The model's map from hidden states [T, d_model] to float32 logits [T, vocabulary], with scaling and capping."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        head = model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        config = cast(Any, model.config.get_text_config(decoder=True))
-        self.head = head
-        self.cap = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the head."""
-        return list(self.head.parameters())
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden).float() * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-
 def _loss_parts(
-    head: OutputHead, rows: Tensor, targets: Tensor, teacher: Tensor | None, with_kl: bool
+    head: OutputHead, rows: Tensor, targets: Tensor, teacher: TeacherStates | None, with_kl: bool
 ) -> tuple[Tensor, Tensor]:
     """Sums over rows of cross-entropy and KL."""
     log_p = head(rows).log_softmax(-1)
@@ -125,7 +114,7 @@ def _loss_parts(
     if teacher is None or not with_kl:
         return cross_entropy, torch.zeros_like(cross_entropy)
     with torch.no_grad():
-        log_t = head(teacher).log_softmax(-1)
+        log_t = teacher.head(teacher.hidden).log_softmax(-1)
     return cross_entropy, nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
 
 
@@ -138,7 +127,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows: Tensor,
         head: OutputHead,
         targets: Tensor,
-        teacher: Tensor | None,
+        teacher: TeacherStates | None,
         ce_factor: float,
         kl_factor: float,
     ) -> Tensor:
@@ -149,7 +138,7 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(begin, begin + HEAD_CHUNK)
             chunk = rows[part].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
-                reference = None if teacher is None else teacher[part]
+                reference = None if teacher is None else teacher._replace(hidden=teacher.hidden[part])
                 parts = _loss_parts(head, chunk, targets[part], reference, kl_factor > 0)
                 total = ce_factor * parts[0] + kl_factor * parts[1]
             if gradient is not None:
