@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from lolcats import LolcatsError
 from lolcats.modeling import attention_mode
+from lolcats.modeling.masks import TokenFacts, softmax_mask
 
 Students = Callable[..., Any]
 Teachers = Callable[..., LlamaForCausalLM]
@@ -276,3 +277,9 @@ def test_softmax_mode_with_a_static_cache_generates_like_the_teacher(
     with attention_mode(student, "softmax"):
         got = student.generate(ids, cache_implementation="static", **options)
     assert torch.equal(got, teacher.generate(ids, cache_implementation="static", **options))
+
+
+def test_a_mask_is_made_where_the_tokens_are() -> None:
+    """Also where nothing is known of them that lies there: a text in pieces on a GPU."""
+    mask = softmax_mask(TokenFacts(None, None), None, 3, 10, 7, torch.device("meta"))
+    assert mask is not None and mask.device.type == "meta" and mask.shape == (1, 1, 3, 10)

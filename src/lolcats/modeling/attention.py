@@ -126,7 +126,7 @@ class LinearizedAttention(nn.Module):
 
     def softmax(self, call: AttentionCall) -> Tensor:
         """What the teacher computes: exact attention, O(N) memory."""
-        mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2], call.seen)
+        mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2], call.seen, call.q.device)
         if call.softcap is not None or call.sink_logits is not None:
             return capped_softmax(call.q, call.k, call.v, mask, call.scale, call.softcap, call.sink_logits)
         causal = mask is None and call.q.shape[2] > 1

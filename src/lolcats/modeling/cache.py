@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from lolcats.errors import LolcatsError
 from lolcats.ops import HybridState
@@ -198,7 +199,7 @@ def past_of(cache: Cache | None, layer_idx: int, tokens: int = 0) -> Past:
     if layer_idx >= len(cache.layers):
         return Past(cached=True, cache=which)
     layer: Any = cache.layers[layer_idx]
-    if isinstance(layer, DummyLayer):  # it shares the keys of a layer that has had this call's tokens already
+    if _shares_keys(layer):  # it shares the keys of a layer that has had this call's tokens already
         seen = cache.get_seq_length() - tokens
     else:
         seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
@@ -207,6 +208,12 @@ def past_of(cache: Cache | None, layer_idx: int, tokens: int = 0) -> Past:
     if not isinstance(layer, LinearizedLayer) or layer.state is None:
         return Past(seen, cached=True, cache=which)
     return Past(seen, layer.state.length, layer.whole, layer.passes, True, which)
+
+
+def _shares_keys(layer: object) -> bool:
+    """Whether transformers keeps a place for a layer that attends to the keys of another; older releases keep none."""
+    dummy = getattr(cache_utils, "DummyLayer", None)
+    return dummy is not None and isinstance(layer, dummy)
 
 
 def _static_length(cache: Cache) -> int | None:
@@ -226,14 +233,14 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinearizedLayer):
         return layer
-    held = 0 if isinstance(layer, DummyLayer) else int(cache.get_seq_length(layer_idx))  # it shares another's keys
+    held = 0 if _shares_keys(layer) else int(cache.get_seq_length(layer_idx))  # it shares another's keys
     if held > 0:
         raise LolcatsError(
             f"expected an empty cache or one filled by this linearized model; layer {layer_idx} holds "
             f"{held} tokens of softmax attention (of another model, or of a model that runs its layers several times "
             "in one pass, which cannot be linearized)"
         )
-    length = _static_length(cache) if isinstance(layer, DummyLayer | StaticLayer) else None
+    length = _static_length(cache) if _shares_keys(layer) or isinstance(layer, StaticLayer) else None
     new = LinearizedLayer() if length is None else StaticLinearizedLayer(length)
     cache.layers[layer_idx] = new
     return new

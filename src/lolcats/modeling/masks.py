@@ -129,7 +129,12 @@ def visible_keys(mask: Tensor) -> Tensor:
 
 
 def softmax_mask(
-    facts: TokenFacts, mask: Tensor | None, tokens: int, keys: int, seen: int | Tensor | None = None
+    facts: TokenFacts,
+    mask: Tensor | None,
+    tokens: int,
+    keys: int,
+    seen: int | Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor | None:
     """A mask that SDPA takes for the softmax of the same tokens: [B or 1, 1 or H, N, keys], or None (plain causal).
 
@@ -137,6 +142,7 @@ def softmax_mask(
         facts: of the tokens; mask: from which they were read.
         keys: of the cache and the new tokens together; a static cache has room for more behind them.
         seen: column of the first new token; None is `keys - tokens`.
+        device: where the tokens are.
     """
     if mask is not None and mask.ndim == 4:
         return _checked_square(mask, tokens, keys)
@@ -144,8 +150,6 @@ def softmax_mask(
     at_end = not isinstance(seen, Tensor) and seen + tokens == keys
     if facts.padding is None and facts.segments is None and at_end and (seen == 0 or tokens == 1):
         return None
-    known = [*(f for f in facts if f is not None), *(t for t in (mask, seen) if isinstance(t, Tensor))]
-    device = known[0].device if known else torch.device("cpu")
     column = torch.arange(keys, device=device)
     query = (torch.arange(tokens, device=device) + seen)[:, None]
     visible = (column <= query)[None]
