@@ -30,6 +30,9 @@ from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labe
 ROUTERS = {"router", "gate", "shared_expert_gate"}
 """Names of modules that choose experts: what they choose must not change by the way."""
 
+MANY = 1 << 23
+"""Numbers of adapters that may be of no use, as in tiny models; more are a mistake."""
+
 
 class FinetuneStage:
     """LoRA (or full) fine-tuning for `train`.
@@ -160,8 +163,8 @@ def check_lora(model: PreTrainedModel, config: FinetuneConfig) -> None:
     """See that LoRA layers can be put on the targets, before anything is trained.
 
     Raises:
-        LolcatsError: a name in `config.targets` is no linear layer of the model, there are no targets, or the rank is
-            larger than any of them could use.
+        LolcatsError: a name in `config.targets` is no linear layer of the model, there are no targets, or a rank
+            larger than any of them could use would take much memory.
     """
     if config.method != "lora":
         return
@@ -171,18 +174,21 @@ def check_lora(model: PreTrainedModel, config: FinetuneConfig) -> None:
             f"finetune.targets {config.targets!r}: this model has no linear layers there; name some of "
             f"{sorted({_last(n) for n in lora_targets(model, 'all')})}, or use finetune.method=full"
         )
-    largest = max(_rank_of(model.get_submodule(name)) for name in targets)
-    if config.rank > largest:
+    sides = [_sides(model.get_submodule(name)) for name in targets]
+    largest, numbers = max(map(min, sides)), config.rank * sum(map(sum, sides))
+    if config.rank > largest and numbers > MANY:
         raise LolcatsError(
-            f"finetune.rank {config.rank} is more than the smaller side of every target, at most {largest}; lower it"
+            f"finetune.rank {config.rank} is more than the smaller side of every target, at most {largest}: "
+            f"{numbers:,} numbers of adapters for nothing; lower it"
         )
 
 
-def _rank_of(layer: nn.Module) -> int:
-    """The largest rank that the weight of a linear layer can have."""
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """Both sides of the weight of a linear layer."""
     if isinstance(layer, nn.Linear):  # its weight may be packed
-        return min(layer.in_features, layer.out_features)
-    return min(layer.get_parameter("weight").shape)
+        return layer.in_features, layer.out_features
+    rows, columns = layer.get_parameter("weight").shape
+    return rows, columns
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
