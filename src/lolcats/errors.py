@@ -11,3 +11,7 @@ class ConfigError(LolcatsError):
 
 class DataError(LolcatsError):
     """A data source, record, template or token file that cannot be used."""
+
+
+class NotFiniteError(LolcatsError):
+    """A model that computes NaN or infinity."""

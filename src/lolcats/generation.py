@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lolcats.context import check_context, context_limit, ends_there
 from lolcats.errors import DataError, LolcatsError
-from lolcats.evaluation.context import check_context, context_limit, ends_there
 from lolcats.vocabulary import check_token_ids, vocabulary_size
 
 SHOWN = 40

@@ -144,7 +144,8 @@ def test_packed_texts_are_apart(make_student: Builder, tokens: Tokens, teacher: 
         together = model(ids, position_ids=position, use_cache=False).logits
         alone = torch.cat([model(part).logits for part in ids.split([11, 13], 1)], 1)
         difference = float((together - alone).abs().max())
-        assert difference > 0.1 if family in MIXES_PACKED_TEXTS else difference < 2e-4
+        mixes = family in MIXES_PACKED_TEXTS and (model is teacher or family == "gpt_oss")  # whose local layers stay
+        assert difference > 0.1 if mixes else difference < 2e-4
 
 
 @torch.no_grad()

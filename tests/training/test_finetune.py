@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -235,10 +236,19 @@ def test_full_finetuning_with_tied_embeddings(
 
 def test_a_loss_that_is_not_finite_names_the_parameter(make_student: Students, training_data: TrainingData) -> None:
     student: Any = make_student(window=4)
+    stage = FinetuneStage(student, config())
+    poison(student)
+    metrics = stage.backward(make_batch(training_data.train, np.arange(2), "cpu", False), 1.0)
+    assert not metrics["loss"].isfinite() and re.match(r", first in model\.layers\.\d", stage.where(metrics))
+    with pytest.raises(LolcatsError, match="logits that are not finite"):
+        finetune_lora(poison(make_student(window=4)), training_data, config())
+
+
+def poison(student: Any) -> Any:
+    """One weight of a feature map that is not a number."""
     with torch.no_grad():
-        student.model.layers[1].self_attn.feature_k.weight[0, 0, 0] = torch.nan
-    with pytest.raises(LolcatsError, match=r"finetune: .*nan.* at step 1, first in model\.layers\.\d"):
-        finetune_lora(student, training_data, config())
+        student.get_submodule("model.layers.1.self_attn.feature_k").weight[0, 0, 0] = torch.nan
+    return student
 
 
 def test_the_teacher_is_the_same_weights_without_adapters(make_student: Students, teacher: Any, tokens: Tokens) -> None:

@@ -195,7 +195,7 @@ def _print_scores(
         names = f"the text of {', '.join(recipe.data.source_names)} that was held out from training"
     tokens = next(iter(scores.values())).tokens
     out.print(score_table({n: s.perplexity for n, s in scores.items()}, {n: s.kl for n, s in scores.items()}, recipe))
-    out.print(f"\n{tokens:,} tokens of {names}{note}", markup=False)
+    out.print(f"\n{tokens:,} tokens of {names}{note}", markup=False, soft_wrap=True)
 
 
 def _check_controls(control: list[str] | None) -> list[str]:

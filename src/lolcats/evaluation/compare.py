@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import Control, LinearizationConfig, RunConfig
+from lolcats.context import check_context
 from lolcats.data.build import build_datasets, local_names
 from lolcats.data.packing import read_documents
 from lolcats.data.sources import check_source
 from lolcats.device import choose_device, choose_dtype
 from lolcats.errors import DataError, LolcatsError
-from lolcats.evaluation.context import check_context
 from lolcats.evaluation.controls import student_variants, teacher_variants
 from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
 from lolcats.evaluation.segments import evaluation_segments

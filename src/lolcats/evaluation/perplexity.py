@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.evaluation.context import context_limit
+from lolcats.context import context_limit
 from lolcats.modeling.head import OutputHead
 from lolcats.training.losses import HEAD_CHUNK
 from lolcats.vocabulary import check_token_ids

@@ -54,7 +54,16 @@ class WatchedCall(NamedTuple):
 
 def unknown_facts(handed: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of what a family hands over beyond what the hook honours."""
-    return tuple(n for n, v in handed.items() if n not in KNOWN | HARMLESS and v is not None and v is not False)
+    return tuple(n for n, v in handed.items() if n not in KNOWN | HARMLESS and _says_something(v))
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a value could change attention: no objects on their way to somebody else (generate's tokenizer)."""
+    if isinstance(value, dict):
+        return any(_says_something(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_says_something(item) for item in value)
+    return isinstance(value, Tensor | int | float | str) and value is not False
 
 
 def refuse_unknown(module: nn.Module, handed: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lolcats.config import LinearizationConfig
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, NotFiniteError
 from lolcats.modeling.attention import LinearizedAttention
 from lolcats.modeling.calls import attention_named
 from lolcats.modeling.convert import attention_mode, convert, linearized_layers
@@ -148,6 +148,8 @@ def _head(model: PreTrainedModel) -> Fact:
     meaning, limit = "its logits follow from its last hidden states", tolerance(model.dtype)
     try:
         return Fact("head", meaning, OutputHead(model).difference, limit)
+    except NotFiniteError:  # no fact of the family: its weights are at fault
+        raise
     except LolcatsError as error:
         return Fact("head", meaning, float("inf"), limit, str(error))
     except FAILURES as error:

@@ -52,6 +52,8 @@ def convert(
             is missing or holds tokens that the model does not know.
     """
     config = config or LinearizationConfig()
+    if linearized_layers(model):
+        raise LolcatsError("this model is already linearized; convert its teacher instead")
     check_plain(model)
     check_supported(model)
     if config.start == "matched" and input_ids is None:

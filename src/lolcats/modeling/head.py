@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, NotFiniteError
 
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a family's code raises when it is called in a way that it is not made for."""
@@ -78,7 +78,7 @@ class OutputHead:
         self._alone = self._runs_alone(hidden)
         limit = tolerance(logits.dtype)
         if not bool(logits.isfinite().all()):
-            raise LolcatsError(f"{name} gives logits that are not finite; expected a model with finite weights")
+            raise NotFiniteError(f"{name} gives logits that are not finite; expected a model with finite weights")
         try:
             distance = relative_error(self._by_family(hidden), logits)
         except FAILURES as error:

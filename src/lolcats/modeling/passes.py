@@ -7,7 +7,8 @@ tells the pass. Nothing here keeps them alive.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
+_blind = False
 
 
 class Remembered(Generic[T]):
@@ -39,9 +41,20 @@ class Remembered(Generic[T]):
             self._last = None
 
 
+@contextmanager
+def unseen_values() -> Iterator[None]:
+    """Inside, no value is looked at: the caller knows what masks and positions say."""
+    global _blind
+    before, _blind = _blind, True
+    try:
+        yield
+    finally:
+        _blind = before
+
+
 def looks_at_values() -> bool:
     """Whether values may be looked at: that breaks a graph that is being compiled or recorded."""
-    if torch.compiler.is_compiling():
+    if _blind or torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 

@@ -21,7 +21,7 @@ from lolcats.training.checkpoint import read_metadata
 Status = Literal["new", "started", "trained", "finished"]
 """A run that is trained has its model; some of what the section `measure` asks for is missing."""
 SWEEP_FILE = "sweep.yaml"
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 """How long a call waits for processes of an earlier one."""
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from lolcats.modeling.passes import unseen_values
 from lolcats.training.batches import Batch
 
 if TYPE_CHECKING:
@@ -28,13 +29,17 @@ EAGER_STEPS = 3
 
 @contextmanager
 def one_text_a_row() -> Iterator[None]:
-    """Tell transformers that no row is packed: else it asks the device, and in a recording it assumes that all are."""
+    """Tell transformers and our layers that no row is packed: else they ask the device, which a recording cannot.
+
+    In a recording transformers assumes that all are packed.
+    """
     module: Any = masking_utils
     find = getattr(module, "find_packed_sequence_indices", None)
     if find is not None:
         module.find_packed_sequence_indices = lambda position_ids: None
     try:
-        yield
+        with unseen_values():
+            yield
     finally:
         if find is not None:
             module.find_packed_sequence_indices = find

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lolcats.context import check_context, context_limit, ends_there
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.context import check_context, context_limit, ends_there
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall.answers import answer
 from lolcats.evaluation.recall.haystack import essay
