@@ -169,7 +169,7 @@ GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden
 def test_layers_that_share_keys_and_values(families: ModuleType, tokens: Tokens, family: str) -> None:
     """Each keeps a state of its own; a prompt, its pieces and single tokens give one text."""
     model = families.build(family, num_kv_shared_layers=2, **GEMMA)
-    student = convert(model, LinearizationConfig(window=4, sinks=2, decay="gate"))
+    student: Any = convert(model, LinearizationConfig(window=4, sinks=2, decay="gate"))
     assert [layer.layer_idx for layer in linearized_layers(student)] == [1, 3]
     assert check_model(student).ok
     student.generation_config.eos_token_id = None
