@@ -70,6 +70,14 @@ def test_same_seed_same_text_and_the_random_state_stays(writer, tokenizer, small
     assert list(SelfText(writer, tokenizer, 6, 60, 1).records()) != first
 
 
+@pytest.mark.parametrize("own", [{"num_beams": 2}, {"min_new_tokens": 9}, {"repetition_penalty": 9.0, "top_k": 1}])
+def test_how_the_teacher_would_write_else_is_not_asked(writer, tokenizer, small, monkeypatch, own):
+    first = list(SelfText(writer, tokenizer, 4, 60, 0).records())
+    monkeypatch.setenv("LOLCATS_CACHE", str(small / "other"))
+    writer.generation_config.update(**own)
+    assert list(SelfText(writer, tokenizer, 4, 60, 0).records()) == first
+
+
 def test_an_interrupted_teacher_goes_on(writer, tokenizer, small, monkeypatch):
     whole = list(SelfText(writer, tokenizer, 10, 60, 0).records())
     monkeypatch.setenv("LOLCATS_CACHE", str(small / "other"))

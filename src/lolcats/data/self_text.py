@@ -19,6 +19,7 @@ from lolcats.data.encoding import digest, tokenizer_identity
 from lolcats.data.records import Record
 from lolcats.errors import DataError, LolcatsError
 from lolcats.files import cache_root, write_text
+from lolcats.generation import own_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +153,8 @@ class SelfText:
             do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0, max_new_tokens=max(1, tokens),
             eos_token_id=sorted(ends) or None, pad_token_id=pad,
         )  # fmt: skip
-        out: Any = self.teacher.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+        with own_settings(self.teacher, self.tokenizer, {}):  # what the teacher would like else is not asked for
+            out: Any = self.teacher.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
         texts = []
         for row in out[:, width:].tolist():
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
