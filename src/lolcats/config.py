@@ -34,7 +34,7 @@ class LinearizationConfig(Section):
     window: Near = 64  # tokens with exact softmax attention
     window_kind: Literal["sliding", "terraced"] = "sliding"
     sinks: Near = 0  # first tokens of the text that always keep softmax attention
-    state_heads: Literal["query", "kv"] = "query"  # one linear state a query head, or one a key/value head
+    state_heads: Literal["query", "kv"] = "query"  # one linear state per query head, or one per key/value head
     layers: Literal["all"] | list[int] | float = "all"  # indices (negative from the end), or a fraction in (0, 1]
     impl: Literal["auto", "triton", "chunked", "recurrent", "reference"] = "auto"
     start: Literal["paper", "matched"] = "paper"

@@ -113,14 +113,14 @@ class ExpDim(_Projected):
 
 
 class Elu(FeatureMap):
-    """1 + elu(x); no parameters, so it gives one map a key head."""
+    """1 + elu(x); no parameters, so it gives one map per key head."""
 
     def phi(self, x: Tensor) -> Tensor:
         return 1 + nnf.elu(x)
 
 
 class Relu(FeatureMap):
-    """relu(x); no parameters, so it gives one map a key head."""
+    """relu(x); no parameters, so it gives one map per key head."""
 
     def phi(self, x: Tensor) -> Tensor:
         return x.relu()
@@ -154,7 +154,7 @@ def build_feature_map(name: str, heads: int, head_dim: int, feature_size: int | 
 
     Args:
         name: a key of `FEATURE_MAPS`.
-        heads: number of maps (query heads, or key heads for a map a key head).
+        heads: number of maps (query heads, or key heads for one map per key head).
         head_dim: D.
         feature_size: f; None is `head_dim`. Maps without parameters ignore it.
 

@@ -19,7 +19,7 @@ def test_recall_of_all_columns(cli: Run, finished: Path) -> None:
     assert "passkey by depth" in answer.out and "vt by depth" not in answer.out
     for column in ("teacher", "training free", "student", "window only", "linear only", "no attention", "67-100"):
         assert column in answer.out
-    assert "3 prompts a task and length, seed 0" in answer.out and "from 32 tokens on" in answer.out
+    assert "3 prompts per task and length, seed 0" in answer.out and "from 32 tokens on" in answer.out
     content = json.loads(Path("x.json").read_text())
     assert len(content["cells"]) == 2 * 6 and content["lengths"] == [1500]
     assert all(len(cell["samples"]) == 3 for cell in content["cells"])

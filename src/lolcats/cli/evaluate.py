@@ -39,7 +39,7 @@ Local = Annotated[
         metavar="NAME=PATH", help="Read this copy of a data set of --sources; repeatable. Also: the recipe's."
     ),
 ]
-Length = Annotated[int | None, typer.Option(min=2, help="Tokens a segment. Default: the recipe's, or 1024.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens per segment. Default: the recipe's, or 1024.")]
 Last = Annotated[int | None, typer.Option(min=1, help="Count only the last tokens of a segment.")]
 Most = Annotated[
     int | None, typer.Option(min=1, help=f"Segments to read. Default: as the recipe; {MOST_SEGMENTS} of other text.")

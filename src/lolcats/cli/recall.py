@@ -36,7 +36,7 @@ Recall = Annotated[
 Lengths = Annotated[
     str, typer.Option(metavar="N,N,...", help="With --recall: tokens of prompt and answer, joined by commas.")
 ]
-Samples = Annotated[int, typer.Option(min=1, help="With --recall: prompts a task and length.")]
+Samples = Annotated[int, typer.Option(min=1, help="With --recall: prompts per task and length.")]
 Depths = Annotated[int, typer.Option(min=1, help="With --recall: ranges of depth that the prompts are spread over.")]
 RecallSeed = Annotated[int, typer.Option("--recall-seed", min=0, max=MAX_SEED, help="With --recall: of the prompts.")]
 Haystack = Annotated[
@@ -184,7 +184,7 @@ def _print(out: Console, cells: list[Cell], run: RecallRun) -> None:
         out.print(f"\n{task} by depth of the needle in %: % found")
         out.print(_depth_table([cell for cell in cells if cell.task == task]))
     s = run.settings
-    out.print(f"\n% found, {s.samples} prompts a task and length, seed {s.seed}; greedy answers")
+    out.print(f"\n% found, {s.samples} prompts per task and length, seed {s.seed}; greedy answers")
     if note := _note(run):
         out.print(note)
 

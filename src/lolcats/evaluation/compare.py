@@ -51,7 +51,7 @@ def compare(
         teacher: the weights from before the linearization; None leaves out all that needs them.
         sources, local: see `lolcats.data.iter_records`; or token files.
         held_out: in place of sources, the text that this run held out from training.
-        length, last, max_segments: tokens a segment, how many of them count (from the end), segments to read.
+        length, last, max_segments: tokens per segment, how many of them count (from the end), segments to read.
         controls, batch_size, edges, progress: see `lolcats.evaluation.controls` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
 

@@ -44,7 +44,7 @@ class LinearizedAttention(nn.Module):
 
     Args:
         inner: the family's module; its weights are never changed here.
-        feature_q, feature_k: feature maps of the queries (a map a query head) and keys (a map a query or a key head).
+        feature_q, feature_k: feature maps of the queries (one per query head) and keys (one per query or key head).
         heads: H, number of query heads.
         settings: window, its kind and sinks (the scale comes from the family).
         impl: implementation of `hybrid_attention` for more than one token.

@@ -14,7 +14,7 @@ class MapWeights(NamedTuple):
     kind: str
     """"hedgehog" (F = 2 f features) or "t2r" (F = f)."""
     q: Tensor
-    """[H, D, f]: a matrix W a query head."""
+    """[H, D, f]: one matrix W per query head."""
     k: Tensor
     """[H or KV, D, f]."""
     bias_q: Tensor | None = None

@@ -121,7 +121,7 @@ def hybrid_attention(
         log_decay: [B, H, N] <= 0; a pair j -> i of the linear half is multiplied by exp of its sum over j+1 .. i.
         scale: of the scores; None is 1 / sqrt(D).
         softcap: scores of the softmax half become softcap tanh(score / softcap) (Gemma 2).
-        sink_logits: [H] learned sinks without a value (gpt-oss): a logit a query head, which takes part in the row
+        sink_logits: [H] learned sinks without a value (gpt-oss): one logit per query head, which takes part in the row
             maximum m and adds g exp(logit - m) to the denominator.
         attention_mask: [B, N], nonzero at real tokens; padding may be on the left or on the right.
         segment_ids: [B, N] integers; tokens see only their own segment (a run of equal numbers; negative is
@@ -191,7 +191,7 @@ def _attend(inputs: Inputs, settings: Settings, maps: MapWeights | None, return_
     if maps is not None and not fused:
         inputs = _with_features(inputs, maps)
     heads, features = inputs.q.shape[1], inputs.phi_k
-    if inputs.log_decay is not None and not fused:  # one decay a query head needs one state a query head
+    if inputs.log_decay is not None and not fused:  # one decay per query head needs one state per query head
         inputs = inputs._replace(phi_k=features.repeat_interleave(heads // features.shape[1], 1))
     with torch.autocast(inputs.q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
         if fused:

@@ -7,7 +7,7 @@ The extended sequence (see layout.py) is cut in chunks of C tokens. A chunk of q
   pairs are softmax pairs, some linear ones; both kinds of weights share one matrix and one product with the values,
 * everything older through a carried state, the sum of phi_k v^T over the chunks before its local keys.
 
-Shapes: nC chunks, K = (p + 1) C local keys, G = H / KV query heads a key head, g = state heads / KV (1 or G).
+Shapes: nC chunks, K = (p + 1) C local keys, G = H / KV query heads per key head, g = state heads / KV (1 or G).
 Memory a token and head: K scores, and F * Dv / C for the chunk states.
 """
 

@@ -106,7 +106,7 @@ def _operands(inputs: Inputs, maps: MapWeights | None) -> Operands:
     weights = [x if x is None else x.contiguous() for x in maps[1:6]]
     map_q, map_k, bias_q, bias_k, log_scale = weights
     assert map_q is not None and map_k is not None
-    if decay is not None and map_k.shape[0] != q.shape[1]:  # one decay a query head needs one state a query head
+    if decay is not None and map_k.shape[0] != q.shape[1]:  # one decay per query head needs one state per query head
         groups = q.shape[1] // map_k.shape[0]
         map_k, bias_k = (x if x is None else x.repeat_interleave(groups, 0) for x in (map_k, bias_k))
         assert map_k is not None

@@ -13,7 +13,7 @@ gradients of the window factor (-(1 - g) sum a), of the scale of the features (s
 Attention transfer needs nothing else: no softmax pair is visited there.
 
 Shapes: dy [B, H, N, width], the gradient of x W (of phi itself for given features); a, b [B, H, N] fp32.
-Bytes: q, do, dy once a query head; k, v and dv once a key head; a state a tile each way.
+Bytes: q, do, dy once per query head; k, v and dv once per key head; one state per tile each way.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false

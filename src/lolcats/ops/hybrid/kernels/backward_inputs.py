@@ -7,7 +7,7 @@ denominator d_i also holds the linear half: w_ij = g exp(s_ij - m_i), dw_ij = (d
 
 What comes through the maps is dy W^T, with dy of backward_features.py, which has also written the linear half of dv.
 The sinks' dk and dv are sums over all queries: the query side writes a partial sum a tile.
-Bytes: q, do, dq and dy once a query head; k, v, dk, dv once a key head.
+Bytes: q, do, dq and dy once per query head; k, v, dk, dv once per key head.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false

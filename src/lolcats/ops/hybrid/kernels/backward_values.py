@@ -5,7 +5,7 @@ queries (phi(q)^T do / d, states.py), and phi(k).phi(q) times do / d for the que
 that `key_features` (backward_features.py) has made too: the accumulators of both in one kernel do not fit into the
 registers (1.2 kB of spills a thread).
 
-Shapes and bytes: as in backward_features.py; dv [B, KV, N, Dv], once a key head.
+Shapes and bytes: as in backward_features.py; dv [B, KV, N, Dv], once per key head.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false

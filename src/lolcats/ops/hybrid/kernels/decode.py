@@ -322,7 +322,7 @@ def decode_step(
 ) -> tuple[Tensor, HybridState]:
     """`recurrent.hybrid_step` with the maps inside and the state changed in place (copied once if not contiguous).
 
-    Args: as there; the state's linear half has a state a map of the keys (a query head with decay).
+    Args: as there; the state's linear half has one state per map of the keys (a query head with decay).
     """
     if any(not t.is_contiguous() for t in state.tensors()):
         state = state.map(lambda t: t.contiguous())
@@ -331,7 +331,7 @@ def decode_step(
     window, sinks = state.window, state.sinks
     map_k, bias_k = maps.k, maps.bias_k
     state_heads = state.linear.kv.shape[1]
-    if map_k.shape[0] != state_heads:  # decay: a state a query head
+    if map_k.shape[0] != state_heads:  # decay: one state per query head
         map_k = map_k.repeat_interleave(state_heads // map_k.shape[0], 0)
         bias_k = None if bias_k is None else bias_k.repeat_interleave(state_heads // bias_k.shape[0], 0)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

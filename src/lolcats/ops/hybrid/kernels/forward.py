@@ -12,7 +12,8 @@ What decides the sizes: 4 warps and at most 255 registers a thread without spill
 multiprocessor and one computes while the other waits for its tiles.
 
 Shapes: q, out [B, H, N, D or Dv]; k, v [B, KV, N, .]; maps [heads, D, width] or features [B, heads, N, F].
-Bytes: q and out once a query head, k and v once a key head (the heads of a group share them in L2), a state a group.
+Bytes: q and out once per query head, k and v once per key head (the heads of a group share them in L2), one state per
+group.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
