@@ -29,6 +29,9 @@ TEXT = (
 def pytest_configure(config: pytest.Config) -> None:
     # peft 0.21 asks transformers 5.23 a question by its old name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+    # What torch.compile of torch 2.11 causes in torch itself.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 @pytest.fixture(autouse=True, scope="session")
