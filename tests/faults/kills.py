@@ -49,6 +49,8 @@ CLOCKS = ("seconds", "per_second", "date", "time", "mtime")
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 LIMIT = 60.0
 """Seconds within which all processes of a run end after one of them was killed."""
+MEETING = 1.0
+"""Seconds within which the processes of a run find each other."""
 
 
 @dataclass
@@ -90,8 +92,20 @@ def run(case: Case, folder: Path, words: Sequence[str], kill: Kill | None = None
     if kill is not None and kill.seconds is not None:
         time.sleep(kill.seconds)
         os.kill(children[kill.rank], signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return codes, time.monotonic() - begun
+    return [wait(child, kill is not None) for child in children], time.monotonic() - begun
+
+
+def wait(child: int, limited: bool) -> int:
+    """The exit code of a child; where another was killed it has `LIMIT` seconds, and is then killed too."""
+    deadline = time.monotonic() + 2 * LIMIT
+    while limited and time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    if limited:
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def start(folder: Path, words: Sequence[str], rank: int, ranks: int, port: int, kill: Kill | None) -> int:
@@ -237,7 +251,8 @@ def trial(case: Case, folder: Path, chance: random.Random) -> tuple[int, list[st
         if case.ranks == 1 and chance.random() < 0.6:
             kill.event = chance.randint(1, case.events)
         else:
-            kill.seconds = chance.uniform(0, case.seconds)
+            # Before processes have met, it is for what starts them (torchrun) to end the rest.
+            kill.seconds = chance.uniform(0 if case.ranks == 1 else MEETING, max(case.seconds, MEETING))
         codes, seconds = run(case, folder, words, kill)
         words, kills = case.again, kills + 1
         if seconds > case.seconds + LIMIT:
