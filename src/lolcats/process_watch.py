@@ -2,7 +2,7 @@
 
 A thread of each process looks every half second. A process that fails writes why; one that is killed cannot, so those
 of its machine write it for it. Whoever reads it prints it and ends at once: its main thread may wait for the failed one
-inside a library, where no exception of Python reaches it.
+inside a library, where no exception of Python reaches it. How the processes find this store: process_meeting.py.
 
 The store lives in the main process, and a question to a store that is gone takes minutes to fail. So a second thread
 only looks whether the main process is there.
@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,27 +25,13 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long the main process, in which the store lives, waits until the others have read why it ends."""
-CONNECT_SECONDS, ANSWER_SECONDS = 60, 10
-"""How long the store may take to be there, and to answer."""
+ANSWER_SECONDS = 10
+"""How long the store may take to answer."""
 FAILED, DONE, READ = "failed", "done", "read"
-_KILLED = FAILED + " process {} ended without a word: it was killed, perhaps for want of memory"
+KILLED = "process {} ended without a word: it was killed, perhaps for want of memory"
+_KILLED = f"{FAILED} {KILLED}"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-
-def connect(rank: int, processes: int, address: str, tell_port: Callable[[int], int]) -> TCPStore:
-    """The store of these processes, which lives in the main one.
-
-    Args:
-        address: of the main process.
-        tell_port: gives the number that the main process gives to it to all processes.
-    """
-    timeout = timedelta(seconds=CONNECT_SECONDS)
-    if rank == 0:
-        store = TCPStore(address, 0, processes, True, timeout, wait_for_workers=False)
-        tell_port(store.port)
-        return store
-    return TCPStore(address, tell_port(0), processes, False, timeout, wait_for_workers=False)
 
 
 class ProcessWatch:
@@ -55,10 +41,11 @@ class ProcessWatch:
         store: what they share.
         rank: of this process.
         places: `own_place` of all processes.
+        meeting: the store through which they met, which the others may still read while this process is watched.
     """
 
-    def __init__(self, store: TCPStore, rank: int, places: Sequence[str]) -> None:
-        self.store, self.rank, self.places = store, rank, places
+    def __init__(self, store: TCPStore, rank: int, places: Sequence[str], meeting: TCPStore | None = None) -> None:
+        self.store, self.rank, self.places, self.meeting = store, rank, places, meeting
         self._ending = threading.Event()
         store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
         looks = [self._watch, self._watch_main][: 2 if rank else 1]
@@ -84,14 +71,13 @@ class ProcessWatch:
             What ended another process before, where `error` is but its consequence here; else None.
         """
         self.stop()
+        reason = self._consequence_of(error)
         with suppress(RuntimeError):  # the store ends with the main process
-            reason = self._consequence_of(error)
             if reason is None:
                 kind = "interrupted" if isinstance(error, KeyboardInterrupt) else FAILED
                 self._post(f"{kind} process {self.rank}: {text}")
             self._acknowledge()
-            return reason
-        return None
+        return reason
 
     def _watch(self) -> None:
         while not self._ending.wait(POLL_SECONDS):
@@ -104,19 +90,19 @@ class ProcessWatch:
 
     def _message(self) -> str | None:
         """Why a process has ended, None while all live."""
-        if not _lives(self.places[0]):
+        if not lives(self.places[0]):
             return _KILLED.format(0)
         if self.store.check([FAILED]):
             return self.store.get(FAILED).decode()
         for rank, place in enumerate(self.places):
-            if not _lives(place) and not self.store.check([f"{DONE}{rank}"]):
+            if not lives(place) and not self.store.check([f"{DONE}{rank}"]):
                 self._post(_KILLED.format(rank))
                 return self.store.get(FAILED).decode()
         return None
 
     def _watch_main(self) -> None:
         while not self._ending.wait(POLL_SECONDS):
-            if not _lives(self.places[0]):  # it may not end before this process is done
+            if not lives(self.places[0]):  # it may not end before this process is done
                 self._end(_KILLED.format(0))
 
     def _consequence_of(self, error: BaseException) -> str | None:
@@ -125,8 +111,9 @@ class ProcessWatch:
             return None
         deadline = time.monotonic() + 2 * POLL_SECONDS
         while time.monotonic() < deadline:
-            if (message := self._message()) is not None:
-                return message.partition(" ")[2]
+            with suppress(RuntimeError):  # the store is gone: its process has ended, or will be seen to end soon
+                if (message := self._message()) is not None:
+                    return message.partition(" ")[2]
             time.sleep(POLL_SECONDS / 5)
         return None
 
@@ -144,7 +131,7 @@ class ProcessWatch:
 
     def _end(self, message: str) -> None:
         with suppress(RuntimeError):
-            if _lives(self.places[0]):
+            if lives(self.places[0]):
                 self._acknowledge()
         kind, _, text = message.partition(" ")
         prefix = f"[process {self.rank}] " if self.rank else ""
@@ -170,7 +157,7 @@ def _machine() -> str:
     return f"{socket.gethostname()}{space}"
 
 
-def _lives(place: str) -> bool:
+def lives(place: str) -> bool:
     """Whether the process at a place still runs; one that has ended but was not yet waited for does not.
 
     Of other machines nobody can say: theirs live.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from lolcats.errors import LolcatsError
-from lolcats.process_watch import ProcessWatch, connect, own_place
+from lolcats.process_meeting import meet, named_by_environment
 
 T = TypeVar("T")
 
@@ -83,31 +81,32 @@ def check_batch_size(name: str, batch_size: int, processes: int) -> None:
 
 
 @contextmanager
-def ending_together(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, a process that fails or is killed ends the others too, with its message, within seconds.
+def ending_together(start: Callable[[], Accelerator]) -> Iterator[Accelerator]:
+    """Start an accelerator; inside, a process that fails or is killed soon ends the others too, with its message.
 
-    Otherwise they would wait for it in their next exchange until that times out, after 10 minutes or more.
+    Otherwise they would wait for it in their next exchange until that times out, after 10 minutes or more. Where the
+    environment names the processes, as `torchrun` does, they are watched from before the accelerator starts, which is
+    itself such an exchange.
 
     Raises:
-        LolcatsError: another process was killed and this one noticed it by a broken connection.
+        LolcatsError: another process did not start, or was killed and this one noticed it by a broken connection.
     """
-    if accelerator.num_processes == 1:
-        yield
-        return
-    address = os.environ.get("MASTER_ADDR") or socket.gethostname()
-    rank, count = accelerator.process_index, accelerator.num_processes
-    store = connect(rank, count, address, lambda port: from_main_process(accelerator, lambda: port))
-    watch = ProcessWatch(store, rank, gather_object([own_place()]))
+    watch = meet(None) if named_by_environment() else None
     try:
-        yield
-        watch.done()
-        accelerator.wait_for_everyone()
+        accelerator = start()
+        if watch is None and accelerator.num_processes > 1:
+            watch = meet(accelerator)
+        yield accelerator
+        if watch is not None:
+            watch.done()
+            accelerator.wait_for_everyone()
     except BaseException as error:
-        if (reason := watch.tell(error, describe(error))) is not None:
+        if watch is not None and (reason := watch.tell(error, describe(error))) is not None:
             raise LolcatsError(reason) from error
         raise
     finally:
-        watch.stop()
+        if watch is not None:
+            watch.stop()
 
 
 def describe(error: BaseException) -> str:

@@ -56,12 +56,11 @@ def linearize(
     started = time.perf_counter()
     device = choose_device(config.device)
     check_impl(config.linearization.impl, device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    for stage in ("transfer", "finetune"):
-        if (settings := getattr(config, stage)).enabled:
-            check_batch_size(stage, settings.batch_size, accelerator.num_processes)
     folder = RunFolder.of(config)
-    with ending_together(accelerator), ExitStack() as held:
+    with ending_together(lambda: Accelerator(cpu=device.type == "cpu")) as accelerator, ExitStack() as held:
+        for stage in ("transfer", "finetune"):
+            if (settings := getattr(config, stage)).enabled:
+                check_batch_size(stage, settings.batch_size, accelerator.num_processes)
         results = from_main_process(accelerator, lambda: open_run(folder, config, device, held, resume, overwrite))
         if results is None:
             return folder

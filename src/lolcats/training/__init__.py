@@ -95,8 +95,8 @@ def _run(
 ) -> TrainResult:
     for name, dataset in (("the training text", data.train), ("the validation text", data.validation)):
         check_token_ids(dataset.ids, model, name)
-    accelerator = Accelerator(cpu=model.device.type == "cpu")
-    with ending_together(accelerator), tempfile.TemporaryDirectory() as temporary:
+    cpu = model.device.type == "cpu"
+    with ending_together(lambda: Accelerator(cpu=cpu)) as accelerator, tempfile.TemporaryDirectory() as temporary:
         return train(
             stage,
             config,
