@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache
 
 import lolcats
-from lolcats.device import describe_device
 from lolcats.modeling import state_bytes
+from lolcats.models.device import describe_device
 
 CHUNK = 1000
 """Tokens of context read at once."""

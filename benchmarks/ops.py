@@ -26,7 +26,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lolcats.device import describe_device
+from lolcats.models.device import describe_device
 from lolcats.ops import MapWeights, mapped_attention
 from lolcats.ops.hybrid import hybrid_step, leaving_keys
 from lolcats.ops.hybrid.kernels.decode import decode_step

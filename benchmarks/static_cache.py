@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lolcats
-from lolcats.device import describe_device
+from lolcats.models.device import describe_device
 
 
 def build(layers: int, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lolcats.config import Control, RunConfig, load_config
-from lolcats.strict_yaml import read_yaml, write_yaml
+from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep import Sweep, load_sweep
 from lolcats.sweep.measured import AVERAGE
 from lolcats.sweep.settings import flat

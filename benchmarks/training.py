@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lolcats
-from lolcats.device import describe_device
+from lolcats.models.device import describe_device
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
 from lolcats.training.graphs import EAGER_STEPS, GraphedStage

@@ -13,12 +13,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
+from lolcats.models.teacher import load_teacher
 from lolcats.ops import HybridOutput, HybridState, LinearState, MapWeights, hybrid_attention, mapped_attention
-from lolcats.teacher import load_teacher
 
 if TYPE_CHECKING:
     from lolcats.export import export_model, load_adapter
-    from lolcats.recipe import linearize
+    from lolcats.runs.recipe import linearize
     from lolcats.training import TrainingData, finetune_lora, transfer_attention
 
 __version__ = "0.1.0"
@@ -52,7 +52,7 @@ __all__ = [
 _LATER = {
     "export_model": "lolcats.export",
     "load_adapter": "lolcats.export",
-    "linearize": "lolcats.recipe",
+    "linearize": "lolcats.runs.recipe",
     "TrainingData": "lolcats.training",
     "finetune_lora": "lolcats.training",
     "transfer_attention": "lolcats.training",

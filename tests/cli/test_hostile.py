@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lolcats.cli.terminal import SafeConsole
-from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 from tiny import make_tokenizer
 
 from .conftest import Run

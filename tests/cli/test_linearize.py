@@ -52,7 +52,7 @@ def test_resume_ends_as_if_uninterrupted(
 ) -> None:
     """Ctrl-C in stage 2, then --resume: the same weights as the run in one go."""
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("lolcats.recipe"), "finetune", _interrupt)
+        patch.setattr(import_module("lolcats.runs.recipe"), "finetune", _interrupt)
         answer = cli(*arguments, "name=tiny")
     assert answer.code == 130 and answer.err == "interrupted; the last checkpoint is kept\n"
     assert cli(*arguments, "name=tiny", "--resume").code == 0
@@ -95,7 +95,7 @@ def test_resume_and_overwrite_exclude_each_other(cli: Run) -> None:
 def stopped(cli: Run, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments of a run that was stopped after stage 1."""
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("lolcats.recipe"), "finetune", _interrupt)
+        patch.setattr(import_module("lolcats.runs.recipe"), "finetune", _interrupt)
         assert cli(*arguments, "name=a").code == 130
     return [*arguments, "name=a", "--resume"]
 

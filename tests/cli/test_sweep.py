@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lolcats.strict_yaml import write_yaml
+from lolcats.config.strict_yaml import write_yaml
 
 from .conftest import TINY, Run
 
@@ -95,7 +95,7 @@ def test_interrupted_and_gone_on_with(cli: Run, study: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("lolcats.recipe"), "finetune", interrupt)
+        patch.setattr(import_module("lolcats.runs.recipe"), "finetune", interrupt)
         answer = cli("sweep", study)
     assert answer.code == 130 and answer.err.startswith("interrupted; finished runs and last checkpoints are kept")
     plan = cli("sweep", study, "--plan").out.splitlines()[1].split()

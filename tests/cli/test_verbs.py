@@ -16,7 +16,7 @@ from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
 from lolcats.cli.tables import show_bytes, show_layers, show_number
 from lolcats.evaluation import compare
-from lolcats.saving import RECIPE_FILE
+from lolcats.runs.artefact import RECIPE_FILE
 
 from .conftest import Run
 

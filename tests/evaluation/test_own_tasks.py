@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lolcats.config.strict_yaml import write_yaml
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant
 from lolcats.evaluation.harness import HarnessSettings
 from lolcats.evaluation.harness.progress import Progress, default_file
 from lolcats.evaluation.harness.quiet import quiet
 from lolcats.evaluation.harness.run import load_benchmarks, measure_benchmarks
-from lolcats.strict_yaml import write_yaml
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -19,7 +19,7 @@ from lolcats.evaluation.recall import TASKS, Cell, Progress, RecallSettings, mak
 from lolcats.evaluation.recall.answers import answer
 from lolcats.evaluation.recall.plot import check_plot, plot_recall
 from lolcats.modeling import convert
-from lolcats.teacher import load_teacher
+from lolcats.models.teacher import load_teacher
 
 from .test_recall_prompts import solve
 

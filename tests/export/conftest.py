@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lolcats import linearize, load_config
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 
 Runs = Callable[..., RunFolder]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lolcats import LolcatsError, convert, export_model, linearized_layers, load_adapter, load_config
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 
 from .conftest import Runs
 

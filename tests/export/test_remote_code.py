@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 from lolcats import LolcatsError, RunConfig, export_model
 from lolcats.export import remote_code
-from lolcats.saving import RECIPE_FILE, save_artefact
+from lolcats.runs.artefact import RECIPE_FILE, save_artefact
 
 from .conftest import Runs
 

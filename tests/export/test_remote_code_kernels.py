@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lolcats import RunConfig, export_model
-from lolcats.saving import save_artefact
+from lolcats.runs.artefact import save_artefact
 
 pytest.importorskip("triton")
 READER = """

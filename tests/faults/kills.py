@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 import lolcats.evaluation.recall
 import lolcats.export
-import lolcats.recipe
+import lolcats.runs.recipe
 import lolcats.sweep  # noqa: F401  # what the verbs import when they run, imported once
 from lolcats.cli import main
 from tiny import SENTENCE, save_teacher

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import lolcats.quantization
+import lolcats.models.quantization
 from lolcats import LinearizationConfig, LolcatsError, convert, load_teacher
 from lolcats.config import FinetuneConfig, TransferConfig, load_config
 from lolcats.errors import ConfigError
-from lolcats.quantization import dequantize_below, is_quantized, quantization_config
+from lolcats.models.quantization import dequantize_below, is_quantized, quantization_config
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
 
@@ -94,7 +94,7 @@ def test_a_gguf_teacher_can_be_quantized() -> None:
 
 
 def test_without_the_package(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lolcats.quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lolcats.models.quantization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LolcatsError, match=r"4bit needs the package bitsandbytes: pip install"):
         load_teacher(folder, quantization="4bit")
     with pytest.raises(LolcatsError, match="8bit"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lolcats.generation import sample
+from lolcats.models.generation import sample
 
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lolcats.strict_yaml import write_yaml
+from lolcats.config.strict_yaml import write_yaml
 from lolcats.sweep import Sweep, load_sweep
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from lolcats import LolcatsError
 from lolcats.cli.sweep_tables import print_results
 from lolcats.config import dump_config
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, check_runs, gather, load_sweep, make_plan, read_failures, run_sweep
 from lolcats.sweep import job as job_module
 from lolcats.sweep.measured import Measured

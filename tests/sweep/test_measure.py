@@ -15,7 +15,7 @@ from lolcats import LolcatsError
 from lolcats.evaluation import harness
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.recall import RecallSettings, recall
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep import MEASUREMENTS, Sweep, SweepMeasurement, check_measure, make_plan, measuring, run_sweep
 from lolcats.training import Reporter
 

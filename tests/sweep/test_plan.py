@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lolcats import load_config
 from lolcats.data import check_sources
 from lolcats.errors import DataError
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Speed, Sweep, calibrate, load_sweep, make_plan, run_sweep
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))

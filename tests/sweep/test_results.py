@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lolcats import LolcatsError
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, Table, draw_plots, run_sweep
 from lolcats.sweep.results import show_number
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from lolcats import LolcatsError, recipe
-from lolcats.run_folder import RunFolder
+from lolcats import LolcatsError
+from lolcats.runs import recipe
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
 from lolcats.sweep.job import Job

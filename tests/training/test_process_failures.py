@@ -17,7 +17,7 @@ import torch.distributed
 from accelerate import Accelerator
 
 from lolcats.errors import LolcatsError
-from lolcats.processes import check_same, ending_together, from_main_process
+from lolcats.training.parallel import check_same, ending_together, from_main_process
 
 torch.set_num_threads(1)
 

@@ -52,7 +52,7 @@ class Conversation:
         Raises:
             LolcatsError: the template fails, or what `write_tokens` raises.
         """
-        from lolcats.generation import encode, write_tokens
+        from lolcats.models.generation import encode, write_tokens
 
         self.messages.append({"role": "user", "content": text})
         prompt = encode(self.tokenizer, self._render(), add_special_tokens=False)

@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.model_config import read_model_config
-from lolcats.model_folder import check_place, expand_model
 from lolcats.modeling import LinearizedAttention, linearized_layers
 from lolcats.modeling.check import plain_attention
 from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local, self_attention
 from lolcats.modeling.head import FAILURES, probe_ids
+from lolcats.models.config import read_model_config
+from lolcats.models.folder import check_place, expand_model
+from lolcats.models.teacher import load_teacher
 from lolcats.ops import HybridState, hybrid_attention
 from lolcats.printable import reason
-from lolcats.teacher import load_teacher
 
 
 @dataclass

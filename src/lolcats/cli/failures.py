@@ -7,7 +7,7 @@ import sys
 
 from pydantic import ValidationError
 
-from lolcats.config import MOST_PROBLEMS
+from lolcats.config.load import MOST_PROBLEMS
 from lolcats.errors import LolcatsError
 from lolcats.printable import one_line
 

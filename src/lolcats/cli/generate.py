@@ -33,7 +33,7 @@ def generate(
 
     from lolcats.cli.streaming import CountingStreamer
     from lolcats.cli.tables import show_bytes
-    from lolcats.generation import sample
+    from lolcats.models.generation import sample
 
     network, tokenizer = load_model(model, device, dtype)
     set_seed(seed)

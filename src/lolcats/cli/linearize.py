@@ -15,7 +15,7 @@ from lolcats.cli.tables import console, score_table
 from lolcats.config import RunConfig, load_config
 
 if TYPE_CHECKING:
-    from lolcats.run_folder import RunFolder
+    from lolcats.runs.folder import RunFolder
 
 
 def linearize(
@@ -40,7 +40,7 @@ def linearize(
 
     from accelerate import PartialState
 
-    from lolcats.recipe import linearize as run_recipe
+    from lolcats.runs.recipe import linearize as run_recipe
 
     silence()
     out = console()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
-from lolcats.model_folder import expand_model
+from lolcats.models.folder import expand_model
 from lolcats.printable import reason
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def find_model(source: str) -> str:
 
 def read_recipe(source: str) -> RunConfig | None:
     """The recipe in a model's folder, None where there is none."""
-    from lolcats.saving import RECIPE_FILE
+    from lolcats.runs.artefact import RECIPE_FILE
 
     file = Path(source) / RECIPE_FILE
     return load_config(file) if file.is_file() else None
@@ -50,7 +50,7 @@ def read_recipe(source: str) -> RunConfig | None:
 
 def read_results(source: str) -> dict[str, Any]:
     """The measured results in a model's folder, empty where there are none."""
-    from lolcats.saving import RESULTS_FILE
+    from lolcats.runs.artefact import RESULTS_FILE
 
     file = Path(source) / RESULTS_FILE
     try:
@@ -79,9 +79,9 @@ def _unusable(results: object) -> str | None:
 def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready to run; a linearized model keeps its own format unless `dtype` names another."""
     import lolcats.modeling  # noqa: F401  (teaches transformers to load linearized models)
-    from lolcats.device import choose_device, choose_dtype
-    from lolcats.saving import RECIPE_FILE
-    from lolcats.teacher import load_teacher
+    from lolcats.models.device import choose_device, choose_dtype
+    from lolcats.models.teacher import load_teacher
+    from lolcats.runs.artefact import RECIPE_FILE
 
     silence()
     folder, place = find_model(source), choose_device(device)

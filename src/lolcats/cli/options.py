@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lolcats.errors import LolcatsError
-from lolcats.model_folder import expand
+from lolcats.models.folder import expand
 
 
 def _check_device(name: str) -> str:

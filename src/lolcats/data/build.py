@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lolcats.config import DataConfig, SourceConfig
 from lolcats.data.documents import Documents
 from lolcats.data.named import COLLECTIONS, NAMED
 from lolcats.data.packing import PackedDataset, pack
 from lolcats.data.reading import Context, Part, load_parts, parts_of
 from lolcats.data.sources import check_source
 from lolcats.errors import DataError
-from lolcats.settings import DataConfig, SourceConfig
-from lolcats.vocabulary import vocabulary_size
+from lolcats.models.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lolcats.config import RunConfig
-from lolcats.settings import DataConfig
+from lolcats.config import DataConfig, RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any, Literal
 
+from lolcats.config import SourceConfig
 from lolcats.data.cache import Batches, TokenCache
 from lolcats.data.documents import Documents
 from lolcats.data.encoding import RECORDS, digest, encode_texts, token_file, tokenizer_identity
@@ -21,7 +22,6 @@ from lolcats.data.records import Record
 from lolcats.data.sources import HINT, check_settings, hub_place, iter_placed, local_copy
 from lolcats.data.templates import Template, render
 from lolcats.errors import DataError
-from lolcats.settings import SourceConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

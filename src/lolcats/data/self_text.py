@@ -19,7 +19,7 @@ from lolcats.data.encoding import digest, tokenizer_identity
 from lolcats.data.records import Record
 from lolcats.errors import DataError, LolcatsError
 from lolcats.files import cache_root, write_text
-from lolcats.generation import own_settings
+from lolcats.models.generation import own_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from lolcats.config import SourceConfig
 from lolcats.data.copies import read_copy, read_saved
 from lolcats.data.files import TEXT_SUFFIXES as TEXT_SUFFIXES
 from lolcats.data.files import TOKEN_SUFFIXES as TOKEN_SUFFIXES
@@ -22,7 +23,6 @@ from lolcats.data.records import Message as Message
 from lolcats.data.records import Record, Row, choose_columns, to_record, turn_keys
 from lolcats.data.records import TextRecord as TextRecord
 from lolcats.errors import DataError
-from lolcats.settings import SourceConfig
 
 HINT = f', a named data set ({", ".join(NAMES)}), or "hf:NAME"'
 

@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import Control, LinearizationConfig, RunConfig
-from lolcats.context import check_context
 from lolcats.data.build import build_datasets, local_names
 from lolcats.data.packing import read_documents
 from lolcats.data.sources import check_source
-from lolcats.device import choose_device, choose_dtype
 from lolcats.errors import DataError, LolcatsError
 from lolcats.evaluation.controls import student_variants, teacher_variants
 from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import convert, linearized_layers
-from lolcats.teacher import load_teacher
-from lolcats.vocabulary import vocabulary_size
+from lolcats.models.context import check_context
+from lolcats.models.device import choose_device, choose_dtype
+from lolcats.models.teacher import load_teacher
+from lolcats.models.vocabulary import vocabulary_size
 
 
 def compare(

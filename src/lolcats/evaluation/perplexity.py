@@ -13,10 +13,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.context import context_limit
 from lolcats.modeling.head import OutputHead
+from lolcats.models.context import context_limit
+from lolcats.models.vocabulary import check_token_ids
 from lolcats.training.losses import HEAD_CHUNK
-from lolcats.vocabulary import check_token_ids
 
 
 @dataclass

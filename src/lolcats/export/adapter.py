@@ -23,8 +23,8 @@ from lolcats.errors import LolcatsError
 from lolcats.export.source import Source
 from lolcats.export.weights import check_finite
 from lolcats.modeling import LinearizedAttention, convert
-from lolcats.saving import RECIPE_FILE
-from lolcats.teacher import load_teacher
+from lolcats.models.teacher import load_teacher
+from lolcats.runs.artefact import RECIPE_FILE
 from lolcats.training.checkpoint import load_tensors
 from lolcats.training.finetune import lora_config
 

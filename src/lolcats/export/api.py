@@ -15,7 +15,7 @@ from lolcats.export.folder import check_place, new_folder
 from lolcats.export.remote_code import write_code
 from lolcats.export.source import Source, is_local, last_part, open_source, without_paths
 from lolcats.export.weights import check_model
-from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 
 FORMATS: tuple[Format, ...] = ("merged", "adapter", "remote-code")
 

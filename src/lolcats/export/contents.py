@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from lolcats.errors import LolcatsError
-from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_folder
-from lolcats.saving import RECIPE_FILE
+from lolcats.runs.artefact import RECIPE_FILE
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
-from lolcats.model_folder import expand
-from lolcats.run_folder import RunFolder
-from lolcats.saving import RECIPE_FILE, RESULTS_FILE
+from lolcats.models.folder import expand
+from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
+from lolcats.runs.folder import RunFolder
 
 ADAPTER_FILE = "adapter_config.json"
 

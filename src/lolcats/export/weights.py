@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lolcats.errors import LolcatsError
 from lolcats.export.contents import weight_files
 from lolcats.modeling import linearized_layers
+from lolcats.models.weights import all_finite, check_complete
 from lolcats.printable import reason
-from lolcats.weights import all_finite, check_complete
 
 
 def check_model(folder: Path) -> None:

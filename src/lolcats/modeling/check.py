@@ -24,7 +24,7 @@ from lolcats.modeling.attention import LinearizedAttention
 from lolcats.modeling.calls import attention_named
 from lolcats.modeling.convert import attention_mode, convert, linearized_layers
 from lolcats.modeling.head import FAILURES, OutputHead, probe_ids, relative_error, tolerance
-from lolcats.quantization import is_quantized
+from lolcats.models.quantization import is_quantized
 
 TOKENS, PADDING, LATER = 24, 3, 5
 """Length of the text, tokens of padding before it, and tokens at its end that are changed to see whom they reach."""

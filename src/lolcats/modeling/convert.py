@@ -24,9 +24,9 @@ from lolcats.modeling.masks import NAME
 from lolcats.modeling.plain import check_plain
 from lolcats.modeling.sharing import check_sharing, keep_all_queries
 from lolcats.modeling.start import match_start
+from lolcats.models.vocabulary import check_token_ids
 from lolcats.ops import resolve_impl
 from lolcats.ops.hybrid.layout import Settings
-from lolcats.vocabulary import check_token_ids
 
 GLOBAL, LOCAL = "full_attention", {"sliding_attention", "chunked_attention"}
 """Types of layers that see the whole text, or the nearest tokens alone."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.config import RunConfig, load_config
-from lolcats.device import choose_device
+from lolcats.config.strict_yaml import write_yaml
 from lolcats.errors import LolcatsError
-from lolcats.recipe import linearize
-from lolcats.strict_yaml import write_yaml
+from lolcats.models.device import choose_device
+from lolcats.runs.recipe import linearize
 from lolcats.sweep.plan import STAGES, Speed
 from lolcats.sweep.settings import SweepRun
 from lolcats.training.graphs import EAGER_STEPS

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.config import RunConfig
-from lolcats.device import choose_device, choose_dtype
-from lolcats.model_config import read_model_config
-from lolcats.model_folder import expand_model
 from lolcats.modeling import linearized_layers
 from lolcats.modeling.convert import check_supported, install
-from lolcats.teacher import demo_file
+from lolcats.models.config import read_model_config
+from lolcats.models.device import choose_device, choose_dtype
+from lolcats.models.folder import expand_model
+from lolcats.models.teacher import demo_file
 from lolcats.training.finetune import lora_targets
 
 ADAMW = 3

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.recipe import linearize
+from lolcats.runs.recipe import linearize
 from lolcats.sweep.measure import MeasureConfig
 from lolcats.sweep.measured import Measured
 from lolcats.sweep.measuring import Say, measure_model, release_memory

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from lolcats.config import Control, dotted, explain
+from lolcats.config.fields import Count, Positive, Section
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness import HarnessSettings
 from lolcats.evaluation.recall import RecallSettings, check_tasks
-from lolcats.settings import Count, Positive, Section
 
 
 class MeasureConfig(Section):

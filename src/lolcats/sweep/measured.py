@@ -12,7 +12,7 @@ from lolcats.evaluation.harness import Row, Score, Scores
 from lolcats.evaluation.recall import Cell
 from lolcats.evaluation.recall import Progress as RecallProgress
 from lolcats.files import write_text
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep.measure import MeasureConfig
 from lolcats.sweep.measurements import finite, read_object
 

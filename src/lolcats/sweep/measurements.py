@@ -16,7 +16,7 @@ from typing import Any
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 
 Columns = dict[str, float | None]
 """Name of a column, such as perplexity.student -> value; None where there is no finite number."""

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lolcats.context import check_context
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall import recall
+from lolcats.models.context import check_context
 from lolcats.sweep.disk import empty_model
 from lolcats.sweep.measure import MeasureConfig
 from lolcats.sweep.measured import Measured

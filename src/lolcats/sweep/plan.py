@@ -9,7 +9,7 @@ from typing import Literal
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep.disk import DiskEstimate
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.sharing import groups, shared_from

@@ -12,7 +12,7 @@ from typing import Any
 
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
 from lolcats.sweep.measured import Measured, ScoreColumn
 from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run, read_object

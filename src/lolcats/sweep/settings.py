@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from lolcats.config import RunConfig, dump_config, load_config, merged, parse_overrides
+from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.data import local_names
 from lolcats.errors import ConfigError
-from lolcats.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep.measure import MeasureConfig, read_measure
 from lolcats.sweep.naming import NAME, run_name
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file, write_text
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep.settings import SweepRun
 from lolcats.sweep.state import steps_done
 

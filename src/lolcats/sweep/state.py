@@ -13,7 +13,7 @@ from typing import Literal
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import hold, write_text
-from lolcats.run_folder import RunFolder
+from lolcats.runs.folder import RunFolder
 from lolcats.sweep.measured import Measured
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.training.checkpoint import read_metadata

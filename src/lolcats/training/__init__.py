@@ -11,13 +11,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lolcats.config import FinetuneConfig, TransferConfig
-from lolcats.processes import ending_together
+from lolcats.models.vocabulary import check_token_ids
 from lolcats.training.finetune import FinetuneStage
 from lolcats.training.loop import train
+from lolcats.training.parallel import ending_together
 from lolcats.training.report import Reporter
 from lolcats.training.stage import Stage, TrainingData, TrainResult
 from lolcats.training.transfer import TransferStage
-from lolcats.vocabulary import check_token_ids
 
 __all__ = [
     "FinetuneStage",

@@ -21,7 +21,6 @@ from torch import Tensor
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
 from lolcats.errors import LolcatsError
-from lolcats.processes import check_batch_size, check_same, from_main_process, on_main_process
 from lolcats.training.batches import Batch, make_batch, step_rows
 from lolcats.training.checkpoint import (
     load_tensors,
@@ -32,6 +31,7 @@ from lolcats.training.checkpoint import (
 )
 from lolcats.training.graphs import GraphedStage
 from lolcats.training.identity import identity
+from lolcats.training.parallel import check_batch_size, check_same, from_main_process, on_main_process
 from lolcats.training.report import Reporter
 from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lolcats.changes import FREE, TUNABLE, Changes, differences, forbidden, tell, with_defaults
+from lolcats.config.changes import FREE, TUNABLE, Changes, differences, forbidden, tell, with_defaults
 from lolcats.errors import LolcatsError
 from lolcats.files import remove_leftovers
 from lolcats.training.checkpoint import damaged, is_number, read_metadata, save_tensors

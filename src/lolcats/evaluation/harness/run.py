@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from lolcats.config import Control
-from lolcats.device import describe_device
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.harness.progress import Progress, key_of, model_identity
 from lolcats.evaluation.harness.quiet import quiet
 from lolcats.evaluation.harness.scores import Scores, make_row
 from lolcats.evaluation.perplexity import Variant
+from lolcats.models.device import describe_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

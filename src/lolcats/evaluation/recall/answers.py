@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall.needles import Prompt
-from lolcats.generation import own_settings
-from lolcats.vocabulary import check_token_ids
+from lolcats.models.generation import own_settings
+from lolcats.models.vocabulary import check_token_ids
 
 Settled = Callable[[str, Sequence[str]], bool]
 

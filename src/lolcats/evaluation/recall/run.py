@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lolcats.context import check_context, context_limit, ends_there
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall.answers import answer
@@ -16,6 +15,7 @@ from lolcats.evaluation.recall.haystack import essay
 from lolcats.evaluation.recall.needles import Prompt
 from lolcats.evaluation.recall.progress import Cell, Progress
 from lolcats.evaluation.recall.tasks import TASKS, check_tasks, depth_range, make_prompts
+from lolcats.models.context import check_context, context_limit, ends_there
 
 
 @dataclass

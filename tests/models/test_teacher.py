@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lolcats import LolcatsError, convert, linearized_layers, load_teacher
 from lolcats.config import LinearizationConfig, TransferConfig
-from lolcats.generation import sample
-from lolcats.teacher import _load_gguf
+from lolcats.models.generation import sample
+from lolcats.models.teacher import _load_gguf
 from lolcats.training import TrainingData, transfer_attention
 
 
@@ -69,8 +69,8 @@ def test_converted_gguf_weights_keep_float32_frequencies(
 ) -> None:
     """bfloat16 rotary frequencies are off by a whole turn after a few hundred tokens."""
     model, tokenizer = load_teacher(folder)
-    monkeypatch.setattr("lolcats.teacher.AutoModelForCausalLM.from_pretrained", lambda *a, **k: (model, {}))
-    monkeypatch.setattr("lolcats.teacher.AutoTokenizer.from_pretrained", lambda *a, **k: tokenizer)
+    monkeypatch.setattr("lolcats.models.teacher.AutoModelForCausalLM.from_pretrained", lambda *a, **k: (model, {}))
+    monkeypatch.setattr("lolcats.models.teacher.AutoTokenizer.from_pretrained", lambda *a, **k: tokenizer)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: object())
     file = tmp_path / "a.gguf"
     file.touch()
@@ -90,7 +90,7 @@ def test_demo_with_real_weights(packed: Callable[..., TrainingData]) -> None:
     before = sample(model, tokenizer, prompt, max_new_tokens=6)
     assert "Paris" in before
     weights = {name: p.clone() for name, p in model.named_parameters() if "layers.7." in name}
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"][:192]).view(3, 64).numpy()
     convert(model, LinearizationConfig(window=16, sinks=4, start="matched"), input_ids=torch.from_numpy(ids[:1]))
     assert len(linearized_layers(model)) == 30

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lolcats.context import check_context, context_limit, ends_there
 from lolcats.errors import DataError, LolcatsError
-from lolcats.vocabulary import check_token_ids, vocabulary_size
+from lolcats.models.context import check_context, context_limit, ends_there
+from lolcats.models.vocabulary import check_token_ids, vocabulary_size
 
 SHOWN = 40
 """Tokens of a text that only shows what a model is like."""

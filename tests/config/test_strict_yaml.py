@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from lolcats.strict_yaml import MOST_CHARACTERS, read_yaml
+from lolcats.config.strict_yaml import MOST_CHARACTERS, read_yaml
 
 
 def bomb(first: str, other: str) -> str:

@@ -17,7 +17,7 @@ from lolcats.config import (
 )
 from lolcats.errors import ConfigError, LolcatsError
 
-EXAMPLE = Path(__file__).parents[1] / "configs" / "smollm2_135m.yaml"
+EXAMPLE = Path(__file__).parents[2] / "configs" / "smollm2_135m.yaml"
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import check_sources
-from lolcats.device import choose_dtype, describe_device
+from lolcats.models.device import choose_dtype, describe_device
 from lolcats.evaluation import Measurement
 from lolcats.modeling import linearized_layers
 from lolcats.ops import kernels_available
-from lolcats.processes import describe, on_main_process
-from lolcats.run_folder import RunFolder
+from lolcats.training.parallel import describe, on_main_process
+from lolcats.runs.folder import RunFolder
 from lolcats.training import Reporter, TrainingData
 
 FORMATS = ("float32", "bfloat16", "float16")

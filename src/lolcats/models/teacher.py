@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lolcats.device import check_impl
 from lolcats.errors import LolcatsError
-from lolcats.model_config import read_model_config
-from lolcats.model_folder import check_files, check_place, expand_model
-from lolcats.printable import reason
-from lolcats.quantization import (
+from lolcats.models.config import read_model_config
+from lolcats.models.device import check_impl
+from lolcats.models.folder import check_files, check_place, expand_model
+from lolcats.models.quantization import (
     Quantization,
     forget_quantization,
     is_quantized,
     keep_differentiable,
     quantization_config,
 )
-from lolcats.weights import check_complete, check_finite
+from lolcats.models.weights import check_complete, check_finite
+from lolcats.printable import reason
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

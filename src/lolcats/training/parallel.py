@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from lolcats.errors import LolcatsError
-from lolcats.process_meeting import meet, named_by_environment
+from lolcats.training.process_meeting import meet, named_by_environment
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch.distributed import TCPStore, is_initialized  # pyright: ignore[reportPrivateImportUsage]
 
 from lolcats.errors import LolcatsError
-from lolcats.process_watch import KILLED, ProcessWatch, lives, own_place
+from lolcats.training.process_watch import KILLED, ProcessWatch, lives, own_place
 
 MEETING_SECONDS = 60.0
 """How long processes wait for one that has not started, where nothing else watches them; see `_limit`."""

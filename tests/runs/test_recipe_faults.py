@@ -15,9 +15,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lolcats import LolcatsError, RunConfig, linearize, recipe
+from lolcats import LolcatsError, RunConfig, linearize
 from lolcats.config import dump_config
-from lolcats.run_folder import RunFolder
+from lolcats.runs import recipe
+from lolcats.runs.folder import RunFolder
 from lolcats.training import Reporter
 from lolcats.training.checkpoint import read_metadata
 

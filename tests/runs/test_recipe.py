@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_config, recipe
+from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_config
 from lolcats.config import dump_config
 from lolcats.data import build_datasets
 from lolcats.evaluation import Variant, measure
-from lolcats.run_folder import RunFolder
+from lolcats.runs import recipe
+from lolcats.runs.folder import RunFolder
 from lolcats.training import Reporter
 
 

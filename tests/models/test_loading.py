@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lolcats import LolcatsError, load_teacher
-from lolcats.model_config import SIZES
-from lolcats.weights import PIECE, all_finite, check_finite
+from lolcats.models.config import SIZES
+from lolcats.models.weights import PIECE, all_finite, check_finite
 
 Weights = dict[str, Tensor]
 Q = "model.layers.1.self_attn.q_proj.weight"

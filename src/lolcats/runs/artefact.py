@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig, dump_config
 from lolcats.files import atomic_folder, write_text
-from lolcats.quantization import dequantize, dequantize_below
+from lolcats.models.quantization import dequantize, dequantize_below
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrained
 
 from lolcats import LolcatsError
 from lolcats.errors import DataError
-from lolcats.generation import encode, sample, write_tokens
+from lolcats.models.generation import encode, sample, write_tokens
 
 
 @pytest.fixture

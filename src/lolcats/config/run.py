@@ -1,0 +1,57 @@
+"""The settings of a whole run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from lolcats.config.data import DataConfig
+from lolcats.config.fields import Length, Positive, Rows, Section, Seed
+from lolcats.config.linearization import LinearizationConfig
+from lolcats.config.stages import FinetuneConfig, TransferConfig
+
+Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
+
+
+class EvaluationConfig(Section):
+    """What is measured after training."""
+
+    sources: list[str] = Field(default=[])  # empty: the held-out validation sequences
+    segment_length: Length | None = None  # tokens; None is data.sequence_length
+    last: Positive | None = None  # count only the last tokens of a segment; None counts all
+    max_segments: Positive | None = None
+    batch_size: Rows = 4  # segments at once
+    controls: list[Control] = Field(default=["window_only", "linear_only", "no_attention", "training_free"])
+
+
+class RunConfig(Section):
+    """A whole run: model, layer, data, both stages and evaluation."""
+
+    model: str = "demo"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = (
+        "run"  # the folder of the run inside runs_dir
+    )
+    runs_dir: str = "runs"
+    seed: Seed = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # of the teacher's linear layers while training
+    linearization: LinearizationConfig = Field(default_factory=LinearizationConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    transfer: TransferConfig = Field(default_factory=TransferConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        if self.quantization != "none" and self.finetune.enabled and self.finetune.method == "full":
+            raise ValueError(f"finetune.method full cannot train weights of {self.quantization}; use lora")
+        return self
+
+    @field_validator("linearization", "data", "transfer", "finetune", "evaluation", mode="before")
+    @classmethod
+    def _read_empty_section(cls, value: object) -> object:
+        # YAML reads a section whose keys are all commented out as null.
+        return {} if value is None else value
