@@ -5,19 +5,22 @@ Importing the package also teaches transformers to load linearized models with `
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 # bitsandbytes, which peft imports where it is installed, says at every start that a kernel for CPUs is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from lolcats.config import LinearizationConfig, RunConfig, load_config
-from lolcats.errors import LolcatsError
-from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
-from lolcats.models.teacher import load_teacher
-from lolcats.ops import HybridOutput, HybridState, LinearState, MapWeights, hybrid_attention, mapped_attention
+if "lolcats_command" not in sys.modules:  # the command line imports it when a verb runs
+    import lolcats.modeling  # noqa: F401  # registers the classes of linearized models
 
 if TYPE_CHECKING:
+    from lolcats.config import LinearizationConfig, RunConfig, load_config
+    from lolcats.errors import LolcatsError
     from lolcats.export import export_model, load_adapter
+    from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
+    from lolcats.models.teacher import load_teacher
+    from lolcats.ops import HybridOutput, HybridState, LinearState, MapWeights, hybrid_attention, mapped_attention
     from lolcats.runs.recipe import linearize
     from lolcats.training import TrainingData, finetune_lora, transfer_attention
 
@@ -48,20 +51,30 @@ __all__ = [
     "transfer_attention",
 ]
 
-# These import peft and accelerate, which take longer to import than all the rest: only who uses them waits for them.
-_LATER = {
-    "export_model": "lolcats.export",
-    "load_adapter": "lolcats.export",
-    "linearize": "lolcats.runs.recipe",
-    "TrainingData": "lolcats.training",
-    "finetune_lora": "lolcats.training",
-    "transfer_attention": "lolcats.training",
+# Each is imported at its first use: peft and accelerate take longer to import than all the rest.
+_PLACES = {
+    "lolcats.config": ("LinearizationConfig", "RunConfig", "load_config"),
+    "lolcats.errors": ("LolcatsError",),
+    "lolcats.export": ("export_model", "load_adapter"),
+    "lolcats.modeling": ("LinearizedAttention", "attention_mode", "convert", "linearized_layers"),
+    "lolcats.models.teacher": ("load_teacher",),
+    "lolcats.ops": (
+        "HybridOutput",
+        "HybridState",
+        "LinearState",
+        "MapWeights",
+        "hybrid_attention",
+        "mapped_attention",
+    ),
+    "lolcats.runs.recipe": ("linearize",),
+    "lolcats.training": ("TrainingData", "finetune_lora", "transfer_attention"),
 }
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _PLACE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LATER[name]), name)
+    value = getattr(importlib.import_module(_PLACE_OF[name]), name)
     globals()[name] = value
     return value

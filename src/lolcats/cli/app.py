@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from lolcats.cli.chat import chat
@@ -37,10 +37,18 @@ class _Group(TyperGroup):
             raise Interrupted(str(ctx.invoked_subcommand)) from error
 
 
+class _Verb(TyperCommand):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb; every one of them may meet a linearized model, which transformers must be able to load."""
+        import lolcats.modeling  # noqa: F401
+
+        return super().invoke(ctx)
+
+
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (linearize, sweep, evaluate, generate, chat, inspect, check, export):
-    app.command()(verb)
-app.command("sweep-job", hidden=True)(sweep_job)
+    app.command(cls=_Verb)(verb)
+app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)
 
 
 def _print_version(wanted: bool) -> None:
