@@ -97,7 +97,27 @@ def test_both_processes_end_with_the_same_weights(trained: Path) -> None:
     assert different == []
 
 
+SLOW = """
+import os, sys, time
+from lolcats.cli import main
+from lolcats.runs import recipe
+
+load = recipe.load_teacher
+
+
+def load_late(*args, **kwargs):
+    if os.environ["RANK"] == "1":
+        time.sleep(8)  # meanwhile the main process reads and writes the results
+    return load(*args, **kwargs)
+
+
+recipe.load_teacher = load_late
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_only_the_main_process_writes_the_run(tmp_path: Path, tiny_tokenizer: Any, text: str) -> None:
+    """Though the other one loads its model much later."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=16,
                                          num_hidden_layers=2, num_attention_heads=2, pad_token_id=0))  # fmt: skip
@@ -105,7 +125,7 @@ def test_only_the_main_process_writes_the_run(tmp_path: Path, tiny_tokenizer: An
     tiny_tokenizer.save_pretrained(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text(text)
     stages = [f"{stage}.{key}" for stage in ("transfer", "finetune") for key in ("tokens=96", "batch_size=2")]
-    command = [sys.executable, "-m", "lolcats.cli", "linearize", str(tmp_path / "teacher"), "name=two",
+    command = [sys.executable, "-c", SLOW, "linearize", str(tmp_path / "teacher"), "name=two",
                f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{tmp_path / 'text.txt'}]", "data.sequence_length=24",
                "data.validation_sequences=2", "device=cpu", "finetune.merge=false", *stages]  # fmt: skip
     first = run_together(command, 2)
