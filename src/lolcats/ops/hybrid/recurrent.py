@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import Inputs, Settings, fold, in_window, token_positions
+from lolcats.ops.hybrid.layout import FULL_DECAY, Inputs, Settings, fold, in_window, token_positions
 from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import (
     HybridOutput,
@@ -100,7 +100,7 @@ def hybrid_step(
     decay = None
     if log_decay is not None:
         assert window.log_decay is not None
-        decay = torch.cat([window.log_decay, log_decay.to(window.log_decay.dtype)], 2)
+        decay = torch.cat([window.log_decay, log_decay.to(window.log_decay.dtype).clamp_min(FULL_DECAY)], 2)
     near = in_window(now, position, settings) & (position >= 0)
     linear = _fold_leaving(state, phi_leaving, values, decay, near, position, settings, dtype)
     sinks = _place_sink(state.sinks, k, v, now)
