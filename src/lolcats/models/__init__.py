@@ -1,0 +1,1 @@
+"""Pretrained models and tokenizers: loading them and checking what was read."""
