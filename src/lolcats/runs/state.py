@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import check_sources
-from lolcats.models.device import choose_dtype, describe_device
 from lolcats.evaluation import Measurement
 from lolcats.modeling import linearized_layers
+from lolcats.models.device import choose_dtype, describe_device
 from lolcats.ops import kernels_available
-from lolcats.training.parallel import describe, on_main_process
 from lolcats.runs.folder import RunFolder
 from lolcats.training import Reporter, TrainingData
+from lolcats.training.parallel import describe, on_main_process
 
 FORMATS = ("float32", "bfloat16", "float16")
 
@@ -72,7 +72,7 @@ class Run:
         device = self.accelerator.device
         wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
         for layer in linearized_layers(self.model):
-            layer.impl = "compiled" if wanted else layer.eager_impl
+            layer.mixer.impl = "compiled" if wanted else layer.mixer.eager_impl
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Do something that is only shown or measured: where it fails the results get a note, and the run goes on."""
