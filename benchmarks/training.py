@@ -91,9 +91,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model = load(args.model, device)
     recipe = lolcats.load_config(args.recipe)
-    lolcats.convert(model, recipe.linearization.model_copy(update={"start": "paper"}))  # no text here to match
+    lolcats.convert(model, recipe.linearization.without_text())  # no text here to match
     for layer in lolcats.linearized_layers(model):
-        layer.impl = args.impl
+        layer.mixer.impl = args.impl
     shape = (args.sequences, args.length)
     where = f"{describe_device(device)}, torch {torch.__version__}"
     print(f"{args.recipe}, {args.impl}, {args.sequences} x {args.length}, {where}")

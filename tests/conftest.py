@@ -102,7 +102,7 @@ def perturb(model: PreTrainedModel, amount: float = 0.3) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in linearized_layers(model):
-            for p in layer.attention_parameters().values():
+            for p in layer.mixer.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * amount)
     return model
 
@@ -152,13 +152,13 @@ def quadratic(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
     """The hybrid [B, H, N, D] query by query, straight from the formula; for sliding windows without decay."""
     heads, n = call.q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (call.k, call.v))
-    phi_q, phi_k = layer.feature_q(call.q), layer.feature_k(call.k)
-    phi_q = phi_q * layer.query_scale.exp()[:, None, None]
+    phi_q, phi_k = layer.mixer.feature_q(call.q), layer.mixer.feature_k(call.k)
+    phi_q = phi_q * layer.mixer.query_scale.exp()[:, None, None]
     phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
-    gate = layer.window_factor.sigmoid()[:, None]
+    gate = layer.mixer.window_factor.sigmoid()[:, None]
     rows = []
     for i in range(n):
-        near = [j for j in range(i + 1) if j > i - layer.settings.window or j < layer.settings.sinks]
+        near = [j for j in range(i + 1) if j > i - layer.mixer.settings.window or j < layer.mixer.settings.sinks]
         far = [j for j in range(i + 1) if j not in near]
         scores = torch.einsum("bhd,bhjd->bhj", call.q[:, :, i], k[:, :, near]) * call.scale
         soft = gate * (scores - scores.amax(-1, keepdim=True)).exp()

@@ -64,11 +64,10 @@ def test_linear_only_sees_only_keys_outside_the_window(
     i, j = torch.arange(24)[:, None], torch.arange(24)[None]
     far = (i - j >= 5) & (j >= sinks)
     for layer, call, _ in calls:
-        layer.mode = "linear_only"
-        weights = (layer.feature_q(call.q) @ layer.feature_k(call.k).mT).masked_fill(~far, 0.0)
+        weights = (layer.mixer.feature_q(call.q) @ layer.mixer.feature_k(call.k).mT).masked_fill(~far, 0.0)
         total = weights.sum(-1, keepdim=True)
         out = weights @ call.v.repeat_interleave(3, 1) / torch.where(total > 0, total, 1.0)
-        torch.testing.assert_close(layer.hybrid(call), out, atol=1e-5, rtol=0)
+        torch.testing.assert_close(layer.mixer(call, mode="linear_only")[0], out, atol=1e-5, rtol=0)
 
 
 def test_controls_leave_softmax_layers_alone(teacher: Any, make_student: Students, tokens: Tokens) -> None:
@@ -90,7 +89,7 @@ def test_variants_switch_modes_and_back(teacher: Any, make_student: Students, to
     student = make_student(window=5, sinks=2)
     variants = student_variants(student, ["window_only", "linear_only", "no_attention"]) | teacher_variants(student)
     got = measure(variants, tokens(3, 24), teacher=variants["teacher"])
-    assert {layer.mode for layer in linearized_layers(student)} == {"hybrid"}
+    assert {layer.mode for layer in linearized_layers(student)} == {"full"}
     alone = measure({"teacher": Variant(teacher), "student": Variant(student)}, tokens(3, 24), teacher=Variant(teacher))
     for name in ("teacher", "student"):
         assert got[name].perplexity == pytest.approx(alone[name].perplexity, rel=1e-4)

@@ -79,7 +79,7 @@ def test_links_of_the_hubs_cache_and_of_weights_are_followed(model: Path, ids: T
 
 
 def drop(tensors: dict[str, Tensor]) -> None:
-    del tensors["model.layers.1.self_attn.feature_q.weight"]
+    del tensors["model.layers.1.self_attn.mixer.feature_q.weight"]
 
 
 def add(tensors: dict[str, Tensor]) -> None:
@@ -102,7 +102,7 @@ def infinite(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop, r"1 missing \(model.layers.1.self_attn.feature_q.weight\)"),
+        (drop, r"1 missing \(model.layers.1.self_attn.mixer.feature_q.weight\)"),
         (add, r"1 not part of this model \(model.layers.7.mlp.weight\)"),
         (cut, r"1 of another shape \(lm_head.weight"),
         (nan, r"model.norm.weight has values that are not finite"),

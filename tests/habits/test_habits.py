@@ -98,8 +98,8 @@ def printed_as_made(names: dict[str, Any], out: str) -> None:
 def trained_feature_maps(names: dict[str, Any], out: str) -> None:
     fresh = names["AutoModelForCausalLM"].from_pretrained(names["folder"])
     for before, after in zip(linearized_layers(fresh), linearized_layers(names["model"]), strict=True):
-        for name, parameter in after.attention_parameters().items():
-            assert not torch.equal(parameter, before.attention_parameters()[name]), name
+        for name, parameter in after.mixer.named_parameters():
+            assert not torch.equal(parameter, before.mixer.get_parameter(name)), name
 
 
 def float32_additions(names: dict[str, Any], out: str) -> None:

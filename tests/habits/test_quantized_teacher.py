@@ -68,7 +68,7 @@ def quantized(model: LlamaForCausalLM, kind: Callable[[nn.Linear], nn.Module]) -
 
 
 def everything_frozen(model: PreTrainedModel) -> dict[str, Tensor]:
-    added = {id(p) for layer in linearized_layers(model) for p in layer.attention_parameters().values()}
+    added = {id(p) for layer in linearized_layers(model) for p in layer.mixer.parameters()}
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: t.detach().clone() for name, t in named if id(t) not in added}
 

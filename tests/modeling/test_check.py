@@ -81,14 +81,14 @@ def test_a_checked_model_is_what_it_was(
 ) -> None:
     student = make_student(**settings).to(dtype).train()
     layers = linearized_layers(student)
-    state = [(layer.settings, layer.impl, layer.mode, layer.observer) for layer in layers]
+    state = [(layer.mixer.settings, layer.mixer.impl, layer.mode, layer.observer) for layer in layers]
     names = [name for name, _ in student.named_modules()]
     random = torch.get_rng_state()
     with torch.no_grad():
         expected = student.eval()(tokens()).logits
     assert check_model(student.train()).ok
     assert student.training and linearized_layers(student) == layers
-    assert [(layer.settings, layer.impl, layer.mode, layer.observer) for layer in layers] == state
+    assert [(layer.mixer.settings, layer.mixer.impl, layer.mode, layer.observer) for layer in layers] == state
     assert [name for name, _ in student.named_modules()] == names
     assert torch.equal(torch.get_rng_state(), random)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def failing(check: Any) -> list[str]:
 
 
 def test_a_scale_that_is_not_honoured_is_found(make_student: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = attention.hybrid_interface
+    plain = attention.mixer_interface
 
     def deaf(*args: Any, scaling: float | None = None, **kwargs: Any) -> Any:
         return plain(*args, scaling=2 * (scaling or 1.0), **kwargs)
@@ -199,5 +199,7 @@ def test_layers_of_different_sizes(families: ModuleType) -> None:
         "gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1, global_head_dim=16, **GEMMA
     )
     student = convert(model, LinearizationConfig(window=4))
-    assert {(layer.feature_q.head_dim, layer.feature_k.heads) for layer in linearized_layers(student)} == {(16, 4)}
+    assert {(layer.mixer.feature_q.head_dim, layer.mixer.feature_k.heads) for layer in linearized_layers(student)} == {
+        (16, 4)
+    }
     assert check_model(student).ok

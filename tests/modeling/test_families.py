@@ -12,17 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.mixers import softmax
+from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, halves
 from lolcats.modeling import (
     AttentionCall,
     LinearizedAttention,
     attention_mode,
     check_family,
     linearized_layers,
-    softmax,
 )
 from lolcats.modeling.head import OutputHead
-from lolcats.modeling.start import MATCHED_WINDOW_FACTOR, _halves
-from lolcats.ops import hybrid_attention
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
 from lolcats.training.losses import weight_cross_entropy
@@ -94,7 +93,7 @@ def batch_of(ids: Tensor) -> Batch:
 
 def is_added(name: str, student: Any) -> bool:
     layers = {n for n, m in student.named_modules() if m in set(linearized_layers(student))}
-    return any(name.startswith(f"{n}.") and not name.startswith(f"{n}.inner.") for n in layers)
+    return any(name.startswith(f"{n}.mixer.") for n in layers)
 
 
 @torch.no_grad()
@@ -210,10 +209,8 @@ def calls(request: pytest.FixtureRequest, build: Builder, make_student: Builder,
 
 
 def teacher_weights(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> Tensor:
-    """Attention weights of the softmax, [B, H, 24, 24]: what the operation does to the identity matrix as values."""
-    options: dict[str, Any] = layer.options(call) | {"window": 24}
-    identity = torch.eye(24).expand(*call.k.shape[:2], 24, 24)
-    weights = hybrid_attention(call.q, call.k, identity, *layer.features(call)[:3], **options).out
+    """Attention weights of the softmax, [B, H, 24, 24]: those of a window over the whole text."""
+    weights = layer.mixer.widened(24).attention_weights(call)
     values = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
     torch.testing.assert_close(weights @ values, teacher, atol=1e-5, rtol=0)
     return weights
@@ -222,25 +219,28 @@ def teacher_weights(layer: LinearizedAttention, call: AttentionCall, teacher: Te
 @torch.no_grad()
 def test_the_matched_start_sees_the_halves_of_the_layer(calls: Calls) -> None:
     for layer, call, teacher in calls:
-        halves = _halves(layer, call, teacher, 1)
-        layer.window_factor.fill_(MATCHED_WINDOW_FACTOR)
-        gate, scale = layer.window_factor.sigmoid()[:, None], layer.query_scale.exp()[:, None]
-        numerator = gate[..., None] * halves.near + scale[..., None] * halves.far
-        out = numerator / (gate * halves.near_mass + scale * halves.far_mass)[..., None]
-        torch.testing.assert_close(out, layer.hybrid(call)[1, :, 7:], atol=1e-5, rtol=0)
+        mixer: Any = layer.mixer
+        features = Features(mixer.feature_q(call.q), mixer.feature_k(call.k), None)
+        found = halves(call, teacher, mixer.settings, features, 1)
+        mixer.window_factor.fill_(MATCHED_WINDOW_FACTOR)
+        gate, scale = mixer.window_factor.sigmoid()[:, None], mixer.query_scale.exp()[:, None]
+        numerator = gate[..., None] * found.near + scale[..., None] * found.far
+        out = numerator / (gate * found.near_mass + scale * found.far_mass)[..., None]
+        torch.testing.assert_close(out, layer.mixer(call)[0][1, :, 7:], atol=1e-5, rtol=0)
         far = torch.ones(24, 24).tril(-5).index_fill(1, torch.arange(2), 0.0)
         share = (teacher_weights(layer, call, teacher) * far)[1, :, 7:].sum(-1)
-        torch.testing.assert_close(halves.share, share, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.share, share, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_cross_entropy_with_itself_is_the_entropy(calls: Calls) -> None:
     """With a window as long as the text both sides are the teacher's weights."""
     for layer, call, teacher in calls:
-        layer.settings = layer.settings._replace(window=24)
+        mixer: Any = layer.mixer
+        mixer.settings = mixer.settings._replace(window=24)
         weights = teacher_weights(layer, call, teacher)
         entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1).mean()
-        torch.testing.assert_close(weight_cross_entropy(layer, call, None), entropy, atol=1e-5, rtol=0)
+        torch.testing.assert_close(weight_cross_entropy(mixer, call, None), entropy, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

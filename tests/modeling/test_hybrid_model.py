@@ -74,7 +74,7 @@ def test_convert_keeps_every_weight_of_the_teacher(teacher: Any, settings: dict[
     for name, p in objects.items():
         assert kept[name] is p
         assert torch.equal(p, values[name])
-    added = {id(p) for layer in linearized_layers(student) for p in layer.attention_parameters().values()}
+    added = {id(p) for layer in linearized_layers(student) for p in layer.mixer.parameters()}
     assert {id(p) for p in student.parameters()} == added | {id(p) for p in objects.values()}
 
 
@@ -106,7 +106,7 @@ def test_modes_come_back_after_an_error(make_student: Students) -> None:
     student = make_student(window=4)
     with pytest.raises(KeyError), attention_mode(student, "softmax"), attention_mode(student, "window_only"):
         raise KeyError
-    assert {layer.mode for layer in linearized_layers(student)} == {"hybrid"}
+    assert {layer.mode for layer in linearized_layers(student)} == {"full"}
 
 
 @pytest.mark.parametrize("cuts", [[1], [3, 4], [8], [9, 17, 23], [23], list(range(1, 24))], ids=str)
@@ -216,7 +216,7 @@ def test_quadratic_formula(
     make_student: Students, tokens: Tokens, record_calls: Callable[..., Any], quadratic: Callable[..., Tensor]
 ) -> None:
     for layer, call, _ in record_calls(make_student(window=6, sinks=2), tokens()):
-        assert distance(layer.hybrid(call), quadratic(layer, call)) < 1e-5
+        assert distance(layer.mixer(call)[0], quadratic(layer, call)) < 1e-5
 
 
 def test_observer_sees_what_the_teacher_computes(

@@ -57,7 +57,7 @@ def test_a_step_that_the_kernel_cannot_make_is_an_error(
     ids, student = tokens(1, 6), make_student(**settings)
     cache = student(ids).past_key_values
     for layer in linearized_layers(student):
-        layer.impl = "triton"
+        layer.mixer.impl = "triton"
     with pytest.raises(ValueError, match=rf"impl 'triton' cannot run this decoding step: .*{says}"):
         student(ids[:, :1], past_key_values=cache)
 
@@ -68,7 +68,7 @@ def test_the_kernel_refuses_to_decode_with_gradients_and_without_a_device(
     ids, student = tokens(1, 6), make_student(window=4)
     cache = student(ids).past_key_values
     for layer in linearized_layers(student):
-        layer.impl = "triton"
+        layer.mixer.impl = "triton"
     with pytest.raises(ValueError, match=r"gives no gradients"):
         student(ids[:, :1], past_key_values=cache)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -85,8 +85,8 @@ def test_the_loss_of_weights_asks_the_layers_implementation(
         layer: Any
         call: AttentionCall
         layer, call, _ = record_calls(student, tokens(1, 12))[0]
-        values[impl] = float(weight_cross_entropy(layer, call, None).detach())
-        layer.impl = "no such"
+        values[impl] = float(weight_cross_entropy(layer.mixer, call, None).detach())
+        layer.mixer.impl = "no such"
         with pytest.raises(ValueError, match=r"impl must be one of"):
-            weight_cross_entropy(layer, call, None)
+            weight_cross_entropy(layer.mixer, call, None)
     assert max(values.values()) - min(values.values()) < 1e-4

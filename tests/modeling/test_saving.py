@@ -76,9 +76,9 @@ def test_added_parameters_stay_float32(make_student: Students, tokens: Tokens, t
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for before, after in zip(linearized_layers(student), linearized_layers(loaded), strict=True):
         assert {p.dtype for p in after.inner.parameters()} == {torch.bfloat16}
-        for name, p in after.attention_parameters().items():
+        for name, p in after.mixer.named_parameters():
             assert p.dtype == torch.float32
-            assert torch.equal(p, before.attention_parameters()[name]), name
+            assert torch.equal(p, before.mixer.get_parameter(name)), name
     assert loaded(tokens()).logits.dtype == torch.bfloat16
     assert loaded.dtype == torch.bfloat16
 

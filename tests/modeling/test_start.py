@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lolcats import LolcatsError
 from lolcats.config import LinearizationConfig
-from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers, start
+from lolcats.mixers import start
+from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
+from lolcats.modeling.start import start_from_text
 
 Tokens = Callable[..., Tensor]
 SETTINGS = [
@@ -28,12 +30,12 @@ SETTINGS = [
 
 def shares(layer: LinearizedAttention, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Mean over far-seeing queries: (teacher's far share [H], log odds of the hybrid's linear share [H])."""
-    s, (heads, n) = layer.settings, call.q.shape[1:3]
+    s, (heads, n) = layer.mixer.settings, call.q.shape[1:3]
     k = call.k.repeat_interleave(heads // call.k.shape[1], 1)
-    phi_q = layer.feature_q(call.q) * layer.query_scale.exp()[:, None, None]
-    phi_k = layer.feature_k(call.k)
+    phi_q = layer.mixer.feature_q(call.q) * layer.mixer.query_scale.exp()[:, None, None]
+    phi_k = layer.mixer.feature_k(call.k)
     phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
-    decay = layer.log_decay(call.hidden)
+    decay = layer.mixer.log_decay(call.hidden)
     teacher, odds = [], []
     for i in range(n):
         local = {
@@ -57,11 +59,11 @@ def shares(layer: LinearizedAttention, call: AttentionCall) -> tuple[Tensor, Ten
 
 def output_errors(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> Tensor:
     """Squared error [H] of the layer's output over the queries that have far keys."""
-    s, n = layer.settings, call.q.shape[2]
+    s, n = layer.mixer.settings, call.q.shape[2]
     reach = s.window if s.window_kind == "sliding" else 2 * s.window
     first = max(reach, s.window + s.sinks if s.window_kind == "sliding" else reach)
     with torch.no_grad():
-        return (layer.hybrid(call) - teacher)[:, :, min(first, n) :].square().mean((0, 2, 3))
+        return (layer.mixer(call)[0] - teacher)[:, :, min(first, n) :].square().mean((0, 2, 3))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -78,11 +80,11 @@ def test_linear_share_is_the_teachers_or_the_best_one_near_it(
         chosen = (offset[:, None] - torch.tensor(start.OFFSETS)).abs().min(-1)
         assert float(chosen.values.max()) < 1e-3
         best = output_errors(layer, call, out)
-        matched = layer.query_scale.detach() - offset
+        matched = layer.mixer.query_scale.detach() - offset
         for other in start.OFFSETS:
-            layer.query_scale.data = matched + other
+            layer.mixer.query_scale.data = matched + other
             assert bool((output_errors(layer, call, out) >= best * (1 - 1e-4)).all())
-        assert float(layer.window_factor.detach().sigmoid().min()) > 0.9
+        assert float(layer.mixer.window_factor.detach().sigmoid().min()) > 0.9
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "elu", "relu", "exp_dim"])
@@ -92,7 +94,7 @@ def test_matched_start_is_finite_for_every_feature_map(
     config = LinearizationConfig(window=6, feature_map=feature_map, start="matched")
     student = convert(teacher, config, input_ids=tokens(3, 30))
     for layer in linearized_layers(student):
-        assert bool(layer.query_scale.isfinite().all())
+        assert bool(layer.mixer.query_scale.isfinite().all())
     with torch.no_grad():
         assert bool(student(tokens()).logits.isfinite().all())
 
@@ -123,13 +125,13 @@ def test_matched_start_needs_tokens(teacher: LlamaForCausalLM) -> None:
 def test_a_text_within_the_window_leaves_the_scales_alone(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
     student = convert(teacher, LinearizationConfig(window=64, start="matched"), input_ids=tokens())
     for layer in linearized_layers(student):
-        assert torch.equal(layer.query_scale, torch.zeros(6))
+        assert torch.equal(layer.mixer.query_scale, torch.zeros(6))
 
 
 def test_papers_start(teacher: LlamaForCausalLM) -> None:
     for layer in linearized_layers(convert(teacher, LinearizationConfig())):
-        torch.testing.assert_close(layer.window_factor.detach().sigmoid(), torch.full((6,), 0.1))
-        assert torch.equal(layer.query_scale, torch.zeros(6))
+        torch.testing.assert_close(layer.mixer.window_factor.detach().sigmoid(), torch.full((6,), 0.1))
+        assert torch.equal(layer.mixer.query_scale, torch.zeros(6))
 
 
 def test_matched_start_leaves_no_trace(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
@@ -164,23 +166,23 @@ def test_every_start_is_finite_and_trains(
     assert all(bool(p.isfinite().all()) for p in student.parameters())
     student(ids, labels=ids, use_cache=False).loss.backward()
     for layer in linearized_layers(student):
-        for name, p in layer.attention_parameters().items():
+        for name, p in layer.mixer.named_parameters():
             assert p.grad is not None and bool(p.grad.isfinite().all()), name
 
 
 def test_matched_start_of_a_bfloat16_teacher_is_finite(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
     config = LinearizationConfig(window=0, start="matched")
     for layer in linearized_layers(convert(teacher.bfloat16(), config, input_ids=tokens(3, 30))):
-        assert bool(layer.query_scale.isfinite().all())
+        assert bool(layer.mixer.query_scale.isfinite().all())
 
 
 def test_features_that_are_all_zero_get_no_scale(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
     student = convert(teacher, LinearizationConfig(window=4, feature_map="t2r"))
     first: Any = linearized_layers(student)[0]
     with torch.no_grad():
-        first.feature_k.weight.zero_()
-    start.match_start(student, [first], tokens(3, 30))
-    assert torch.equal(first.query_scale, torch.zeros(6))
+        first.mixer.feature_k.weight.zero_()
+    start_from_text(student, [first], tokens(3, 30))
+    assert torch.equal(first.mixer.query_scale, torch.zeros(6))
 
 
 def test_a_teacher_that_is_not_finite_is_named_with_its_layer(teacher: LlamaForCausalLM, tokens: Tokens) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from lolcats.mixers import state_tensors
+
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
@@ -36,10 +38,10 @@ def test_a_step_is_compiled_once_and_the_state_stays(make_student: Students, tok
     prompt, rest = ids[:, :12], ids[:, 12:]
     student(prompt, past_key_values=cache)
     layers: list[Any] = cache.layers
-    places = [t.data_ptr() for layer in layers for t in layer.state.tensors()]
+    places = [t.data_ptr() for layer in layers for t in state_tensors(layer.state)]
     compiled = torch.compile(student.forward, fullgraph=True, dynamic=False, backend="eager")
     torch._dynamo.utils.counters.clear()
     steps = [compiled(token, past_key_values=cache).logits for token in rest.split(1, 1)]
     torch.testing.assert_close(torch.cat(steps, 1), full[:, 12:], atol=5e-4, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert places == [t.data_ptr() for layer in layers for t in layer.state.tensors()]
+    assert places == [t.data_ptr() for layer in layers for t in state_tensors(layer.state)]

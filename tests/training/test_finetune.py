@@ -125,7 +125,7 @@ def test_distance_is_from_the_untrained_teacher(
     ce = nnf.cross_entropy(log_s.flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(got["kl"], kl, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(got["loss"], 0.5 * ce + 2 * kl, rtol=1e-3, atol=1e-5)
-    assert {layer.mode for layer in linearized_layers(student)} == {"hybrid"}
+    assert {layer.mode for layer in linearized_layers(student)} == {"full"}
 
 
 def test_gradient_is_that_of_the_plain_loss(make_student: Students, teacher: Any, tokens: Tokens) -> None:
@@ -208,7 +208,7 @@ def test_feature_maps_train_too_when_asked(make_student: Students, training_data
     before = copy.deepcopy(student)
     finetune_lora(student, training_data, config(train_feature_maps=True))
     for layer, old in zip(linearized_layers(student), linearized_layers(before), strict=True):
-        assert not torch.equal(layer.feature_q.weight, old.feature_q.weight)  # type: ignore[arg-type]
+        assert not torch.equal(layer.mixer.feature_q.weight, old.mixer.feature_q.weight)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kl_factor", [0.0, 1.0])
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_names_the_parameter(make_student: Students, t
 def poison(student: Any) -> Any:
     """One weight of a feature map that is not a number."""
     with torch.no_grad():
-        student.get_submodule("model.layers.1.self_attn.feature_k").weight[0, 0, 0] = torch.nan
+        student.get_submodule("model.layers.1.self_attn.mixer.feature_k").weight[0, 0, 0] = torch.nan
     return student
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lolcats import LolcatsError
 from lolcats.config import TransferConfig
+from lolcats.mixers.hybrid import HybridMixer
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.training import TrainingData, TransferStage, transfer_attention
 from lolcats.training.batches import Batch, make_batch
@@ -38,7 +39,7 @@ def batch_of(packed: Callable[..., Any], ids: Tensor, document: list[list[int]])
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    added = {id(p) for layer in linearized_layers(model) for p in layer.attention_parameters().values()}
+    added = {id(p) for layer in linearized_layers(model) for p in layer.mixer.parameters()}
     return {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in added}
 
 
@@ -139,7 +140,7 @@ def test_errors_of_one_layer_do_not_reach_the_next(make_student: Students, token
     stage, batch = TransferStage(student, config()), plain_batch(tokens())
     before = stage.validate(batch)["layers"]
     with torch.no_grad():
-        for p in linearized_layers(student)[0].attention_parameters().values():
+        for p in linearized_layers(student)[0].mixer.parameters():
             p.mul_(-3)
     after = stage.validate(batch)["layers"]
     assert after.shape == (3,)
@@ -153,7 +154,7 @@ def test_the_model_is_left_ready_to_use(make_student: Students, training_data: T
     assert not any(p.requires_grad for p in student.parameters())
     for layer in linearized_layers(student):
         assert layer.observer is None
-        assert layer.mode == "hybrid"
+        assert layer.mode == "full"
 
 
 def test_observers_are_taken_off_after_an_error(
@@ -162,10 +163,10 @@ def test_observers_are_taken_off_after_an_error(
     student = make_student(window=4)
     stage = TransferStage(student, config())
 
-    def broken(*_: Any) -> Tensor:
+    def broken(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(LinearizedAttention, "hybrid", broken)
+    monkeypatch.setattr(HybridMixer, "forward", broken)
     with pytest.raises(RuntimeError, match=r"broken"):
         stage.backward(plain_batch(tokens()), 1.0)
     assert all(layer.observer is None for layer in linearized_layers(student))
@@ -234,7 +235,7 @@ def test_linear_target_compares_the_linear_half_alone(
     student, ids = make_student(window=5), tokens(2, 14)
     got = TransferStage(student, config(target="linear")).validate(plain_batch(ids))["layers"]
     for i, (layer, call, teacher) in enumerate(record_calls(student, ids)):
-        phi_q, phi_k = layer.feature_q(call.q), layer.feature_k(call.k)
+        phi_q, phi_k = layer.mixer.feature_q(call.q), layer.mixer.feature_k(call.k)
         scores = (phi_q @ phi_k.mT).tril()  # the scale of phi_q cancels
         out = scores @ call.v.repeat_interleave(3, 1) / scores.sum(-1, keepdim=True)
         torch.testing.assert_close(got[i], torch.nn.functional.mse_loss(out, teacher), rtol=1e-4, atol=0)
@@ -286,9 +287,9 @@ def test_a_bfloat16_model_is_trained_in_float32(
     before = copy.deepcopy(student)
     transfer_attention(student, training_data, config(), autocast=torch.bfloat16)
     for layer, old in zip(linearized_layers(student), linearized_layers(before), strict=True):
-        for name, p in layer.attention_parameters().items():
+        for name, p in layer.mixer.named_parameters():
             assert p.dtype == torch.float32
-            assert not torch.equal(p, old.attention_parameters()[name]), name
+            assert not torch.equal(p, old.mixer.get_parameter(name)), name
 
 
 def test_the_same_seed_gives_the_same_numbers(make_student: Students, training_data: TrainingData) -> None:
@@ -308,6 +309,6 @@ def test_a_model_that_is_not_converted_is_refused(teacher: LlamaForCausalLM, tra
 def test_a_loss_that_is_not_finite_names_step_and_layer(make_student: Students, training_data: TrainingData) -> None:
     student: Any = make_student(window=4)
     with torch.no_grad():
-        student.model.layers[1].self_attn.feature_k.weight[0, 0, 0] = torch.nan
+        student.model.layers[1].self_attn.mixer.feature_k.weight[0, 0, 0] = torch.nan
     with pytest.raises(LolcatsError, match=r"transfer: .*nan.* at step 1, first in .*layers?[ .]1"):
         transfer_attention(student, training_data, config())

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling import LinearizedAttention, linearized_layers
+from lolcats.modeling import linearized_layers
+from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.check import plain_attention
-from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local, self_attention
+from lolcats.modeling.convert import check_supported
 from lolcats.modeling.head import FAILURES, probe_ids
+from lolcats.modeling.modules import attention_modules, head_sizes, is_local, self_attention
 from lolcats.models.config import read_model_config
 from lolcats.models.folder import check_place, expand_model
 from lolcats.models.teacher import load_teacher
-from lolcats.ops import HybridState, hybrid_attention
 from lolcats.printable import reason
 
 
@@ -94,9 +94,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         candidates=[],
         obstacle="",
         parameters=sum(p.numel() for p in model.parameters()),
-        added=sum(p.numel() for layer in layers for p in layer.attention_parameters().values()),
-        impl=", ".join(sorted({layer.impl for layer in layers})),
-        state_bytes=sum(layer_state(layer, config, model.dtype).nbytes for layer in layers),
+        added=sum(p.numel() for p in added_parameters(model).values()),
+        impl=", ".join(sorted({layer.mixer.impl for layer in layers})),
+        state_bytes=sum(layer.mixer.state_spec(model.dtype).nbytes for layer in layers),
         kv_rates=kv_rates(model),
     )
     if not layers:
@@ -135,31 +135,12 @@ def announced_rates(model: PreTrainedModel) -> dict[int, tuple[int, int | None]]
     config, rates = model.config.get_text_config(decoder=True), {}
     for index, _, module in self_attention(model):
         try:
-            _, kv_heads, size = head_sizes(module, config)
+            sizes = head_sizes(module, config)
         except LolcatsError:
             return {}
         limit = None
         if is_local(module, index):
             limit = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-        values = getattr(module, "v_head_dim", None) or size
         width = next(module.parameters()).element_size()
-        rates[index] = (kv_heads * (size + values) * width, limit)
+        rates[index] = (sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * width, limit)
     return rates
-
-
-def layer_state(layer: LinearizedAttention, config: Any, dtype: torch.dtype) -> HybridState:
-    """The state of one text in one layer, as the operator itself makes it."""
-    heads, kv_heads, size = head_sizes(layer.inner, config)
-    maps = layer.feature_k.heads if layer.feature_k.learned else kv_heads
-    maps = heads if layer.decay_gate is not None else maps
-    settings = layer.settings
-    query, key = torch.zeros(1, heads, 1, size, dtype=dtype), torch.zeros(1, kv_heads, 1, size, dtype=dtype)
-    value = torch.zeros(1, kv_heads, 1, getattr(layer.inner, "v_head_dim", None) or size, dtype=dtype)
-    state = hybrid_attention(
-        query, key, value, torch.zeros(1, heads, 1, layer.feature_q.features),
-        torch.zeros(1, maps, 1, layer.feature_k.features), torch.zeros(heads),
-        window=settings.window, window_kind=settings.window_kind, sinks=settings.sinks,
-        log_decay=None if layer.decay_gate is None else torch.zeros(1, heads, 1), return_state=True,
-    ).state  # fmt: skip
-    assert state is not None
-    return state._replace(window=state.window._replace(phi_k=None))

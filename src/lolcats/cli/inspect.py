@@ -57,10 +57,8 @@ def facts_table(facts: ModelFacts, recipe: RunConfig | None) -> Table:
         table.add_row("added", f"{facts.added:,} of them by the linearization ({share:.2%})")
         table.add_row("implementation", facts.impl)
     if recipe is not None:
-        layer = recipe.linearization
-        size = "the head size" if layer.feature_size is None else layer.feature_size
-        table.add_row("feature map", f"{layer.feature_map}, f = {size}")
-        table.add_row("window", f"{layer.window} tokens, {layer.window_kind}, and {layer.sinks} sinks")
+        for name, text in recipe.linearization.facts().items():
+            table.add_row(name, text)
         table.add_row("recipe", f"{recipe.name}: teacher {recipe.model}, data {', '.join(recipe.data.source_names)}")
     return table
 

@@ -5,7 +5,6 @@ imports torch, so that the command line can check settings at once.
 """
 
 from lolcats.config.data import DataConfig, SourceConfig
-from lolcats.config.linearization import LinearizationConfig
 from lolcats.config.load import (
     check_linearization,
     dotted,
@@ -15,6 +14,7 @@ from lolcats.config.load import (
     merged,
     parse_overrides,
 )
+from lolcats.config.mixers import HybridConfig, LinearizationConfig
 from lolcats.config.run import Control, EvaluationConfig, RunConfig
 from lolcats.config.stages import FinetuneConfig, OptimConfig, TransferConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FinetuneConfig",
+    "HybridConfig",
     "LinearizationConfig",
     "OptimConfig",
     "RunConfig",

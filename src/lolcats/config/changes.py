@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from lolcats.config import FinetuneConfig, LinearizationConfig, TransferConfig
+from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.config.mixers import mixer_settings
 
 StageState = Literal["new", "begun", "finished"]
 Changes = dict[str, tuple[Any, Any]]
@@ -47,7 +48,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as `checkpoint_settings` wrote them, with those that came later at their defaults."""
-    kinds = {"linearization": LinearizationConfig, "transfer": TransferConfig, "finetune": FinetuneConfig}
+    layer = mixer_settings(settings.get("linearization"))
+    kinds = {"linearization": layer, "transfer": TransferConfig, "finetune": FinetuneConfig}
     defaults = {name: kind().model_dump(mode="json") for name, kind in kinds.items() if name in settings}
     known = {name: section for name, section in settings.items() if isinstance(section, dict)}
     return {name: defaults.get(name, {}) | section for name, section in known.items()}
@@ -63,7 +65,7 @@ def known_settings(
         if key not in kind.model_fields:
             unknown.append(prefix + str(key))
             continue
-        inner = kind.model_fields[key].annotation
+        inner = mixer_settings(value) if key == "linearization" else kind.model_fields[key].annotation
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
             value, more = known_settings(value, inner, f"{prefix}{key}.")
             unknown += more

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lolcats.config.data import SourceConfig
-from lolcats.config.linearization import LinearizationConfig
+from lolcats.config.mixers import MIXERS, LinearizationConfig, mixer_settings
 from lolcats.config.run import RunConfig
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import ConfigError
@@ -36,9 +36,11 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
     """
     settings = {} if path_or_recipe is None else _read_settings(path_or_recipe)
     try:
-        return RunConfig.model_validate(merged(settings, parse_overrides(overrides)))
+        settings = merged(settings, parse_overrides(overrides))
+        return RunConfig.model_validate(settings)
     except ValidationError as error:
-        valid = dotted(RunConfig().model_dump()) + [f"data.sources.{key}" for key in SourceConfig.model_fields]
+        valid = [key for key in dotted(RunConfig().model_dump()) if not key.startswith("linearization.")]
+        valid += _layer_keys(settings.get("linearization")) + [f"data.sources.{k}" for k in SourceConfig.model_fields]
         lines = "\n".join(f"  {line}" for line in explain(error, valid))
         raise ConfigError(f"the configuration {path_or_recipe or 'given'} cannot be used:\n{lines}") from error
 
@@ -52,9 +54,13 @@ def check_linearization(settings: object, source: str = "config.json") -> Linear
     try:
         return RunConfig.model_validate({"linearization": settings}).linearization
     except ValidationError as error:
-        valid = [f"linearization.{key}" for key in LinearizationConfig.model_fields]
-        lines = "; ".join(explain(error, ["linearization", *valid]))
+        lines = "; ".join(explain(error, ["linearization", *_layer_keys(settings)]))
         raise ConfigError(f"{source} cannot be used: {lines}") from error
+
+
+def _layer_keys(settings: object) -> list[str]:
+    """The keys that a section `linearization` may have, which depend on its mixer."""
+    return [f"linearization.{key}" for key in mixer_settings(settings).model_fields]
 
 
 def dump_config(config: RunConfig) -> str:
@@ -122,6 +128,15 @@ def _likeness(key: str, other: str) -> float:
     return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
 
+def _without_kinds(location: tuple[int | str, ...]) -> list[int | str]:
+    """A location without the names of the classes that the union's parts are read by."""
+    last = ("", *location)
+    return [
+        part for part, before in zip(location, last, strict=False)
+        if part != "SourceConfig" and not (before == "linearization" and part in MIXERS)
+    ]  # fmt: skip
+
+
 def explain(error: ValidationError, valid: Sequence[str]) -> list[str]:
     """What is wrong with settings, a line for each key; `valid` are all keys that there are."""
     names = {part for key in valid for part in key.split(".")}
@@ -131,8 +146,13 @@ def explain(error: ValidationError, valid: Sequence[str]) -> list[str]:
         if item["loc"][-1:] == ("str",) and isinstance(item["input"], dict):
             continue  # a source with settings is no plain name: what is wrong inside it is said below
         if item["type"] == "extra_forbidden":
-            path = ".".join(str(part) for part in item["loc"] if part != "SourceConfig")
+            path = ".".join(str(part) for part in _without_kinds(item["loc"]))
             problems[path] = [f"unknown key; did you mean {max(valid, key=partial(_likeness, path))}?"]
+            continue
+        if item["type"] == "unknown_mixer":
+            problems[".".join(map(str, item["loc"])) + ".mixer"] = [
+                f"{item['msg']} (got {item['input']['mixer']!r:.60})"
+            ]
             continue
         # A union adds the name of each of its types to the location; joined under the key they read as one sentence.
         path = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in names)

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from lolcats.config.data import DataConfig
 from lolcats.config.fields import Length, Positive, Rows, Section, Seed
-from lolcats.config.linearization import LinearizationConfig
+from lolcats.config.mixers import AnyLinearization, HybridConfig
 from lolcats.config.stages import FinetuneConfig, TransferConfig
 
 Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
@@ -38,7 +38,7 @@ class RunConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"  # of the teacher's linear layers while training
-    linearization: LinearizationConfig = Field(default_factory=LinearizationConfig)
+    linearization: AnyLinearization = Field(default_factory=HybridConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)

@@ -119,7 +119,7 @@ def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedMod
     try:
         model, _ = load_teacher(teacher, dtype=student.dtype, device=student.device)
         settings = LinearizationConfig(**student.config.linearization)  # type: ignore[attr-defined]
-        convert(model, settings.model_copy(update={"start": "paper"}))
+        convert(model, settings.without_text())
     except LolcatsError as error:
         raise LolcatsError(f"the teacher cannot be used: {error}; name another one, or none") from error
     if model.config.vocab_size != student.config.vocab_size:

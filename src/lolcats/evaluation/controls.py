@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from transformers import PreTrainedModel
 
 from lolcats.evaluation.perplexity import Variant
-from lolcats.modeling import Mode, attention_mode
+from lolcats.modeling import attention_mode
 
-STUDENT_MODES: dict[str, Mode] = {
-    "student": "hybrid",
+STUDENT_MODES: dict[str, str] = {
+    "student": "full",
     "window_only": "window_only",
     "linear_only": "linear_only",
     "no_attention": "no_attention",
@@ -53,7 +53,7 @@ def teacher_variants(
 
 
 def _mode(
-    model: PreTrainedModel, mode: Mode, plain: Callable[[], AbstractContextManager[object]] = nullcontext
+    model: PreTrainedModel, mode: str, plain: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> Callable[[], AbstractContextManager[object]]:
     @contextmanager
     def enter() -> Iterator[None]:

@@ -22,7 +22,9 @@ from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.export.source import Source
 from lolcats.export.weights import check_finite
-from lolcats.modeling import LinearizedAttention, convert
+from lolcats.modeling import convert
+from lolcats.modeling.attention import added_parameters
+from lolcats.modeling.old_names import new_name
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.artefact import RECIPE_FILE
 from lolcats.training.checkpoint import load_tensors
@@ -44,9 +46,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     finetune = source.config.finetune
     lora = trained_lora(source) if finetune.enabled else {}
     model = skeleton(source.model)
-    added = [f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, LinearizedAttention)
-             for p in m.attention_parameters()]  # fmt: skip
-    tensors = lora | read_tensors(source.model, added)
+    tensors = lora | read_tensors(source.model, list(added_parameters(model)))
     targets = sorted({n.partition(".lora_A.")[0] for n in lora if ".lora_A." in n})
     if missing := set(targets) - {n for n, _ in model.named_modules()}:
         raise LolcatsError(f"the run's checkpoint adapts {min(missing)}, which the model does not have: they differ")
@@ -107,8 +107,8 @@ def read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
 def _read_file(file: Path, wanted: set[str] | None = None) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            names = [n for n in tensors.keys() if wanted is None or n in wanted]  # noqa: SIM118  # not a dict
-            return {name: tensors.get_tensor(name) for name in names}
+            names = {new_name(n): n for n in tensors.keys()}  # noqa: SIM118  # not a dict
+            return {new: tensors.get_tensor(n) for new, n in names.items() if wanted is None or new in wanted}
     except (OSError, SafetensorError) as error:
         raise LolcatsError(f"cannot read {file}: {error}") from error
 
@@ -141,7 +141,7 @@ def load_adapter(
     if not name:
         raise LolcatsError(f"{source} does not say what its base model is; give base=...")
     model, tokenizer = load_teacher(name, dtype=dtype, device=device)
-    convert(model, layer.model_copy(update={"start": "paper"}))  # the start is overwritten by what was trained
+    convert(model, layer.without_text())  # the start is overwritten by what was trained
     model.config.linearization = layer.model_dump(mode="json")  # type: ignore[attr-defined]
     return _put_adapter(model, folder, name), tokenizer
 
@@ -154,7 +154,8 @@ def _put_adapter(model: PreTrainedModel, folder: Path, base: str | Path) -> Peft
         raise LolcatsError(f"the adapter {folder} does not fit the base model {base}: {first}") from error
     known = set(adapter.state_dict())
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        strange = [n for n in file.keys() if ".lora_" not in n and n not in known]  # noqa: SIM118  # not a dict
+        names = map(new_name, file.keys())  # adapters of version 0.1 are loaded too
+    strange = [name for name in names if ".lora_" not in name and name not in known]
     if strange:  # peft passes over what it does not know
         raise LolcatsError(f"the adapter {folder} does not fit the base model {base}, which has no {strange[0]}")
     return adapter

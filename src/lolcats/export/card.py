@@ -111,13 +111,7 @@ def layer_line(layer: LinearizationConfig) -> str:
     which = {"all": "every global attention layer"}.get(str(layer.layers), f"layers {layer.layers}")
     if isinstance(layer.layers, float):
         which = f"{layer.layers:.0%} of the global attention layers"
-    size = "the size of a head" if layer.feature_size is None else f"size {layer.feature_size}"
-    decay = ", and a learned decay" if layer.decay == "gate" else ""
-    return (
-        f"Linearized: {which}. Window of {layer.window} tokens ({layer.window_kind}), {layer.sinks} sinks, feature "
-        f"map {layer.feature_map} of {size}, one linear state a {layer.state_heads} head, {layer.start} start"
-        f"{decay}."
-    )
+    return f"Linearized: {which}. {layer.in_words()}."
 
 
 def transfer_line(stage: TransferConfig, trained: Mapping[str, Any]) -> str:

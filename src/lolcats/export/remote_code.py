@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -20,11 +21,14 @@ from typing import cast
 
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lolcats.config import LinearizationConfig
+from lolcats.config.mixers import DEFAULT
+from lolcats.config.mixers import MIXERS as SETTINGS_OF
 from lolcats.errors import LolcatsError
+from lolcats.mixers.registry import MIXERS, build_mixer
 from lolcats.modeling.hf import linearized_config_class
 
 START, SETTINGS, ENTRY = "lolcats.modeling.hf", "lolcats.config", "modeling_lolcats"
+REGISTRY = build_mixer.__module__
 IMPORT = re.compile(r"^(\s*)from (lolcats(?:\.\w+)*) import ", re.MULTILINE)
 REGISTRATION = "AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)\n"
 HOOK_NAME = 'NAME = "lolcats"\n'
@@ -53,7 +57,7 @@ def write_code(folder: Path) -> None:
     model_type = cast(type, AutoModelForCausalLM._model_mapping[config_type])
     # Not what config.json calls them: that would be text from a file in code that somebody runs.
     config_class, model_class = config_type.__name__, model_type.__name__
-    files = collect_sources()
+    files = collect_sources(config["linearization"].get("mixer", DEFAULT))
     files[ENTRY] = _entry_source(family, config_class, model_class)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(HEADER.format(version=__version__) + text, encoding="utf-8")
@@ -64,15 +68,19 @@ def write_code(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def collect_sources() -> dict[str, str]:
-    """Flat module name -> source, of every module that a linearized model imports, when built or at any call later."""
+def collect_sources(mixer: str = DEFAULT) -> dict[str, str]:
+    """Flat module name -> source, of every module that a model of this mixer imports, when built or at any call later.
+
+    Two are written for the mixer: its settings, and a registry that knows no other.
+    """
+    written = {SETTINGS: settings_source(mixer), REGISTRY: registry_source(mixer)}
     found: dict[str, str] = {}
     waiting = [START]
     while waiting:
         module = waiting.pop()
         if flat_name(module) in found:
             continue
-        text = settings_source() if module == SETTINGS else _read_source(module)
+        text = written.get(module) or _read_source(module)
         waiting += [match[2] for match in IMPORT.finditer(text)]
         text = IMPORT.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", text)
         found[flat_name(module)] = TRITON.sub(_tried, text)
@@ -84,11 +92,22 @@ def flat_name(module: str) -> str:
     return module.replace(".", "_")
 
 
-def settings_source() -> str:
-    """The names of `STAND_INS`: a plain class with the fields and defaults of `LinearizationConfig`."""
+def registry_source(mixer: str) -> str:
+    """`lolcats.mixers.registry` with one mixer."""
+    kind = MIXERS[mixer]
+    return (
+        f'"""The mixer of this model."""\n\nfrom typing import Any\n\nfrom lolcats.mixers.base import Mixer, Sizes\n'
+        f"from {kind.__module__} import {kind.__name__}\n\nMIXERS = {{{mixer!r}: {kind.__name__}}}\n\n\n"
+        + inspect.getsource(build_mixer)
+    )
+
+
+def settings_source(mixer: str) -> str:
+    """The names of `STAND_INS`: a plain class with the fields and defaults of the mixer's settings."""
+    kind = SETTINGS_OF[mixer]
     fields = "".join(
         f"    {name}: Any = {field.get_default(call_default_factory=True)!r}\n"
-        for name, field in LinearizationConfig.model_fields.items()
+        for name, field in kind.model_fields.items()
     )
     return f'''"""The settings of linearized layers, as config.json holds them."""
 
@@ -101,6 +120,9 @@ class LinearizationConfig:
 {fields}
     def model_dump(self, mode: str = "json") -> dict[str, Any]:
         return asdict(self)
+
+    def values(self) -> dict[str, Any]:
+        return {{name: value for name, value in asdict(self).items() if name not in {sorted(kind.around)}}}
 
 
 def check_linearization(settings: Any, source: str = "config.json") -> LinearizationConfig:

@@ -1,9 +1,9 @@
 """Transformers models with linearized attention."""
 
-from lolcats.modeling.attention import AttentionCall, LinearizedAttention, Mode
+from lolcats.modeling.attention import AttentionCall, LinearizedAttention, attention_mode, linearized_layers
 from lolcats.modeling.cache import LinearizedLayer, state_bytes
 from lolcats.modeling.check import Fact, FamilyCheck, check_family, check_model
-from lolcats.modeling.convert import attention_mode, convert, linearized_layers
+from lolcats.modeling.convert import convert
 from lolcats.modeling.hf import LolcatsConfig
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "LinearizedAttention",
     "LinearizedLayer",
     "LolcatsConfig",
-    "Mode",
     "attention_mode",
     "check_family",
     "check_model",

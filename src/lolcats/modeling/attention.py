@@ -1,109 +1,101 @@
-"""`LinearizedAttention`: a family's own attention module whose attention itself is replaced.
+"""`LinearizedAttention`: a family's own attention module whose attention itself is replaced by a mixer.
 
 The family computes q, k, v (norms, biases, RoPE) and the output projection as ever. In transformers 5 it calls the
-attention function named by its config in between; the wrapper gives it a config that names `hybrid_interface` and
+attention function named by its config in between; the wrapper gives it a config that names `mixer_interface` and
 passes itself along as a keyword, so nothing of any family is copied here.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
-from lolcats.feature_maps import FeatureMap, map_weights
+from lolcats.mixers import Mixer, Rotation
+from lolcats.mixers.softmax import capped_softmax
 from lolcats.modeling.cache import LinearizedLayer, linearized_layer, past_of, to_device
 from lolcats.modeling.calls import refuse_unknown
 from lolcats.modeling.facts import read_facts, read_texts
 from lolcats.modeling.handover import AttentionCall, Handover
 from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
+from lolcats.modeling.old_names import new_name
 from lolcats.modeling.passes import check_first_visit
-from lolcats.modeling.softmax import capped_softmax
-from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention
-from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
-from lolcats.ops.hybrid.layout import Settings
+from lolcats.modeling.rotary import RotaryFinder
 
-Mode = Literal["hybrid", "softmax", "window_only", "linear_only", "no_attention"]
-"""What a linearized layer computes: itself, its teacher, or one of the controls that show what each half does."""
-
+SOFTMAX, FULL = "softmax", "full"
+"""Modes of every linearized layer: its teacher, and its mixer as it is. A mixer names the others that it has."""
+ALIASES = {"hybrid": FULL}
+"""Names of modes in version 0.1."""
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+"""Names under which families hand the cache to their attention module."""
 
 Observer = Callable[["LinearizedAttention", AttentionCall, Tensor], None]
 """Called with the layer, the call and the softmax output [B, H, N, Dv]; see `training.transfer`."""
 
 
 class LinearizedAttention(nn.Module):
-    """Hybrid attention around a family's attention module.
+    """A mixer in the place of the attention inside a family's attention module.
 
     Args:
         inner: the family's module; its weights are never changed here.
-        feature_q, feature_k: feature maps of the queries (one per query head) and keys (one per query or key head).
-        heads: H, number of query heads.
-        settings: window, its kind and sinks (the scale comes from the family).
-        impl: implementation of `hybrid_attention` for more than one token.
-        decay_gate: maps the layer's input [B, N, d_model] to the logits [B, N, H] of the decay, or None.
+        mixer: what computes the attention; all that a linearization adds to a model is in it.
     """
 
-    def __init__(
-        self,
-        inner: nn.Module,
-        feature_q: FeatureMap,
-        feature_k: FeatureMap,
-        heads: int,
-        settings: Settings,
-        impl: str,
-        decay_gate: nn.Linear | None = None,
-    ) -> None:
+    mixer: Mixer
+
+    def __init__(self, inner: nn.Module, mixer: Mixer) -> None:
         super().__init__()
         self.inner = inner
-        self.feature_q, self.feature_k = feature_q, feature_k
-        self.window_factor = nn.Parameter(torch.full((heads,), PAPER_WINDOW_FACTOR, dtype=torch.float32))
-        self.query_scale = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-        self.decay_gate = decay_gate
-        self.settings = settings
-        self.impl = self.eager_impl = impl
-        self.mode: Mode = "hybrid"
+        self.mixer = mixer
+        self.mode = FULL
         self.observer: Observer | None = None
         self.model_config: PretrainedConfig | None = None
+        self.rotary = RotaryFinder()
 
     @property
     def layer_idx(self) -> int:
         """Index of the layer in the model."""
         return int(self.inner.layer_idx)  # type: ignore[arg-type]
 
-    def attention_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that the linearization added, by name."""
-        return {n: p for n, p in self.named_parameters() if not n.startswith("inner.")}
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in [n for n in state_dict if n.startswith(prefix) and new_name(n) != n]:
+            state_dict[new_name(name)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_sizes(self, q: Tensor, k: Tensor) -> None:
-        """Raise LolcatsError where q [B, H, N, D] or k [B, KV, N, D] are not what the feature maps were made for."""
-        expected = (self.feature_q.heads, self.feature_q.head_dim)
-        got = (q.shape[1], q.shape[3])
-        if got != expected or self.feature_k.heads % k.shape[1] or k.shape[3] != expected[1]:
+        """Raise LolcatsError where q [B, H, N, D] or k [B, KV, N, D] are not what the mixer was made for."""
+        sizes = self.mixer.sizes
+        expected = (sizes.heads, sizes.kv_heads, sizes.head_dim)
+        if (q.shape[1], k.shape[1], q.shape[3]) != expected or k.shape[3] != sizes.head_dim:
             raise LolcatsError(
-                f"expected {expected[0]} query heads of size {expected[1]}; {type(self.inner).__name__} gives "
-                f"queries {tuple(q.shape)} and keys {tuple(k.shape)}; leave this layer out with `layers`"
+                f"expected {expected[0]} query heads and {expected[1]} key heads of size {expected[2]}; "
+                f"{type(self.inner).__name__} gives queries {tuple(q.shape)} and keys {tuple(k.shape)}; leave this "
+                "layer out with `layers`"
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's forward; its cache is kept from it, because the hybrid keeps a state of its own."""
+        """The family's forward; its cache is kept from it, because the mixer keeps a state of its own."""
         name = next((n for n in CACHE_ARGUMENTS if n in kwargs), CACHE_ARGUMENTS[0])
         cache: Cache | None = kwargs.pop(name, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         backend = getattr(self.model_config, "_attn_implementation", None) or NAME
         past = past_of(cache, self.layer_idx, hidden.shape[1])
-        handover = Handover(self, hidden, cache, past, kwargs.get("position_embeddings"), backend)
-        if self.mode == "softmax" and self.observer is None:
+        embeddings = kwargs.get("position_embeddings")
+        rotation = self._rotation(args, {name: None, **kwargs}) if self.mixer.needs_rotation else None
+        handover = Handover(self, hidden, cache, past, embeddings, backend, rotation)
+        if self.mode == SOFTMAX and self.observer is None:
             handover.cache = None
             return self.inner(*args, **{name: cache}, linearized=handover, **kwargs)
         return self.inner(*args, **{name: None}, linearized=handover, **kwargs)
+
+    def _rotation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation | None:
+        return None if self.mode == SOFTMAX else self.rotary.find(self.inner, args, kwargs)
 
     def dispatch(self, call: AttentionCall, handover: Handover) -> Tensor:
         """Output [B, H, N, Dv] of the layer in its present mode."""
@@ -112,21 +104,29 @@ class LinearizedAttention(nn.Module):
             teacher = self.softmax(call)
             self.observer(self, call, teacher)
             return teacher
-        if self.mode == "softmax":
+        if self.mode == SOFTMAX:
             return self.softmax(call)
         if cache is None:
-            return self.hybrid(call)
+            return self.mixer(call, mode=self.mode)[0]
         layer = linearized_layer(cache, self.layer_idx)
         check_first_visit(handover.rotary, layer, self.layer_idx)
+        return self._with_cache(call, layer)
+
+    def _with_cache(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
         if layer.state is not None:
             layer.state = to_device(layer.state, call.q.device)
-        if call.q.shape[2] == 1 and layer.state is not None:
-            return self._step(call, layer)
-        return self._prefill(call, layer)
+        tokens = call.q.shape[2]
+        if tokens == 1 and layer.state is not None:
+            out, state = self.mixer.step(call, layer.state, mode=self.mode)
+        else:
+            out, state = self.mixer(call, layer.state, keep=True, mode=self.mode)
+        layer.advance(state, tokens, whole=call.padding is None and call.segments is None)
+        return out
 
     def softmax(self, call: AttentionCall) -> Tensor:
         """What the teacher computes: exact attention, O(N) memory."""
-        mask = softmax_mask(call.facts, call.mask, call.q.shape[2], call.k.shape[2], call.seen, call.q.device)
+        facts = TokenFacts(call.padding, call.segments)
+        mask = softmax_mask(facts, call.mask, call.q.shape[2], call.k.shape[2], call.seen, call.q.device)
         if call.softcap is not None or call.sink_logits is not None:
             return capped_softmax(call.q, call.k, call.v, mask, call.scale, call.softcap, call.sink_logits)
         causal = mask is None and call.q.shape[2] > 1
@@ -135,136 +135,8 @@ class LinearizedAttention(nn.Module):
             call.q, call.k, call.v, attn_mask=mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
         )
 
-    def features(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """phi_q [B, H, N, F], phi_k [B, H or KV, N, F], window factor [H], log decay [B, H, N] of the present mode."""
-        phi_q, factor, log_decay = self._query_side(call)
-        return phi_q, self.feature_k(call.k), factor, log_decay
 
-    def _query_side(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`features` without phi_k: decoding maps keys when they leave the window, not when they come."""
-        phi_q = self.query_features(call.q)
-        if self.mode == "window_only":
-            phi_q = torch.zeros_like(phi_q)
-        return phi_q, self._factor(), self.log_decay(call.hidden)
-
-    def _factor(self) -> Tensor:
-        return torch.full_like(self.window_factor, -torch.inf) if self.mode == "linear_only" else self.window_factor
-
-    def query_features(self, q: Tensor) -> Tensor:
-        """phi_q(q), scaled for each head: the scale sets the share of the linear half."""
-        phi = self.feature_q(q)
-        return phi * self.query_scale.to(phi.dtype).exp()[:, None, None]
-
-    def log_decay(self, hidden: Tensor) -> Tensor | None:
-        """Log of the decay of the linear half at each token: [B, H, N], or None without a gate."""
-        if self.decay_gate is None:
-            return None
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nnf.logsigmoid(self.decay_gate(hidden.to(self.decay_gate.weight.dtype))).transpose(1, 2)
-
-    def hybrid(self, call: AttentionCall) -> Tensor:
-        """The hybrid over a whole text, no state kept: [B, H, N, Dv]; differentiable in everything."""
-        if self.impl == "compiled":
-            return _compiled_hybrid()(self, call)
-        return self._hybrid(call)
-
-    def linear_attention(self, call: AttentionCall) -> Tensor:
-        """Linear attention alone, over all keys, as if there were no window: a target of attention transfer."""
-        return self._attend(call, window=0, segment_ids=call.facts.segments).out
-
-    def _hybrid(self, call: AttentionCall) -> Tensor:
-        out = self._attend(call, segment_ids=call.facts.segments, **self.options(call)).out
-        return torch.zeros_like(out) if self.mode == "no_attention" else out
-
-    def _attend(self, call: AttentionCall, **options: Any) -> HybridOutput:
-        options.update(attention_mask=call.facts.padding, impl=self.plain_impl())
-        maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
-        if maps is None or self.mode == "window_only":
-            phi_q, phi_k, factor, log_decay = self.features(call)
-            return hybrid_attention(call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, **options)
-        return mapped_attention(
-            call.q, call.k, call.v, maps, self._factor(), log_decay=self.log_decay(call.hidden), **options
-        )
-
-    def plain_impl(self) -> str:
-        """The implementation of code that is not compiled here."""
-        # Compilation is for training on equal shapes; prompts differ in length.
-        return self.eager_impl if self.impl == "compiled" else self.impl
-
-    def options(self, call: AttentionCall) -> dict[str, Any]:
-        """What `hybrid_attention` is to do: the layer's settings, and what the family does with its scores."""
-        s = self.settings
-        return {
-            "window": s.window,
-            "window_kind": s.window_kind,
-            "sinks": s.sinks,
-            "scale": call.scale,
-            "softcap": call.softcap,
-            "sink_logits": call.sink_logits,
-        }
-
-    def _prefill(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
-        state = layer.state
-        if state is not None:
-            state = state._replace(window=state.window._replace(phi_k=self._ring_features(state)))
-        options, facts = self.options(call), call.facts
-        if facts.segments is None:
-            result = self._attend(call, initial_state=state, return_state=True, **options)
-            out = result.out
-        else:  # packed texts, in an empty cache: the state is that of the last one of each row
-            assert state is None
-            out = self._attend(call, segment_ids=facts.segments, **options).out
-            last = facts.segments == facts.segments.amax(-1, keepdim=True)
-            alone = replace(call, facts=TokenFacts(last & (facts.segments >= 0), None))
-            result = self._attend(alone, return_state=True, **options)
-        assert result.state is not None
-        kept = result.state._replace(window=result.state.window._replace(phi_k=None))
-        layer.advance(kept, call.q.shape[2], whole=facts.padding is None and facts.segments is None)
-        return torch.zeros_like(out) if self.mode == "no_attention" else out
-
-    def _ring_features(self, state: HybridState) -> Tensor:
-        return self._per_state_head(self.feature_k(state.window.k))
-
-    def _per_state_head(self, phi_k: Tensor) -> Tensor:
-        if self.decay_gate is None:
-            return phi_k
-        return phi_k.repeat_interleave(self.window_factor.shape[0] // phi_k.shape[1], 1)
-
-    def _step(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
-        state = layer.state
-        assert state is not None
-        settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
-        padding = call.facts.padding
-        active = None if padding is None else padding[:, 0]
-        maps = None if self.mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
-        needs_grad = any(t.requires_grad for t in (call.q, call.k, call.v, self.window_factor))
-        fused = fused_step(call.q, call.v, maps, settings, self.plain_impl(), needs_grad)
-        if fused is not None:
-            rest = (self._factor(), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
-            out, state = fused(call.q, call.k, call.v, maps, *rest)
-        else:
-            phi_q, factor, log_decay = self._query_side(call)
-            leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
-            rest = (factor, state, settings, log_decay, active, call.sink_logits)
-            with torch.autocast(call.q.device.type, enabled=False):
-                out, state = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
-        layer.advance(state, 1, whole=padding is None)
-        return torch.zeros_like(out) if self.mode == "no_attention" else out
-
-
-@functools.cache
-def _compiled_hybrid() -> Callable[[LinearizedAttention, AttentionCall], Tensor]:
-    """Feature maps and attention compiled together, once for all layers."""
-    return torch.compile(LinearizedAttention._hybrid, dynamic=False)
-
-
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-"""Names under which families hand the cache to their attention module."""
-PAPER_WINDOW_FACTOR = -2.1972246
-"""logit(0.1): the paper's initial window factor."""
-
-
-def hybrid_interface(
+def mixer_interface(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -287,13 +159,56 @@ def hybrid_interface(
     layer.check_sizes(query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     mask, (batch, _, tokens, _) = plain_tensor(attention_mask), query.shape
-    if layer.mode == "softmax" and layer.observer is None and mask is not None and mask.ndim == 4:
+    if layer.mode == SOFTMAX and layer.observer is None and mask is not None and mask.ndim == 4:
         facts = TokenFacts(None, None)  # softmax attention can do what such a mask says, whatever it is
     else:
         facts = read_facts(mask, batch, tokens, past, read_texts(others, mask, batch, tokens, past, linearized.backend))
-    call = AttentionCall(query, key, value, linearized.hidden, mask, facts, scale, softcap, s_aux, past.seen)
+    call = AttentionCall(
+        query, key, value, linearized.hidden, scale, *facts, softcap, s_aux, linearized.rotation, mask, past.seen
+    )
     out = layer.dispatch(call, linearized)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, hybrid_interface)
+AttentionInterface.register(NAME, mixer_interface)
+
+
+def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
+    """The linearized attention layers of a model (peft wrappers are looked through), in order."""
+    return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+
+
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a linearization added to a model, by their names in it."""
+    return {
+        f"{name}.mixer.{key}": p
+        for name, module in model.named_modules()
+        if isinstance(module, LinearizedAttention)
+        for key, p in module.mixer.named_parameters()
+    }
+
+
+@contextmanager
+def attention_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Inside, every linearized layer computes `mode`.
+
+    Args:
+        model: a linearized model.
+        mode: "softmax" is the teacher, "full" (or "hybrid") the layer itself; the others are controls, which the mixer
+            of the layers names (`Mixer.modes`).
+
+    Raises:
+        LolcatsError: a layer has no such mode.
+    """
+    layers, mode = linearized_layers(model), ALIASES.get(mode, mode)
+    for layer in layers:
+        if mode not in (SOFTMAX, *layer.mixer.modes):
+            raise LolcatsError(f"expected a mode of {SOFTMAX}, {', '.join(layer.mixer.modes)}; got {mode!r}")
+    before = [layer.mode for layer in layers]
+    try:
+        for layer in layers:
+            layer.mode = mode
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.mode = old

@@ -1,4 +1,4 @@
-"""The cache of a linearized layer: one `HybridState`, whose size does not depend on how many tokens were seen.
+"""The cache of a linearized layer: its mixer's state, whose size does not depend on how many tokens were seen.
 
 It lives in transformers' own `Cache`, beside the layers of other kinds. `DynamicCache` and `StaticCache` build their
 layers from `config.layer_types`, which the families also use to choose masks, so a linearized layer cannot announce
@@ -16,7 +16,8 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from lolcats.errors import LolcatsError
-from lolcats.ops import HybridState
+from lolcats.mixers import State, map_state, state_tensors
+from lolcats.mixers.base import state_bytes as bytes_of
 
 
 class Past(NamedTuple):
@@ -46,12 +47,12 @@ class LinearizedLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: HybridState | None = None
+        self.state: State | None = None
         self.seen = 0
         self.passes = 0
         self.whole = True
 
-    def advance(self, state: HybridState, tokens: int, whole: bool = True) -> None:
+    def advance(self, state: State, tokens: int, whole: bool = True) -> None:
         """Keep the state after `tokens` more tokens (padding counted: `seen` is what position counters use).
 
         `whole` says that every one of them is in the state: none was padding or of a document that is over.
@@ -69,7 +70,7 @@ class LinearizedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes held, for the whole batch."""
-        return 0 if self.state is None else self.state.nbytes
+        return 0 if self.state is None else bytes_of(self.state)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first call of the attention layer brings the state."""
@@ -104,7 +105,7 @@ class LinearizedLayer(CacheLayerMixin):
 
     def _map(self, fn: Any) -> None:
         if self.state is not None:
-            self.state = self.state.map(fn)
+            self.state = map_state(self.state, fn)
 
     def offload(self) -> None:
         """Move the state to the CPU."""
@@ -139,9 +140,9 @@ class StaticLinearizedLayer(LinearizedLayer):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.counter = torch.tensor(0)
-        self._buffers: HybridState | None = None
+        self._buffers: State | None = None
 
-    def advance(self, state: HybridState, tokens: int, whole: bool = True) -> None:
+    def advance(self, state: State, tokens: int, whole: bool = True) -> None:
         """Write the state after `tokens` more tokens over the old one."""
         self._hold(state)
         self._note(whole)
@@ -151,20 +152,20 @@ class StaticLinearizedLayer(LinearizedLayer):
         self.counter.add_(tokens)
         self.is_initialized = True
 
-    def _hold(self, state: HybridState) -> None:
-        held = [] if self._buffers is None else self._buffers.tensors()
-        new = state.tensors()
+    def _hold(self, state: State) -> None:
+        held = [] if self._buffers is None else state_tensors(self._buffers)
+        new = state_tensors(state)
         if [(t.shape, t.dtype, t.device) for t in held] == [(t.shape, t.dtype, t.device) for t in new]:
             for old, tensor in zip(held, new, strict=True):
                 old.copy_(tensor)
         else:
-            self._buffers = state.map(lambda t: t.clone(memory_format=torch.contiguous_format))
-            _keep_address(self._buffers.tensors())
+            self._buffers = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format))
+            _keep_address(state_tensors(self._buffers))
         self.state = self._buffers
 
     def _map(self, fn: Any) -> None:
         if self.state is not None:
-            self._hold(self.state.map(fn))
+            self._hold(map_state(self.state, fn))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that masks speak of: all that the cache was made for."""
@@ -251,6 +252,6 @@ def state_bytes(cache: Cache) -> int:
     return sum(layer.nbytes for layer in cache.layers if isinstance(layer, LinearizedLayer))
 
 
-def to_device(state: HybridState, device: torch.device) -> HybridState:
+def to_device(state: State, device: torch.device) -> State:
     """The state on `device` (itself where it is there already)."""
-    return state if state.length.device == device else state.map(lambda t: t.to(device))
+    return state if state.length.device == device else map_state(state, lambda t: t.to(device))

@@ -1,6 +1,6 @@
 """What a family hands to transformers' attention interface, found by watching one forward pass before anything changes.
 
-The hook (`attention.hybrid_interface`) takes queries, keys, values, a mask, a scale, a cap and learned sinks. A family
+The hook (`attention.mixer_interface`) takes queries, keys, values, a mask, a scale, a cap and learned sinks. A family
 that hands over more (biases of positions, chosen indices, a window) would be computed wrongly without it, so whatever
 is not known is refused by its name.
 """
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lolcats.errors import LolcatsError
+from lolcats.mixers import Sizes
 from lolcats.modeling.head import FAILURES, probe_ids, relative_error, tolerance
 
 WATCH = "lolcats_watch"
@@ -33,20 +34,13 @@ HARMLESS = {
 """Arguments that change no attention output, or say again what the mask says."""
 
 
-class Sizes(NamedTuple):
-    """Of what arrives at the interface."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
 class WatchedCall(NamedTuple):
     """One call of the interface."""
 
     layer: int
     module: str
-    sizes: Sizes
+    sizes: tuple[int, int, int]
+    """Query heads, key heads, and size of queries and keys."""
     unknown: tuple[str, ...]
     causal: bool
     """Whether the family says that the call is causal; if not, its mask may be."""
@@ -101,10 +95,10 @@ def check_calls(model: PreTrainedModel, sizes: Mapping[int, Sizes]) -> None:
     for call in chosen:
         if call.unknown:
             raise LolcatsError(f"{name} cannot be linearized: {_unknown(call.module, call.unknown)}")
-        if call.sizes != sizes[call.layer]:
+        if call.sizes != (expected := tuple(sizes[call.layer][:3])):
             raise LolcatsError(
-                f"{name} cannot be linearized: layer {call.layer} should have {tuple(sizes[call.layer])} query heads, "
-                f"key heads and head size by its configuration; its attention works with {tuple(call.sizes)}"
+                f"{name} cannot be linearized: layer {call.layer} should have {expected} query heads, "
+                f"key heads and head size by its configuration; its attention works with {call.sizes}"
             )
 
 
@@ -150,7 +144,7 @@ def _watching(model: PreTrainedModel, calls: list[WatchedCall]) -> Iterator[None
     def watch(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **handed: Any
     ) -> tuple[Tensor, None]:
-        sizes = Sizes(query.shape[1], key.shape[1], query.shape[3])
+        sizes = (query.shape[1], key.shape[1], query.shape[3])
         index = int(getattr(module, "layer_idx", None) or 0)
         causal = handed.get("is_causal", getattr(module, "is_causal", True)) is not False
         calls.append(WatchedCall(index, type(module).__name__, sizes, unknown_facts(handed), causal))

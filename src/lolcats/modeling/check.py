@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError, NotFiniteError
-from lolcats.modeling.attention import LinearizedAttention
+from lolcats.modeling.attention import FULL, SOFTMAX, LinearizedAttention, attention_mode, linearized_layers
 from lolcats.modeling.calls import attention_named
-from lolcats.modeling.convert import attention_mode, convert, linearized_layers
+from lolcats.modeling.convert import convert
 from lolcats.modeling.head import FAILURES, OutputHead, probe_ids, relative_error, tolerance
 from lolcats.models.quantization import is_quantized
 
@@ -132,7 +132,7 @@ def _facts(model: PreTrainedModel, ids: Tensor) -> list[Fact]:
             facts.append(Fact(name, meaning, _distance(got, expected, model.dtype), limit))
 
     compare("causal", "a later token changes no earlier logits", _cut(later), _cut(full))
-    with attention_mode(model, "softmax"):
+    with attention_mode(model, SOFTMAX):
         for name, words in (("full", ""), ("pieces", " with a cache, in pieces")):
             got = _result(runs[name], model, ids)
             compare(f"softmax, {name}", f"softmax mode gives the plain model's logits{words}", got, plain[name])
@@ -266,13 +266,12 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def _whole_window(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """Inside, the windows of all linearized layers are as long as the text."""
     layers = linearized_layers(model)
-    before = [(layer, layer.settings, layer.impl) for layer in layers]
+    before = [(layer, layer.mixer) for layer in layers]
     try:
         for layer in layers:
-            layer.settings = layer.settings._replace(window=tokens, window_kind="sliding")
-            layer.impl = "chunked"  # kernels answer to it in tests of their own, and have limits
-        with attention_mode(model, "hybrid"):
+            layer.mixer = layer.mixer.widened(tokens)
+        with attention_mode(model, FULL):
             yield
     finally:
-        for layer, settings, impl in before:
-            layer.settings, layer.impl = settings, impl
+        for layer, mixer in before:
+            layer.mixer = mixer

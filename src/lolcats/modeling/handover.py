@@ -8,26 +8,16 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lolcats.mixers import Call, Rotation
 from lolcats.modeling.cache import Past
-from lolcats.modeling.masks import TokenFacts
 
 
 @dataclass
-class AttentionCall:
-    """What arrives at the attention interface: q [B, H, N, D], k and v [B, KV, N, .], after norms and RoPE."""
+class AttentionCall(Call):
+    """What arrives at the attention interface, with what softmax attention needs to know besides."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    hidden: Tensor
-    """[B, N, d_model], the input of the attention module."""
-    mask: Tensor | None
-    facts: TokenFacts
-    scale: float
-    softcap: float | None = None
-    """Cap of the scores (Gemma 2)."""
-    sink_logits: Tensor | None = None
-    """[H], learned sinks (gpt-oss)."""
+    mask: Tensor | None = None
+    """As the model made it."""
     seen: int | Tensor = 0
     """Column of the first new token in the mask."""
 
@@ -47,3 +37,5 @@ class Handover:
     """The family's rotary embeddings: one object a forward pass."""
     backend: str
     """Name of the attention implementation of the layers that keep softmax attention; our own where there are none."""
+    rotation: Rotation | None = None
+    """How q and k are rotated, for mixers that need to know."""

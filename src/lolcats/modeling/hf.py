@@ -19,9 +19,12 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from lolcats.config import LinearizationConfig, check_linearization
 from lolcats.errors import LolcatsError
+from lolcats.modeling.install import install
+from lolcats.modeling.old_names import key_mapping, without_renaming
 
 MODEL_TYPE = "lolcats"
-FLOAT32_PARAMETERS = {"feature_q", "feature_k", "window_factor", "query_scale", "decay_gate"}
+ADDED = "mixer"
+"""Name of the module under which everything lies that a linearization adds to an attention module."""
 
 
 class LolcatsConfig(PretrainedConfig):
@@ -68,9 +71,12 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        from lolcats.modeling.convert import install  # convert imports this module
-
         install(self, LinearizationConfig(**config.linearization))  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+        kwargs["key_mapping"] = key_mapping() | (kwargs.get("key_mapping") or {})
+        return without_renaming(super(made, cls).from_pretrained(*args, **kwargs))  # type: ignore[misc]
 
     def _apply(self: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
         # half(), bfloat16() and to(dtype) come through here.
@@ -94,9 +100,10 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
         check_generation(mode, generation_config)
         cast(Any, base)._validate_generation_mode(self, mode, generation_config, kwargs)
 
-    strict = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | FLOAT32_PARAMETERS
+    strict = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {ADDED}
     attributes = {
         "__init__": __init__,
+        "from_pretrained": from_pretrained,
         "_apply": _apply,
         "init_continuous_batching": property(_no_pages),
         "continuous_batching_context_manager": refuse,
@@ -106,7 +113,8 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,
     }
-    return type(f"Linearized{base.__name__}", (base,), attributes)
+    made = type(f"Linearized{base.__name__}", (base,), attributes)
+    return made
 
 
 def check_generation(mode: str, generation_config: Any) -> None:
@@ -147,7 +155,7 @@ def mark_as_linearized(model: PreTrainedModel, config: LinearizationConfig) -> N
 
 def is_added(name: str) -> bool:
     """Whether a parameter of this name came with the linearization; such parameters stay float32."""
-    return any(part in FLOAT32_PARAMETERS for part in name.split("."))
+    return ADDED in name.split(".")
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

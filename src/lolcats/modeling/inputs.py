@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from lolcats.errors import LolcatsError
 from lolcats.modeling.attention import LinearizedAttention
 from lolcats.modeling.masks import visible_keys
+from lolcats.modeling.modules import calls_interface
 from lolcats.modeling.passes import looks_at_values
 
 
@@ -134,8 +135,6 @@ def place_attentions(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 
 def _which_are_linearized(module: nn.Module) -> Sequence[bool]:
     """For each attention layer, in order, whether it is linearized."""
-    from lolcats.modeling.convert import calls_interface  # convert imports this module
-
     layers: dict[int, bool] = {
         int(cast(Any, m.layer_idx)): isinstance(m, LinearizedAttention)
         for m in reversed(list(module.modules()))

@@ -19,9 +19,10 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
-from lolcats.modeling.convert import attention_modules, check_supported, choose_layers
+from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
-from lolcats.modeling.start import match_start
+from lolcats.modeling.modules import attention_modules, choose_layers
+from lolcats.modeling.start import start_from_text
 from lolcats.models.device import check_impl, choose_device
 from lolcats.models.generation import sample
 from lolcats.models.teacher import load_teacher
@@ -151,9 +152,9 @@ def transfer(run: Run) -> None:
     stage = TransferStage(run.model, config)
     _train(run, stage, config)
     run.model.requires_grad_(False)
-    if config.target == "linear" and run.config.linearization.start == "matched":
+    if config.target == "linear" and run.config.linearization.starts_from_text:
         # The linear half was trained by itself, which leaves its share beside the window open.
-        match_start(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
+        start_from_text(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results["perplexity"]:
         _record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
         run.count_seconds()

@@ -72,7 +72,7 @@ class Run:
         device = self.accelerator.device
         wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
         for layer in linearized_layers(self.model):
-            layer.impl = "compiled" if wanted else layer.eager_impl
+            layer.mixer.impl = "compiled" if wanted else layer.mixer.eager_impl
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Do something that is only shown or measured: where it fails the results get a note, and the run goes on."""

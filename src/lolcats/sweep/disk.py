@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.config import RunConfig
-from lolcats.modeling import linearized_layers
-from lolcats.modeling.convert import check_supported, install
+from lolcats.modeling.attention import added_parameters
+from lolcats.modeling.convert import check_supported
+from lolcats.modeling.install import install
 from lolcats.models.config import read_model_config
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.folder import expand_model
@@ -61,7 +62,7 @@ def _run_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
     with torch.device("meta"):
         model = copy.deepcopy(teacher)
         install(model, config.linearization)
-    added = sum(p.numel() for layer in linearized_layers(model) for p in layer.attention_parameters().values())
+    added = sum(p.numel() for p in added_parameters(model).values())
     weights = sum(p.numel() for p in model.parameters()) - added
     trained = [added] if config.transfer.enabled else []
     fine = config.finetune

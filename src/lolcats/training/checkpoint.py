@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file
+from lolcats.modeling.old_names import renamed
 
 FORMAT = "lolcats-checkpoint-1"
 SLOTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -41,7 +42,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         LolcatsError: the file is missing, truncated or not a lolcats checkpoint.
     """
     with _opened(path) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # not a dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        return renamed(tensors), metadata  # runs of version 0.1 go on
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
-from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
+from lolcats.modeling import LinearizedAttention, attention_mode
+from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
@@ -63,9 +64,8 @@ class FinetuneStage:
             model.requires_grad_(True)
         self.head = OutputHead(model)
         self._teacher_head = self.head if self.teacher is None else OutputHead(self.teacher)
-        for layer in linearized_layers(model):
-            for p in layer.attention_parameters().values():
-                p.requires_grad_(config.train_feature_maps)
+        for p in added_parameters(model).values():
+            p.requires_grad_(config.train_feature_maps)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
+from lolcats.modeling.old_names import old_name
 from lolcats.training.stage import Stage, TrainingData
 
 SAMPLES = 64
@@ -38,9 +39,12 @@ def layer_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Digest of names, shapes and some numbers of weights; the same on every device and after exact casts."""
+    """Digest of names, shapes and some numbers of weights; the same on every device and after exact casts.
+
+    Names are those of version 0.1, so that its runs go on.
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(weights, key=lambda item: item[0]):
+    for name, weight in sorted(((old_name(n), w) for n, w in weights), key=lambda item: item[0]):
         flat = weight.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from lolcats.modeling import AttentionCall, LinearizedAttention
+from lolcats.mixers import Call, Mixer
+from lolcats.mixers.softmax import softmax_with_sinks
 from lolcats.modeling.head import OutputHead
-from lolcats.modeling.softmax import softmax_with_sinks
-from lolcats.ops import hybrid_attention
 from lolcats.ops.hybrid.scores import cap_scores
 
 HEAD_CHUNK = 2048
@@ -31,22 +30,16 @@ def _mean_over_real(values: Tensor, document: Tensor | None) -> Tensor:
     return (values * real).sum() / real.sum().clamp_min(1)
 
 
-def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall, document: Tensor | None) -> Tensor:
-    """Cross-entropy between the attention weights of teacher and hybrid (Hedgehog, arXiv 2402.04347); O(N^2) memory.
+def weight_cross_entropy(mixer: Mixer, call: Call, document: Tensor | None) -> Tensor:
+    """Cross-entropy between the attention weights of teacher and layer (Hedgehog, arXiv 2402.04347); O(N^2) memory.
 
-    The weights come from attending to the identity matrix as values, so they are those of the operation itself: by the
-    layer's implementation, where "auto" is the chunked form, since the kernels' values are short.
+    Raises:
+        LolcatsError: the layer has no attention weights.
     """
-    n = call.q.shape[2]
-    identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
-    phi_q, phi_k, factor, log_decay = layer.features(call)
-    weights = hybrid_attention(
-        call.q, call.k, identity, phi_q, phi_k, factor, log_decay=log_decay, segment_ids=call.facts.segments,
-        impl="chunked" if layer.plain_impl() == "auto" else layer.plain_impl(), **layer.options(call),
-    ).out  # fmt: skip
+    n, weights = call.q.shape[2], mixer.attention_weights(call)
     causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
-    if call.facts.segments is not None:
-        causal = causal & (call.facts.segments[:, None, :, None] == call.facts.segments[:, None, None, :])
+    if call.segments is not None:
+        causal = causal & (call.segments[:, None, :, None] == call.segments[:, None, None, :])
     keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
     scores = cap_scores(call.q.float() @ keys.mT * call.scale, call.softcap).masked_fill(~causal, -torch.inf)
     losses = -(softmax_with_sinks(scores, call.sink_logits) * weights.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]

@@ -1,4 +1,4 @@
-"""Stage 1, attention transfer: each layer's hybrid learns to give the output of its own softmax attention.
+"""Stage 1, attention transfer: each layer learns to give the output of its own softmax attention.
 
 The model runs as its teacher. In every linearized layer both attentions see the same frozen q, k, v; the error is
 back-propagated there and then, and the teacher's output goes on to the next layer. So errors do not propagate, and
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.attention import ALIASES, added_parameters
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings, weights_digest
@@ -37,14 +38,17 @@ class TransferStage:
         self.model, self.config = model, config
         self.layers = linearized_layers(model)
         model.requires_grad_(False)
-        self._parameters = _attention_parameters(model)
+        self._parameters = added_parameters(model)
         for parameter in self._parameters.values():
             parameter.requires_grad_()
         if not self._parameters:
             raise LolcatsError("nothing to train in stage 1: expected a converted model; call lolcats.convert first")
+        self.target = ALIASES.get(config.target, config.target)
+        if self.target not in (targets := self.layers[0].mixer.targets):
+            raise LolcatsError(f"transfer.target: expected one of {', '.join(targets)}; got {config.target!r}")
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Feature maps, window factors, query scales and decay gates of all layers."""
+        """What the linearization added, in all layers."""
         return self._parameters
 
     def origin(self) -> dict[str, Any]:
@@ -93,18 +97,9 @@ class TransferStage:
     def _layer_loss(
         self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, document: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        student = layer.linear_attention(call) if self.config.target == "linear" else layer.hybrid(call)
+        student = layer.mixer.target_output(call, self.target)
         error = output_error(student, teacher, document)
         loss = self.config.mse_factor * error
         if self.config.xent_factor:
-            loss = loss + self.config.xent_factor * weight_cross_entropy(layer, call, document)
+            loss = loss + self.config.xent_factor * weight_cross_entropy(layer.mixer, call, document)
         return loss, error
-
-
-def _attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}.{key}": p
-        for name, module in model.named_modules()
-        if isinstance(module, LinearizedAttention)
-        for key, p in module.attention_parameters().items()
-    }

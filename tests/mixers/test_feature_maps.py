@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lolcats.feature_maps import FEATURE_MAPS, FeatureMap, build_feature_map
+from lolcats.mixers.feature_maps import FEATURE_MAPS, FeatureMap, build_feature_map
 
 NAMES = list(FEATURE_MAPS)
 LEARNED = ["hedgehog", "t2r", "exp_dim"]

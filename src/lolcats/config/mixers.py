@@ -1,0 +1,146 @@
+"""The section `linearization`: the layer that replaces softmax attention, with a class of settings for each mixer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetPydanticSchema, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
+from typing_extensions import Self
+
+from lolcats.config.fields import Near, Section, Width
+
+DEFAULT = "hybrid"
+"""The mixer of settings that name none, as all of version 0.1."""
+
+
+class LinearizationConfig(Section):
+    """What the settings of every mixer have. `LinearizationConfig(mixer=..., ...)` makes those of the mixer named."""
+
+    around: ClassVar[frozenset[str]] = frozenset({"mixer", "layers", "start"})
+    """Settings that are not about the layer itself."""
+
+    mixer: str
+    layers: Literal["all"] | list[int] | float = "all"  # indices (negative from the end), or a fraction in (0, 1]
+    impl: Literal["auto", "triton", "chunked", "recurrent", "reference"] = "auto"
+
+    def __new__(cls, **settings: Any) -> Self:
+        """An object of the class of the mixer; an unknown one is left for the default's class to refuse."""
+        kind = MIXERS.get(settings.get("mixer", DEFAULT), HybridConfig) if cls is LinearizationConfig else cls
+        return super().__new__(kind)  # type: ignore[return-value]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+
+    @property
+    def starts_from_text(self) -> bool:
+        """Whether conversion needs a batch of text, from which the layers' parameters are set."""
+        return False
+
+    def values(self) -> dict[str, Any]:
+        """The settings of the layer itself, by name."""
+        return self.model_dump(exclude=set(self.around))
+
+    def without_text(self) -> Self:
+        """The same layers with a start that needs no text: for parameters that are replaced at once."""
+        return self
+
+    def facts(self) -> dict[str, str]:
+        """What a table says of the layer: name -> text."""
+        return {}
+
+    def in_words(self) -> str:
+        """What a text says of the layer, without a full stop."""
+        return ", ".join(f"{name} {text}" for name, text in self.facts().items())
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: object) -> object:
+        value = list(value) if isinstance(value, tuple | range) else value
+        if value == "all" or (isinstance(value, float) and 0 < value <= 1):
+            return value
+        # A bare 1 could mean "all of them" or "layer 1", so whole numbers are only taken inside a list.
+        if not isinstance(value, list) or any(type(index) is not int for index in value):
+            raise ValueError('expected "all", a list of layer indices, or a fraction above 0 and up to 1.0')
+        if not value or len(set(value)) < len(value):
+            raise ValueError("a list of layers needs at least one index, and each index once")
+        return value
+
+
+class HybridConfig(LinearizationConfig):
+    """Softmax attention over a window and linear attention over the rest, with one denominator (the paper's layer)."""
+
+    mixer: Literal["hybrid"] = "hybrid"
+    feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
+    feature_size: Width | None = None  # f, the width of the learned matrix; None is the head size
+    window: Near = 64  # tokens with exact softmax attention
+    window_kind: Literal["sliding", "terraced"] = "sliding"
+    sinks: Near = 0  # first tokens of the text that always keep softmax attention
+    state_heads: Literal["query", "kv"] = "query"  # one linear state per query head, or one per key/value head
+    start: Literal["paper", "matched"] = "paper"
+    decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay a head
+
+    @property
+    def starts_from_text(self) -> bool:
+        """Whether the start is the matched one."""
+        return self.start == "matched"
+
+    def without_text(self) -> Self:
+        """The same layers with the paper's start."""
+        return self.model_copy(update={"start": "paper"})
+
+    def facts(self) -> dict[str, str]:
+        """Feature map and window."""
+        size = "the head size" if self.feature_size is None else self.feature_size
+        window = f"{self.window} tokens, {self.window_kind}, and {self.sinks} sinks"
+        return {"feature map": f"{self.feature_map}, f = {size}", "window": window}
+
+    def in_words(self) -> str:
+        """All of the settings that make the layer."""
+        size = "the size of a head" if self.feature_size is None else f"size {self.feature_size}"
+        decay = ", and a learned decay" if self.decay == "gate" else ""
+        return (
+            f"Window of {self.window} tokens ({self.window_kind}), {self.sinks} sinks, feature map {self.feature_map} "
+            f"of {size}, one linear state a {self.state_heads} head, {self.start} start{decay}"
+        )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.window_kind == "terraced" and self.window == 0:
+            raise ValueError("a terraced window needs window >= 1; for no window use window_kind sliding")
+        return self
+
+
+MIXERS: dict[str, type[LinearizationConfig]] = {
+    "hybrid": HybridConfig,
+}
+"""Name -> class of settings; the layers themselves are in `lolcats.mixers.registry`."""
+
+
+def keyed_by_mixer(kinds: dict[str, type[LinearizationConfig]]) -> GetPydanticSchema:
+    """What pydantic needs to read a section by its entry `mixer`; without one it is the default's."""
+
+    def name_of(value: Any) -> Any:
+        name = value.get("mixer", DEFAULT) if isinstance(value, dict) else getattr(value, "mixer", DEFAULT)
+        return name if isinstance(name, str) else repr(name)
+
+    def schema(_source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        names = ", ".join(sorted(kinds))
+        return core_schema.tagged_union_schema(
+            {name: handler(kind) for name, kind in kinds.items()},
+            name_of,
+            custom_error_type="unknown_mixer",
+            custom_error_message=f"unknown mixer; expected mixer to be one of: {names}",
+        )
+
+    return GetPydanticSchema(schema)
+
+
+AnyLinearization = Annotated[HybridConfig, keyed_by_mixer(MIXERS)]
+"""Type of the section in a run's settings."""
+
+
+def mixer_settings(settings: Any) -> type[BaseModel]:
+    """The class that a section `linearization` is read by, whose keys may be used in it."""
+    name = settings.get("mixer", DEFAULT) if isinstance(settings, dict) else DEFAULT
+    return MIXERS.get(name, MIXERS[DEFAULT]) if isinstance(name, str) else MIXERS[DEFAULT]

@@ -1,0 +1,19 @@
+"""Layers that take the place of softmax attention. They know tensors only: no transformers, no configuration."""
+
+from lolcats.mixers.base import Call, Mixer, Sizes, State, StateSpec, map_state, state_bytes, state_tensors
+from lolcats.mixers.registry import MIXERS, build_mixer
+from lolcats.mixers.rotation import Rotation
+
+__all__ = [
+    "MIXERS",
+    "Call",
+    "Mixer",
+    "Rotation",
+    "Sizes",
+    "State",
+    "StateSpec",
+    "build_mixer",
+    "map_state",
+    "state_bytes",
+    "state_tensors",
+]

@@ -1,0 +1,239 @@
+"""What a layer that replaces softmax attention must say of itself: `Mixer`, its `Call` and its state.
+
+Legend: B batch, H query heads, KV key heads, N tokens, D key size, Dv value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lolcats.errors import LolcatsError
+from lolcats.mixers.rotation import Rotation
+
+
+class Sizes(NamedTuple):
+    """Of what arrives at a layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    """D, of queries and keys."""
+    value_dim: int
+    """Dv."""
+    hidden_size: int
+    """d_model, of the layer's input."""
+
+
+@dataclass
+class Call:
+    """What a layer works on: the tokens of one forward pass."""
+
+    q: Tensor
+    """[B, H, N, D], as the model attends with it: after norms and rotary embedding."""
+    k: Tensor
+    """[B, KV, N, D]."""
+    v: Tensor
+    """[B, KV, N, Dv]."""
+    hidden: Tensor
+    """[B, N, d_model], the input of the attention module."""
+    scale: float
+    """Of the scores q k."""
+    padding: Tensor | None = None
+    """[B, N] bool, False at padding, left or right; None where there is none."""
+    segments: Tensor | None = None
+    """[B, N] int64, equal numbers for tokens of one packed text, negative at padding; None for a text a row."""
+    softcap: float | None = None
+    """Cap of the scores (Gemma 2)."""
+    sink_logits: Tensor | None = None
+    """[H], learned sinks (gpt-oss)."""
+    rotation: Rotation | None = None
+    """The rotary embedding of q and k, for mixers that ask for it by `needs_rotation`."""
+
+    def unrotated(self) -> tuple[Tensor, Tensor]:
+        """q and k before rotary embedding, shapes and dtypes as they are.
+
+        Raises:
+            LolcatsError: the layer was not given its rotation.
+        """
+        if self.rotation is None:
+            raise LolcatsError("expected a call with its rotary embedding; set `needs_rotation` in the mixer")
+        return self.rotation.undo(self.q), self.rotation.undo(self.k)
+
+
+class State(Protocol):
+    """What a mixer keeps of earlier tokens: a NamedTuple of tensors (or of such tuples, or None), the batch first.
+
+    Only the mixer that made it reads it; others map, count and keep it.
+    """
+
+    @property
+    def length(self) -> Tensor:
+        """[B] int64: tokens that the state stands for in each row, padding not counted."""
+        ...
+
+
+S = TypeVar("S")
+
+
+def map_state(state: S, fn: Callable[[Tensor], Tensor]) -> S:
+    """The state with `fn` applied to each of its tensors."""
+    value: Any = state
+    if value is None:
+        return value
+    if isinstance(value, Tensor):
+        return fn(value)  # type: ignore[return-value]
+    return type(value)(*(map_state(part, fn) for part in value))
+
+
+def state_tensors(state: Any) -> list[Tensor]:
+    """Every tensor of a state, in a fixed order."""
+    found: list[Tensor] = []
+    map_state(state, lambda t: (found.append(t), t)[1])
+    return found
+
+
+def state_names(state: Any, prefix: str = "") -> list[str]:
+    """Names of the tensors of a state, such as "window.k", in the order of `state_tensors`."""
+    if state is None or isinstance(state, Tensor):
+        return [] if state is None else [prefix]
+    parts = zip(state._fields, state, strict=True)
+    return [n for field, part in parts for n in state_names(part, f"{prefix}.{field}" if prefix else field)]
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors of a state, for the whole batch."""
+    return sum(t.numel() * t.element_size() for t in state_tensors(state))
+
+
+class StateSpec(NamedTuple):
+    """The tensors of the state of one text in one layer, without the dimension of the batch."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, which does not depend on the length of the text."""
+        counts = (torch.Size(shape).numel() for shape in self.shapes)
+        return sum(count * dtype.itemsize for count, dtype in zip(counts, self.dtypes, strict=True))
+
+    @classmethod
+    def of(cls, state: Any) -> Self:
+        """Of a state that there is."""
+        tensors = state_tensors(state)
+        shapes = tuple(tuple(t.shape[1:]) for t in tensors)
+        return cls(tuple(state_names(state)), shapes, tuple(t.dtype for t in tensors))
+
+
+class Mixer(nn.Module):
+    """Base of the layers. A subclass takes `sizes` and values, and has float32 parameters of its own.
+
+    Args:
+        sizes: of what arrives.
+        impl: implementation of its operation ("auto" or a name that the operation knows).
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("full",)
+    """What `forward` and `step` can compute: "full" is the layer itself, the others are controls."""
+    targets: ClassVar[tuple[str, ...]] = ("full",)
+    """Outputs that attention transfer can compare with the teacher's."""
+    needs_rotation: ClassVar[bool] = False
+    """Whether it calls `Call.unrotated`."""
+
+    def __init__(self, sizes: Sizes, impl: str) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.impl = self.eager_impl = impl
+
+    @classmethod
+    def build(cls, sizes: Sizes, *, impl: str, **values: Any) -> Mixer:
+        """The layer from the values of its settings."""
+        return cls(sizes, impl, **values)
+
+    def forward(
+        self, call: Call, state: Any = None, *, keep: bool = False, mode: str = "full"
+    ) -> tuple[Tensor, Any | None]:
+        """The layer over a text, or over its next part.
+
+        Args:
+            call: the tokens.
+            state: after the tokens before them, None at the start of a text. Packed texts start without one.
+            keep: also return the state after the last token; of packed texts that of the last one of each row.
+            mode: one of `modes`.
+
+        Returns:
+            The output [B, H, N, Dv], 0 at padding, differentiable in everything; and the state, None unless `keep`.
+        """
+        raise NotImplementedError
+
+    def step(self, call: Call, state: Any, *, slots: Tensor | None = None, mode: str = "full") -> tuple[Tensor, Any]:
+        """The layer at one more token of each text (N = 1).
+
+        Args:
+            call: the token of each row.
+            state: of these rows; with `slots`, a pool of states of more rows.
+            slots: [B] int64, which rows of the pool the texts are; each at most once.
+            mode: one of `modes`.
+
+        Returns:
+            The output [B, H, 1, Dv], and the new state, for which the memory of the old one may be used; with `slots`
+            the pool itself, changed in place.
+        """
+        if slots is None:
+            return self.advance(call, state, mode)
+        out, new = self.advance(call, map_state(state, lambda t: t.index_select(0, slots)), mode)
+        for held, rows in zip(state_tensors(state), state_tensors(new), strict=True):
+            held.index_copy_(0, slots, rows.to(held.dtype))
+        return out, state
+
+    def advance(self, call: Call, state: Any, mode: str) -> tuple[Tensor, Any]:
+        """`step` without slots."""
+        raise NotImplementedError
+
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """What one text's state is in a model of this dtype: all that caches, pools and engines need to know."""
+        raise NotImplementedError
+
+    def start(self, call: Call, teacher: Tensor) -> None:
+        """Set parameters from one batch of the teacher, of whose attention `teacher` [B, H, N, Dv] is the output.
+
+        Called where the layer's settings say that it starts from text; there is nothing to do by default.
+        """
+
+    def target_output(self, call: Call, target: str) -> Tensor:
+        """The output [B, H, N, Dv] that attention transfer compares with the teacher's; `target` is of `targets`."""
+        assert target == "full", target
+        return self(call)[0]
+
+    def attention_weights(self, call: Call) -> Tensor:
+        """The weights [B, H, N, N] with which the layer sums values, for losses on them; O(N^2) memory.
+
+        Raises:
+            LolcatsError: the layer has none.
+        """
+        raise LolcatsError(
+            f"{type(self).__name__} has no attention weights to compare with the teacher's; set transfer.xent_factor=0"
+        )
+
+    @property
+    def plain_impl(self) -> str:
+        """The implementation of code that is not compiled here."""
+        # Compilation is for training on equal shapes; prompts differ in length.
+        return self.eager_impl if self.impl == "compiled" else self.impl
+
+    def widened(self, tokens: int) -> Mixer:
+        """The same layer as exact softmax attention over `tokens` tokens, sharing this one's parameters.
+
+        Used by the self-check, which compares it with the plain model.
+
+        Raises:
+            LolcatsError: it has no such form.
+        """
+        raise LolcatsError(f"{type(self).__name__} has no form that is softmax attention, so nothing can be checked")

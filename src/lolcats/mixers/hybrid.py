@@ -1,0 +1,251 @@
+"""`hybrid`: the layer of LoLCATs (arXiv 2410.10254), softmax over a window and linear attention over the rest.
+
+Both halves share one denominator; `lolcats.ops.hybrid.reference` has the formula. All calls of that operation are here.
+
+| mode         | what it is                                                                  |
+|--------------|-----------------------------------------------------------------------------|
+| full         | the layer                                                                   |
+| window_only  | without its linear half: softmax over window and sinks                       |
+| linear_only  | without its softmax half                                                     |
+| no_attention | outputs of zero                                                              |
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from lolcats.mixers.base import Call, Mixer, Sizes, StateSpec
+from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
+from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
+from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention, resolve_impl
+from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
+from lolcats.ops.hybrid.layout import Settings
+
+PAPER_WINDOW_FACTOR = -2.1972246
+"""logit(0.1): the paper's initial window factor."""
+OPEN_GATE = 6.0
+"""Initial bias of a decay gate: sigmoid(6) = 0.9975, half of a key's weight is left after 280 tokens."""
+
+
+class HybridMixer(Mixer):
+    """Hybrid attention.
+
+    Args:
+        sizes: of what arrives.
+        impl: implementation of `hybrid_attention`.
+        feature_q, feature_k: feature maps of the queries (one per query head) and keys (one per query or key head).
+        settings: window, its kind and sinks (the scale comes with each call).
+        decay_gate: maps the layer's input [B, N, d_model] to the logits [B, N, H] of the decay, or None.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("full", "window_only", "linear_only", "no_attention")
+    targets: ClassVar[tuple[str, ...]] = ("full", "linear")
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        impl: str,
+        feature_q: FeatureMap,
+        feature_k: FeatureMap,
+        settings: Settings,
+        decay_gate: nn.Linear | None = None,
+    ) -> None:
+        super().__init__(sizes, impl)
+        self.feature_q, self.feature_k = feature_q, feature_k
+        self.window_factor = nn.Parameter(torch.full((sizes.heads,), PAPER_WINDOW_FACTOR, dtype=torch.float32))
+        self.query_scale = nn.Parameter(torch.zeros(sizes.heads, dtype=torch.float32))
+        self.decay_gate = decay_gate
+        self.settings = settings
+
+    @classmethod
+    def build(
+        cls,
+        sizes: Sizes,
+        *,
+        impl: str,
+        feature_map: str,
+        feature_size: int | None,
+        window: int,
+        window_kind: str,
+        sinks: int,
+        state_heads: str,
+        decay: str,
+    ) -> HybridMixer:
+        """The layer from the values of its settings, with the paper's start.
+
+        Raises:
+            ValueError: an unknown feature map or implementation, or a feature size below 1.
+        """
+        gate = None
+        if decay == "gate":
+            gate = nn.Linear(sizes.hidden_size, sizes.heads, dtype=torch.float32)
+            nn.init.zeros_(gate.weight)
+            nn.init.constant_(gate.bias, OPEN_GATE)
+        key_maps = sizes.heads if state_heads == "query" else sizes.kv_heads
+        maps = [
+            build_feature_map(feature_map, count, sizes.head_dim, feature_size) for count in (sizes.heads, key_maps)
+        ]
+        settings = Settings(window, window_kind, sinks, sizes.head_dim**-0.5)
+        return cls(sizes, resolve_impl(impl), maps[0], maps[1], settings, gate)
+
+    def forward(
+        self, call: Call, state: HybridState | None = None, *, keep: bool = False, mode: str = "full"
+    ) -> tuple[Tensor, HybridState | None]:
+        """See `Mixer.forward`."""
+        if keep or state is not None:
+            return self._part(call, state, keep, mode)
+        if self.impl == "compiled":
+            return _compiled_whole()(self, call, mode), None
+        return self._whole(call, mode), None
+
+    def advance(self, call: Call, state: HybridState, mode: str) -> tuple[Tensor, HybridState]:
+        """See `Mixer.step`; the kernel writes the new state over the old one."""
+        settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
+        active = None if call.padding is None else call.padding[:, 0]
+        maps = None if mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
+        needs_grad = any(t.requires_grad for t in (call.q, call.k, call.v, self.window_factor))
+        fused = fused_step(call.q, call.v, maps, settings, self.plain_impl, needs_grad)
+        rest = (self._factor(mode), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
+        if fused is not None:
+            out, new = fused(call.q, call.k, call.v, maps, *rest)
+        else:
+            phi_q = self._query_features(call.q, mode)
+            leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
+            with torch.autocast(call.q.device.type, enabled=False):
+                out, new = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
+        return _silenced(out, mode), new
+
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """See `Mixer.state_spec`; the operation itself makes the state that is looked at."""
+        s, gate = self.sizes, self.decay_gate is not None
+        maps = self.feature_k.heads if self.feature_k.learned else s.kv_heads
+        zeros = functools.partial(torch.zeros, device="cpu")
+        state = hybrid_attention(
+            zeros(1, s.heads, 1, s.head_dim, dtype=dtype), zeros(1, s.kv_heads, 1, s.head_dim, dtype=dtype),
+            zeros(1, s.kv_heads, 1, s.value_dim, dtype=dtype), zeros(1, s.heads, 1, self.feature_q.features),
+            zeros(1, s.heads if gate else maps, 1, self.feature_k.features), zeros(s.heads),
+            window=self.settings.window, window_kind=self.settings.window_kind, sinks=self.settings.sinks,
+            log_decay=zeros(1, s.heads, 1) if gate else None, return_state=True, impl="chunked",
+        ).state  # fmt: skip
+        return StateSpec.of(_kept(state))
+
+    def start(self, call: Call, teacher: Tensor) -> None:
+        """The matched start, see `lolcats.mixers.start`."""
+        features = Features(self.feature_q(call.q), self.feature_k(call.k), self.log_decay(call.hidden))
+        scale = matched_scale(call, teacher, self.settings, features)
+        with torch.no_grad():
+            self.window_factor.fill_(MATCHED_WINDOW_FACTOR)
+            if scale is not None:
+                self.query_scale.copy_(scale)
+
+    def target_output(self, call: Call, target: str) -> Tensor:
+        """The layer's output, or for "linear" linear attention over all keys, as if there were no window."""
+        if target == "linear":
+            return self._attend(call, "full", window=0, segment_ids=call.segments).out
+        return super().target_output(call, target)
+
+    def attention_weights(self, call: Call) -> Tensor:
+        """See `Mixer.attention_weights`.
+
+        They are what the layer gives for the identity matrix as values: those of the operation itself, by the layer's
+        implementation, where "auto" is the chunked form, since the kernels' values are short.
+        """
+        n = call.q.shape[2]
+        identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
+        return hybrid_attention(
+            call.q, call.k, identity, self._query_features(call.q, "full"), self.feature_k(call.k), self.window_factor,
+            log_decay=self.log_decay(call.hidden), segment_ids=call.segments,
+            impl="chunked" if self.plain_impl == "auto" else self.plain_impl, **self._options(call),
+        ).out  # fmt: skip
+
+    def widened(self, tokens: int) -> HybridMixer:
+        """The layer with a window over the whole text."""
+        wide = copy.copy(self)
+        wide.settings = self.settings._replace(window=tokens, window_kind="sliding")
+        wide.impl = wide.eager_impl = "chunked"  # kernels answer to it in tests of their own, and have limits
+        return wide
+
+    def log_decay(self, hidden: Tensor) -> Tensor | None:
+        """Log of the decay of the linear half at each token: [B, H, N], or None without a gate."""
+        if self.decay_gate is None:
+            return None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nnf.logsigmoid(self.decay_gate(hidden.to(self.decay_gate.weight.dtype))).transpose(1, 2)
+
+    def _query_features(self, q: Tensor, mode: str) -> Tensor:
+        """phi_q(q), scaled for each head: the scale sets the share of the linear half."""
+        phi = self.feature_q(q)
+        phi = phi * self.query_scale.to(phi.dtype).exp()[:, None, None]
+        return torch.zeros_like(phi) if mode == "window_only" else phi
+
+    def _factor(self, mode: str) -> Tensor:
+        return torch.full_like(self.window_factor, -torch.inf) if mode == "linear_only" else self.window_factor
+
+    def _options(self, call: Call) -> dict[str, Any]:
+        """What `hybrid_attention` is to do: the layer's settings, and what the family does with its scores."""
+        s = self.settings
+        return {
+            "window": s.window,
+            "window_kind": s.window_kind,
+            "sinks": s.sinks,
+            "scale": call.scale,
+            "softcap": call.softcap,
+            "sink_logits": call.sink_logits,
+        }
+
+    def _attend(self, call: Call, mode: str, **options: Any) -> HybridOutput:
+        options.update(attention_mask=call.padding, impl=self.plain_impl)
+        maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
+        factor, log_decay = self._factor(mode), self.log_decay(call.hidden)
+        if maps is None or mode == "window_only":
+            phi_q, phi_k = self._query_features(call.q, mode), self.feature_k(call.k)
+            return hybrid_attention(call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, **options)
+        return mapped_attention(call.q, call.k, call.v, maps, factor, log_decay=log_decay, **options)
+
+    def _whole(self, call: Call, mode: str) -> Tensor:
+        return _silenced(self._attend(call, mode, segment_ids=call.segments, **self._options(call)).out, mode)
+
+    def _part(self, call: Call, state: HybridState | None, keep: bool, mode: str) -> tuple[Tensor, HybridState | None]:
+        options = self._options(call)
+        if call.segments is not None:  # the state is that of the last text of each row
+            assert state is None, "packed texts start without a state"
+            out = self._attend(call, mode, segment_ids=call.segments, **options).out
+            last = call.segments == call.segments.amax(-1, keepdim=True)
+            alone = replace(call, padding=last & (call.segments >= 0), segments=None)
+            result = self._attend(alone, mode, return_state=True, **options)
+        else:
+            if state is not None:
+                features = self._per_state_head(self.feature_k(state.window.k))
+                state = state._replace(window=state.window._replace(phi_k=features))
+            result = self._attend(call, mode, initial_state=state, return_state=keep, **options)
+            out = result.out
+        return _silenced(out, mode), _kept(result.state) if keep else None
+
+    def _per_state_head(self, phi_k: Tensor) -> Tensor:
+        if self.decay_gate is None:
+            return phi_k
+        return phi_k.repeat_interleave(self.sizes.heads // phi_k.shape[1], 1)
+
+
+@functools.cache
+def _compiled_whole() -> Callable[[HybridMixer, Call, str], Tensor]:
+    """Feature maps and attention compiled together, once for all layers."""
+    return torch.compile(HybridMixer._whole, dynamic=False)
+
+
+def _kept(state: HybridState | None) -> HybridState:
+    """The state without the features of the keys in the window, which are made anew from the keys."""
+    assert state is not None
+    return state._replace(window=state.window._replace(phi_k=None))
+
+
+def _silenced(out: Tensor, mode: str) -> Tensor:
+    return torch.zeros_like(out) if mode == "no_attention" else out
