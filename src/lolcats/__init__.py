@@ -14,7 +14,7 @@ from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
 from lolcats.models.teacher import load_teacher
-from lolcats.ops import HybridOutput, HybridState, LinearState, MapWeights, hybrid_attention, mapped_attention
+from lolcats.ops import HybridOutput, HybridSpec, HybridState, LinearState, MapWeights, hybrid_attention
 
 if TYPE_CHECKING:
     from lolcats.export import export_model, load_adapter
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HybridOutput",
+    "HybridSpec",
     "HybridState",
     "LinearState",
     "LinearizationConfig",
@@ -44,7 +45,6 @@ __all__ = [
     "load_adapter",
     "load_config",
     "load_teacher",
-    "mapped_attention",
     "transfer_attention",
 ]
 

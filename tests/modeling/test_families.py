@@ -211,9 +211,11 @@ def calls(request: pytest.FixtureRequest, build: Builder, make_student: Builder,
 
 def teacher_weights(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> Tensor:
     """Attention weights of the softmax, [B, H, 24, 24]: what the operation does to the identity matrix as values."""
-    options: dict[str, Any] = layer.options(call) | {"window": 24}
+    options = layer.options(call)
+    options["spec"] = options["spec"]._replace(window=24)
     identity = torch.eye(24).expand(*call.k.shape[:2], 24, 24)
-    weights = hybrid_attention(call.q, call.k, identity, *layer.features(call)[:3], **options).out
+    phi_q, phi_k, factor, _ = layer.features(call)
+    weights = hybrid_attention(call.q, call.k, identity, (phi_q, phi_k), factor, **options).out
     values = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
     torch.testing.assert_close(weights @ values, teacher, atol=1e-5, rtol=0)
     return weights

@@ -152,13 +152,12 @@ def layer_state(layer: LinearizedAttention, config: Any, dtype: torch.dtype) -> 
     heads, kv_heads, size = head_sizes(layer.inner, config)
     maps = layer.feature_k.heads if layer.feature_k.learned else kv_heads
     maps = heads if layer.decay_gate is not None else maps
-    settings = layer.settings
     query, key = torch.zeros(1, heads, 1, size, dtype=dtype), torch.zeros(1, kv_heads, 1, size, dtype=dtype)
     value = torch.zeros(1, kv_heads, 1, getattr(layer.inner, "v_head_dim", None) or size, dtype=dtype)
     state = hybrid_attention(
-        query, key, value, torch.zeros(1, heads, 1, layer.feature_q.features),
-        torch.zeros(1, maps, 1, layer.feature_k.features), torch.zeros(heads),
-        window=settings.window, window_kind=settings.window_kind, sinks=settings.sinks,
+        query, key, value,
+        (torch.zeros(1, heads, 1, layer.feature_q.features), torch.zeros(1, maps, 1, layer.feature_k.features)),
+        torch.zeros(heads), layer.settings,
         log_decay=None if layer.decay_gate is None else torch.zeros(1, heads, 1), return_state=True,
     ).state  # fmt: skip
     assert state is not None

@@ -27,9 +27,8 @@ from lolcats.modeling.handover import AttentionCall, Handover
 from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
 from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.softmax import capped_softmax
-from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention
+from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention
 from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
-from lolcats.ops.hybrid.layout import Settings
 
 Mode = Literal["hybrid", "softmax", "window_only", "linear_only", "no_attention"]
 """What a linearized layer computes: itself, its teacher, or one of the controls that show what each half does."""
@@ -57,7 +56,7 @@ class LinearizedAttention(nn.Module):
         feature_q: FeatureMap,
         feature_k: FeatureMap,
         heads: int,
-        settings: Settings,
+        settings: HybridSpec,
         impl: str,
         decay_gate: nn.Linear | None = None,
     ) -> None:
@@ -170,21 +169,21 @@ class LinearizedAttention(nn.Module):
 
     def linear_attention(self, call: AttentionCall) -> Tensor:
         """Linear attention alone, over all keys, as if there were no window: a target of attention transfer."""
-        return self._attend(call, window=0, segment_ids=call.facts.segments).out
+        return self._attend(call, HybridSpec(window=0), segment_ids=call.facts.segments).out
 
     def _hybrid(self, call: AttentionCall) -> Tensor:
         out = self._attend(call, segment_ids=call.facts.segments, **self.options(call)).out
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
-    def _attend(self, call: AttentionCall, **options: Any) -> HybridOutput:
+    def _attend(self, call: AttentionCall, spec: HybridSpec, **options: Any) -> HybridOutput:
         options.update(attention_mask=call.facts.padding, impl=self.plain_impl())
         maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
         if maps is None or self.mode == "window_only":
             phi_q, phi_k, factor, log_decay = self.features(call)
-            return hybrid_attention(call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, **options)
-        return mapped_attention(
-            call.q, call.k, call.v, maps, self._factor(), log_decay=self.log_decay(call.hidden), **options
-        )
+            features = phi_q, phi_k
+        else:
+            features, factor, log_decay = maps, self._factor(), self.log_decay(call.hidden)
+        return hybrid_attention(call.q, call.k, call.v, features, factor, spec, log_decay=log_decay, **options)
 
     def plain_impl(self) -> str:
         """The implementation of code that is not compiled here."""
@@ -193,13 +192,8 @@ class LinearizedAttention(nn.Module):
 
     def options(self, call: AttentionCall) -> dict[str, Any]:
         """What `hybrid_attention` is to do: the layer's settings, and what the family does with its scores."""
-        s = self.settings
         return {
-            "window": s.window,
-            "window_kind": s.window_kind,
-            "sinks": s.sinks,
-            "scale": call.scale,
-            "softcap": call.softcap,
+            "spec": self.settings._replace(scale=call.scale, softcap=call.softcap),
             "sink_logits": call.sink_logits,
         }
 

@@ -26,7 +26,7 @@ from lolcats.modeling.sharing import check_sharing, keep_all_queries
 from lolcats.modeling.start import match_start
 from lolcats.models.vocabulary import check_token_ids
 from lolcats.ops import resolve_impl
-from lolcats.ops.hybrid.layout import Settings
+from lolcats.ops.types import HybridSpec
 
 GLOBAL, LOCAL = "full_attention", {"sliding_attention", "chunked_attention"}
 """Types of layers that see the whole text, or the nearest tokens alone."""
@@ -205,7 +205,7 @@ def wrap(inner: nn.Module, config: LinearizationConfig, model_config: Pretrained
         nn.init.zeros_(gate.weight)
         nn.init.constant_(gate.bias, OPEN_GATE)
     maps = [build_feature_map(config.feature_map, count, head_dim, config.feature_size) for count in (heads, key_maps)]
-    settings = Settings(config.window, config.window_kind, config.sinks, head_dim**-0.5)
+    settings = HybridSpec(config.window, config.window_kind, config.sinks, head_dim**-0.5)
     wrapper = LinearizedAttention(inner, maps[0], maps[1], heads, settings, resolve_impl(config.impl), gate)
     for name, parameter in wrapper.attention_parameters().items():
         owner, _, leaf = name.rpartition(".")

@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults
 from lolcats.config import RunConfig, dump_config, load_config
+from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults
+from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import hold, remove_leftovers_in, write_text
 from lolcats.models.folder import expand
 from lolcats.runs.results import read_results
-from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.training.checkpoint import read_metadata
 
 STAGES = ("transfer", "finetune")

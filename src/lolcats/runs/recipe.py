@@ -15,23 +15,23 @@ from rich.console import Console
 from lolcats.config import RunConfig
 from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
-from lolcats.models.device import check_impl, choose_device
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
 from lolcats.evaluation.segments import evaluation_segments
-from lolcats.models.generation import sample
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.convert import attention_modules, check_supported, choose_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.start import match_start
-from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
+from lolcats.models.device import check_impl, choose_device
+from lolcats.models.generation import sample
+from lolcats.models.teacher import load_teacher
+from lolcats.models.vocabulary import vocabulary_size
+from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.state import Run, open_run, with_facts
-from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
-from lolcats.models.teacher import load_teacher
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
-from lolcats.models.vocabulary import vocabulary_size
+from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 
 SAMPLE_PROMPT = "The most important thing to know about computers is"
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import check_sources
-from lolcats.models.device import choose_dtype, describe_device
 from lolcats.evaluation import Measurement
 from lolcats.modeling import linearized_layers
+from lolcats.models.device import choose_dtype, describe_device
 from lolcats.ops import kernels_available
-from lolcats.training.parallel import describe, on_main_process
 from lolcats.runs.folder import RunFolder
 from lolcats.training import Reporter, TrainingData
+from lolcats.training.parallel import describe, on_main_process
 
 FORMATS = ("float32", "bfloat16", "float16")
 

@@ -41,7 +41,7 @@ def weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall, docume
     identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
     phi_q, phi_k, factor, log_decay = layer.features(call)
     weights = hybrid_attention(
-        call.q, call.k, identity, phi_q, phi_k, factor, log_decay=log_decay, segment_ids=call.facts.segments,
+        call.q, call.k, identity, (phi_q, phi_k), factor, log_decay=log_decay, segment_ids=call.facts.segments,
         impl="chunked" if layer.plain_impl() == "auto" else layer.plain_impl(), **layer.options(call),
     ).out  # fmt: skip
     causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
