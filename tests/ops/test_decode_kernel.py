@@ -7,8 +7,8 @@ import torch
 from helpers import Case, make
 from test_kernels import assert_near, map_weights, name_of
 
-from lolcats.ops.hybrid.layout import Inputs
-from lolcats.ops.hybrid.recurrent import empty_state, hybrid_step, leaving_keys
+from lolcats.ops.hybrid.layout import Inputs, empty_state
+from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
 from lolcats.ops.types import HybridSpec
 
 pytest.importorskip("triton")

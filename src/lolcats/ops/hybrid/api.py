@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.checks import check_call
+from lolcats.ops.hybrid.checks import check_call, read_cuts
 from lolcats.ops.hybrid.chunked import chunked_attention, compiled_attention
 from lolcats.ops.hybrid.layout import Inputs
+from lolcats.ops.hybrid.packed import one_by_one, packed_attention
 from lolcats.ops.hybrid.recurrent import recurrent_attention
 from lolcats.ops.hybrid.reference import reference_attention
 from lolcats.ops.maps import MapWeights
@@ -97,6 +98,7 @@ def hybrid_attention(
     sink_logits: Tensor | None = None,
     attention_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     initial_state: HybridState | None = None,
     return_state: bool = False,
     impl: str = "auto",
@@ -120,8 +122,11 @@ def hybrid_attention(
         attention_mask: [B, N], nonzero at real tokens; padding may be on the left or on the right.
         segment_ids: [B, N] integers; tokens see only their own segment (a run of equal numbers; negative is
             padding). Excludes `attention_mask`, `initial_state` and `return_state`.
+        cu_seqlens: [T + 1] int32 or int64, 0 = c_0 <= c_1 <= ... <= c_T = N: the one row (B = 1) holds T texts, text t
+            from token c_t up to c_(t+1), which see only themselves. States are then of a batch of T. Its numbers are
+            read on the host, where it may lie. Excludes `attention_mask` and `segment_ids`.
         initial_state: the `state` of an earlier call on the tokens before these.
-        return_state: also return the state after the last token.
+        return_state: also return the state after the last token (of each text).
         impl: "reference" (quadratic), "chunked" (linear in N), "recurrent" (a step a token), "compiled" (chunked
             under torch.compile), "triton" (kernels, on CUDA devices) or "auto": "triton" where it can run the call
             and nothing is being compiled, else "chunked". The kernels sum in float32; of tied largest scores the first
@@ -135,7 +140,8 @@ def hybrid_attention(
     inputs = Inputs(
         q, k, v, phi_q, phi_k, window_factor, log_decay, attention_mask, segment_ids, initial_state, sink_logits
     )
-    check_call(inputs, spec, maps, return_state)
+    cuts = None if cu_seqlens is None else read_cuts(cu_seqlens, inputs)
+    check_call(inputs, spec, maps, return_state, None if cuts is None else len(cuts) - 1)
     if segment_ids is not None:
         inputs = inputs._replace(segment_ids=_number_runs(segment_ids))
     impl = _choose(impl, inputs, maps, return_state)
@@ -145,10 +151,18 @@ def hybrid_attention(
     if log_decay is not None and not fused:  # one decay per query head needs one state per query head
         phi_k = inputs.phi_k
         inputs = inputs._replace(phi_k=phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1))
-    with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
+
+    def run(inputs: Inputs, return_state: bool) -> HybridOutput:
         if fused:
             return _kernels().attention(inputs, spec, return_state, maps)
         return IMPLEMENTATIONS[impl](inputs, spec, return_state)
+
+    with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
+        if cuts is None:
+            return run(inputs, return_state)
+        if impl == "reference":
+            return one_by_one(run, inputs, spec, cuts, return_state)
+        return packed_attention(run, inputs, cuts, return_state)
 
 
 def _with_features(inputs: Inputs, maps: MapWeights) -> Inputs:

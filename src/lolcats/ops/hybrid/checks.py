@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.layout import Inputs
@@ -9,8 +10,10 @@ from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridSpec, HybridState
 
 
-def check_call(inputs: Inputs, spec: HybridSpec, maps: MapWeights | None, return_state: bool) -> None:
-    """Check all arguments of `hybrid_attention`.
+def check_call(
+    inputs: Inputs, spec: HybridSpec, maps: MapWeights | None, return_state: bool, texts: int | None = None
+) -> None:
+    """Check all arguments of `hybrid_attention`; `texts` are packed into one row where it is not None.
 
     Raises:
         ValueError: a shape, a number or a name that does not fit.
@@ -21,7 +24,26 @@ def check_call(inputs: Inputs, spec: HybridSpec, maps: MapWeights | None, return
     check_spec(spec)
     _check_optional(inputs, return_state)
     if inputs.state is not None:
-        check_state(inputs.state, inputs.q.shape[0], spec, inputs.log_decay is not None, maps is None)
+        rows = inputs.q.shape[0] if texts is None else texts
+        check_state(inputs.state, rows, spec, inputs.log_decay is not None, maps is None)
+
+
+def read_cuts(cu_seqlens: Tensor, inputs: Inputs) -> list[int]:
+    """The numbers of `cu_seqlens` [T + 1], checked.
+
+    Raises:
+        ValueError: they do not cut the one row of `inputs`, or a mask says something else about it.
+    """
+    whole = cu_seqlens.dtype in (torch.int32, torch.int64)
+    what = "cu_seqlens of one dimension, int32 or int64, with the ends of at least one text"
+    expect(whole and cu_seqlens.ndim == 1 and len(cu_seqlens) >= 2, what, (tuple(cu_seqlens.shape), cu_seqlens.dtype))
+    alone = inputs.attention_mask is None and inputs.segment_ids is None
+    expect(alone, "cu_seqlens without attention_mask or segment_ids", "a combination")
+    expect(inputs.q.shape[0] == 1, "with cu_seqlens all texts in one row, a batch of 1", inputs.q.shape[0])
+    cuts = cu_seqlens.tolist()
+    rising = cuts[0] == 0 and cuts == sorted(cuts) and cuts[-1] == inputs.q.shape[2]
+    expect(rising, f"cu_seqlens that rise from 0 to the number of tokens, {inputs.q.shape[2]}", cuts)
+    return cuts
 
 
 def expect(condition: bool, what: str, got: object) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, WindowRing
+from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, WindowRing, accumulation_dtype
 
 FULL_DECAY = -800.0
 """exp of it is 0 in float64 too. Below it sums of decays lose what is between them, and far below they overflow."""
@@ -214,3 +214,35 @@ def fold(
             old_kv, old_sum = old_kv * decay_all[..., None, None], old_sum * decay_all[..., None]
         kv, k_sum = kv + old_kv, k_sum + old_sum
     return LinearState(kv, k_sum)
+
+
+def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
+    """The state before any token."""
+    batch, kv_heads, _, size = inputs.k.shape
+    dtype, device = accumulation_dtype(inputs.q, inputs.v), inputs.q.device
+    decays = inputs.log_decay is not None
+    state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
+    features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
+    slots = spec.slots
+
+    def zeros(*shape: int, like: Tensor) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
+
+    def accumulator(*shape: int) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+    ring = WindowRing(
+        zeros(kv_heads, slots, size, like=inputs.k),
+        zeros(kv_heads, slots, value_size, like=inputs.v),
+        torch.full((batch, slots), -1, dtype=torch.long, device=device),
+        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
+        accumulator(inputs.q.shape[1], slots) if decays else None,
+    )
+    sinks = None
+    if spec.sinks:
+        sinks = SinkKeys(
+            zeros(kv_heads, spec.sinks, size, like=inputs.k),
+            zeros(kv_heads, spec.sinks, value_size, like=inputs.v),
+        )
+    linear = LinearState(accumulator(state_heads, features, value_size), accumulator(state_heads, features))
+    return HybridState(linear, ring, sinks, torch.zeros(batch, dtype=torch.long, device=device))

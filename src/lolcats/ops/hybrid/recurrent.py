@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import Inputs, fold, in_window, token_positions
+from lolcats.ops.hybrid.layout import Inputs, empty_state, fold, in_window, token_positions
 from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import (
     HybridOutput,
@@ -192,35 +192,3 @@ def _only_active(active: Tensor, out: Tensor, new: HybridState, old: HybridState
         return torch.where(row, t, next(before).to(t.dtype))
 
     return torch.where(active[:, None, None, None], out, 0.0), new.map(choose)
-
-
-def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
-    """The state before any token."""
-    batch, kv_heads, _, size = inputs.k.shape
-    dtype, device = accumulation_dtype(inputs.q, inputs.v), inputs.q.device
-    decays = inputs.log_decay is not None
-    state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
-    features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
-    slots = spec.slots
-
-    def zeros(*shape: int, like: Tensor) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
-
-    def accumulator(*shape: int) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=dtype, device=device)
-
-    ring = WindowRing(
-        zeros(kv_heads, slots, size, like=inputs.k),
-        zeros(kv_heads, slots, value_size, like=inputs.v),
-        torch.full((batch, slots), -1, dtype=torch.long, device=device),
-        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
-        accumulator(inputs.q.shape[1], slots) if decays else None,
-    )
-    sinks = None
-    if spec.sinks:
-        sinks = SinkKeys(
-            zeros(kv_heads, spec.sinks, size, like=inputs.k),
-            zeros(kv_heads, spec.sinks, value_size, like=inputs.v),
-        )
-    linear = LinearState(accumulator(state_heads, features, value_size), accumulator(state_heads, features))
-    return HybridState(linear, ring, sinks, torch.zeros(batch, dtype=torch.long, device=device))
