@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.ops import IMPLEMENTATIONS, hybrid_attention
+from lolcats.ops import IMPLEMENTATIONS, HybridSpec, hybrid_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CHECK_LENGTH = 200
@@ -64,8 +64,8 @@ class Setup(NamedTuple):
     def attend(self, inputs: list[Tensor], impl: str) -> Tensor:
         """The output of one call."""
         q, k, v, phi_q, phi_k, factor = inputs
-        options: dict[str, Any] = {"window": self.window, "window_kind": self.window_kind, "sinks": self.sinks}
-        return hybrid_attention(q, k, v, phi_q, phi_k, factor, impl=impl, **options).out
+        spec = HybridSpec(self.window, self.window_kind, self.sinks)
+        return hybrid_attention(q, k, v, (phi_q, phi_k), factor, spec, impl=impl).out
 
 
 class Row(NamedTuple):

@@ -27,10 +27,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lolcats.models.device import describe_device
-from lolcats.ops import MapWeights, mapped_attention
+from lolcats.ops import HybridSpec, MapWeights, hybrid_attention
 from lolcats.ops.hybrid import hybrid_step, leaving_keys
 from lolcats.ops.hybrid.kernels.decode import decode_step
-from lolcats.ops.hybrid.layout import Settings
 
 REPLAYS, LEAST, SECONDS = 30, 5, 2.0
 """Replays of one measurement: at most REPLAYS, fewer where they take longer than SECONDS, never less than LEAST."""
@@ -73,14 +72,14 @@ class Inputs:
         weights = (normal(h, size, size // 2, dtype=torch.float32) / 5 for h in (heads, map_heads))
         self.maps = MapWeights("hedgehog", *weights, log_scale=torch.zeros(heads, device="cuda"))
         self.factor = torch.zeros(heads, device="cuda")
-        self.options = {"window": args.window, "sinks": args.sinks}
+        self.spec = HybridSpec(args.window, sinks=args.sinks)
         self.leaves = [self.q, self.k, self.v, self.maps.q, self.maps.k, self.factor]
         for leaf in self.leaves:
             leaf.requires_grad_(gradients)
 
     def hybrid(self, impl: str = "triton") -> Tensor:
         """The layer."""
-        return mapped_attention(self.q, self.k, self.v, self.maps, self.factor, impl=impl, **self.options).out
+        return hybrid_attention(self.q, self.k, self.v, self.maps, self.factor, self.spec, impl=impl).out
 
     def repeated(self) -> tuple[Tensor, Tensor]:
         """k and v for each query head, for peers that want them so."""
@@ -107,7 +106,7 @@ def peers(x: Inputs) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)):
         found[name] = functools.partial(_sdpa, backend, x.q, k, v)
-    window = x.options["window"]
+    window = x.spec.window
     near = _flex(x.q, k, v, window)
     found["FlexAttention window"] = near
     try:
@@ -217,19 +216,18 @@ def backward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
 def decode_row(batch: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """One decoding step with a full ring, beside the time of its bytes at `bandwidth` (GB/s) and plain torch."""
     x = Inputs(args.window + 6, args, batch=batch)
-    state = mapped_attention(x.q, x.k, x.v, x.maps, x.factor, impl="triton", return_state=True, **x.options).state
+    state = hybrid_attention(x.q, x.k, x.v, x.maps, x.factor, x.spec, impl="triton", return_state=True).state
     assert state is not None
     q, k, v = (t[:, :, -1:].contiguous() for t in (x.q, x.k, x.v))
-    settings = Settings(args.window, "sliding", args.sinks, args.size**-0.5)
 
     def plain() -> Any:
-        leaving = x.maps.phi_k(leaving_keys(state, k, settings))
-        return hybrid_step(q, k, v, x.maps.phi_q(q), leaving, x.factor, state, settings)
+        leaving = x.maps.phi_k(leaving_keys(state, k, x.spec))
+        return hybrid_step(q, k, v, x.maps.phi_q(q), leaving, x.factor, state, x.spec)
 
     parts = (*state.linear, state.window.k, state.window.v)
     least = 2e-6 * sum(t.numel() * t.element_size() for t in parts) / bandwidth
     row: dict[str, Any] = {"pass": "decode", "batch": batch, "plain torch": time_graph(plain)}
-    row["hybrid"] = time_graph(lambda: decode_step(q, k, v, x.maps, x.factor, state, settings))
+    row["hybrid"] = time_graph(lambda: decode_step(q, k, v, x.maps, x.factor, state, x.spec))
     return {**row, "bytes / bandwidth": least, "ratio": row["hybrid"] / least}
 
 

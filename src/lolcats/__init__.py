@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lolcats.export import export_model, load_adapter
     from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
     from lolcats.models.teacher import load_teacher
-    from lolcats.ops import HybridOutput, HybridState, LinearState, MapWeights, hybrid_attention, mapped_attention
+    from lolcats.ops import HybridOutput, HybridSpec, HybridState, LinearState, MapWeights, hybrid_attention
     from lolcats.runs.recipe import linearize
     from lolcats.training import TrainingData, finetune_lora, transfer_attention
 
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HybridOutput",
+    "HybridSpec",
     "HybridState",
     "LinearState",
     "LinearizationConfig",
@@ -47,7 +48,6 @@ __all__ = [
     "load_adapter",
     "load_config",
     "load_teacher",
-    "mapped_attention",
     "transfer_attention",
 ]
 
@@ -60,11 +60,11 @@ _PLACES = {
     "lolcats.models.teacher": ("load_teacher",),
     "lolcats.ops": (
         "HybridOutput",
+        "HybridSpec",
         "HybridState",
         "LinearState",
         "MapWeights",
         "hybrid_attention",
-        "mapped_attention",
     ),
     "lolcats.runs.recipe": ("linearize",),
     "lolcats.training": ("TrainingData", "finetune_lora", "transfer_attention"),

@@ -16,9 +16,8 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lolcats.ops.hybrid.kernels import backward, decode, launch
-from lolcats.ops.hybrid.layout import Settings
 from lolcats.ops.maps import MapWeights
-from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ring_slots
+from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, WindowRing
 
 SHARED_MEMORY = 232_448  # bytes of a block on an H100
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -71,31 +70,31 @@ def run(kind: str, window_kind: str) -> list[str]:
     decay = torch.empty(batch, heads, n) if plain else None
     factor = None if given else torch.empty(heads)
     x = launch.Operands(q, k, k, maps, maps, torch.empty(heads), bias, bias, factor, logits, decay)
-    settings = Settings(64, window_kind, 2 if plain else 0, 0.125, 5.0 if kind == "t2r" else None)
+    spec = HybridSpec(64, window_kind, 2 if plain else 0, 0.125, 5.0 if kind == "t2r" else None)
     context = launch.Context() if plain else launch.Context(torch.zeros(batch, 4, dtype=torch.int32))
-    plan = launch.make_plan(x, context, settings, kind)
+    plan = launch.make_plan(x, context, spec, kind)
     saved = launch.run_forward(plan, x, context, save=True)
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
     if not given:
-        step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, settings, logits)
+        step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, spec, logits)
     return [problem for problem in problems if problem]
 
 
-def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, settings: Settings, logits: torch.Tensor | None) -> None:
+def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, spec: HybridSpec, logits: torch.Tensor | None) -> None:
     """Launch a decoding step, with decay and padding."""
     (batch, heads, _, size), kv_heads = q.shape, k.shape[1]
     features = maps.q.shape[2] * (2 if maps.kind == "hedgehog" else 1)
-    slots = ring_slots(settings.window, settings.window_kind)
+    slots = spec.slots
     ring = torch.empty(batch, kv_heads, slots, size, dtype=k.dtype)
     position, length = torch.zeros(batch, slots, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
     window = WindowRing(ring, ring, position, None, torch.empty(batch, heads, slots))
     linear = LinearState(torch.empty(batch, heads, features, size), torch.empty(batch, heads, features))
-    sinks = SinkKeys(*(ring[:, :, : settings.sinks].contiguous() for _ in range(2)))
+    sinks = SinkKeys(*(ring[:, :, : spec.sinks].contiguous() for _ in range(2)))
     state, losses = HybridState(linear, window, sinks, length), torch.empty(batch, heads, 1)
     token = k[:, :, :1]
     factor = torch.empty(heads)
-    decode.decode_step(q[:, :, :1], token, token, maps, factor, state, settings, losses, length, logits)
+    decode.decode_step(q[:, :, :1], token, token, maps, factor, state, spec, losses, length, logits)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.ops import HybridOutput, HybridState, hybrid_attention
+from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention
 
 CAP = 0.7  # the scores of the tests are about +-1: most are bent, none is flat
 CPU_IMPLEMENTATIONS = ("reference", "chunked", "recurrent")
@@ -34,9 +34,9 @@ class Case(NamedTuple):
     learned: bool = False  # learned sinks
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `hybrid_attention`."""
-        return {"window": self.window, "window_kind": self.kind, "sinks": self.sinks, "softcap": self.softcap}
+    def spec(self) -> HybridSpec:
+        """The case's `HybridSpec`."""
+        return HybridSpec(self.window, self.kind, self.sinks, None, self.softcap)
 
 
 class Tensors(NamedTuple):
@@ -118,8 +118,9 @@ def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tenso
 
 def run(tensors: Tensors, case: Case, impl: str, **options: Any) -> HybridOutput:
     """Call `hybrid_attention`."""
-    extra = {"log_decay": tensors.log_decay, "sink_logits": tensors.sink_logits}
-    return hybrid_attention(*tensors[:6], impl=impl, **extra, **case.options, **options)
+    q, k, v, phi_q, phi_k, factor, log_decay, logits = tensors
+    extra = {"log_decay": log_decay, "sink_logits": logits, **options}
+    return hybrid_attention(q, k, v, (phi_q, phi_k), factor, case.spec, impl=impl, **extra)
 
 
 def state_of(tensors: Tensors, case: Case, impl: str, **options: Any) -> HybridState:

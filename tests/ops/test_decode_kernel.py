@@ -7,8 +7,9 @@ import torch
 from helpers import Case, make
 from test_kernels import assert_near, map_weights, name_of
 
-from lolcats.ops.hybrid.layout import Inputs, Settings
-from lolcats.ops.hybrid.recurrent import empty_state, hybrid_step, leaving_keys
+from lolcats.ops.hybrid.layout import Inputs, empty_state
+from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
+from lolcats.ops.types import HybridSpec
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,11 +37,11 @@ def test_steps(case: Case, kind: str, padded: bool) -> None:
     maps = maps._replace(
         **{n: x.detach().to(DEVICE) for n, x in zip(maps._fields[1:], maps[1:], strict=True) if x is not None}
     )
-    settings = Settings(case.window, case.kind, case.sinks, case.size**-0.5, case.softcap)
-    assert step_refusal(tensors.q, tensors.v, maps, settings) is None
+    spec = HybridSpec(case.window, case.kind, case.sinks, case.size**-0.5, case.softcap)
+    assert step_refusal(tensors.q, tensors.v, maps, spec) is None
     phi_q, phi_k = maps.phi_q(tensors.q), maps.phi_k(tensors.k)
     inputs = Inputs(*tensors[:3], phi_q, phi_k, tensors.window_factor, tensors.log_decay, None, None, None)
-    plain = empty_state(inputs, settings)
+    plain = empty_state(inputs, spec)
     plain = plain._replace(window=plain.window._replace(phi_k=None))
     fused = plain.map(lambda t: t.clone())
     addresses = [t.data_ptr() for t in fused.tensors()]
@@ -50,10 +51,10 @@ def test_steps(case: Case, kind: str, padded: bool) -> None:
         active = None
         if padded:  # as the model gives it: a column of a wider mask
             active = ((torch.arange(case.batch, device=DEVICE) + i) % 3)[:, None].repeat(1, 4)[:, -1]
-        leaving = maps.phi_k(leaving_keys(plain, k, settings))
+        leaving = maps.phi_k(leaving_keys(plain, k, spec))
         if decay is not None:
             leaving = leaving.repeat_interleave(plain.linear.kv.shape[1] // leaving.shape[1], 1)
-        rest = (settings, decay, active, tensors.sink_logits)
+        rest = (spec, decay, active, tensors.sink_logits)
         want, plain = hybrid_step(q, k, v, features, leaving, tensors.window_factor, plain, *rest)
         got, fused = decode_step(q, k, v, maps, tensors.window_factor, fused, *rest)
         assert_near(got, want.double(), f"output {i}")

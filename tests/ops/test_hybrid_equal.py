@@ -19,6 +19,7 @@ from helpers import (
     state_of,
 )
 
+from lolcats.ops import hybrid_attention
 from lolcats.ops.hybrid import chunked
 
 WINDOWS = [("sliding", w) for w in (0, 1, 16, 64, 65, 300)] + [("terraced", w) for w in (1, 16, 64, 65, 300)]
@@ -121,8 +122,11 @@ def test_scale_is_used() -> None:
     case = Case(40, 8)
     tensors = make(case)
     scaled = tensors._replace(q=tensors.q * 3)
+    q, k, v, phi_q, phi_k, factor, *_ = tensors
+    spec = case.spec._replace(scale=3 * case.size**-0.5)
     for impl in CPU_IMPLEMENTATIONS:
-        assert_same(run(tensors, case, impl, scale=3 * case.size**-0.5).out, run(scaled, case, impl).out, impl)
+        out = hybrid_attention(q, k, v, (phi_q, phi_k), factor, spec, impl=impl).out
+        assert_same(out, run(scaled, case, impl).out, impl)
 
 
 def masks(side: str, n: int, lengths: list[int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Case, make, state_of
 
-from lolcats.ops import IMPLEMENTATIONS, hybrid_attention, resolve_impl
+from lolcats.ops import IMPLEMENTATIONS, HybridSpec, hybrid_attention, resolve_impl
 
 CASE = Case(6, 2, groups=2)  # B 2, H 4, KV 2, N 6, D 4, Dv 3, F 3
 
@@ -17,7 +17,9 @@ CASE = Case(6, 2, groups=2)  # B 2, H 4, KV 2, N 6, D 4, Dv 3, F 3
 def call(**changes: Any) -> None:
     """Call with valid arguments, some of them replaced."""
     arguments: dict[str, Any] = {k: v for k, v in make(CASE)._asdict().items() if v is not None}
-    hybrid_attention(**{**arguments, "window": 2, **changes})
+    arguments |= {"window": 2, **changes}
+    spec = HybridSpec(**{name: arguments.pop(name) for name in HybridSpec._fields if name in arguments})
+    hybrid_attention(features=(arguments.pop("phi_q"), arguments.pop("phi_k")), spec=spec, **arguments)
 
 
 def zeros(*shape: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from helpers import Case, Tensors, make, run, state_of
 from torch import Tensor
 
-from lolcats.ops import HybridOutput, MapWeights, mapped_attention
+from lolcats.ops import HybridOutput, MapWeights, hybrid_attention
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, test_kernels_gpu.py takes their place")
@@ -93,7 +93,7 @@ def map_weights(kind: str, case: Case, dtype: torch.dtype) -> MapWeights:
 def mapped(tensors: Tensors, case: Case, maps: MapWeights, impl: str, **options: Any) -> HybridOutput:
     q, k, v, _, _, factor = tensors[:6]
     extra = {"log_decay": tensors.log_decay, "sink_logits": tensors.sink_logits}
-    return mapped_attention(q, k, v, maps, factor, impl=impl, **extra, **case.options, **options)
+    return hybrid_attention(q, k, v, maps, factor, case.spec, impl=impl, **extra, **options)
 
 
 @pytest.mark.parametrize("kind", ["hedgehog", "t2r"])

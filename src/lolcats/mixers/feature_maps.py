@@ -136,7 +136,7 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 
 
 def map_weights(feature_q: FeatureMap, feature_k: FeatureMap, log_scale: Tensor | None) -> MapWeights | None:
-    """The two maps as the weights that `mapped_attention` takes; None where they are not of a kind that it knows.
+    """The two maps as the weights that `hybrid_attention` takes; None where they are not of a kind that it knows.
 
     None also where the weights are not at hand: accelerate brings offloaded ones only when the module itself is called.
     """

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from lolcats.mixers.base import Call, Mixer, Sizes, StateSpec
 from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
-from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention, resolve_impl
+from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention, resolve_impl
 from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
-from lolcats.ops.hybrid.layout import Settings
 
 PAPER_WINDOW_FACTOR = -2.1972246
 """logit(0.1): the paper's initial window factor."""
@@ -55,7 +54,7 @@ class HybridMixer(Mixer):
         impl: str,
         feature_q: FeatureMap,
         feature_k: FeatureMap,
-        settings: Settings,
+        settings: HybridSpec,
         decay_gate: nn.Linear | None = None,
     ) -> None:
         super().__init__(sizes, impl)
@@ -93,7 +92,7 @@ class HybridMixer(Mixer):
         maps = [
             build_feature_map(feature_map, count, sizes.head_dim, feature_size) for count in (sizes.heads, key_maps)
         ]
-        settings = Settings(window, window_kind, sinks, sizes.head_dim**-0.5)
+        settings = HybridSpec(window, window_kind, sinks, sizes.head_dim**-0.5)
         return cls(sizes, resolve_impl(impl), maps[0], maps[1], settings, gate)
 
     def forward(
@@ -149,7 +148,7 @@ class HybridMixer(Mixer):
     def target_output(self, call: Call, target: str) -> Tensor:
         """The layer's output, or for "linear" linear attention over all keys, as if there were no window."""
         if target == "linear":
-            return self._attend(call, "full", window=0, segment_ids=call.segments).out
+            return self._attend(call, "full", HybridSpec(window=0), segment_ids=call.segments).out
         return super().target_output(call, target)
 
     def attention_weights(self, call: Call) -> Tensor:
@@ -160,8 +159,9 @@ class HybridMixer(Mixer):
         """
         n = call.q.shape[2]
         identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
+        features = self._query_features(call.q, "full"), self.feature_k(call.k)
         return hybrid_attention(
-            call.q, call.k, identity, self._query_features(call.q, "full"), self.feature_k(call.k), self.window_factor,
+            call.q, call.k, identity, features, self.window_factor,
             log_decay=self.log_decay(call.hidden), segment_ids=call.segments,
             impl="chunked" if self.plain_impl == "auto" else self.plain_impl, **self._options(call),
         ).out  # fmt: skip
@@ -191,24 +191,18 @@ class HybridMixer(Mixer):
 
     def _options(self, call: Call) -> dict[str, Any]:
         """What `hybrid_attention` is to do: the layer's settings, and what the family does with its scores."""
-        s = self.settings
         return {
-            "window": s.window,
-            "window_kind": s.window_kind,
-            "sinks": s.sinks,
-            "scale": call.scale,
-            "softcap": call.softcap,
+            "spec": self.settings._replace(scale=call.scale, softcap=call.softcap),
             "sink_logits": call.sink_logits,
         }
 
-    def _attend(self, call: Call, mode: str, **options: Any) -> HybridOutput:
+    def _attend(self, call: Call, mode: str, spec: HybridSpec, **options: Any) -> HybridOutput:
         options.update(attention_mask=call.padding, impl=self.plain_impl)
-        maps = map_weights(self.feature_q, self.feature_k, self.query_scale)
+        features = map_weights(self.feature_q, self.feature_k, self.query_scale)
+        if features is None or mode == "window_only":
+            features = self._query_features(call.q, mode), self.feature_k(call.k)
         factor, log_decay = self._factor(mode), self.log_decay(call.hidden)
-        if maps is None or mode == "window_only":
-            phi_q, phi_k = self._query_features(call.q, mode), self.feature_k(call.k)
-            return hybrid_attention(call.q, call.k, call.v, phi_q, phi_k, factor, log_decay=log_decay, **options)
-        return mapped_attention(call.q, call.k, call.v, maps, factor, log_decay=log_decay, **options)
+        return hybrid_attention(call.q, call.k, call.v, features, factor, spec, log_decay=log_decay, **options)
 
     def _whole(self, call: Call, mode: str) -> Tensor:
         return _silenced(self._attend(call, mode, segment_ids=call.segments, **self._options(call)).out, mode)

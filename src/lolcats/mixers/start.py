@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call
 from lolcats.mixers.softmax import softmax_with_sinks
-from lolcats.ops.hybrid.layout import Settings, pair_masks
+from lolcats.ops import HybridSpec
+from lolcats.ops.hybrid.layout import pair_masks
 from lolcats.ops.hybrid.scores import cap_scores
 
 MATCHED_WINDOW_FACTOR = 4.0
@@ -57,7 +58,7 @@ class Halves(NamedTuple):
 
 
 @torch.no_grad()
-def matched_scale(call: Call, teacher: Tensor, settings: Settings, features: Features) -> Tensor | None:
+def matched_scale(call: Call, teacher: Tensor, settings: HybridSpec, features: Features) -> Tensor | None:
     """Log of the scale of phi_q, [H], with which a window factor of `MATCHED_WINDOW_FACTOR` goes.
 
     Args:
@@ -93,7 +94,7 @@ def _output_error(both: Halves, scale: Tensor) -> Tensor:
     return (numerator / denominator[..., None] - both.teacher).square().mean((1, 2))
 
 
-def halves(call: Call, teacher: Tensor, settings: Settings, features: Features, row: int) -> Halves:
+def halves(call: Call, teacher: Tensor, settings: HybridSpec, features: Features, row: int) -> Halves:
     """Both halves of one text, by the quadratic formula; one text at a time because of its memory."""
     heads, n = call.q.shape[1], call.q.shape[2]
     position = torch.arange(n, device=call.q.device)

@@ -1,12 +1,13 @@
 """Functions of tensors only: no configuration, no transformers."""
 
-from lolcats.ops.hybrid import IMPLEMENTATIONS, hybrid_attention, kernels_available, mapped_attention, resolve_impl
+from lolcats.ops.hybrid import IMPLEMENTATIONS, hybrid_attention, kernels_available, resolve_impl
 from lolcats.ops.maps import MapWeights
-from lolcats.ops.types import HybridOutput, HybridState, LinearState, SinkKeys, WindowRing
+from lolcats.ops.types import HybridOutput, HybridSpec, HybridState, LinearState, SinkKeys, WindowRing
 
 __all__ = [
     "IMPLEMENTATIONS",
     "HybridOutput",
+    "HybridSpec",
     "HybridState",
     "LinearState",
     "MapWeights",
@@ -14,6 +15,5 @@ __all__ = [
     "WindowRing",
     "hybrid_attention",
     "kernels_available",
-    "mapped_attention",
     "resolve_impl",
 ]

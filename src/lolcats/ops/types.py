@@ -1,4 +1,6 @@
-"""The state that hybrid attention carries from one segment of a text to the next. Its size does not depend on length.
+"""What hybrid attention is told (`HybridSpec`), and the state that it carries from one segment of a text to the next.
+
+The size of the state does not depend on the length of the text.
 
 Legend: B batch, H query heads, KV key/value heads, S state heads (H or KV), F features, D key size, Dv value size,
 R ring slots (`window` when sliding, `2 * window` when terraced), s sinks.
@@ -11,6 +13,31 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class HybridSpec(NamedTuple):
+    """Which keys belong to the softmax half, and how their scores are made."""
+
+    window: int = 64
+    """0 is pure linear attention; `window >= N` is exact softmax attention."""
+    window_kind: str = "sliding"
+    """"sliding" (the last `window` keys, the query's own included) or "terraced" (the query's own block of `window`
+    keys and the block before it; blocks start at the first token of the text)."""
+    sinks: int = 0
+    """The first tokens of the text that always belong to the softmax half."""
+    scale: float | None = None
+    """Of the scores; None is 1 / sqrt(D)."""
+    softcap: float | None = None
+    """Scores of the softmax half become softcap tanh(score / softcap) (Gemma 2)."""
+
+    def score_scale(self, size: int) -> float:
+        """The scale of the scores of queries and keys of `size` numbers."""
+        return size**-0.5 if self.scale is None else self.scale
+
+    @property
+    def slots(self) -> int:
+        """R, the number of ring slots that the window needs."""
+        return self.window if self.window_kind == "sliding" else 2 * self.window
 
 
 class LinearState(NamedTuple):
@@ -86,11 +113,6 @@ class HybridOutput(NamedTuple):
     """[B, H, N, Dv], in the dtype of v; zero at padding."""
     state: HybridState | None
     """The state after the last token, or None unless `return_state=True`."""
-
-
-def ring_slots(window: int, window_kind: str) -> int:
-    """Number of ring slots R that a window needs."""
-    return window if window_kind == "sliding" else 2 * window
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Hybrid attention: softmax over a window (and sinks), a learned linear attention over the rest, one denominator."""
 
-from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, kernels_available, mapped_attention, resolve_impl
+from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, kernels_available, resolve_impl
 from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
 from lolcats.ops.hybrid.step import fused_step
 
@@ -11,6 +11,5 @@ __all__ = [
     "hybrid_step",
     "kernels_available",
     "leaving_keys",
-    "mapped_attention",
     "resolve_impl",
 ]

@@ -23,7 +23,6 @@ from torch import Tensor
 from lolcats.ops.hybrid.layout import (
     Extended,
     Inputs,
-    Settings,
     extend,
     final_state,
     pair_masks,
@@ -33,7 +32,7 @@ from lolcats.ops.hybrid.layout import (
 from lolcats.ops.hybrid.reference import divide
 from lolcats.ops.hybrid.scan import carried_states
 from lolcats.ops.hybrid.scores import cap_scores, row_max
-from lolcats.ops.types import HybridOutput, LinearState, SinkKeys, accumulation_dtype
+from lolcats.ops.types import HybridOutput, HybridSpec, LinearState, SinkKeys, accumulation_dtype
 
 CHUNK = 64
 CPU_SPAN = 2048
@@ -55,15 +54,15 @@ class _Chunks(NamedTuple):
     decay_local: Tensor | None  # [B, KV, nC, G, K]: cumulative sum of log_decay over the local keys
 
 
-def chunked_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+def chunked_attention(inputs: Inputs, spec: HybridSpec, return_state: bool) -> HybridOutput:
     """Linear-time hybrid attention; arguments as checked by `hybrid_attention`."""
-    n, span = inputs.q.shape[2], max(CPU_SPAN, 8 * settings.window)
+    n, span = inputs.q.shape[2], max(CPU_SPAN, 8 * spec.window)
     if inputs.q.device.type != "cpu" or inputs.segment_ids is not None or n <= span:
-        return _at_once(inputs, settings, return_state)
+        return _at_once(inputs, spec, return_state)
     outs, state = [], inputs.state
     parts = _split(inputs, span)
     for index, part in enumerate(parts):
-        out, state = _at_once(part._replace(state=state), settings, return_state or index + 1 < len(parts))
+        out, state = _at_once(part._replace(state=state), spec, return_state or index + 1 < len(parts))
         outs.append(out)
     return HybridOutput(torch.cat(outs, 2), state)
 
@@ -81,11 +80,11 @@ def _split(inputs: Inputs, span: int) -> list[Inputs]:
     ]
 
 
-def _at_once(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+def _at_once(inputs: Inputs, spec: HybridSpec, return_state: bool) -> HybridOutput:
     dtype = accumulation_dtype(inputs.q, inputs.v)
-    ext = extend(inputs, settings)
-    out = _forward(inputs, ext, settings, dtype)
-    state = final_state(inputs, ext, settings, dtype) if return_state else None
+    ext = extend(inputs, spec)
+    out = _forward(inputs, ext, spec, dtype)
+    state = final_state(inputs, ext, spec, dtype) if return_state else None
     return HybridOutput(out.to(inputs.v.dtype), state)
 
 
@@ -94,12 +93,12 @@ def _compiled() -> object:
     return torch.compile(_at_once, dynamic=False)
 
 
-def compiled_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+def compiled_attention(inputs: Inputs, spec: HybridSpec, return_state: bool) -> HybridOutput:
     """Chunked attention under torch.compile: for training, where the shapes stay the same."""
-    return _compiled()(inputs, settings, return_state)  # type: ignore[operator]
+    return _compiled()(inputs, spec, return_state)  # type: ignore[operator]
 
 
-def _forward(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dtype) -> Tensor:
+def _forward(inputs: Inputs, ext: Extended, spec: HybridSpec, dtype: torch.dtype) -> Tensor:
     """[B, H, N, Dv] in `dtype`."""
     n = inputs.q.shape[2]
     q, phi_q = (nnf.pad(x, (0, 0, ext.ring, 0)) for x in (inputs.q, inputs.phi_q))
@@ -107,9 +106,9 @@ def _forward(inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dty
     if inputs.attention_mask is not None:  # real tokens to the right end of each row: no holes inside a window
         order = (ext.position >= 0).long().argsort(dim=-1, stable=True)
         q, phi_q, ext = take_tokens(q, order), take_tokens(phi_q, order), _reordered(ext, order)
-    chunks = _cut(q, phi_q, ext, settings, dtype)
-    numerator, denominator = _local(chunks, ext.sinks, inputs, settings, dtype)
-    carry_num, carry_den = _carried(chunks, inputs, settings)
+    chunks = _cut(q, phi_q, ext, spec, dtype)
+    numerator, denominator = _local(chunks, ext.sinks, inputs, spec, dtype)
+    carry_num, carry_den = _carried(chunks, inputs, spec)
     numerator, denominator = numerator + carry_num, denominator + carry_den
     total = ext.position.shape[1]
     numerator = numerator.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)[:, :, :total]
@@ -126,16 +125,16 @@ def _reordered(ext: Extended, order: Tensor) -> Extended:
     return Extended(k, v, phi_k, decay, ext.position.gather(1, order), None, ext.sinks, ext.length, ext.ring)
 
 
-def _reach(settings: Settings, total: int) -> int:
+def _reach(spec: HybridSpec, total: int) -> int:
     """Chunks before a query's own that may hold softmax keys, p."""
-    furthest = settings.window if settings.window_kind == "sliding" else 2 * settings.window
+    furthest = spec.window if spec.window_kind == "sliding" else 2 * spec.window
     return max(0, -(-(min(furthest, total) - 1) // CHUNK))
 
 
-def _cut(q: Tensor, phi_q: Tensor, ext: Extended, settings: Settings, dtype: torch.dtype) -> _Chunks:
+def _cut(q: Tensor, phi_q: Tensor, ext: Extended, spec: HybridSpec, dtype: torch.dtype) -> _Chunks:
     """Cut the extended sequence into chunks."""
     total, kv_heads = ext.position.shape[1], ext.k.shape[1]
-    reach = _reach(settings, total)
+    reach = _reach(spec, total)
     right = -total % CHUNK
 
     def own(x: Tensor) -> Tensor:  # [B, H, T, d] -> [B, KV, nC, G, C, d]
@@ -175,19 +174,19 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _local(
-    chunks: _Chunks, sinks: SinkKeys | None, inputs: Inputs, settings: Settings, dtype: torch.dtype
+    chunks: _Chunks, sinks: SinkKeys | None, inputs: Inputs, spec: HybridSpec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Sinks and local keys: numerator [B, KV, nC, G, C, Dv] and denominator [B, KV, nC, G, C]."""
     same_text = None
     if chunks.segment is not None and chunks.segment_local is not None:
         same_text = chunks.segment[..., None] == chunks.segment_local[..., None, :]
-    near, far = pair_masks(chunks.position[..., None], chunks.position_local[..., None, :], settings, same_text)
-    scores = cap_scores(_grouped(chunks.q * settings.scale, chunks.k_local.mT), settings.softcap)
+    near, far = pair_masks(chunks.position[..., None], chunks.position_local[..., None, :], spec, same_text)
+    scores = cap_scores(_grouped(chunks.q * spec.score_scale(chunks.q.shape[-1]), chunks.k_local.mT), spec.softcap)
     scores = scores.masked_fill(_to_pairs(~near), -torch.inf)
-    parts = [] if settings.window == 0 else [scores]
+    parts = [] if spec.window == 0 else [scores]
     sink_scores = sink_v = learned = None
     if sinks is not None:
-        sink_scores, sink_v = _sink_scores(chunks, sinks, settings, dtype)
+        sink_scores, sink_v = _sink_scores(chunks, sinks, spec, dtype)
         parts.append(sink_scores)
     if inputs.sink_logits is not None:
         learned = _to_rows(inputs.sink_logits.to(dtype), chunks).expand(*scores.shape[:-1], 1)
@@ -195,7 +194,7 @@ def _local(
     top = row_max(parts) if parts else 0.0
     gate = _to_rows(torch.sigmoid(inputs.window_factor.to(dtype)), chunks)
     weights = gate * torch.exp(scores - top)
-    weights = _add_linear(weights, chunks, far, settings)
+    weights = _add_linear(weights, chunks, far, spec)
     numerator, denominator = _grouped(weights, chunks.v_local), weights.sum(-1)
     if sink_scores is not None and sink_v is not None:
         sink_weights = gate * torch.exp(sink_scores - top)
@@ -219,24 +218,24 @@ def _to_pairs(mask: Tensor) -> Tensor:
     return mask[:, None, :, None]
 
 
-def _sink_scores(chunks: _Chunks, sinks: SinkKeys, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _sink_scores(chunks: _Chunks, sinks: SinkKeys, spec: HybridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Masked scores [B, KV, nC, G, C, s] and the sink values, in chunks where each token has its own sinks."""
     k, v = sinks.k.to(dtype), sinks.v.to(dtype)
-    q = chunks.q * settings.scale
+    q = chunks.q * spec.score_scale(chunks.q.shape[-1])
     if k.ndim == 4:
         scores = _grouped(q, k[:, :, None].mT)
     else:
         pad = (0, 0, 0, 0, 0, q.shape[2] * CHUNK - k.shape[2])
         k, v = (nnf.pad(x, pad).unflatten(2, (-1, CHUNK)) for x in (k, v))
         scores = torch.einsum("bkngcd,bkncsd->bkngcs", q, k)
-    visible = sink_mask(chunks.position[..., None], settings.sinks)
-    return cap_scores(scores, settings.softcap).masked_fill(_to_pairs(~visible), -torch.inf), v
+    visible = sink_mask(chunks.position[..., None], spec.sinks)
+    return cap_scores(scores, spec.softcap).masked_fill(_to_pairs(~visible), -torch.inf), v
 
 
-def _add_linear(weights: Tensor, chunks: _Chunks, far: Tensor, settings: Settings) -> Tensor:
+def _add_linear(weights: Tensor, chunks: _Chunks, far: Tensor, spec: HybridSpec) -> Tensor:
     """Add the weights of the linear pairs among the local keys."""
     # A linear pair is at least `window` apart, so it lies in the first columns.
-    columns = min(weights.shape[-1], max(0, weights.shape[-1] - settings.window))
+    columns = min(weights.shape[-1], max(0, weights.shape[-1] - spec.window))
     if columns == 0:
         return weights
     keys = chunks.phi_local[..., :columns, :]
@@ -250,10 +249,10 @@ def _add_linear(weights: Tensor, chunks: _Chunks, far: Tensor, settings: Setting
     return torch.cat([weights[..., :columns] + linear, weights[..., columns:]], -1)
 
 
-def _carried(chunks: _Chunks, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+def _carried(chunks: _Chunks, inputs: Inputs, spec: HybridSpec) -> tuple[Tensor, Tensor]:
     """All keys older than the local ones: numerator [B, KV, nC, G, C, Dv] and denominator [B, KV, nC, G, C]."""
     keys, values = chunks.phi_local[..., -CHUNK:, :], chunks.v_local[..., -CHUNK:, :]
-    weight = (chunks.position >= settings.sinks).to(keys.dtype)[:, None, :, None, :]  # [b, 1, nC, 1, C]
+    weight = (chunks.position >= spec.sinks).to(keys.dtype)[:, None, :, None, :]  # [b, 1, nC, 1, C]
     decay = total = None
     if chunks.decay_local is not None:
         start = nnf.pad(chunks.decay_local, (1, 0))[..., -CHUNK - 1, None]

@@ -12,20 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.ops.types import HybridState, LinearState, SinkKeys, WindowRing, ring_slots
+from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, WindowRing, accumulation_dtype
 
 FULL_DECAY = -800.0
 """exp of it is 0 in float64 too. Below it sums of decays lose what is between them, and far below they overflow."""
-
-
-class Settings(NamedTuple):
-    """The numbers of one call: window, its kind, sinks, scale and cap of the scores."""
-
-    window: int
-    window_kind: str
-    sinks: int
-    scale: float
-    softcap: float | None = None
 
 
 class Inputs(NamedTuple):
@@ -78,14 +68,14 @@ def token_positions(inputs: Inputs) -> Tensor:
     return position
 
 
-def extend(inputs: Inputs, settings: Settings) -> Extended:
+def extend(inputs: Inputs, spec: HybridSpec) -> Extended:
     """Put the ring of the initial state before the new tokens and find the sinks."""
     position = token_positions(inputs)
     state, batch = inputs.state, inputs.q.shape[0]
     k, v, phi_k, log_decay = inputs.k, inputs.v, inputs.phi_k, inputs.log_decay
     if log_decay is not None:
         log_decay = torch.where(position[:, None] >= 0, log_decay.clamp_min(FULL_DECAY), 0.0)
-    sinks = find_sinks(inputs, settings, position)
+    sinks = find_sinks(inputs, spec, position)
     length = (position >= 0).sum(-1).expand(batch)
     ring = 0
     if state is not None:
@@ -103,11 +93,11 @@ def extend(inputs: Inputs, settings: Settings) -> Extended:
     return Extended(k, v, phi_k, log_decay, position, inputs.segment_ids, sinks, length, ring)
 
 
-def find_sinks(inputs: Inputs, settings: Settings, position: Tensor) -> SinkKeys | None:
+def find_sinks(inputs: Inputs, spec: HybridSpec, position: Tensor) -> SinkKeys | None:
     """The sink keys that the new tokens can see: [B, KV, s, .], or [B, KV, N, s, .] with segments."""
-    if settings.sinks == 0:
+    if spec.sinks == 0:
         return None
-    slots = torch.arange(settings.sinks, device=position.device)
+    slots = torch.arange(spec.sinks, device=position.device)
     if inputs.segment_ids is not None:
         start = torch.arange(position.shape[1], device=position.device) - position
         index = (start[..., None] + slots).clamp(0, position.shape[1] - 1)  # [B, N, s]
@@ -131,22 +121,22 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index) if x.ndim == 3 else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
-def in_window(query: Tensor, key: Tensor, settings: Settings) -> Tensor:
+def in_window(query: Tensor, key: Tensor, spec: HybridSpec) -> Tensor:
     """Whether a key position (<= the query position) belongs to the softmax window. Broadcasts."""
-    if settings.window == 0:
+    if spec.window == 0:
         return torch.zeros(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=query.device)
-    if settings.window_kind == "sliding":
-        return query - key < settings.window
-    blocks = query.div(settings.window, rounding_mode="floor") - key.div(settings.window, rounding_mode="floor")
+    if spec.window_kind == "sliding":
+        return query - key < spec.window
+    blocks = query.div(spec.window, rounding_mode="floor") - key.div(spec.window, rounding_mode="floor")
     return blocks <= 1
 
 
-def pair_masks(query: Tensor, key: Tensor, settings: Settings, same_text: Tensor | None) -> tuple[Tensor, Tensor]:
+def pair_masks(query: Tensor, key: Tensor, spec: HybridSpec, same_text: Tensor | None) -> tuple[Tensor, Tensor]:
     """Masks (softmax, linear) of query positions [..., C, 1] against key positions [..., 1, K], sinks excluded."""
-    seen = (key >= settings.sinks) & (key <= query)
+    seen = (key >= spec.sinks) & (key <= query)
     if same_text is not None:
         seen = seen & same_text
-    near = in_window(query, key, settings)
+    near = in_window(query, key, spec)
     return seen & near, seen & ~near
 
 
@@ -155,23 +145,23 @@ def sink_mask(query: Tensor, sinks: int) -> Tensor:
     return torch.arange(sinks, device=query.device) <= query
 
 
-def left_window(ext: Extended, settings: Settings) -> Tensor:
+def left_window(ext: Extended, spec: HybridSpec) -> Tensor:
     """Tokens [B, T] that have left the window after the last one."""
     position = ext.position.expand(ext.length.shape[0], -1)
-    return (position >= 0) & ~in_window(ext.length[:, None] - 1, position, settings)
+    return (position >= 0) & ~in_window(ext.length[:, None] - 1, position, spec)
 
 
 def final_state(
-    inputs: Inputs, ext: Extended, settings: Settings, dtype: torch.dtype, linear: LinearState | None = None
+    inputs: Inputs, ext: Extended, spec: HybridSpec, dtype: torch.dtype, linear: LinearState | None = None
 ) -> HybridState:
     """The state after the last token of the extended sequence; its sums are `linear` where the caller has them."""
-    left = left_window(ext, settings)
+    left = left_window(ext, spec)
     position = ext.position.expand(left.shape[0], -1)
     if linear is None:
-        linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= settings.sinks, dtype)
+        linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= spec.sinks, dtype)
     # Stable sort by "is kept" right-aligns what stays, whatever side the padding was on.
     kept = (position >= 0) & ~left
-    slots = ring_slots(settings.window, settings.window_kind)
+    slots = spec.slots
     order = kept.long().argsort(dim=-1, stable=True)
     order = order[:, max(0, order.shape[1] - slots) :]
     missing = slots - order.shape[1]
@@ -224,3 +214,35 @@ def fold(
             old_kv, old_sum = old_kv * decay_all[..., None, None], old_sum * decay_all[..., None]
         kv, k_sum = kv + old_kv, k_sum + old_sum
     return LinearState(kv, k_sum)
+
+
+def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
+    """The state before any token."""
+    batch, kv_heads, _, size = inputs.k.shape
+    dtype, device = accumulation_dtype(inputs.q, inputs.v), inputs.q.device
+    decays = inputs.log_decay is not None
+    state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
+    features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
+    slots = spec.slots
+
+    def zeros(*shape: int, like: Tensor) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
+
+    def accumulator(*shape: int) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+    ring = WindowRing(
+        zeros(kv_heads, slots, size, like=inputs.k),
+        zeros(kv_heads, slots, value_size, like=inputs.v),
+        torch.full((batch, slots), -1, dtype=torch.long, device=device),
+        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
+        accumulator(inputs.q.shape[1], slots) if decays else None,
+    )
+    sinks = None
+    if spec.sinks:
+        sinks = SinkKeys(
+            zeros(kv_heads, spec.sinks, size, like=inputs.k),
+            zeros(kv_heads, spec.sinks, value_size, like=inputs.v),
+        )
+    linear = LinearState(accumulator(state_heads, features, value_size), accumulator(state_heads, features))
+    return HybridState(linear, ring, sinks, torch.zeros(batch, dtype=torch.long, device=device))

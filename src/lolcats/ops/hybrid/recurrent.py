@@ -8,22 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import FULL_DECAY, Inputs, Settings, fold, in_window, token_positions
+from lolcats.ops.hybrid.layout import FULL_DECAY, Inputs, empty_state, fold, in_window, token_positions
 from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import (
     HybridOutput,
+    HybridSpec,
     HybridState,
     LinearState,
     SinkKeys,
     WindowRing,
     accumulation_dtype,
-    ring_slots,
 )
 
 
-def recurrent_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+def recurrent_attention(inputs: Inputs, spec: HybridSpec, return_state: bool) -> HybridOutput:
     """Hybrid attention by N steps; arguments as checked by `hybrid_attention`."""
-    state = inputs.state if inputs.state is not None else empty_state(inputs, settings)
+    state = inputs.state if inputs.state is not None else empty_state(inputs, spec)
     position = active_all = None
     if inputs.segment_ids is not None:
         position, active_all = token_positions(inputs), inputs.segment_ids >= 0
@@ -39,8 +39,8 @@ def recurrent_attention(inputs: Inputs, settings: Settings, return_state: bool) 
             state = _restart(state, empty, position[:, i] == 0)
         assert state.window.phi_k is not None
         ring_phi = torch.cat([state.window.phi_k.to(phi_k.dtype), phi_k], 2)
-        leaving = ring_phi[:, :, : leaving_slots(settings)]
-        out, new = hybrid_step(q, k, v, phi_q, leaving, inputs.window_factor, state, settings, log_decay, active,
+        leaving = ring_phi[:, :, : leaving_slots(spec)]
+        out, new = hybrid_step(q, k, v, phi_q, leaving, inputs.window_factor, state, spec, log_decay, active,
                                inputs.sink_logits)  # fmt: skip
         ring_phi = ring_phi[:, :, 1:]
         if active is not None:
@@ -56,14 +56,14 @@ def _restart(state: HybridState, empty: list[Tensor], starts: Tensor) -> HybridS
     return state.map(lambda t: torch.where(starts.view(-1, *[1] * (t.ndim - 1)), next(before).to(t.dtype), t))
 
 
-def leaving_slots(settings: Settings) -> int:
+def leaving_slots(spec: HybridSpec) -> int:
     """How many of the oldest tokens (ring, then the new one) can leave the window in one step."""
-    return max(1, settings.window) if settings.window_kind == "terraced" else 1
+    return max(1, spec.window) if spec.window_kind == "terraced" else 1
 
 
-def leaving_keys(state: HybridState, k: Tensor, settings: Settings) -> Tensor:
+def leaving_keys(state: HybridState, k: Tensor, spec: HybridSpec) -> Tensor:
     """The keys whose features `hybrid_step` needs: the oldest of the ring followed by k [B, KV, 1, D]."""
-    count = leaving_slots(settings)
+    count = leaving_slots(spec)
     ring = state.window.k
     return ring[:, :, :count] if ring.shape[2] >= count else torch.cat([ring.to(k.dtype), k], 2)[:, :, :count]
 
@@ -76,7 +76,7 @@ def hybrid_step(
     phi_leaving: Tensor,
     window_factor: Tensor,
     state: HybridState,
-    settings: Settings,
+    spec: HybridSpec,
     log_decay: Tensor | None = None,
     active: Tensor | None = None,
     sink_logits: Tensor | None = None,
@@ -85,7 +85,7 @@ def hybrid_step(
 
     Args:
         q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]; phi_q: [B, H, 1, F].
-        phi_leaving: [B, S, E, F], features of `leaving_keys(state, k, settings)`.
+        phi_leaving: [B, S, E, F], features of `leaving_keys(state, k, spec)`.
         log_decay: [B, H, 1] or None; active: [B], 0 for rows whose token is padding (their state stays).
         sink_logits: [H] or None.
 
@@ -101,11 +101,11 @@ def hybrid_step(
     if log_decay is not None:
         assert window.log_decay is not None
         decay = torch.cat([window.log_decay, log_decay.to(window.log_decay.dtype).clamp_min(FULL_DECAY)], 2)
-    near = in_window(now, position, settings) & (position >= 0)
-    linear = _fold_leaving(state, phi_leaving, values, decay, near, position, settings, dtype)
+    near = in_window(now, position, spec) & (position >= 0)
+    linear = _fold_leaving(state, phi_leaving, values, decay, near, position, spec, dtype)
     sinks = _place_sink(state.sinks, k, v, now)
-    out = _attend(q, phi_q, keys, values, near & (position >= settings.sinks), sinks, now, linear, decay, near,
-                  window_factor, sink_logits, settings, dtype)  # fmt: skip
+    out = _attend(q, phi_q, keys, values, near & (position >= spec.sinks), sinks, now, linear, decay, near,
+                  window_factor, sink_logits, spec, dtype)  # fmt: skip
     kept = torch.where(near, position, -1)
     ring = WindowRing(keys[:, :, 1:], values[:, :, 1:], kept[:, 1:], None, None if decay is None else decay[:, :, 1:])
     new = HybridState(linear, ring, sinks, state.length + 1)
@@ -121,7 +121,7 @@ def _fold_leaving(
     decay: Tensor | None,
     near: Tensor,
     position: Tensor,
-    settings: Settings,
+    spec: HybridSpec,
     dtype: torch.dtype,
 ) -> LinearState:
     """Fold the candidates that are no longer near into the linear state."""
@@ -129,7 +129,7 @@ def _fold_leaving(
     oldest = position[:, :count]
     leaving = ~near[:, :count] & (oldest >= 0)
     decay = None if decay is None else decay[:, :, :count]
-    return fold(state, phi_leaving, values[:, :, :count], decay, leaving, oldest >= settings.sinks, dtype)
+    return fold(state, phi_leaving, values[:, :, :count], decay, leaving, oldest >= spec.sinks, dtype)
 
 
 def _place_sink(sinks: SinkKeys | None, k: Tensor, v: Tensor, now: Tensor) -> SinkKeys | None:
@@ -153,7 +153,7 @@ def _attend(
     near: Tensor,
     window_factor: Tensor,
     sink_logits: Tensor | None,
-    settings: Settings,
+    spec: HybridSpec,
     dtype: torch.dtype,
 ) -> Tensor:
     """Output of one token from the ring (itself included), the sinks and the linear state: [B, H, 1, Dv]."""
@@ -162,7 +162,7 @@ def _attend(
         visible = torch.cat([torch.arange(sinks.k.shape[2], device=q.device) <= now, visible], 1)
     batch, heads, _, size = q.shape
     grouped = q.to(dtype).reshape(batch, keys.shape[1], -1, size)  # [B, KV, G, D]
-    scores = cap_scores(grouped @ keys.to(dtype).mT * settings.scale, settings.softcap)
+    scores = cap_scores(grouped @ keys.to(dtype).mT * spec.score_scale(size), spec.softcap)
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     if sink_logits is not None:
         learned = sink_logits.to(dtype).view(keys.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
@@ -192,35 +192,3 @@ def _only_active(active: Tensor, out: Tensor, new: HybridState, old: HybridState
         return torch.where(row, t, next(before).to(t.dtype))
 
     return torch.where(active[:, None, None, None], out, 0.0), new.map(choose)
-
-
-def empty_state(inputs: Inputs, settings: Settings) -> HybridState:
-    """The state before any token."""
-    batch, kv_heads, _, size = inputs.k.shape
-    dtype, device = accumulation_dtype(inputs.q, inputs.v), inputs.q.device
-    decays = inputs.log_decay is not None
-    state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
-    features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
-    slots = ring_slots(settings.window, settings.window_kind)
-
-    def zeros(*shape: int, like: Tensor) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
-
-    def accumulator(*shape: int) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=dtype, device=device)
-
-    ring = WindowRing(
-        zeros(kv_heads, slots, size, like=inputs.k),
-        zeros(kv_heads, slots, value_size, like=inputs.v),
-        torch.full((batch, slots), -1, dtype=torch.long, device=device),
-        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
-        accumulator(inputs.q.shape[1], slots) if decays else None,
-    )
-    sinks = None
-    if settings.sinks:
-        sinks = SinkKeys(
-            zeros(kv_heads, settings.sinks, size, like=inputs.k),
-            zeros(kv_heads, settings.sinks, value_size, like=inputs.v),
-        )
-    linear = LinearState(accumulator(state_heads, features, value_size), accumulator(state_heads, features))
-    return HybridState(linear, ring, sinks, torch.zeros(batch, dtype=torch.long, device=device))

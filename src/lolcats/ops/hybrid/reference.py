@@ -15,27 +15,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, pair_masks, sink_mask
+from lolcats.ops.hybrid.layout import Extended, Inputs, extend, final_state, pair_masks, sink_mask
 from lolcats.ops.hybrid.scores import cap_scores, row_max
-from lolcats.ops.types import HybridOutput, accumulation_dtype
+from lolcats.ops.types import HybridOutput, HybridSpec, accumulation_dtype
 
 
-def reference_attention(inputs: Inputs, settings: Settings, return_state: bool) -> HybridOutput:
+def reference_attention(inputs: Inputs, spec: HybridSpec, return_state: bool) -> HybridOutput:
     """Quadratic hybrid attention; arguments as checked by `hybrid_attention`."""
     dtype = accumulation_dtype(inputs.q, inputs.v)
-    ext = extend(inputs, settings)
+    ext = extend(inputs, spec)
     heads = inputs.q.shape[1]
     q, phi_q = inputs.q.to(dtype), inputs.phi_q.to(dtype)
     k, v, phi_k = (_to_heads(x.to(dtype), heads) for x in (ext.k, ext.v, ext.phi_k))
     query_position = ext.position[:, ext.ring :]
 
     same_text = None if ext.segment is None else ext.segment[:, None, :, None] == ext.segment[:, None, None, :]
-    near, far = pair_masks(query_position[:, None, :, None], ext.position[:, None, None, :], settings, same_text)
-    scores = cap_scores(q @ k.mT * settings.scale, settings.softcap).masked_fill(~near, -torch.inf)
+    near, far = pair_masks(query_position[:, None, :, None], ext.position[:, None, None, :], spec, same_text)
+    scores = cap_scores(q @ k.mT * spec.score_scale(q.shape[-1]), spec.softcap).masked_fill(~near, -torch.inf)
     sink_scores, learned = scores[..., :0], scores[..., :0]
     if ext.sinks is not None:
-        visible = sink_mask(query_position[..., None], settings.sinks)[:, None]  # [b, 1, N, s]
-        sink_scores = cap_scores(_sink_scores(q, ext, dtype, heads) * settings.scale, settings.softcap)
+        visible = sink_mask(query_position[..., None], spec.sinks)[:, None]  # [b, 1, N, s]
+        sink_scores = cap_scores(_sink_scores(q, ext, dtype, heads) * spec.score_scale(q.shape[-1]), spec.softcap)
         sink_scores = sink_scores.masked_fill(~visible, -torch.inf)
     if inputs.sink_logits is not None:
         learned = inputs.sink_logits.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -66,7 +66,7 @@ def reference_attention(inputs: Inputs, settings: Settings, return_state: bool) 
         numerator = numerator + old @ kv
         denominator = denominator + (old @ k_sum[..., None]).squeeze(-1)
     out = divide(numerator, denominator, query_position)
-    state = final_state(inputs, ext, settings, dtype) if return_state else None
+    state = final_state(inputs, ext, spec, dtype) if return_state else None
     return HybridOutput(out.to(inputs.v.dtype), state)
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.api import kernels_available
-from lolcats.ops.hybrid.layout import Settings
 from lolcats.ops.maps import MapWeights
+from lolcats.ops.types import HybridSpec
 
 
 def fused_step(
-    q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, impl: str = "auto", needs_grad: bool = True
+    q: Tensor, v: Tensor, maps: MapWeights | None, spec: HybridSpec, impl: str = "auto", needs_grad: bool = True
 ) -> Callable[..., Any] | None:
     """The kernel's step for q [B, H, 1, D] and v [B, KV, 1, Dv], or None for the step in torch.
 
@@ -32,7 +32,7 @@ def fused_step(
         return None
     if impl == "auto" and (torch.is_grad_enabled() or not kernels_available(q.device)):
         return None
-    reason = _refusal(q, v, maps, settings, needs_grad)
+    reason = _refusal(q, v, maps, spec, needs_grad)
     if reason is None:
         from lolcats.ops.hybrid.kernels.decode import decode_step
 
@@ -42,7 +42,7 @@ def fused_step(
     return None
 
 
-def _refusal(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, needs_grad: bool) -> str | None:
+def _refusal(q: Tensor, v: Tensor, maps: MapWeights | None, spec: HybridSpec, needs_grad: bool) -> str | None:
     """Why the kernel cannot run a step, or None."""
     if not kernels_available(q.device) and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA device of compute capability 8.0 or later; the tensors are on {q.device}"
@@ -55,4 +55,4 @@ def _refusal(q: Tensor, v: Tensor, maps: MapWeights | None, settings: Settings, 
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
     from lolcats.ops.hybrid.kernels.decode import step_refusal
 
-    return step_refusal(q, v, maps, settings)
+    return step_refusal(q, v, maps, spec)

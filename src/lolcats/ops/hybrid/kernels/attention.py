@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.backward import run_backward
 from lolcats.ops.hybrid.kernels.launch import Context, Operands, Saved, States, make_plan, run_forward, sum_states
-from lolcats.ops.hybrid.layout import Extended, Inputs, Settings, extend, final_state, left_window, take_tokens
+from lolcats.ops.hybrid.layout import Extended, Inputs, extend, final_state, left_window, take_tokens
 from lolcats.ops.maps import MapWeights
-from lolcats.ops.types import HybridOutput, LinearState
+from lolcats.ops.types import HybridOutput, HybridSpec, LinearState
 
 LARGEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 """Largest D, Dv and F."""
@@ -51,7 +51,7 @@ def fits(q: Tensor, maps: MapWeights) -> bool:
 
 
 def kernel_attention(
-    inputs: Inputs, settings: Settings, return_state: bool, maps: MapWeights | None = None
+    inputs: Inputs, spec: HybridSpec, return_state: bool, maps: MapWeights | None = None
 ) -> HybridOutput:
     """Hybrid attention; arguments as checked by `hybrid_attention`.
 
@@ -65,7 +65,7 @@ def kernel_attention(
             state = state._replace(window=state.window._replace(phi_k=state.window.k))
         inputs = inputs._replace(phi_q=inputs.q, phi_k=inputs.k, state=state)
     moved = inputs.state is not None or inputs.attention_mask is not None
-    ext = extend(inputs, settings) if moved or return_state else None
+    ext = extend(inputs, spec) if moved or return_state else None
     call = _Call(inputs, Context(), None)
     if inputs.segment_ids is not None:
         call = call._replace(context=_documents(inputs.segment_ids))
@@ -73,7 +73,7 @@ def kernel_attention(
         call = _aligned(inputs, ext)
     operands = _operands(call.inputs, maps)
     kind = "given" if maps is None else maps.kind
-    out = _Attention.apply(kind, settings, call.context, *operands)
+    out = _Attention.apply(kind, spec, call.context, *operands)
     assert isinstance(out, Tensor)
     if call.order is not None:
         out = take_tokens(out, call.order.argsort(dim=-1))[:, :, -inputs.q.shape[2] :]
@@ -81,8 +81,8 @@ def kernel_attention(
     if return_state:
         assert ext is not None
         with torch.no_grad():
-            linear = _final_sums(kind, settings, call, operands, ext)
-            state = final_state(inputs, ext, settings, torch.float32, linear)
+            linear = _final_sums(kind, spec, call, operands, ext)
+            state = final_state(inputs, ext, spec, torch.float32, linear)
             if maps is not None:
                 state = state._replace(window=state.window._replace(phi_k=None))
     return HybridOutput(out, state)
@@ -146,15 +146,15 @@ def _documents(segment_ids: Tensor) -> Context:
     return Context(rows, int(rows[:, 2].max()) if len(rows) else 1)
 
 
-def _final_sums(kind: str, settings: Settings, call: _Call, x: Operands, ext: Extended) -> LinearState:
+def _final_sums(kind: str, spec: HybridSpec, call: _Call, x: Operands, ext: Extended) -> LinearState:
     """Sums over all keys that have left the window."""
-    left = left_window(ext, settings)
+    left = left_window(ext, spec)
     if call.order is not None:
         left = left.gather(1, call.order)
     if x.log_decay is not None:
         x = x._replace(log_decay=torch.where(left[:, None], x.log_decay, 0.0))
     x = _lowered(x, kind)
-    plan = make_plan(x, call.context, settings, kind)
+    plan = make_plan(x, call.context, spec, kind)
     _, final = sum_states(plan, x, call.context, x.v, keep=left.float().contiguous())
     assert final is not None
     kv, k_sum = final.split([plan.f * plan.dv, plan.f], -1)
@@ -168,12 +168,12 @@ def _lowered(x: Operands, kind: str) -> Operands:
 
 
 class _Attention(torch.autograd.Function):
-    """The kernels, for autograd. Arguments: kind of features, settings, context, then the operands."""
+    """The kernels, for autograd. Arguments: kind of features, spec, context, then the operands."""
 
     @staticmethod
-    def forward(ctx: Any, kind: str, settings: Settings, context: Context, *operands: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kind: str, spec: HybridSpec, context: Context, *operands: Tensor | None) -> Tensor:
         x = _lowered(Operands(*operands), kind)  # type: ignore[arg-type]
-        plan = make_plan(x, context, settings, kind)
+        plan = make_plan(x, context, spec, kind)
         saved = run_forward(plan, x, context, any(ctx.needs_input_grad))
         ctx.plan, ctx.context = plan, context
         ctx.dtypes = [None if t is None else t.dtype for t in operands]

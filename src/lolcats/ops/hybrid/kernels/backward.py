@@ -123,14 +123,14 @@ def _query_inputs(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
     # In the layout of q, as autograd wants it.
     dq = torch.empty_like(x.q) if c.rows is None else torch.zeros_like(x.q)
-    s, kind = p.settings.sinks, {"dtype": torch.float32, "device": x.q.device}
+    s, kind = p.spec.sinks, {"dtype": torch.float32, "device": x.q.device}
     sinks = tuple(make(p.rows, p.heads, p.blocks, s, d, **kind) for d in (p.d, p.dv)) if s else None
     on(query_inputs, (p.heads, p.blocks, p.rows))(
         *_inputs(p, x), p.map_of(x.map_q), x.window_factor, either(x.sink_logits, x.q), either(saved.sink_k, x.q),
         either(saved.sink_v, x.q), either(c.rows, x.q), p.tokens_of(grad), saved.inverse, rows.delta, rows.linear,
         either(dy, x.q), dq, rows.place, *(sinks or (rows.delta, rows.delta)),
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *strides(dq), p.tokens, p.blocks, p.settings.scale,
-        BS=padded(s), LEARNED=x.sink_logits is not None, HAS_ROWS=c.rows is not None,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *strides(dq), p.tokens, p.blocks,
+        p.spec.score_scale(p.d), BS=padded(s), LEARNED=x.sink_logits is not None, HAS_ROWS=c.rows is not None,
         PRECISION=precision(x.v.dtype), **p.softmax(), **_without(p.sizes(), "F", "T"), num_warps=4, num_stages=1,
     )  # fmt: skip
     return dq, None if sinks is None else (sinks[0].sum(2), sinks[1].sum(2))
@@ -173,7 +173,7 @@ def _key_inputs(
         *_inputs(p, x), p.map_of(x.map_k), x.window_factor, either(c.rows, x.q), p.tokens_of(grad),
         saved.inverse, rows.delta, saved.maximum,
         rows.linear, rows.place, *(sinks or (rows.delta, rows.delta)), either(dy, x.q), dk, dv,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, p.settings.scale,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, p.spec.score_scale(p.d),
         MAP_GROUP=p.heads // p.map_heads, HAS_SINKS=sinks is not None, HAS_ROWS=c.rows is not None,
         PRECISION=precision(x.v.dtype), **p.softmax(), **_without(p.sizes(), "F", "T"), num_warps=4, num_stages=1,
     )  # fmt: skip

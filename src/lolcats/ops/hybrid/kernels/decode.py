@@ -39,9 +39,8 @@ from lolcats.ops.hybrid.kernels.tiles import (
     store_matrix,
     store_tile,
 )
-from lolcats.ops.hybrid.layout import Settings
 from lolcats.ops.maps import MapWeights
-from lolcats.ops.types import HybridState, ring_slots
+from lolcats.ops.types import HybridSpec, HybridState
 
 LARGEST_TILE = 128 * 128
 """Numbers of a tile (of a ring, or of a part of a state) that a program holds in registers."""
@@ -291,19 +290,19 @@ def advance_kernel(
     tl.store(length + batch, now + 1)
 
 
-def step_refusal(q: Tensor, v: Tensor, maps: MapWeights, settings: Settings) -> str | None:
+def step_refusal(q: Tensor, v: Tensor, maps: MapWeights, spec: HybridSpec) -> str | None:
     """Why `decode_step` does not take a call, or None: it takes sizes whose tiles fit into registers."""
-    if settings.window == 0:
+    if spec.window == 0:
         return "it needs a window of at least 1"
     if q.dtype != v.dtype or q.dtype == torch.float64:
         return f"it takes queries and values of one dtype, not float64; got {q.dtype} and {v.dtype}"
-    ring = padded(ring_slots(settings.window, settings.window_kind))
+    ring = padded(spec.slots)
     size = max(padded(q.shape[3]), padded(v.shape[3]))
     tile = max(ring, padded(maps.q.shape[2])) * size
     if tile > LARGEST_TILE:
         return (
             f"its tiles hold {LARGEST_TILE} numbers, window slots or map columns times head size; got {tile} (window "
-            f"{settings.window}, D {q.shape[3]}, Dv {v.shape[3]})"
+            f"{spec.window}, D {q.shape[3]}, Dv {v.shape[3]})"
         )
     return None
 
@@ -315,7 +314,7 @@ def decode_step(
     maps: MapWeights,
     window_factor: Tensor,
     state: HybridState,
-    settings: Settings,
+    spec: HybridSpec,
     log_decay: Tensor | None = None,
     active: Tensor | None = None,
     sink_logits: Tensor | None = None,
@@ -338,11 +337,11 @@ def decode_step(
     make = torch.empty if active is None else torch.zeros
     out = make(batch, heads, 1, dv, dtype=v.dtype, device=v.device)
     decay = None if log_decay is None else log_decay.float().contiguous()
-    terraced = settings.window_kind == "terraced"
-    slots = ring_slots(settings.window, settings.window_kind)
+    terraced = spec.window_kind == "terraced"
+    slots = spec.slots
     if active is not None:  # often a column of a wide mask
         active = active.contiguous()
-    flags = {"WINDOW": settings.window, "TERRACED": terraced, "RING": slots, "BR": padded(slots)}
+    flags = {"WINDOW": spec.window, "TERRACED": terraced, "RING": slots, "BR": padded(slots)}
     flags["HAS_ACTIVE"] = active is not None
     block, features = max(SMALLEST, padded(width)), state.linear.kv.shape[2]
     on(decode_kernel, (batch, kv_heads))(
@@ -350,11 +349,11 @@ def decode_step(
         either(maps.log_scale, q), window_factor, either(sink_logits, q), either(decay, q), either(active, q),
         state.length, window.k, window.v, either(window.log_decay, q), *((q, q) if sinks is None else sinks),
         *state.linear, out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        settings.scale, KV_HEADS=kv_heads, KV_GROUP=heads // kv_heads, STATES=state_heads // kv_heads,
+        spec.score_scale(size), KV_HEADS=kv_heads, KV_GROUP=heads // kv_heads, STATES=state_heads // kv_heads,
         BG=padded(heads // kv_heads), D=size, BD=max(SMALLEST, padded(size)), WIDTH=width, F=features, BF=block, DV=dv,
-        BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind], SINKS=settings.sinks, BS=padded(settings.sinks),
-        SOFTCAP=float(settings.softcap or 0.0), LEARNED=sink_logits is not None, HAS_FACTOR=maps.log_scale is not None,
-        BW=max(SMALLEST, padded(settings.window)), HAS_DECAY=decay is not None, PRECISION=precision(v.dtype),
+        BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind], SINKS=spec.sinks, BS=padded(spec.sinks),
+        SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, HAS_FACTOR=maps.log_scale is not None,
+        BW=max(SMALLEST, padded(spec.window)), HAS_DECAY=decay is not None, PRECISION=precision(v.dtype),
         **flags, num_warps=4, num_stages=1,
     )  # fmt: skip
     on(advance_kernel, (batch,))(state.length, window.position, either(active, q), **flags, num_warps=1)

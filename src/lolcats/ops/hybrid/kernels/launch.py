@@ -13,7 +13,7 @@ from torch import Tensor
 from lolcats.ops.hybrid.kernels.forward import forward_kernel
 from lolcats.ops.hybrid.kernels.states import scan_segments, sum_segments
 from lolcats.ops.hybrid.kernels.tiles import GIVEN, HEDGEHOG, T2R
-from lolcats.ops.hybrid.layout import Settings
+from lolcats.ops.types import HybridSpec
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -73,7 +73,7 @@ class Plan:
     """Sizes of one call and how it is cut."""
 
     kind: str
-    settings: Settings
+    spec: HybridSpec
     batch: int
     heads: int
     kv_heads: int
@@ -157,12 +157,12 @@ class Plan:
 
     def softmax(self) -> dict[str, Any]:
         """What the softmax half is."""
-        s = self.settings
+        s = self.spec
         return {"SOFTCAP": float(s.softcap or 0.0), **self.window()}
 
     def window(self) -> dict[str, Any]:
         """Which pairs are near."""
-        s = self.settings
+        s = self.spec
         return {
             "REACH": self.reach,
             "WINDOW": s.window,
@@ -197,7 +197,7 @@ def can_describe(*tensors: Tensor) -> bool:
     )
 
 
-def make_plan(x: Operands, context: Context, settings: Settings, kind: str) -> Plan:
+def make_plan(x: Operands, context: Context, spec: HybridSpec, kind: str) -> Plan:
     """How a call is cut into blocks, groups and segments.
 
     Rows of packed texts come through pointers: a descriptor's tile would hold tokens of the next text.
@@ -209,15 +209,15 @@ def make_plan(x: Operands, context: Context, settings: Settings, kind: str) -> P
     rows = batch if context.rows is None else context.rows.shape[0]
     tma = context.rows is None and x.v.shape[3] % 8 == 0 and can_describe(*x[:5])
     return Plan(
-        kind, settings, batch, heads, x.k.shape[1], map_heads, n, rows, d, x.v.shape[3], width,
-        2 * width if kind == "hedgehog" else width, *reach_of(settings), context.longest or n, tma,
+        kind, spec, batch, heads, x.k.shape[1], map_heads, n, rows, d, x.v.shape[3], width,
+        2 * width if kind == "hedgehog" else width, *reach_of(spec), context.longest or n, tma,
         x.v.element_size() == 2,
     )  # fmt: skip
 
 
-def reach_of(settings: Settings) -> tuple[int, int, int]:
+def reach_of(spec: HybridSpec) -> tuple[int, int, int]:
     """REACH, FIRST and MIXED: where softmax pairs and linear pairs can be (tiles.py)."""
-    window, terraced = settings.window, settings.window_kind == "terraced"
+    window, terraced = spec.window, spec.window_kind == "terraced"
     furthest = 2 * window if terraced else window  # softmax pairs are less than this apart
     nearest = window + 1 if terraced else window  # linear pairs are at least this apart
     reach = max(0, -(-(furthest - 1) // BLOCK))
@@ -319,7 +319,7 @@ def sum_states(
         p.state_of(local, value_block), local_sum, local_decay, sums, decays, *strides(source), *strides(values),
         p.tokens, segments, groups,
         SEGMENT=segment, REVERSE=reverse, X_GROUP=1 if reverse or given else heads // p.kv_heads,
-        V_GROUP=1 if reverse else heads // p.kv_heads, REACH=reach, HEADS=heads, SINKS=p.settings.sinks,
+        V_GROUP=1 if reverse else heads // p.kv_heads, REACH=reach, HEADS=heads, SINKS=p.spec.sinks,
         **{**p.sizes(), "BV": value_block},
         **{**flags(x, c), "HAS_FACTOR": reverse and x.factor is not None}, HAS_KEEP=keep is not None,
         PRECISION=precision(values.dtype), num_warps=4, num_stages=2,
@@ -366,8 +366,8 @@ def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
         either(x.sink_logits, x.q), either(x.log_decay, inverse), either(sink_k, x.q),
         either(sink_v, x.q), *pointers, either(c.rows, x.q), out, inverse, maximum,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *feature_strides(p, x), p.tokens, *numbers,
-        p.settings.scale,
-        STATE_GROUP=p.heads // p.map_heads, MAP_GROUP=p.heads // p.map_heads, BS=padded(p.settings.sinks),
+        p.spec.score_scale(p.d),
+        STATE_GROUP=p.heads // p.map_heads, MAP_GROUP=p.heads // p.map_heads, BS=padded(p.spec.sinks),
         **flags(x, c), LEARNED=x.sink_logits is not None, SAVE=save, PRECISION=precision(dtype), **constants,
         **p.softmax(), **{**p.sizes(), "BV": value_block}, MIXED=p.mixed, STAGES=p.stages, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -376,7 +376,7 @@ def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
 
 def _sinks(p: Plan, x: Operands, c: Context) -> tuple[Tensor | None, Tensor | None]:
     """Keys and values [R, KV, s, .] of the sinks."""
-    s = p.settings.sinks
+    s = p.spec.sinks
     if s == 0:
         return None, None
     if c.sink_k is not None and c.sink_v is not None:
