@@ -127,13 +127,21 @@ class HybridMixer(Mixer):
         s, gate = self.sizes, self.decay_gate is not None
         maps = self.feature_k.heads if self.feature_k.learned else s.kv_heads
         zeros = functools.partial(torch.zeros, device="cpu")
+        q = zeros(1, s.heads, 1, s.head_dim, dtype=dtype)
+        k, v = (zeros(1, s.kv_heads, 1, size, dtype=dtype) for size in (s.head_dim, s.value_dim))
+        phi_q, phi_k = (zeros(1, heads, 1, self.feature_q.features) for heads in (s.heads, s.heads if gate else maps))
+        log_decay = zeros(1, s.heads, 1) if gate else None
         state = hybrid_attention(
-            zeros(1, s.heads, 1, s.head_dim, dtype=dtype), zeros(1, s.kv_heads, 1, s.head_dim, dtype=dtype),
-            zeros(1, s.kv_heads, 1, s.value_dim, dtype=dtype), zeros(1, s.heads, 1, self.feature_q.features),
-            zeros(1, s.heads if gate else maps, 1, self.feature_k.features), zeros(s.heads),
-            window=self.settings.window, window_kind=self.settings.window_kind, sinks=self.settings.sinks,
-            log_decay=zeros(1, s.heads, 1) if gate else None, return_state=True, impl="chunked",
-        ).state  # fmt: skip
+            q,
+            k,
+            v,
+            (phi_q, phi_k),
+            zeros(s.heads),
+            self.settings,
+            log_decay=log_decay,
+            return_state=True,
+            impl="chunked",
+        ).state
         return StateSpec.of(_kept(state))
 
     def start(self, call: Call, teacher: Tensor) -> None:
