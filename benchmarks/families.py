@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -55,8 +56,39 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "dots1": {"n_shared_experts": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "cohere_compass_text": {"head_dim": 8},
+    "cohere_compass_text": {
+        "head_dim": 8,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48}},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 97,
+        "split_ngram_parts": 1,
+    },
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 2},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "xmod": {"default_language": "en_XX"},
 }
+
+
+UNTRIED = {
+    "gemma3n": "its encoder of images needs the package timm; its text model is gemma3n_text",
+    "gemma4_assistant": "it drafts for another model and reads that model's keys",
+    "gemma4_unified_assistant": "it drafts for another model and reads that model's keys",
+    "musicgen": "its tokens are sound; AutoModelForCausalLM cannot build it from its configuration",
+    "musicgen_melody": "its tokens are sound; AutoModelForCausalLM cannot build it from its configuration",
+}
+"""Families of which no tiny model is built, and why."""
 
 
 class Outcome(NamedTuple):
@@ -76,7 +108,8 @@ def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
     for name in getattr(config_class, "sub_configs", {}) or {}:
         inner = getattr(default, name, None)
         if isinstance(inner, PretrainedConfig):
-            settings[name] = type(inner)(**(_sizes(inner) | SPECIAL.get(f"{inner.model_type}", {}) | changes))
+            given = settings.get(name) or SPECIAL.get(f"{inner.model_type}", {})
+            settings[name] = type(inner)(**(_sizes(inner) | given | changes))
     return config_class(**settings)
 
 
@@ -93,7 +126,8 @@ def _sizes(default: PretrainedConfig) -> dict[str, Any]:
     if "is_decoder" in names and not default.is_encoder_decoder:
         settings["is_decoder"] = True
     kinds = sorted(set(getattr(default, "layer_types", None) or []) - {"full_attention"})
-    if kinds and "full_attention" in default.layer_types:
+    fixed = getattr(getattr(type(default), "layer_types", None), "fset", True) is None  # a property without a setter
+    if kinds and "full_attention" in default.layer_types and not fixed:
         settings["layer_types"] = [*kinds, *["full_attention"] * LAYERS][: max(2, LAYERS // 2)] * 2
     return settings
 
@@ -106,6 +140,8 @@ def build(kind: str, **changes: Any) -> PreTrainedModel:
 
 def try_family(kind: str, **changes: Any) -> Outcome:
     """Build, convert, check."""
+    if kind in UNTRIED:
+        return Outcome("not built", "", UNTRIED[kind])
     try:
         model = build(kind, **changes)
     except Exception as error:  # a family may ask for anything that its tiny configuration does not give
@@ -116,10 +152,9 @@ def try_family(kind: str, **changes: Any) -> Outcome:
         if "are local" in str(error) and not changes:
             again = try_family(kind, sliding_window=None)
             if again.result == "understood":
-                return again._replace(note="with sliding_window: null; all layers are local otherwise")
+                return again._replace(converted=f"{again.converted}, where sliding_window is null")
         return Outcome("refused", "", str(error).partition(" cannot be linearized: ")[2] or str(error))
-    layers, total = linearized_layers(model), model.config.get_text_config(decoder=True).num_hidden_layers
-    converted = "all" if len(layers) == total else ", ".join(str(layer.layer_idx) for layer in layers) + f" of {total}"
+    converted = describe_layers(model)
     check = check_model(model)
     wrong = next((fact for fact in check.facts if not fact.ok), None)
     if wrong is not None:
@@ -127,20 +162,53 @@ def try_family(kind: str, **changes: Any) -> Outcome:
     return Outcome("understood", converted, f"off by {max(fact.value for fact in check.facts):.0e}")
 
 
+def describe_layers(model: PreTrainedModel) -> str:
+    """Which layers were converted, and of what kind the others are."""
+    config = model.config.get_text_config(decoder=True)
+    converted = {layer.layer_idx for layer in linearized_layers(model)}
+    rest = sorted(set(range(config.num_hidden_layers)) - converted)
+    if not rest:
+        return "all layers"
+    kinds = getattr(config, "layer_types", None) or []
+    kept = sorted({str(kinds[index]) for index in rest}) if len(kinds) == config.num_hidden_layers else ["others"]
+    return f"layers of full attention; {' and '.join(kept)} stay"
+
+
+def reason(outcome: Outcome) -> str:
+    """Why a family was refused or not tried, without names that only it has."""
+    if outcome.result == "understood":
+        return outcome.converted
+    return re.sub(r" \([^)]*\)", "", outcome.note).partition(", where ")[0].replace("|", "/")
+
+
+def print_table(outcomes: dict[str, Outcome]) -> None:
+    """Rows of a table in Markdown: families with the same outcome are one row, large rows first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kind, outcome in outcomes.items():
+        groups.setdefault((outcome.result, reason(outcome)), []).append(kind)
+    for result in ("understood", "not understood", "refused", "not built"):
+        rows = [(why, kinds) for (found, why), kinds in groups.items() if found == result]
+        print(f"\n{result}, {sum(len(kinds) for _, kinds in rows)}\n")
+        for why, kinds in sorted(rows, key=lambda row: -len(row[1])):
+            print(f"| {', '.join(kinds)} | {why} |")
+
+
 def main() -> None:
     """Try and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    parser.add_argument("--markdown", action="store_true", help="Print rows of a table.")
+    parser.add_argument("--markdown", action="store_true", help="Print the tables of docs/families.md at the end.")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     date = datetime.datetime.now(datetime.timezone.utc).date()
     print(f"{date}, transformers {transformers.__version__}, torch {torch.__version__}, CPU, float32", flush=True)
+    outcomes = {}
     for kind in args.families:
-        outcome = try_family(kind)
-        row = (kind, outcome.result, outcome.converted, outcome.note.replace("|", "/"))
-        print(f"| {' | '.join(row)} |" if args.markdown else "  ".join(row), flush=True)
+        outcomes[kind] = try_family(kind)
+        print("  ".join((kind, *outcomes[kind])), flush=True)
+    if args.markdown:
+        print_table(outcomes)
 
 
 if __name__ == "__main__":

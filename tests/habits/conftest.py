@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -30,3 +32,32 @@ def folder(
     make_student(teacher, window=6, sinks=2).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def model(folder: str) -> Any:
+    """As users get it; longer texts than its window and sinks are what the habits are tried on."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture
+def tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def inputs(tokenizer: Any) -> Any:
+    inputs = tokenizer("The river runs through", return_tensors="pt")
+    assert inputs["input_ids"].shape[1] > 8  # window and sinks
+    return inputs
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` traces and differentiates, but no C++ is compiled, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

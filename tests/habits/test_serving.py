@@ -1,4 +1,4 @@
-"""Habit 14 of docs/habits.md: the server of transformers with a linearized model, asked by the client of OpenAI."""
+"""The server of transformers with a linearized model, started as docs/habits.md says, asked by the client of OpenAI."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 PAGE = (Path(__file__).parents[2] / "docs" / "habits.md").read_text()
-SECTION = PAGE[PAGE.index("## 14. ") : PAGE.index("## 15. ")]
 PATIENCE = 60
 """Seconds that the server may take to start."""
 
 pytestmark = pytest.mark.skipif(not is_serve_available(), reason='needs pip install "transformers[serving]"')
 
 
-def block(kind: str) -> str:
-    found = re.search(rf"^```{kind}\n(.*?)^```$", SECTION, re.M | re.S)
+def command_line(folder: str, port: int) -> list[str]:
+    """The page's command for a folder and a port."""
+    found = re.search(r"^```sh serve\n(.*?)^```$", PAGE, re.M | re.S)
     assert found is not None
-    return found[1]
+    return shlex.split(found[1].replace("FOLDER", shlex.quote(folder)).replace("8000", str(port)))
 
 
 def free_port() -> int:
@@ -56,7 +56,7 @@ def wait_until_ready(server: subprocess.Popen[str], url: str, log: Path) -> None
 def port(folder: str, tmp_path: Path) -> Iterator[int]:
     """The server that the page starts, on a free port."""
     number = free_port()
-    command = shlex.split(block("sh").replace("FOLDER", shlex.quote(folder)).replace("8000", str(number)))
+    command = command_line(folder, number)
     assert command[0] == "python"
     log = tmp_path / "server.log"
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
@@ -86,12 +86,20 @@ def greedy(folder: str, prompt: str, **options: Any) -> str:
 
 
 def test_the_server_says_what_generate_says(folder: str, port: int) -> None:
-    names: dict[str, Any] = {"folder": folder}
-    code = block("python client").replace("localhost:8000", f"127.0.0.1:{port}")
-    exec(compile(code, "docs/habits.md", "exec"), names)
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    messages: Any = [{"role": "user", "content": "Who lived beside the river?"}]
+    chat = client.chat.completions.create(model=folder, messages=messages, max_tokens=8, temperature=0)
+    said = chat.choices[0].message.content
+    chunks = client.chat.completions.create(model=folder, messages=messages, max_tokens=8, temperature=0, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    prompt = "The river runs through"
+    completion = client.completions.create(model=folder, prompt=prompt, max_tokens=8, temperature=0)
+    client.close()
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(names["messages"], add_generation_prompt=True, tokenize=False)
-    assert names["chat"].choices[0].message.content == greedy(folder, prompt) != ""
-    assert names["completion"].choices[0].text == greedy(folder, "The river runs through") != ""
-    assert names["chat"].usage.completion_tokens == 8
-    names["client"].close()
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert said == streamed == greedy(folder, text) != ""
+    assert completion.choices[0].text == greedy(folder, prompt) != ""
+    assert chat.usage is not None and chat.usage.completion_tokens == 8

@@ -34,13 +34,14 @@ def families() -> ModuleType:
 
 UNDERSTOOD = [
     "hyperclovax", "modernbert-decoder", "roberta", "llama4_text", "gemma4_text", "bart", "gpt_bigcode", "minicpm3",
-    "whisper", "nanochat", "lfm2", "bigbird_pegasus",
+    "whisper", "nanochat", "lfm2", "bigbird_pegasus", "dbrx", "jamba", "cohere_compass_text", "xmod",
 ]  # fmt: skip
 REFUSED = {
     "falcon_h1": r"of type hybrid, which keep",
     "deepseek_v32": r"of type indexed_attention",
     "diffllama": r"expected one call .* in layer 0; it makes 2",
     "hrm_text": r"expected one call .* in layer 0; it makes \d+",
+    "zamba2": r"of type hybrid, which keep",
     "git": r"does not go through transformers' attention interface",
 }
 

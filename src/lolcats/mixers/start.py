@@ -3,7 +3,7 @@
 For a head let f be the teacher's mean attention outside window and sinks, and L_i, W_i the masses of the linear and
 the softmax half at query i. Scaling phi_q of the head by exp(s), s = logit(f) - mean_i log(L_i / W_i), gives the linear
 half the teacher's share. But untrained features put that share on the wrong keys, and the errors of all layers add up:
-see docs/results.md for what this costs. So the share is then lowered where that brings the head's output nearer to the
+see docs/studies.md for what this costs. So the share is then lowered where that brings the head's output nearer to the
 teacher's: of s + `OFFSETS`, the one with the smallest squared error is taken. The window factor is set near 1.
 Training then starts near the training-free window with sinks instead of far above it.
 """

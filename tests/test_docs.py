@@ -1,0 +1,72 @@
+"""The documentation: its links lead somewhere, and its commands have the options that they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAMED = re.compile(r"\b(?:docs|configs|benchmarks|tests|src)/[\w./-]*\w\.(?:md|py|yaml|json)\b")
+"""Files of the repository as texts and comments name them."""
+
+
+def prose(page: Path) -> str:
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#...` may name on a page: its headings as GitHub makes them."""
+    found: dict[str, int] = {}
+    names = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(page), flags=re.M):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower().strip()
+        name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        count = found.get(name, 0)
+        found[name] = count + 1
+        names.add(f"{name}-{count}" if count else name)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("folder", ["docs", "configs", "src", "tests", "benchmarks", "."])
+def test_files_that_are_named_exist(folder: str) -> None:
+    """In prose, comments and docstrings too, where there is no link to check."""
+    files = (ROOT / folder).glob("*.md") if folder == "." else (ROOT / folder).rglob("*")
+    texts = [path for path in files if path.suffix in (".md", ".py", ".yaml") and path != Path(__file__)]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in texts
+        for name in NAMED.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists() and not name.endswith("NAME.py")
+    }
+    assert not missing
+
+
+def test_pages_are_linked() -> None:
+    """Every page can be reached from the README."""
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        links = [link.partition("#")[0] for link in LINK.findall(prose(page))]
+        todo += [(page.parent / link).resolve() for link in links if link.endswith(".md") and ":" not in link]
+    assert {str(page.relative_to(ROOT)) for page in PAGES} <= {str(page.relative_to(ROOT)) for page in reached}
