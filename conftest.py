@@ -1,8 +1,44 @@
-"""Without a GPU, Triton's kernels are tested in its interpreter: Triton reads that when it is imported."""
+"""Triton's interpreter where there is no GPU, and `--cpu-times N`: what each folder and the N slowest tests cost."""
 
 import os
+from collections import Counter
+from collections.abc import Generator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+seconds: Counter[str] = Counter()
+"""CPU seconds of each test with its fixtures and its processes; other work on the machine hardly changes them."""
+last = [0.0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-times", type=int, metavar="N", help="show the CPU seconds of each folder and N tests")
+
+
+def pytest_runtest_logstart() -> None:
+    last[0] = sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    before, last[0] = last[0], sum(os.times()[:4])
+    report.user_properties.append(("cpu_seconds", last[0] - before))  # so the workers of pytest-xdist tell it
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    seconds[report.nodeid] += dict(report.user_properties).get("cpu_seconds", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if (count := config.getoption("--cpu-times")) is not None:
+        folders: Counter[str] = Counter()
+        for test, spent in seconds.items():
+            folders[os.path.dirname(test.split("::")[0])] += spent
+        for name, spent in [*folders.most_common(), ("all", sum(seconds.values())), *seconds.most_common(count)]:
+            terminalreporter.write_line(f"{spent:8.1f} s of CPU time  {name}")
