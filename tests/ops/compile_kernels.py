@@ -1,7 +1,8 @@
 """Compile every kernel for compute capability 9.0, without a GPU, for one kind of features; print what fails.
 
 The interpreter takes Python that Triton's compiler refuses, so passing there is not enough. Run as a program, in a
-process of its own where the interpreter is off: python compile_kernels.py KIND. What both windows share is compiled once.
+process of its own where the interpreter is off: python compile_kernels.py KIND. What both kinds of window share is
+compiled once.
 """
 
 from __future__ import annotations
