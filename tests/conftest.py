@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -18,12 +17,9 @@ from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.data import PackedDataset
 from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
 from lolcats.training import TrainingData
+from tiny import TEXT, save_teacher, train_tokenizer
 
 VOCABULARY = 97
-TEXT = (
-    "The river runs through a green valley, and the old mill still turns beside it. A miller lived there with "
-    "his daughter, who could count every stone in the wall and every star above it. "
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -203,29 +199,14 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens, <end> among them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return train_tokenizer([TEXT], pad_token="<end>")
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A teacher of two layers with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=6, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    """A teacher of two layers with its tokenizer. Not to be changed."""
     folder = tmp_path_factory.mktemp("teacher")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    save_teacher(folder, tiny_tokenizer)
     return folder
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lolcats.cli import main
-from tiny import make_tokenizer
+from tiny import chat_tokenizer
 
 from .conftest import Run
 
@@ -25,7 +25,7 @@ from .conftest import Run
 def save(model: PreTrainedModel, folder: Path) -> Path:
     """Write a model with the tiny tokenizer."""
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
     return folder
 
 

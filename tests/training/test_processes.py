@@ -7,12 +7,10 @@ import os
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import forked
 
@@ -95,16 +93,10 @@ def test_both_processes_end_with_the_same_weights(trained: Path) -> None:
     assert different == []
 
 
-def test_only_the_main_process_writes_the_run(tmp_path: Path, tiny_tokenizer: Any, text: str) -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=16,
-                                         num_hidden_layers=2, num_attention_heads=2, pad_token_id=0))  # fmt: skip
-    model.save_pretrained(tmp_path / "teacher")
-    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "text.txt").write_text(text)
+def test_only_the_main_process_writes_the_run(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     stages = [f"{stage}.{key}" for stage in ("transfer", "finetune") for key in ("tokens=96", "batch_size=2")]
-    command = ["-m", "lolcats.cli", "linearize", str(tmp_path / "teacher"), "name=two",
-               f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{tmp_path / 'text.txt'}]", "data.sequence_length=24",
+    command = ["-m", "lolcats.cli", "linearize", str(model_folder), "name=two",
+               f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{text_file}]", "data.sequence_length=24",
                "data.validation_sequences=2", "device=cpu", "finetune.merge=false", *stages]  # fmt: skip
     first = run_together(command, 2, tmp_path)
     assert [code for code, _ in first] == [0, 0], first
