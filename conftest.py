@@ -10,13 +10,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
-seconds: Counter[str] = Counter()
-"""CPU seconds of each test with its fixtures and its processes; other work on the machine hardly changes them."""
+seconds: Counter[str] = Counter()  # of each test, with its fixtures and the processes that it waited for
 last = [0.0]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-times", type=int, metavar="N", help="show the CPU seconds of each folder and N tests")
+    parser.addoption("--cpu-times", type=int, metavar="N", help="CPU seconds of each folder and of the N slowest tests")
 
 
 def pytest_runtest_logstart() -> None:

@@ -17,7 +17,7 @@ from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.data import PackedDataset
 from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
 from lolcats.training import TrainingData
-from tiny import TEXT, save_teacher, train_tokenizer
+from tiny import TEXT, perturb, save_teacher, train_tokenizer
 
 VOCABULARY = 97
 
@@ -91,16 +91,6 @@ def make_teacher() -> Callable[..., LlamaForCausalLM]:
 def teacher(_llama: LlamaForCausalLM) -> LlamaForCausalLM:
     """A tiny Llama of 3 layers, 6 query heads and 2 key heads."""
     return copy.deepcopy(_llama)
-
-
-def perturb(model: PreTrainedModel, amount: float = 0.3) -> PreTrainedModel:
-    """Move every added parameter away from its start, so that no test passes by symmetry."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in linearized_layers(model):
-            for p in layer.attention_parameters().values():
-                p.add_(torch.randn(p.shape, generator=generator) * amount)
-    return model
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from lolcats.modeling import linearized_layers
 
 TEXT = (
     "The river runs through a green valley, and the old mill still turns beside it. A miller lived there with "
@@ -52,3 +54,13 @@ def save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def perturb(model: PreTrainedModel, amount: float = 0.3) -> PreTrainedModel:
+    """Move every added parameter away from its start, so that no test passes by symmetry."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in linearized_layers(model):
+            for p in layer.attention_parameters().values():
+                p.add_(torch.randn(p.shape, generator=generator) * amount)
+    return model
