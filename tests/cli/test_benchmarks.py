@@ -51,6 +51,7 @@ def _without(version: Callable[[str], str], missing: str, name: str) -> str:
     return version(name)
 
 
+@pytest.mark.slow
 def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All controls beside the student; the paper's metric in the table, all of lm-eval's in the file."""
     # As where the package is used from its sources: without metadata.

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import forked
 
 COMMAND = [sys.executable, "-m", "lolcats.cli"]
@@ -33,6 +35,7 @@ def test_interrupted_run_says_one_line_and_can_be_resumed(
     assert (tmp_path / "runs/a/checkpoints/transfer/last.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_error_of_a_process(arguments: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
     """Exit code 1 and nothing on stderr but the line, whatever the libraries would like to say."""
     done = subprocess.run(
@@ -43,6 +46,7 @@ def test_error_of_a_process(arguments: list[str], tmp_path: Path, environment: d
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_no_error(finished: Path, environment: dict[str, str]) -> None:
     """`lolcats inspect ... | head -0`."""
     command = f"{sys.executable} -m lolcats.cli inspect {finished} | true"

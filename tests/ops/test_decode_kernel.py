@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import Case, make
@@ -22,10 +24,15 @@ CASES = [  # few programs, of which the interpreter runs ten a second; long enou
     Case(16, 4, "terraced", decay=True, feature_heads="kv", groups=2, kv_heads=1, size=20, value_size=17, features=6),
     Case(6, 1, "terraced", batch=1, features=3),
 ]
+
+
+def scene(case: Case, kind: str, padded: bool) -> Any:
+    marks = [pytest.mark.slow] * (case.n > 8)
+    return pytest.param(case, kind, padded, marks=marks, id=f"{name_of(case)}-{kind}{'-some rows pause' * padded}")
+
+
 SCENES = [
-    pytest.param(case, kind, (i + j) % 2 == 1, id=f"{name_of(case)}-{kind}-{('all', 'some rows pause')[(i + j) % 2]}")
-    for i, case in enumerate(CASES)
-    for j, kind in enumerate(("hedgehog", "t2r"))
+    scene(case, kind, (i + j) % 2 == 1) for i, case in enumerate(CASES) for j, kind in enumerate(("hedgehog", "t2r"))
 ]
 """Every case with either kind of features and with either way of going on."""
 

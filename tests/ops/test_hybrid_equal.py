@@ -84,6 +84,7 @@ MANY_CHUNKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MANY_CHUNKS.values(), ids=MANY_CHUNKS.keys())
 def test_chunked_carries_over_many_chunks(options: dict[str, torch.Tensor]) -> None:
     """More chunks than one product of the scan handles (32)."""

@@ -66,11 +66,19 @@ def grid() -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("case", grid(), ids=name_of)
+def is_slow(case: Case) -> bool:
+    return case.n > 1 and case.window != 16
+
+
+CASES = [pytest.param(case, marks=[pytest.mark.slow] * is_slow(case), id=name_of(case)) for case in grid()]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_kernels_are_the_reference(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.slow
 def test_several_heads_and_rows() -> None:
     check(Case(70, 16, sinks=2, groups=2, kv_heads=2, batch=2, size=20, value_size=17, features=33))
 
@@ -96,6 +104,7 @@ def mapped(tensors: Tensors, case: Case, maps: MapWeights, impl: str, **options:
     return mapped_attention(q, k, v, maps, factor, impl=impl, **extra, **case.options, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
 @pytest.mark.parametrize(
     "case",
@@ -120,6 +129,7 @@ def test_maps_in_the_kernels(case: Case, kind: str) -> None:
     compare(got, want, inputs, wanted, [names[i] for i in held])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
 def test_tiles_through_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes of whole 16 bytes, which the copy engine takes; the tests above mostly use pointers."""
@@ -135,6 +145,7 @@ def test_tiles_through_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert all(plan.tma for plan in plans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [(5, 0), (0, 70), (3, 4)])
 def test_padding(padding: tuple[int, int]) -> None:
     case = Case(130, 16, sinks=2, groups=2, feature_heads="kv", kv_heads=1)
@@ -147,6 +158,7 @@ def test_padding(padding: tuple[int, int]) -> None:
     assert (out * (1 - mask)[:, None, :, None]).abs().max() == 0
 
 
+@pytest.mark.slow
 def test_packed_documents() -> None:
     case = Case(210, 16, sinks=2, decay=True, groups=2, kv_heads=1)
     segments = torch.zeros(case.batch, case.n, dtype=torch.long)
@@ -154,6 +166,7 @@ def test_packed_documents() -> None:
     check(case, segment_ids=segments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 20, 64, 139])
 @pytest.mark.parametrize("with_maps", [False, True], ids=["features", "maps"])
 def test_a_text_in_two_calls(cut: int, with_maps: bool) -> None:
@@ -180,6 +193,7 @@ def test_a_text_in_two_calls(cut: int, with_maps: bool) -> None:
             assert torch.equal(second.state.window.position, state.window.position)
 
 
+@pytest.mark.slow
 def test_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
@@ -193,6 +207,7 @@ def test_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     check(Case(200, 64, decay=True, kv_heads=1, batch=1))
 
 
+@pytest.mark.slow
 def test_same_numbers_again_and_in_any_batch() -> None:
     case = Case(140, 64, sinks=1, groups=2, kv_heads=1, batch=3)
     tensors = make(case, torch.float32)
@@ -202,6 +217,7 @@ def test_same_numbers_again_and_in_any_batch() -> None:
         assert torch.equal(out[row : row + 1], run(tensors.rows(row, row + 1), case, "triton").out)
 
 
+@pytest.mark.slow
 def test_later_tokens_change_nothing() -> None:
     case = Case(200, 64, kv_heads=1, batch=1)
     tensors = make(case, torch.float32)
