@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,13 @@ def pytest_runtest_logstart() -> None:
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     before, last[0] = last[0], sum(os.times()[:4])
-    report.user_properties.append(("cpu_seconds", last[0] - before))  # so the workers of pytest-xdist tell it
+    report.user_properties.append(("cpu_seconds", last[0] - before))  # thus the workers of pytest-xdist tell it
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    seconds[report.nodeid] += dict(report.user_properties).get("cpu_seconds", 0)
+    spent: Any = dict(report.user_properties).get("cpu_seconds", 0.0)
+    seconds[report.nodeid] += spent
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
