@@ -92,6 +92,7 @@ def test_a_prompt_that_is_not_utf8(cli: Run, teacher: Path) -> None:
     cli("generate", teacher, "the \udcff").refused("not UTF-8")
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_is_not_obeyed(cli: Run, teacher: Path) -> None:
     """All bytes are tokens of this tokenizer; hot sampling writes many of them."""
     words = ["--temperature", "100", "--max-new-tokens", "200", "--device", "cpu"]

@@ -133,6 +133,7 @@ def test_mistakes(cli: Run, study: Path, words: list[str], said: str) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_changed_settings(cli: Run, study: Path) -> None:
     """A run is not mixed with one of other settings."""
     assert cli("sweep", study, "--only", "rank-2").code == 0

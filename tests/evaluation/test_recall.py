@@ -82,6 +82,7 @@ def test_a_model_that_sees_the_end_alone_misses_what_came_before(
     assert all(s["score"] == float(s["answers"][0] in s["output"]) for s in cell.samples)
 
 
+@pytest.mark.slow
 def test_batches_padded_or_not_give_the_answers_of_single_prompts(
     make_student: Callable[..., Any], make_teacher: Teachers, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -185,6 +186,7 @@ def test_plots_need_matplotlib_a_folder_and_a_depth(monkeypatch: pytest.MonkeyPa
             check_plot(tmp_path / file, tasks)
 
 
+@pytest.mark.slow
 def test_a_plot_has_a_panel_a_task_and_variant(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cells = [

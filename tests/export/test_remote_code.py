@@ -130,6 +130,7 @@ def elsewhere(
     return dict(zip(models, zip(models.values(), read_elsewhere(folders, ids, place), strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RUNS, *FAMILIES])
 def test_a_model_is_loaded_without_the_package(
     elsewhere: dict[str, tuple[Any, list[Any]]], ids: Tensor, name: str

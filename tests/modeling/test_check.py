@@ -166,6 +166,7 @@ def test_check_family_leaves_the_model_alone(teacher: LlamaForCausalLM, tokens: 
 GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 @torch.no_grad()
 def test_layers_that_share_keys_and_values(families: ModuleType, tokens: Tokens, family: str) -> None:
