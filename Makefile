@@ -15,17 +15,19 @@ SEED ?= 0
 export OMP_WAIT_POLICY ?= passive
 
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-faults check format clean quick
+.PHONY: help demo quick test test-all test-gpu test-faults check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         linearize a 135M model on this machine (CONFIG=..., DEMO_ARGS='key=value ...')"
-	@echo "make test         all tests that need no GPU (TEST_ARGS='...')"
-	@echo "make quick        the tests that take no more than a few seconds each"
+	@echo "make quick        the fast tests: after every change (TEST_ARGS='...')"
+	@echo "make test         the tests that need no GPU, as continuous integration runs them"
+	@echo "make test-all     these and the large products: every family of transformers, every combination"
 	@echo "make test-faults  kill runs at random moments and compare (KILLS=300 SEED=0)"
 	@echo "make test-gpu     the tests that need a GPU"
 	@echo "make check        lint, format and types"
@@ -35,11 +37,14 @@ help:
 demo: .venv/.demo
 	$(BIN)/lolcats linearize $(CONFIG) --overwrite $(DEMO_ARGS)
 
-test: .venv/.dev
-	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
-
 quick: .venv/.dev
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	$(PYTEST) -m "not gpu and not exhaustive and not slow" $(TEST_ARGS)
+
+test: .venv/.dev
+	$(PYTEST) -m "not gpu and not exhaustive" $(TEST_ARGS)
+
+test-all: .venv/.dev
+	$(PYTEST) -m "not gpu" $(TEST_ARGS)
 
 test-faults: .venv/.dev
 	$(BIN)/python tests/faults/kills.py --kills $(KILLS) --seed $(SEED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -18,12 +18,9 @@ from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.data import PackedDataset
 from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
 from lolcats.training import TrainingData
+from tiny import TEXT, perturb, save_teacher, train_tokenizer
 
 VOCABULARY = 97
-TEXT = (
-    "The river runs through a green valley, and the old mill still turns beside it. A miller lived there with "
-    "his daughter, who could count every stone in the wall and every star above it. "
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,9 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor fill the cache of whoever runs them."""
+    """Tests neither read nor fill the cache of whoever runs them. The processes of pytest-xdist share one."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOLCATS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LOLCATS_CACHE", str(base / "cache"))
         yield
 
 
@@ -95,16 +94,6 @@ def make_teacher() -> Callable[..., LlamaForCausalLM]:
 def teacher(_llama: LlamaForCausalLM) -> LlamaForCausalLM:
     """A tiny Llama of 3 layers, 6 query heads and 2 key heads."""
     return copy.deepcopy(_llama)
-
-
-def perturb(model: PreTrainedModel, amount: float = 0.3) -> PreTrainedModel:
-    """Move every added parameter away from its start, so that no test passes by symmetry."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in linearized_layers(model):
-            for p in layer.mixer.parameters():
-                p.add_(torch.randn(p.shape, generator=generator) * amount)
-    return model
 
 
 @pytest.fixture
@@ -203,29 +192,14 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens, <end> among them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return train_tokenizer([TEXT], pad_token="<end>")
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A teacher of two layers with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=6, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    """A teacher of two layers with its tokenizer. Not to be changed."""
     folder = tmp_path_factory.mktemp("teacher")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    save_teacher(folder, tiny_tokenizer)
     return folder
 
 

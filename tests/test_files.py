@@ -16,12 +16,15 @@ from lolcats.files import atomic_file, atomic_folder, hold, remove_leftovers_in,
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import bare
 from lolcats.files import atomic_file, atomic_folder
 place = Path(sys.argv[1])
 with (atomic_folder if sys.argv[2] == "folder" else atomic_file)(place) as temporary:
     ((temporary / "half") if sys.argv[2] == "folder" else temporary).write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
+TESTS = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
 
 
 def names(folder: Path) -> list[str]:
@@ -29,11 +32,8 @@ def names(folder: Path) -> list[str]:
 
 
 def kill_while_writing(place: Path, kind: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(place), kind], env=os.environ | {"PYTHONPATH": SOURCE})
+    done = subprocess.run([sys.executable, "-c", KILLED, str(place), kind], env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL
-
-
-SOURCE = str(Path(__file__).parents[1] / "src")
 
 
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
@@ -108,10 +108,9 @@ def test_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from lolcats.files import hold\n"
+    script = "import bare, sys; from pathlib import Path; from lolcats.files import hold\n"
     script += "try:\n    with hold(Path(sys.argv[1]), 'busy'): print('held')\nexcept ValueError as e: print(e)"
     command = [sys.executable, "-c", script, str(tmp_path / "lock")]
-    env = os.environ | {"PYTHONPATH": SOURCE}
     with hold(tmp_path / "lock", "busy"):
-        assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == "busy"
-    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == "held"
+        assert subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True).stdout.strip() == "busy"
+    assert subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True).stdout.strip() == "held"

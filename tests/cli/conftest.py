@@ -10,7 +10,7 @@ import pytest
 from transformers.utils import logging
 
 from lolcats.cli import main
-from tiny import SENTENCE, save_teacher
+from tiny import SENTENCE, chat_tokenizer, save_teacher
 
 TINY = [
     "device=cpu",
@@ -61,7 +61,7 @@ def quiet() -> Iterator[None]:
 def place(tmp_path_factory: pytest.TempPathFactory, quiet: None) -> Path:
     """Folder with teacher/, a Llama of two layers, and text.txt."""
     folder = tmp_path_factory.mktemp("cli")
-    save_teacher(folder / "teacher")
+    save_teacher(folder / "teacher", chat_tokenizer())
     (folder / "text.txt").write_text(SENTENCE * 40)
     return folder
 

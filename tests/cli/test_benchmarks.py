@@ -2,10 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import lolcats
 from tiny import SENTENCE
 
@@ -51,6 +51,7 @@ def _without(version: Callable[[str], str], missing: str, name: str) -> str:
     return version(name)
 
 
+@pytest.mark.slow
 def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All controls beside the student; the paper's metric in the table, all of lm-eval's in the file."""
     # As where the package is used from its sources: without metadata.
@@ -97,7 +98,7 @@ def test_a_killed_evaluation_goes_on(
 ) -> None:
     """Killed, started again, interrupted, started again: the numbers of one that was left alone."""
     words = [str(finished), "--tasks", "piqa", "--task-data", str(data), "--json"]
-    command = [sys.executable, "-m", "lolcats.cli", "evaluate", *words, "x.json"]
+    command = ["-m", "lolcats.cli", "evaluate", *words, "x.json"]
     progress = tmp_path / "x.json.progress"
 
     def answers() -> int:
@@ -108,16 +109,16 @@ def test_a_killed_evaluation_goes_on(
             return database.execute("SELECT COUNT(*) FROM answers").fetchone()[0] if tables else 0
 
     def stop(how: signal.Signals, after: int) -> tuple[int, str, str]:
-        pipe = subprocess.PIPE
-        ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)  # or a background job's children ignore it too
-        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-            signal.signal(signal.SIGINT, ignored)
-            deadline = time.monotonic() + 200
-            while process.poll() is None and time.monotonic() < deadline and answers() < after:
-                time.sleep(0.02)
-            process.send_signal(how)
-            out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
+        for name in ("out", "err"):
+            (tmp_path / name).unlink(missing_ok=True)
+        process = forked.start(command, tmp_path, environment, error="err")
+        deadline = time.monotonic() + 200
+        while process.is_alive() and time.monotonic() < deadline and answers() < after:
+            time.sleep(0.02)
+        assert process.pid is not None
+        os.kill(process.pid, how)
+        process.join(200)
+        return process.exitcode or 0, (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
 
     assert stop(signal.SIGKILL, 2)[0] == -signal.SIGKILL
     seen = answers()

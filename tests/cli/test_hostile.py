@@ -11,7 +11,7 @@ import pytest
 
 from lolcats.cli.terminal import SafeConsole
 from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
-from tiny import make_tokenizer
+from tiny import chat_tokenizer
 
 from .conftest import Run
 
@@ -92,6 +92,7 @@ def test_a_prompt_that_is_not_utf8(cli: Run, teacher: Path) -> None:
     cli("generate", teacher, "the \udcff").refused("not UTF-8")
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_is_not_obeyed(cli: Run, teacher: Path) -> None:
     """All bytes are tokens of this tokenizer; hot sampling writes many of them."""
     words = ["--temperature", "100", "--max-new-tokens", "200", "--device", "cpu"]
@@ -102,7 +103,7 @@ def test_what_a_model_writes_is_not_obeyed(cli: Run, teacher: Path) -> None:
 
 
 def test_tokens_that_the_model_does_not_know(cli: Run, teacher: Path, arguments: list[str], tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(teacher)
     (tmp_path / "new.txt").write_text("<new> the cat sat on the mat " * 300)

@@ -30,6 +30,7 @@ def test_run_shows_the_story_and_where_the_model_is(cli: Run, arguments: list[st
     assert len(lolcats.linearized_layers(AutoModelForCausalLM.from_pretrained("runs/a/model"))) == 2
 
 
+@pytest.mark.slow
 def test_yaml_file_is_a_target(cli: Run, arguments: list[str], tmp_path: Path) -> None:
     """The settings of a run, given again as a file."""
     assert cli(*arguments, "name=a", "finetune.enabled=false").code == 0
@@ -47,6 +48,7 @@ def test_resume_of_a_finished_run_prints_it_again(cli: Run, arguments: list[str]
     assert answer.code == 0 and "after LoRA (student)" in answer.out and "tokens/s" not in answer.out
 
 
+@pytest.mark.slow
 def test_resume_ends_as_if_uninterrupted(
     cli: Run, arguments: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +66,7 @@ def _interrupt(run: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run(cli: Run, arguments: list[str]) -> None:
     """Other settings under the same name."""
     assert cli(*arguments, "name=a", "finetune.enabled=false").code == 0
@@ -115,6 +118,7 @@ def test_checkpoint_of_another_program(cli: Run, stopped: list[str]) -> None:
     cli(*stopped).refused("is not a checkpoint of lolcats")
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_run(cli: Run, stopped: list[str], arguments: list[str]) -> None:
     """A checkpoint whose tensors have other shapes."""
     options = ["name=b", "linearization.feature_size=4", "finetune.enabled=false"]

@@ -1,10 +1,15 @@
 """The command as a process of its own: exit codes, Ctrl-C, a closed pipe, and what is imported for --help."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+import forked
 
 COMMAND = [sys.executable, "-m", "lolcats.cli"]
 
@@ -13,29 +18,24 @@ def test_interrupted_run_says_one_line_and_can_be_resumed(
     arguments: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """Ctrl-C in the middle of training."""
-
-    def heed_interrupts() -> None:
-        """A shell starts its background jobs with SIGINT ignored, and children inherit that."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    command = [*COMMAND, *arguments, "name=a", "transfer.tokens=10_000_000"]
+    words = ["-m", "lolcats.cli", *arguments, "name=a", "transfer.tokens=10_000_000"]
     metrics = tmp_path / "runs/a/metrics.jsonl"
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
-    ) as process:
-        deadline = time.monotonic() + 100
-        while process.poll() is None and time.monotonic() < deadline and not metrics.exists():
-            time.sleep(0.1)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    process = forked.start(words, tmp_path, environment, error="err")
+    deadline = time.monotonic() + 200
+    while process.is_alive() and time.monotonic() < deadline and not metrics.exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(200)
+    out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
     # The last line: libraries may have said something while they were imported.
-    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted; the last checkpoint is kept")
+    assert (process.exitcode, err.splitlines()[-1]) == (130, "interrupted; the last checkpoint is kept")
     assert "Traceback" not in out + err
     assert (tmp_path / "runs/a/checkpoints/transfer/last.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_error_of_a_process(arguments: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
     """Exit code 1 and nothing on stderr but the line, whatever the libraries would like to say."""
     done = subprocess.run(
@@ -46,6 +46,7 @@ def test_error_of_a_process(arguments: list[str], tmp_path: Path, environment: d
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_no_error(finished: Path, environment: dict[str, str]) -> None:
     """`lolcats inspect ... | head -0`."""
     command = f"{sys.executable} -m lolcats.cli inspect {finished} | true"
@@ -56,11 +57,7 @@ def test_closed_pipe_is_no_error(finished: Path, environment: dict[str, str]) ->
 def test_parsing_imports_no_torch(environment: dict[str, str]) -> None:
     """Help answers at once: the modules of the command line leave torch to the verbs."""
     code = (
-        "import importlib.util, sys, types\n"
-        "spec = importlib.util.find_spec('lolcats')\n"  # the package without its __init__
-        "package = types.ModuleType('lolcats')\n"
-        "package.__path__, package.__spec__ = spec.submodule_search_locations, spec\n"
-        "sys.modules['lolcats'] = package\n"
+        "import bare, sys\n"
         "from lolcats.cli import main\n"
         "assert main(['--help']) == main(['linearize', '--help']) == 0\n"
         "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)\n"

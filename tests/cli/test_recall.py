@@ -12,6 +12,7 @@ from .conftest import Run
 WORDS = ["--lengths", "400,500", "--samples", "3", "--depths", "3"]
 
 
+@pytest.mark.slow
 def test_recall_of_all_columns(cli: Run, finished: Path) -> None:
     """A table of tasks, one by depth, and every answer in the JSON file."""
     answer = cli("evaluate", finished, "--recall", "passkey,vt", "--lengths", "1500", *WORDS[2:], "--json", "x.json")

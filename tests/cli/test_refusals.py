@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lolcats.cli import main
-from tiny import make_tokenizer
+from tiny import chat_tokenizer
 
 from .conftest import Run
 
@@ -25,7 +25,7 @@ from .conftest import Run
 def save(model: PreTrainedModel, folder: Path) -> Path:
     """Write a model with the tiny tokenizer."""
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -80,6 +80,7 @@ def test_empty_data(cli: Run, arguments: list[str], tmp_path: Path) -> None:
     cli(*arguments, "data.sources=[empty.txt]").refused("empty.txt", "no text")
 
 
+@pytest.mark.slow
 def test_encoder_decoder(cli: Run, arguments: list[str], tmp_path: Path) -> None:
     """T5 is no decoder-only model."""
     config = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -127,6 +128,7 @@ def test_absent_gpu(cli: Run, arguments: list[str], finished: Path, verb: str) -
     cli(*commands[verb]).refused("'cuda'", "this machine has none")
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(cli: Run, arguments: list[str]) -> None:
     """The stage and the step are named."""
     settings = ["finetune.lr=1e30", "finetune.warmup_steps=0", "finetune.tokens=640"]

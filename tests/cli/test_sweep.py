@@ -26,6 +26,7 @@ def study(place: Path, tmp_path: Path) -> Path:
     return tmp_path / "study.yaml"
 
 
+@pytest.mark.slow
 def test_plan_run_and_table(cli: Run, study: Path, tmp_path: Path) -> None:
     """The story of a sweep that goes well."""
     plan = cli("sweep", study, "--plan", "--tokens-per-second", "64,32")
@@ -43,7 +44,7 @@ def test_plan_run_and_table(cli: Run, study: Path, tmp_path: Path) -> None:
     assert "runs/study: results.json, results.csv, results.md" in done.out
     results = json.loads((tmp_path / "runs/study/results.json").read_text())
     for row in results["runs"]:
-        assert f"{row['columns']['perplexity.student']:,.2f}" in done.out
+        assert f" {row['columns']['perplexity.student']:,.0f} " in done.out  # random weights: thousands
 
     again = cli("sweep", study, "--table")
     assert again.code == 0 and "[1/2]" not in again.out and "KL of" in again.out
@@ -51,6 +52,7 @@ def test_plan_run_and_table(cli: Run, study: Path, tmp_path: Path) -> None:
     assert "2 finished; left to train: 0 tokens" in later.out and "measured in 2 finished runs" in later.out
 
 
+@pytest.mark.slow
 def test_what_the_section_measure_asks_for(cli: Run, study: Path) -> None:
     """Told by the plan, measured of student and teacher, and shown; mistakes are found by the plan."""
     words = ["measure.recall=[passkey]", "measure.lengths=[600, 500]", "measure.samples=2"]
@@ -68,6 +70,7 @@ def test_what_the_section_measure_asks_for(cli: Run, study: Path) -> None:
     assert "0 finished; left to train: 0 tokens" in again.out and " trained " in again.out
 
 
+@pytest.mark.slow
 def test_the_written_sweep_and_a_single_run_go_on_by_themselves(cli: Run, study: Path) -> None:
     """`sweep.yaml` beside the results, and `config.yaml` of a run, are all that is needed."""
     assert cli("sweep", study, "name=x", "finetune.lr=1e-3", "--only", "rank-2").code == 0
@@ -77,6 +80,7 @@ def test_the_written_sweep_and_a_single_run_go_on_by_themselves(cli: Run, study:
     assert cli("linearize", "runs/x/rank-3/config.yaml", "--resume").code == 0
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told_at_the_end(cli: Run, study: Path) -> None:
     """The exit code says that something failed, and the line what; the rest is done."""
     study.write_text(study.read_text().replace("finetune.rank:", "linearization.layers:").replace("- 2", "- [7]")
@@ -88,6 +92,7 @@ def test_a_failed_run_is_told_at_the_end(cli: Run, study: Path) -> None:
     assert plan.code == 0 and "layers-7 would fail: layers [7] cannot be linearized" in plan.out
 
 
+@pytest.mark.slow
 def test_interrupted_and_gone_on_with(cli: Run, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C after stage 1."""
 
@@ -128,6 +133,7 @@ def test_mistakes(cli: Run, study: Path, words: list[str], said: str) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_changed_settings(cli: Run, study: Path) -> None:
     """A run is not mixed with one of other settings."""
     assert cli("sweep", study, "--only", "rank-2").code == 0

@@ -42,6 +42,7 @@ def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: 
     assert content["scores"]["teacher"]["kl"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", [["evaluation.max_segments=3", "evaluation.last=5"], ["evaluation.sources=[text.txt]"]]
 )
@@ -174,6 +175,7 @@ def test_generate_reads_standard_input(cli: Run, finished: Path, monkeypatch: py
     )
 
 
+@pytest.mark.slow
 def test_generate_samples_by_seed(cli: Run, finished: Path) -> None:
     """The same seed, the same text; another seed, another text."""
     texts = [

@@ -6,44 +6,32 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+
+from tiny import CHATML, train_tokenizer
 
 SENTENCES = [
     "the cat sat on the mat and looked at the moon",
     "a long river runs through the green valley",
     "### Instruction:\nWrite a response to the request.\n\n### Response:\n",
 ]
-CHATML = (
-    "{% for m in messages %}{{ '<start>' + m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
-)
 
 
-def train_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with the end token <end>; with `bos` it puts <begin> before every text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<begin>", "<end>", "<start>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with the end token <end>; with `bos` it puts <begin> before every text."""
+    special = ("<begin>", "<end>", "<start>")
+    made = train_tokenizer(SENTENCES, 400, special, bos_token="<begin>", model_max_length=8)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<begin>", eos_token="<end>", model_max_length=8
-    )
+        template = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 0)])
+        made.backend_tokenizer.post_processor = template
+    return made
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that adds no begin token and has a chat template."""
-    tokenizer = train_tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -51,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def begin_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that puts <begin> before every text by itself."""
-    return train_tokenizer(bos=True)
+    return make_tokenizer(bos=True)
 
 
 @pytest.fixture

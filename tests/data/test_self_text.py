@@ -9,11 +9,7 @@ from lolcats.config import DataConfig
 from lolcats.data import build_datasets, self_text
 from lolcats.data.self_text import SelfText, fingerprint
 from lolcats.errors import DataError
-
-CHATML = (
-    "{% for m in messages %}{{ '<start>' + m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
-)
+from tiny import CHATML
 
 
 @pytest.fixture(autouse=True)

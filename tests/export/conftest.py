@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lolcats import linearize, load_config
 from lolcats.runs.folder import RunFolder
@@ -15,26 +15,17 @@ Runs = Callable[..., RunFolder]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Runs:
     """Make a run with settings, or give the one that was made with them. Not to be changed."""
     place = tmp_path_factory.mktemp("export")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place / "teacher")
-    tiny_tokenizer.save_pretrained(place / "teacher")
-    (place / "river.txt").write_text(text)
     made: dict[tuple[str, ...], RunFolder] = {}
 
     def run(*overrides: str) -> RunFolder:
         if overrides not in made:
             settings = [
-                f"model={place / 'teacher'}", f"name=run{len(made)}", f"runs_dir={place}", "device=cpu",
+                f"model={model_folder}", f"name=run{len(made)}", f"runs_dir={place}", "device=cpu",
                 "dtype=float32", "linearization.window=6", "linearization.sinks=2", "linearization.start=matched",
-                f"data.sources=[{place / 'river.txt'}]", "data.sequence_length=24", "data.validation_sequences=2",
+                f"data.sources=[{text_file}]", "data.sequence_length=24", "data.validation_sequences=2",
                 "transfer.tokens=192", "transfer.batch_size=4", "finetune.tokens=192", "finetune.batch_size=4",
                 "finetune.lr=1e-2", "finetune.warmup_steps=1", "finetune.rank=2", "evaluation.controls=[window_only]",
             ]  # fmt: skip

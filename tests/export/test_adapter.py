@@ -35,6 +35,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_adapter_on_its_base_is_the_model(runs: Runs, ids: Tensor, tmp_path: Path, kind: list[str]) -> None:
     run = runs(*kind)
@@ -48,6 +49,7 @@ def test_adapter_on_its_base_is_the_model(runs: Runs, ids: Tensor, tmp_path: Pat
     assert merged.config.linearization == load_config(run.config_file).linearization.model_dump(mode="json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 def test_peft_alone_puts_it_on_a_converted_model(runs: Runs, ids: Tensor, tmp_path: Path, kind: list[str]) -> None:
     """LoRA and feature maps by `PeftModel.from_pretrained`; both are needed for the model's logits."""
@@ -67,6 +69,7 @@ def test_peft_alone_puts_it_on_a_converted_model(runs: Runs, ids: Tensor, tmp_pa
     assert (untrained - without_lora).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_only_what_was_trained_is_in_it(runs: Runs, tmp_path: Path) -> None:
     run = runs()
     done = export_model(run.path, tmp_path / "out", "adapter")
@@ -81,6 +84,7 @@ def test_only_what_was_trained_is_in_it(runs: Runs, tmp_path: Path) -> None:
     assert (done.folder / "adapter_model.safetensors").stat().st_size < weights / 4
 
 
+@pytest.mark.slow
 def test_the_kept_adapter_serves_where_the_checkpoints_are_gone(runs: Runs, ids: Tensor, tmp_path: Path) -> None:
     run = runs("finetune.merge=false")
     shutil.copytree(run.path, tmp_path / "run")
@@ -101,6 +105,7 @@ def test_a_model_in_parts_is_read(runs: Runs, tmp_path: Path) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_runs_without_an_adapter_are_refused(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"finetune.method=full.*format merged"):
         export_model(runs("finetune.method=full").path, tmp_path / "out", "adapter")

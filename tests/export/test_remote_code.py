@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from lolcats import LolcatsError, RunConfig, export_model
+from lolcats import LinearizationConfig, LolcatsError, RunConfig, convert, export_model
 from lolcats.export import remote_code
 from lolcats.runs.artefact import RECIPE_FILE, save_artefact
+from tiny import perturb
 
 from .conftest import Runs
 
@@ -43,36 +45,37 @@ def answer(model):
     text = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     return {"logits": model(input_ids=ids).logits, "text": text, "name": type(model).__name__}
 
-folder, ids, out, again = sys.argv[1:]
-ids = torch.load(ids)
-model = load(folder)
-with torch.no_grad():
-    first = answer(model)
-    model.save_pretrained(again)
-    second = answer(load(again))
-    third = answer(model)  # two copies of the code in one process
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-words = tokenizer("the river")["input_ids"]
+ids, out, *folders = sys.argv[1:]
+ids, answers = torch.load(ids), []
+for folder in folders:
+    model = load(folder)
+    with torch.no_grad():
+        first = answer(model)
+        model.save_pretrained(folder + "-again")
+        second = answer(load(folder + "-again"))
+        third = answer(model)  # two copies of the code in one process
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    answers.append([first, second, third, tokenizer("the river")["input_ids"]])
 try:
     import lolcats
 except ImportError:
-    torch.save([first, second, third, words], out)
+    torch.save(answers, out)
 """
 
 
-def read_elsewhere(folder: Path, ids: Tensor, place: Path) -> list[Any]:
+def read_elsewhere(folders: list[Path], ids: Tensor, place: Path) -> list[list[Any]]:
     """Logits, greedy text and class name from a process without the package; the same after save_pretrained there."""
     torch.save(ids, place / "ids.pt")
     (place / "reader.py").write_text(READER)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("HF_")}
     environment |= {"HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
-    words = [folder, place / "ids.pt", place / "answer.pt", place / "again"]
+    words = [place / "ids.pt", place / "answers.pt", *folders]
     done = subprocess.run(
         [sys.executable, "-I", str(place / "reader.py"), *map(str, words)],
-        env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
+        env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return torch.load(place / "answer.pt")
+    return torch.load(place / "answers.pt")
 
 
 def check_same(model: Any, found: list[Any], ids: Tensor) -> None:
@@ -84,19 +87,6 @@ def check_same(model: Any, found: list[Any], ids: Tensor) -> None:
         assert answer["name"] == type(model).__name__
         torch.testing.assert_close(answer["logits"], expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(answer["text"], text)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [[], ["linearization.decay=gate", "linearization.state_heads=kv", "finetune.train_feature_maps=true"]],
-    ids=str,
-)
-def test_a_run_is_loaded_without_the_package(runs: Runs, ids: Tensor, tmp_path: Path, kind: list[str]) -> None:
-    run = runs(*kind)
-    folder = export_model(run.path, tmp_path / "my-model.v1", "remote-code").folder
-    found = read_elsewhere(folder, ids, tmp_path)
-    check_same(AutoModelForCausalLM.from_pretrained(run.model).eval(), found, ids)
-    assert found[3]
 
 
 def gemma() -> PreTrainedModel:
@@ -116,13 +106,38 @@ def gpt2() -> PreTrainedModel:
                                       eos_token_id=0))  # fmt: skip
 
 
-@pytest.mark.parametrize("build", [gemma, gpt2])
-def test_other_families(build: Any, make_student: Any, tiny_tokenizer: Any, ids: Tensor, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    student = make_student(build().eval(), window=4, sinks=1)
-    save_artefact(tmp_path / "model", student, tiny_tokenizer, RunConfig(), {})
-    folder = export_model(tmp_path / "model", tmp_path / "out", "remote-code").folder
-    check_same(student, read_elsewhere(folder, ids, tmp_path), ids)
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gemma": gemma, "gpt2": gpt2}
+RUNS = {
+    "plain": [],
+    "gate": ["linearization.decay=gate", "linearization.state_heads=kv", "finetune.train_feature_maps=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(
+    runs: Runs, ids: Tensor, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Any, list[Any]]]:
+    """Of runs and of models of other families: the model as it is here, and what one process found of all exports."""
+    place, models = tmp_path_factory.mktemp("elsewhere"), dict[str, Any]()
+    for name, kind in RUNS.items():
+        models[name] = AutoModelForCausalLM.from_pretrained(runs(*kind).model).eval()
+    for name, build in FAMILIES.items():
+        torch.manual_seed(0)
+        models[name] = perturb(convert(build().eval(), LinearizationConfig(window=4, sinks=1)))
+        save_artefact(place / name, models[name], tiny_tokenizer, RunConfig(), {})
+    sources = {name: runs(*RUNS[name]).path if name in RUNS else place / name for name in models}
+    folders = [export_model(sources[name], place / f"my-{name}.v1", "remote-code").folder for name in models]
+    return dict(zip(models, zip(models.values(), read_elsewhere(folders, ids, place), strict=True), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RUNS, *FAMILIES])
+def test_a_model_is_loaded_without_the_package(
+    elsewhere: dict[str, tuple[Any, list[Any]]], ids: Tensor, name: str
+) -> None:
+    model, found = elsewhere[name]
+    check_same(model, found, ids)
+    assert found[3]
 
 
 def test_with_the_package_its_own_code_is_used(runs: Runs, ids: Tensor, tmp_path: Path) -> None:

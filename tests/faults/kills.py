@@ -41,7 +41,7 @@ import lolcats.export
 import lolcats.runs.recipe
 import lolcats.sweep  # noqa: F401  # what the verbs import when they run, imported once
 from lolcats.cli import main
-from tiny import SENTENCE, save_teacher
+from tiny import SENTENCE, chat_tokenizer, save_teacher
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -268,7 +268,7 @@ def trial(case: Case, folder: Path, chance: random.Random) -> tuple[int, list[st
 
 def kill_all(kills: int, seed: int, only: str, place: Path) -> int:
     """The trials, a line each; the number of those that failed."""
-    save_teacher(place / "teacher")
+    save_teacher(place / "teacher", chat_tokenizer())
     (place / "text.txt").write_text(SENTENCE * 40)
     cases = make_cases(place)
     codes, _ = run(cases[0], place, [*cases[0].words, "name=run"])

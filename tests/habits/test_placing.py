@@ -20,7 +20,7 @@ def test_half_precision(model: Any, inputs: Any, folder: str) -> None:
     assert (low(**inputs).logits - exact).abs().max() < 0.01 * exact.abs().max()
     assert low.dtype == torch.float16
     for layer in linearized_layers(low):
-        assert {p.dtype for p in layer.attention_parameters().values()} == {torch.float32}
+        assert {p.dtype for p in layer.mixer.parameters()} == {torch.float32}
         assert {p.dtype for p in layer.inner.parameters()} == {torch.float16}
     assert low.generate(**inputs, max_new_tokens=5).shape[1] == inputs["input_ids"].shape[1] + 5
 

@@ -35,7 +35,7 @@ def test_trainer(model: Any, tokenizer: Any, inputs: Any) -> None:
 
 def added(model: Any) -> list[torch.nn.Parameter]:
     """The parameters of the linearization."""
-    return [p for layer in linearized_layers(model) for p in layer.attention_parameters().values()]
+    return [p for layer in linearized_layers(model) for p in layer.mixer.parameters()]
 
 
 def test_lora(model: Any, inputs: Any, folder: str) -> None:

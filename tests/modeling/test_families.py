@@ -77,7 +77,10 @@ MLPS = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
 FUSED_EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}  # all MLPs are experts, whose weights are no linear layers
 
 
-@pytest.fixture(params=FAMILIES)
+OFTEN = {"llama", "gemma2", "gpt_neox", "deepseek_v3", "gpt_oss"}  # each kind of attention; the others are `slow`
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in FAMILIES])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -31,6 +31,7 @@ def test_a_static_cache_generates_the_same(make_student: Students, tokens: Token
         assert torch.equal(student.generate(ids, cache_implementation="static", **options), expected)
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_and_the_state_stays(make_student: Students, tokens: Tokens) -> None:
     student, ids = make_student(window=5, sinks=2), tokens()
     full = student(ids).logits

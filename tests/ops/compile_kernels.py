@@ -1,7 +1,8 @@
-"""Compile every kernel for compute capability 9.0, without a GPU, for one kind of call; print what fails.
+"""Compile every kernel for compute capability 9.0, without a GPU, for one kind of features; print what fails.
 
 The interpreter takes Python that Triton's compiler refuses, so passing there is not enough. Run as a program, in a
-process of its own where the interpreter is off: python compile_kernels.py KIND WINDOW_KIND.
+process of its own where the interpreter is off: python compile_kernels.py KIND. What both kinds of window share is
+compiled once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import bare  # noqa: F401  # the package's __init__ imports transformers
 from lolcats.ops.hybrid.kernels import backward, decode, launch
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, WindowRing
@@ -98,5 +100,6 @@ def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, spec: HybridSpec, l
 
 
 if __name__ == "__main__":
-    for line in run(*sys.argv[1:]):
-        print(line)
+    for window_kind in ("sliding", "terraced"):
+        for line in run(sys.argv[1], window_kind):
+            print(f"{window_kind}: {line}")

@@ -67,6 +67,7 @@ def test_recurrent_is_the_reference(case: Case) -> None:
     check(case, "recurrent")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
 def test_recurrent_is_the_reference_on_a_long_text(kind: str) -> None:
     check(Case(500, 64, kind, sinks=4, decay=True, groups=3, kv_heads=1, batch=1), "recurrent")
@@ -85,6 +86,7 @@ MANY_CHUNKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MANY_CHUNKS.values(), ids=MANY_CHUNKS.keys())
 def test_chunked_carries_over_many_chunks(options: dict[str, torch.Tensor]) -> None:
     """More chunks than one product of the scan handles (32)."""

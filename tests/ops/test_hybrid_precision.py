@@ -24,6 +24,7 @@ def as_function(case: Case, impl: str) -> Callable[..., Tensor]:
     return lambda *leaves: run(Tensors(*leaves, *[None] * (7 - len(leaves))), case, impl).out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TINY, ids=["sliding", "terraced", "linear"])
 def test_gradcheck(case: Case) -> None:
     for impl in CPU_IMPLEMENTATIONS:
@@ -50,6 +51,7 @@ def bfloat16_truth(tensors: Tensors, window: int) -> Tensor:
     return numerator / (weights.sum(-1) + (phi_q * k_sum).sum(-1))[..., None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("impl", "n"), [("chunked", 6000), ("recurrent", 2000), ("reference", 2000)])
 def test_defect_05_bfloat16_sums_do_not_stall(impl: str, n: int) -> None:
     """On a long text the error is that of rounding the result to bfloat16; sums kept in bfloat16 are far off."""

@@ -82,6 +82,7 @@ def test_segments(option: dict[str, float]) -> None:
         check(case, make(case), segment_ids=ids)
 
 
+@pytest.mark.slow
 @options
 def test_a_text_in_pieces(option: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CPU_SPAN", 64)
@@ -147,6 +148,7 @@ def test_row_max_is_amax_over_the_concatenation() -> None:
     assert row_max([torch.full((2, 3), -torch.inf), torch.full((2, 1), -torch.inf)]).tolist() == [[0.0], [0.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
 def test_gradcheck(kind: str) -> None:
     case = Case(6, 2, kind, 1, True, "query", 2, 1, 1, 2, 1, 2, softcap=CAP, learned=True)

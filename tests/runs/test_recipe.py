@@ -89,6 +89,7 @@ def test_measured_perplexities_are_those_of_the_models(
         assert torch.equal(trained[name.replace("self_attn.", "self_attn.inner.")], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -111,6 +112,7 @@ def test_the_artefact_is_what_was_measured(make_config: Callable[..., RunConfig]
     assert artefact_perplexity(folder, config) == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_factor", [0, 1])
 def test_distances_of_full_fine_tuning_are_from_the_teacher(
     make_config: Callable[..., RunConfig], model_folder: Path, kl_factor: int
@@ -138,6 +140,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     monkeypatch.setattr(Reporter, "step", killing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "step"), [("transfer", 1), ("transfer", 3), ("transfer", 5), ("finetune", 1), ("finetune", 4)]
 )
@@ -156,6 +159,7 @@ def test_killed_and_resumed_is_uninterrupted(
     assert len(resumed.metrics_file.read_text().splitlines()) == len(whole.metrics_file.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_killed_while_measuring_is_uninterrupted(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +179,7 @@ def test_killed_while_measuring_is_uninterrupted(
     assert comparable(resumed.results()) == comparable(linearize(make_config("name=whole")).results())
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_be_saved_is_saved_on_resume(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +201,7 @@ def test_a_run_that_could_not_be_saved_is_saved_on_resume(
     assert artefact_perplexity(resumed, config) == pytest.approx(resumed.results()["perplexity"]["student"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_run_again(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +225,7 @@ def test_a_run_that_failed_before_it_began_gives_way(make_config: Callable[..., 
         folder.prepare(other)
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_kept_unless_told_otherwise(make_config: Callable[..., RunConfig]) -> None:
     config = make_config("transfer.enabled=false", "finetune.enabled=false")
     folder = linearize(config)
@@ -264,6 +271,7 @@ def test_mistakes_are_explained_and_can_be_mended(
     assert not (Path(make_config().runs_dir) / "try" / "model").exists()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_artefact(make_config: Callable[..., RunConfig]) -> None:
     files = [linearize(make_config(f"name={name}", f"seed={seed}")).model / "model.safetensors"
              for name, seed in (("a", 3), ("b", 3), ("c", 4))]  # fmt: skip
@@ -271,6 +279,7 @@ def test_the_same_seed_gives_the_same_artefact(make_config: Callable[..., RunCon
     assert first == same != other
 
 
+@pytest.mark.slow
 def test_documents_kept_apart(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     lines = tmp_path / "many.jsonl"
     sentence = "The river runs through a green valley, and the old mill still turns. "

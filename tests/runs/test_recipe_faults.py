@@ -85,6 +85,7 @@ def resumed(make_config: Make, *overrides: str) -> RunFolder:
 # ---- what is only shown or measured
 
 
+@pytest.mark.slow
 def test_a_failure_for_show_is_a_note(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     real = recipe.measure
 
@@ -104,6 +105,7 @@ def test_a_failure_for_show_is_a_note(make_config: Make, monkeypatch: pytest.Mon
     assert json.loads((folder.model / "lolcats_results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_the_model_is_saved_before_it_is_measured(
     make_config: Make, stopped: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def test_settings_that_were_trained_with_cannot_change(
     assert stopped.config_file.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_lower_learning_rate_and_other_free_settings_go_on(make_config: Make, stopped: RunFolder) -> None:
     folder = resumed(make_config, "finetune.lr=1e-4", "finetune.micro_batch_size=2", "evaluation.max_segments=2")
     results = folder.results()
@@ -179,12 +182,14 @@ def test_a_lower_learning_rate_and_other_free_settings_go_on(make_config: Make, 
     assert resumed(make_config, "finetune.lr=1e-4", "evaluation.max_segments=2", "device=auto").results() == results
 
 
+@pytest.mark.slow
 def test_a_stage_to_come_may_be_another(make_config: Make, stopped: RunFolder) -> None:
     shutil.rmtree(stopped.checkpoints("finetune"))
     folder = resumed(make_config, "finetune.rank=2", "finetune.tokens=96")
     assert read_metadata(folder.checkpoints("finetune") / "last.safetensors")["steps"] == 1
 
 
+@pytest.mark.slow
 def test_other_text_or_weights_under_the_same_name_are_refused(
     make_config: Make, text_file: Path, model_folder: Path, finished: RunFolder
 ) -> None:
@@ -247,6 +252,7 @@ def test_results_that_were_deleted_are_measured_again(make_config: Make, stopped
     assert results["tokens"] == {"transfer": 480, "finetune": 480}
 
 
+@pytest.mark.slow
 def test_stage_one_is_not_silently_trained_again(make_config: Make, stopped: RunFolder) -> None:
     (stopped.checkpoints("transfer") / "last.safetensors").unlink()
     with pytest.raises(LolcatsError, match=r"transfer.last\.safetensors is missing, though stage 2 has begun"):

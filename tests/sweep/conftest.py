@@ -1,4 +1,4 @@
-"""A tiny teacher on disk, and sweep files whose runs take a fraction of a second."""
+"""Sweep files whose runs take a fraction of a second."""
 
 from __future__ import annotations
 
@@ -8,27 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lolcats.config.strict_yaml import write_yaml
 from lolcats.sweep import Sweep, load_sweep
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> Path:
-    """Folder with teacher/ and text.txt."""
-    folder = tmp_path_factory.mktemp("sweep")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=6, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
-    tiny_tokenizer.save_pretrained(folder / "teacher")
-    (folder / "text.txt").write_text(text)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +31,13 @@ def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(place: Path, tmp_path: Path) -> dict[str, Any]:
+def settings(model_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a run of three steps a stage."""
     stage = {"tokens": 288, "batch_size": 4, "warmup_steps": 1, "checkpoint_every": 1}
     return {
-        "model": str(place / "teacher"), "device": "cpu", "dtype": "float32", "runs_dir": str(tmp_path / "runs"),
+        "model": str(model_folder), "device": "cpu", "dtype": "float32", "runs_dir": str(tmp_path / "runs"),
         "linearization": {"window": 6, "sinks": 1},
-        "data": {"sources": [str(place / "text.txt")], "sequence_length": 24, "validation_sequences": 3},
+        "data": {"sources": [str(text_file)], "sequence_length": 24, "validation_sequences": 3},
         "transfer": stage, "finetune": stage | {"lr": 1e-2, "kl_factor": 1.0, "rank": 2},
         "evaluation": {"controls": ["window_only", "training_free"]},
     }  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from lolcats import LolcatsError
 from lolcats.sweep import Sweep, attached, run_sweep
 from lolcats.sweep.state import hold_job, wait_for_jobs
@@ -67,7 +68,7 @@ def test_a_child_and_its_own_end_with_the_parent(number: signal.Signals) -> None
     parent.send_signal(number)
     parent.wait()
     parent.stdout.close()
-    assert wait_until(lambda: not any(map(lives, family)), 10)
+    assert wait_until(lambda: not any(map(lives, family)), 60)
 
 
 def test_what_a_job_leaves_ends_with_it() -> None:
@@ -77,7 +78,7 @@ def test_what_a_job_leaves_ends_with_it() -> None:
     os.kill(process.pid, signal.SIGKILL)
     attached.finish(process)
     process.stdout.close()
-    assert wait_until(lambda: not lives(own), 10)
+    assert wait_until(lambda: not lives(own), 60)
 
 
 def test_the_next_call_waits_for_a_job_or_refuses(make_sweep: Callable[..., Sweep]) -> None:
@@ -114,18 +115,17 @@ def test_a_killed_sweep_leaves_no_job(
     tokens = {"transfer": {"tokens": 960_000, "batch_size": 4, "checkpoint_every": 100}}
     file = sweep_file(tokens, grid={"seed": [0, 1]})
     env = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lolcats.cli", "sweep", str(file), "--jobs", "2"]
+    words = ["-m", "lolcats.cli", "sweep", str(file), "--jobs", "2"]
     sweep = make_sweep(tokens, grid={"seed": [0, 1]})
-    with (tmp_path / "out").open("wb") as out:
-        parent = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    parent = forked.start(words, tmp_path, env)
     begun = [Path(sweep.folder) / run.name / "metrics.jsonl" for run in sweep.runs]
     assert wait_until(lambda: all(path.exists() for path in begun), 200), (tmp_path / "out").read_text()
     jobs = [int(word) for word in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
     assert len(jobs) == 2 and all(map(lives, jobs))
     parent.kill()
-    parent.wait()
-    assert wait_until(lambda: not any(map(lives, jobs)), 10)
-    wait_for_jobs(sweep, print, patience=10)  # of a dead process the threads may end last, and with them its locks
+    parent.join()
+    assert wait_until(lambda: not any(map(lives, jobs)), 60)
+    wait_for_jobs(sweep, print, patience=60)  # of a dead process the threads may end last, and with them its locks
     short = make_sweep(grid={"seed": [0, 1]})
     table = run_sweep(short, file, overwrite=["*"])
     assert [row.status for row in table.runs] == ["finished"] * 2

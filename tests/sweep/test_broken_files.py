@@ -123,11 +123,12 @@ def test_a_run_behind_a_link_is_replaced_where_it_is(make_sweep: Callable[..., S
     assert place.is_symlink() and not (tmp_path / "elsewhere" / "old").exists()
 
 
-def test_values_are_shown_as_they_are(make_sweep: Callable[..., Sweep], place: Path) -> None:
+def test_values_are_shown_as_they_are(make_sweep: Callable[..., Sweep], text_file: Path, tmp_path: Path) -> None:
     """Square brackets are no markup."""
-    (place / "[red]").mkdir(exist_ok=True)
-    (place / "[red]" / "[link=x].txt").write_text((place / "text.txt").read_text())
-    values: list[Any] = [[str(place / "[red]" / "[link=x].txt")], [str(place / "text.txt")]]
+    (tmp_path / "[red]").mkdir()
+    odd = tmp_path / "[red]" / "[link=x].txt"
+    odd.write_text(text_file.read_text())
+    values: list[Any] = [[str(odd)], [str(text_file)]]
     sweep = make_sweep(grid={"data.sources": values})
     out = Console(file=StringIO(), width=300)
     capture = StringIO()

@@ -240,13 +240,14 @@ def test_means_over_seeds_and_measurements_of_ones_own(
 
 @pytest.mark.slow
 def test_side_by_side(
-    make_sweep: Callable[..., Sweep], measure: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+    make_sweep: Callable[..., Sweep], measure: dict[str, Any], model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two teachers and two runs, each measured in a process of its own: the numbers of one after the other."""
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    parts: dict[str, Any] = {"runs": [{"name": "a"}, {"name": "b", "model": f"{place}/./teacher"}], "measure": measure}
+    again = f"{model_folder.parent}/./{model_folder.name}"
+    parts: dict[str, Any] = {"runs": [{"name": "a"}, {"name": "b", "model": again}], "measure": measure}
     beside, after = make_sweep(name="beside", **parts), make_sweep(name="after", **parts)
     tables = [run_sweep(beside, "study.yaml", jobs=2), run_sweep(after, "study.yaml")]
     rows = [[*table.runs, *table.teachers] for table in tables]

@@ -86,9 +86,9 @@ def test_calibration_leaves_nothing_behind(make_sweep: Callable[..., Sweep], tmp
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-def test_studies_load_and_can_be_planned(file: Path, place: Path) -> None:
+def test_studies_load_and_can_be_planned(file: Path, model_folder: Path) -> None:
     """With the tiny teacher, whose layers have the names of those of SmolLM2."""
-    settings = [f"model={place / 'teacher'}", f"runs_dir={place / 'none'}"]
+    settings = [f"model={model_folder}", f"runs_dir={model_folder / 'none'}"]
     if file.stem not in ("components", "paper_methods"):
         settings.append("linearization.feature_size=3")
     plan = make_plan(load_sweep(file, settings), speed=SPEED)
@@ -127,11 +127,11 @@ def test_studies_are_those_of_the_paper() -> None:
         assert sweep.measure.tasks[:5] == ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"]
 
 
-def test_a_study_reads_its_evaluation_text_from_a_copy(place: Path, tmp_path: Path) -> None:
+def test_a_study_reads_its_evaluation_text_from_a_copy(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """One override for all runs, which is not refused as a stray: no source of the training is called so."""
     changes = [
-        f"model={place / 'teacher'}", f"runs_dir={tmp_path}", f"data.sources=[{place / 'text.txt'}]", "device=cpu",
-        f"data.local.Salesforce/wikitext={place / 'text.txt'}", "data.sequence_length=24", "transfer.tokens=96",
+        f"model={model_folder}", f"runs_dir={tmp_path}", f"data.sources=[{text_file}]", "device=cpu",
+        f"data.local.Salesforce/wikitext={text_file}", "data.sequence_length=24", "transfer.tokens=96",
         "finetune.tokens=96", "evaluation.max_segments=2", "measure=null", "linearization.window=4",
         "linearization.window_kind=sliding", "linearization.feature_size=3",
     ]  # fmt: skip

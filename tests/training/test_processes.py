@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+
+import forked
 
 SCRIPT = """
 import sys
@@ -54,31 +53,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(folder)]
     for processes in (2, 1):
-        for code, output in run_together(command, processes):
+        for code, output in run_together([str(script), str(folder)], processes, folder):
             assert code == 0, output
     return folder
 
 
-def run_together(command: list[str], processes: int) -> list[tuple[int, str]]:
+def run_together(words: list[str], processes: int, folder: Path) -> list[tuple[int | None, str]]:
     """Exit code and output of each of the processes, which find each other as `torchrun` would have them."""
-    source = Path(__file__).parents[2] / "src"
-    env = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env |= {"MASTER_PORT": str(free.getsockname()[1])}
-    running = []
-    for rank in range(processes):
+    running, folders = [], [Path(tempfile.mkdtemp(dir=folder)) for _ in range(processes)]
+    for rank, own_folder in enumerate(folders):
         own = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}",
                "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "ACCELERATE_USE_CPU": "1"}  # fmt: skip
-        running.append(
-            subprocess.Popen(command, env=env | own if processes > 1 else env, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
-        )  # fmt: skip
+        running.append(forked.start(words, own_folder, env | own if processes > 1 else env, error="out"))
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in running]
-        return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
+        for process in running:
+            process.join(250)
+        outputs = [(own_folder / "out").read_text() for own_folder in folders]
+        return [(process.exitcode, output) for process, output in zip(running, outputs, strict=True)]
     finally:
         for process in running:
             process.kill()
@@ -116,25 +112,21 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_only_the_main_process_writes_the_run(tmp_path: Path, tiny_tokenizer: Any, text: str) -> None:
+def test_only_the_main_process_writes_the_run(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     """Though the other one loads its model much later."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=16,
-                                         num_hidden_layers=2, num_attention_heads=2, pad_token_id=0))  # fmt: skip
-    model.save_pretrained(tmp_path / "teacher")
-    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "text.txt").write_text(text)
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
     stages = [f"{stage}.{key}" for stage in ("transfer", "finetune") for key in ("tokens=96", "batch_size=2")]
-    command = [sys.executable, "-c", SLOW, "linearize", str(tmp_path / "teacher"), "name=two",
-               f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{tmp_path / 'text.txt'}]", "data.sequence_length=24",
+    command = [str(script), "linearize", str(model_folder), "name=two",
+               f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{text_file}]", "data.sequence_length=24",
                "data.validation_sequences=2", "device=cpu", "finetune.merge=false", *stages]  # fmt: skip
-    first = run_together(command, 2)
+    first = run_together(command, 2, tmp_path)
     assert [code for code, _ in first] == [0, 0], first
     run = tmp_path / "runs" / "two"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "lr" in line] == [1, 2, 1, 2]
     assert (run / "model" / "model.safetensors").is_file() and (run / "adapter").is_dir()
     assert not list(run.rglob("*.tmp"))
-    again = run_together(command, 2)
+    again = run_together(command, 2, tmp_path)
     assert [code for code, _ in again] == [1, 1], again
     assert all("already holds a run" in output for _, output in again)
