@@ -66,7 +66,7 @@ class HybridMixer(Mixer):
         self.settings = settings
 
     @classmethod
-    def build(
+    def build(  # type: ignore[override]  # the names of its settings are its own
         cls,
         sizes: Sizes,
         *,
