@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from lolcats import convert, export_model, linearize, load_adapter, load_config
 from lolcats.config import LinearizationConfig
 from lolcats.modeling.attention import added_parameters, linearized_layers
-from lolcats.modeling.old_names import new_name, old_name
+from lolcats.modeling.old_names import in_old_order, new_name, old_name
 from lolcats.training.identity import SAMPLES, weights_digest
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
@@ -116,6 +116,17 @@ def test_names() -> None:
     for other in ("layers.3.self_attn.inner.q_proj.weight", "layers.3.feature_quality.weight", "feature_q.weight"):
         assert new_name(other) == old_name(other) == other
     assert new_name("optimizer:exp_avg:layers.3.self_attn.query_scale").endswith(".mixer.query_scale")
+
+
+def test_parameters_are_in_the_order_of_0_1(make_student: Any) -> None:
+    student = make_student(decay="gate", layers=[0, 2])
+    layer = "model.layers.2.self_attn."
+    names = [n.removeprefix(layer) for n in in_old_order(n for n, _ in student.named_parameters()) if layer in n]
+    own = [f"inner.{x}_proj.weight" for x in "qkvo"]
+    maps = [f"mixer.{x}" for x in ("feature_q.weight", "feature_k.weight", "decay_gate.weight", "decay_gate.bias")]
+    assert names == ["mixer.window_factor", "mixer.query_scale", *own, *maps]
+    others = [n for n, _ in student.named_parameters() if ".mixer." not in n]
+    assert [n for n in in_old_order(n for n, _ in student.named_parameters()) if ".mixer." not in n] == others
 
 
 def test_a_layer_has_nothing_beside_the_familys_module_and_the_mixer(make_student: Any) -> None:

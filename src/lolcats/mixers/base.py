@@ -195,9 +195,13 @@ class Mixer(nn.Module):
         """`step` without slots."""
         raise NotImplementedError
 
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """The state of `rows` texts before any token, in a model of this dtype; also a new pool."""
+        raise NotImplementedError
+
     def state_spec(self, dtype: torch.dtype) -> StateSpec:
         """What one text's state is in a model of this dtype: all that caches, pools and engines need to know."""
-        raise NotImplementedError
+        return StateSpec.of(self.empty_state(1, dtype))
 
     def start(self, call: Call, teacher: Tensor) -> None:
         """Set parameters from one batch of the teacher, of whose attention `teacher` [B, H, N, Dv] is the output.

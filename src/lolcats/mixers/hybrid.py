@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from lolcats.mixers.base import Call, Mixer, Sizes, StateSpec
+from lolcats.mixers.base import Call, Mixer, Sizes, map_state
 from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
 from lolcats.ops import HybridOutput, HybridState, hybrid_attention, mapped_attention, resolve_impl
@@ -123,19 +123,22 @@ class HybridMixer(Mixer):
                 out, new = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
         return _silenced(out, mode), new
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
-        """See `Mixer.state_spec`; the operation itself makes the state that is looked at."""
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> HybridState:
+        """See `Mixer.empty_state`; the operation itself makes it, from a token of padding."""
         s, gate = self.sizes, self.decay_gate is not None
         maps = self.feature_k.heads if self.feature_k.learned else s.kv_heads
-        zeros = functools.partial(torch.zeros, device="cpu")
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
         state = hybrid_attention(
-            zeros(1, s.heads, 1, s.head_dim, dtype=dtype), zeros(1, s.kv_heads, 1, s.head_dim, dtype=dtype),
-            zeros(1, s.kv_heads, 1, s.value_dim, dtype=dtype), zeros(1, s.heads, 1, self.feature_q.features),
-            zeros(1, s.heads if gate else maps, 1, self.feature_k.features), zeros(s.heads),
+            zeros(s.heads, 1, s.head_dim, dtype=dtype), zeros(s.kv_heads, 1, s.head_dim, dtype=dtype),
+            zeros(s.kv_heads, 1, s.value_dim, dtype=dtype), zeros(s.heads, 1, self.feature_q.features),
+            zeros(s.heads if gate else maps, 1, self.feature_k.features), torch.zeros(s.heads, device=device),
             window=self.settings.window, window_kind=self.settings.window_kind, sinks=self.settings.sinks,
-            log_decay=zeros(1, s.heads, 1) if gate else None, return_state=True, impl="chunked",
+            log_decay=zeros(s.heads, 1) if gate else None, attention_mask=zeros(1), return_state=True, impl="chunked",
         ).state  # fmt: skip
-        return StateSpec.of(_kept(state))
+        return map_state(_kept(state), Tensor.contiguous)
 
     def start(self, call: Call, teacher: Tensor) -> None:
         """The matched start, see `lolcats.mixers.start`."""
