@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from lolcats.config import (
     DataConfig,
+    HybridConfig,
     LinearizationConfig,
     RunConfig,
     TransferConfig,
@@ -203,7 +204,7 @@ def test_layers_refused(layers):
 def test_terraced_needs_a_window():
     with pytest.raises(ValidationError, match="window >= 1"):
         LinearizationConfig(window=0, window_kind="terraced")
-    assert LinearizationConfig(window=0).window == 0
+    assert HybridConfig(window=0).window == 0
 
 
 def test_assignment_is_checked():

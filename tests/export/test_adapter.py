@@ -130,9 +130,7 @@ def test_the_base_can_be_named_and_given(runs: Runs, tmp_path: Path) -> None:
     folder = export_model(run.path, tmp_path / "out", "adapter", base="someone/teacher").folder
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/teacher"
     adapter, _ = load_adapter(folder, load_config(run.config_file).model, dtype=torch.bfloat16)
-    assert {p.dtype for layer in linearized_layers(adapter) for p in layer.mixer.feature_q.parameters()} == {
-        torch.float32
-    }
+    assert {p.dtype for layer in linearized_layers(adapter) for p in layer.mixer.parameters()} == {torch.float32}
     assert adapter.get_base_model().dtype == torch.bfloat16
 
 

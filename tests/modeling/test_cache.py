@@ -39,11 +39,8 @@ def test_size_is_the_same_after_100_and_1000_tokens(
         student(tokens(1, 225), past_key_values=cache)
     assert cache.get_seq_length() == 1000
     assert state_bytes(cache) == size
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for x in cache.layers
-        for t in state_tensors(x.state)
-    }
+    stores = [t.untyped_storage() for layer in cache.layers for t in state_tensors(layer.state)]
+    held = {store.data_ptr(): store.nbytes() for store in stores}
     assert sum(held.values()) <= 2 * size  # no view of something longer
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from lolcats import LolcatsError
 from lolcats.config import LinearizationConfig
 from lolcats.mixers import start
-from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
+from lolcats.modeling import AttentionCall, convert, linearized_layers
 from lolcats.modeling.start import start_from_text
 
 Tokens = Callable[..., Tensor]
@@ -28,11 +28,11 @@ SETTINGS = [
 ]
 
 
-def shares(layer: LinearizedAttention, call: AttentionCall) -> tuple[Tensor, Tensor]:
+def shares(layer: Any, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Mean over far-seeing queries: (teacher's far share [H], log odds of the hybrid's linear share [H])."""
     s, (heads, n) = layer.mixer.settings, call.q.shape[1:3]
     k = call.k.repeat_interleave(heads // call.k.shape[1], 1)
-    phi_q = layer.mixer.feature_q(call.q) * layer.mixer.query_scale.exp()[:, None, None]
+    phi_q = layer.mixer.feature_q(call.q) * layer.mixer.get_parameter("query_scale").exp()[:, None, None]
     phi_k = layer.mixer.feature_k(call.k)
     phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
     decay = layer.mixer.log_decay(call.hidden)
@@ -57,7 +57,7 @@ def shares(layer: LinearizedAttention, call: AttentionCall) -> tuple[Tensor, Ten
     return torch.stack(teacher).mean((0, 1)), torch.stack(odds).mean((0, 1))
 
 
-def output_errors(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> Tensor:
+def output_errors(layer: Any, call: AttentionCall, teacher: Tensor) -> Tensor:
     """Squared error [H] of the layer's output over the queries that have far keys."""
     s, n = layer.mixer.settings, call.q.shape[2]
     reach = s.window if s.window_kind == "sliding" else 2 * s.window
@@ -80,11 +80,11 @@ def test_linear_share_is_the_teachers_or_the_best_one_near_it(
         chosen = (offset[:, None] - torch.tensor(start.OFFSETS)).abs().min(-1)
         assert float(chosen.values.max()) < 1e-3
         best = output_errors(layer, call, out)
-        matched = layer.mixer.query_scale.detach() - offset
+        matched = layer.mixer.get_parameter("query_scale").detach() - offset
         for other in start.OFFSETS:
-            layer.mixer.query_scale.data = matched + other
+            layer.mixer.get_parameter("query_scale").data = matched + other
             assert bool((output_errors(layer, call, out) >= best * (1 - 1e-4)).all())
-        assert float(layer.mixer.window_factor.detach().sigmoid().min()) > 0.9
+        assert float(layer.mixer.get_parameter("window_factor").detach().sigmoid().min()) > 0.9
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "elu", "relu", "exp_dim"])
@@ -94,7 +94,7 @@ def test_matched_start_is_finite_for_every_feature_map(
     config = LinearizationConfig(window=6, feature_map=feature_map, start="matched")
     student = convert(teacher, config, input_ids=tokens(3, 30))
     for layer in linearized_layers(student):
-        assert bool(layer.mixer.query_scale.isfinite().all())
+        assert bool(layer.mixer.get_parameter("query_scale").isfinite().all())
     with torch.no_grad():
         assert bool(student(tokens()).logits.isfinite().all())
 
@@ -125,13 +125,13 @@ def test_matched_start_needs_tokens(teacher: LlamaForCausalLM) -> None:
 def test_a_text_within_the_window_leaves_the_scales_alone(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
     student = convert(teacher, LinearizationConfig(window=64, start="matched"), input_ids=tokens())
     for layer in linearized_layers(student):
-        assert torch.equal(layer.mixer.query_scale, torch.zeros(6))
+        assert torch.equal(layer.mixer.get_parameter("query_scale"), torch.zeros(6))
 
 
 def test_papers_start(teacher: LlamaForCausalLM) -> None:
     for layer in linearized_layers(convert(teacher, LinearizationConfig())):
-        torch.testing.assert_close(layer.mixer.window_factor.detach().sigmoid(), torch.full((6,), 0.1))
-        assert torch.equal(layer.mixer.query_scale, torch.zeros(6))
+        torch.testing.assert_close(layer.mixer.get_parameter("window_factor").detach().sigmoid(), torch.full((6,), 0.1))
+        assert torch.equal(layer.mixer.get_parameter("query_scale"), torch.zeros(6))
 
 
 def test_matched_start_leaves_no_trace(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
@@ -173,7 +173,7 @@ def test_every_start_is_finite_and_trains(
 def test_matched_start_of_a_bfloat16_teacher_is_finite(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
     config = LinearizationConfig(window=0, start="matched")
     for layer in linearized_layers(convert(teacher.bfloat16(), config, input_ids=tokens(3, 30))):
-        assert bool(layer.mixer.query_scale.isfinite().all())
+        assert bool(layer.mixer.get_parameter("query_scale").isfinite().all())
 
 
 def test_features_that_are_all_zero_get_no_scale(teacher: LlamaForCausalLM, tokens: Tokens) -> None:

@@ -57,7 +57,7 @@ def test_gradients_reach_only_what_was_asked_for(make_student: Students, tokens:
         for layer in layers for name in "qkvo" for side in "AB"
     }  # fmt: skip
     added = {
-        f"{layer}self_attn.{name}"
+        f"{layer}self_attn.mixer.{name}"
         for layer in layers for name in ("feature_q.weight", "feature_k.weight", "window_factor", "query_scale")
     }  # fmt: skip
     assert with_gradient == (lora | added if maps else lora)

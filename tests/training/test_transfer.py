@@ -110,8 +110,8 @@ def test_only_the_added_parameters_are_trained(make_student: Students, tokens: T
     with_gradient = {name for name, p in student.named_parameters() if p.grad is not None}
     assert with_gradient == set(stage.parameters())
     assert {name.rpartition("self_attn.")[2] for name in with_gradient} == {
-        "feature_q.weight", "feature_k.weight", "window_factor", "query_scale",
-        *(("decay_gate.weight", "decay_gate.bias") if decay == "gate" else ()),
+        "mixer.feature_q.weight", "mixer.feature_k.weight", "mixer.window_factor", "mixer.query_scale",
+        *(("mixer.decay_gate.weight", "mixer.decay_gate.bias") if decay == "gate" else ()),
     }  # fmt: skip
     for name, p in stage.parameters().items():
         assert p.grad is not None and float(p.grad.abs().sum()) > 0, name

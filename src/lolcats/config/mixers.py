@@ -70,7 +70,7 @@ class LinearizationConfig(Section):
 class HybridConfig(LinearizationConfig):
     """Softmax attention over a window and linear attention over the rest, with one denominator (the paper's layer)."""
 
-    mixer: Literal["hybrid"] = "hybrid"
+    mixer: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]  # a name of its own is what tells the classes
     feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
     feature_size: Width | None = None  # f, the width of the learned matrix; None is the head size
     window: Near = 64  # tokens with exact softmax attention

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers.rotation import Rotation
@@ -84,10 +83,9 @@ S = TypeVar("S")
 def map_state(state: S, fn: Callable[[Tensor], Tensor]) -> S:
     """The state with `fn` applied to each of its tensors."""
     value: Any = state
-    if value is None:
-        return value
-    if isinstance(value, Tensor):
-        return fn(value)  # type: ignore[return-value]
+    if value is None or isinstance(value, Tensor):
+        new: Any = None if value is None else fn(value)
+        return new
     return type(value)(*(map_state(part, fn) for part in value))
 
 
@@ -125,7 +123,7 @@ class StateSpec(NamedTuple):
         return sum(count * dtype.itemsize for count, dtype in zip(counts, self.dtypes, strict=True))
 
     @classmethod
-    def of(cls, state: Any) -> Self:
+    def of(cls, state: Any) -> StateSpec:
         """Of a state that there is."""
         tensors = state_tensors(state)
         shapes = tuple(tuple(t.shape[1:]) for t in tensors)
@@ -197,9 +195,13 @@ class Mixer(nn.Module):
         """`step` without slots."""
         raise NotImplementedError
 
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """The state of `rows` texts before any token, in a model of this dtype; also a new pool."""
+        raise NotImplementedError
+
     def state_spec(self, dtype: torch.dtype) -> StateSpec:
         """What one text's state is in a model of this dtype: all that caches, pools and engines need to know."""
-        raise NotImplementedError
+        return StateSpec.of(self.empty_state(1, dtype))
 
     def start(self, call: Call, teacher: Tensor) -> None:
         """Set parameters from one batch of the teacher, of whose attention `teacher` [B, H, N, Dv] is the output.

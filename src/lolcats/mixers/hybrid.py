@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from lolcats.mixers.base import Call, Mixer, Sizes, StateSpec
+from lolcats.mixers.base import Call, Mixer, Sizes, map_state
 from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
 from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention, resolve_impl
@@ -65,7 +65,7 @@ class HybridMixer(Mixer):
         self.settings = settings
 
     @classmethod
-    def build(
+    def build(  # type: ignore[override]  # the names of its settings are its own
         cls,
         sizes: Sizes,
         *,
@@ -122,27 +122,22 @@ class HybridMixer(Mixer):
                 out, new = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
         return _silenced(out, mode), new
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
-        """See `Mixer.state_spec`; the operation itself makes the state that is looked at."""
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> HybridState:
+        """See `Mixer.empty_state`; the operation itself makes it, from a token of padding."""
         s, gate = self.sizes, self.decay_gate is not None
         maps = self.feature_k.heads if self.feature_k.learned else s.kv_heads
-        zeros = functools.partial(torch.zeros, device="cpu")
-        q = zeros(1, s.heads, 1, s.head_dim, dtype=dtype)
-        k, v = (zeros(1, s.kv_heads, 1, size, dtype=dtype) for size in (s.head_dim, s.value_dim))
-        phi_q, phi_k = (zeros(1, heads, 1, self.feature_q.features) for heads in (s.heads, s.heads if gate else maps))
-        log_decay = zeros(1, s.heads, 1) if gate else None
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        q = zeros(s.heads, 1, s.head_dim, dtype=dtype)
+        k, v = (zeros(s.kv_heads, 1, size, dtype=dtype) for size in (s.head_dim, s.value_dim))
+        phi_q, phi_k = (zeros(heads, 1, self.feature_q.features) for heads in (s.heads, s.heads if gate else maps))
         state = hybrid_attention(
-            q,
-            k,
-            v,
-            (phi_q, phi_k),
-            zeros(s.heads),
-            self.settings,
-            log_decay=log_decay,
-            return_state=True,
-            impl="chunked",
-        ).state
-        return StateSpec.of(_kept(state))
+            q, k, v, (phi_q, phi_k), torch.zeros(s.heads, device=device), self.settings,
+            log_decay=zeros(s.heads, 1) if gate else None, attention_mask=zeros(1), return_state=True, impl="chunked",
+        ).state  # fmt: skip
+        return map_state(_kept(state), Tensor.contiguous)
 
     def start(self, call: Call, teacher: Tensor) -> None:
         """The matched start, see `lolcats.mixers.start`."""

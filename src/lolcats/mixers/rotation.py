@@ -24,6 +24,20 @@ class Layout(NamedTuple):
     """How [.., P] cosines stand for the R/2 pairs: as [f, f], as [f0, f0, f1, f1, ..], or once each."""
 
 
+def layouts(angles: int, head_dim: int) -> list[Layout]:
+    """All layouts that differ for heads of D = `head_dim` channels and P = `angles` cosines handed over."""
+    found = {}
+    for layout in LAYOUTS:
+        half = angles if layout.angles == "single" else angles // 2
+        if layout.pairs == "none":
+            found[layout] = layout
+        elif 0 < 2 * half <= head_dim and (layout.angles == "single" or angles % 2 == 0):
+            same = layout if half > 1 else Layout("half", layout.place, "single" if angles == 1 else "cat")
+            same = same if 2 * half < head_dim else same._replace(place="first")
+            found[same] = same
+    return list(found)
+
+
 LAYOUTS = (
     Layout("none"),
     *(
@@ -49,10 +63,6 @@ class Rotation(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """x after the rotation: [B, h, N, D]."""
         return self._turn(x, back=False)
-
-    def fits(self, head_dim: int) -> bool:
-        """Whether there are as many channels as the layout rotates."""
-        return self.layout.pairs == "none" or 0 < 2 * self._angles(self.cos).shape[-1] <= head_dim
 
     def _angles(self, x: Tensor) -> Tensor:
         """One number a pair: [B or 1, 1, N, R/2]."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 ADDED_BY_0_1 = ("feature_q", "feature_k", "window_factor", "query_scale", "decay_gate")
@@ -29,6 +29,25 @@ def old_name(name: str) -> str:
 def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
     """A file's tensors by their present names."""
     return {new_name(name): tensor for name, tensor in tensors.items()}
+
+
+def in_old_order(names: Iterable[str]) -> list[str]:
+    """Names of a model's parameters in the order of 0.1, so that sums over all of them are the same to the last bit.
+
+    In each layer the vectors that were added come first, then the family's weights, then feature maps and gate.
+    """
+    layers: dict[str, int] = {}
+
+    def place(item: tuple[int, str]) -> tuple[int, int]:
+        index, name = item
+        part = ".inner." if ".inner." in name else ".mixer."
+        layer, found, rest = name.partition(part)
+        if not found:
+            return index, 0
+        rank = 1 if part == ".inner." else 2 * ("." in rest)
+        return layers.setdefault(layer, index), rank
+
+    return [name for _, name in sorted(enumerate(names), key=place)]
 
 
 def key_mapping() -> dict[str, str]:

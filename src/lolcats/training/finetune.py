@@ -24,6 +24,7 @@ from lolcats.modeling import LinearizedAttention, attention_mode
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.hf import is_added
+from lolcats.modeling.old_names import in_old_order
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings, weights_digest
 from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
@@ -66,7 +67,8 @@ class FinetuneStage:
         self._teacher_head = self.head if self.teacher is None else OutputHead(self.teacher)
         for p in added_parameters(model).values():
             p.requires_grad_(config.train_feature_maps)
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {name: trained[name] for name in in_old_order(trained)}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """LoRA matrices (or all weights), and the feature maps where asked for."""
