@@ -27,8 +27,7 @@ from lolcats.modeling.handover import AttentionCall, Handover
 from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
 from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.softmax import capped_softmax
-from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention
-from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
+from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention, hybrid_step, leaving_keys
 
 Mode = Literal["hybrid", "softmax", "window_only", "linear_only", "no_attention"]
 """What a linearized layer computes: itself, its teacher, or one of the controls that show what each half does."""
@@ -227,21 +226,17 @@ class LinearizedAttention(nn.Module):
     def _step(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
         state = layer.state
         assert state is not None
-        settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
-        padding = call.facts.padding
-        active = None if padding is None else padding[:, 0]
-        maps = None if self.mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
-        needs_grad = any(t.requires_grad for t in (call.q, call.k, call.v, self.window_factor))
-        fused = fused_step(call.q, call.v, maps, settings, self.plain_impl(), needs_grad)
-        if fused is not None:
-            rest = (self._factor(), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
-            out, state = fused(call.q, call.k, call.v, maps, *rest)
-        else:
+        options, padding = self.options(call), call.facts.padding
+        features = map_weights(self.feature_q, self.feature_k, self.query_scale)
+        if features is None or self.mode == "window_only":
             phi_q, factor, log_decay = self._query_side(call)
-            leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
-            rest = (factor, state, settings, log_decay, active, call.sink_logits)
-            with torch.autocast(call.q.device.type, enabled=False):
-                out, state = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
+            features = phi_q, self.feature_k(leaving_keys(state, call.k, options["spec"]))
+        else:
+            factor, log_decay = self._factor(), self.log_decay(call.hidden)
+        out, state = hybrid_step(
+            call.q, call.k, call.v, features, factor, state, log_decay=log_decay,
+            active=None if padding is None else padding[:, 0], donate=True, impl=self.plain_impl(), **options,
+        )  # fmt: skip
         layer.advance(state, 1, whole=padding is None)
         return torch.zeros_like(out) if self.mode == "no_attention" else out
 
