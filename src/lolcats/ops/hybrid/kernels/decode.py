@@ -181,9 +181,9 @@ def decode_kernel(
         sv = tl.where(here, v_new[None, :], load_tile(sink_v, DV, 0, SINKS, 0, BS, DV, BV).to(dtype))
         tl.store(sink_k + now * D + d, k_new, mask=d < tl.where(now < SINKS, D, 0))
         tl.store(sink_v + now * DV + column, v_new, mask=column < tl.where(now < SINKS, DV, 0))
-        s = cap(tl.dot(q_tile, tl.trans(sk), input_precision=PRECISION) * scale, SOFTCAP) * LOG2E
-        s = tl.where(((sink <= now) & (sink < SINKS))[None, :], s, -float("inf"))
-        top, denominator, acc = add_softmax(top, denominator, acc, s, sv, PRECISION)
+        sink_scores = cap(tl.dot(q_tile, tl.trans(sk), input_precision=PRECISION) * scale, SOFTCAP) * LOG2E
+        sink_scores = tl.where(((sink <= now) & (sink < SINKS))[None, :], sink_scores, -float("inf"))
+        top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
     for first in range(0, RING, BR):
         slot = first + tl.arange(0, BR)
         position, inside = ring_positions(now, slot, WINDOW, TERRACED, RING)
@@ -345,7 +345,7 @@ def decode_step(
     active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
     flags = {"HAS_ACTIVE": active is not None, "HAS_INDICES": indices is not None}
     features = state.linear.kv.shape[2]
-    rows = LARGEST_TILE // max(SMALLEST, padded(size), padded(dv))  # of a tile of keys or values
+    rows = min(128, LARGEST_TILE // max(padded(size), padded(dv)))  # of a tile of keys or values
     on(decode_kernel, (batch, kv_heads))(
         q, k, v, maps.q.contiguous(), map_k.contiguous(), either(maps.bias_q, q), either(bias_k, q),
         either(maps.log_scale, q), window_factor, either(sink_logits, q), either(decay, q), either(active, q),
