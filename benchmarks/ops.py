@@ -27,9 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lolcats.models.device import describe_device
-from lolcats.ops import HybridSpec, MapWeights, hybrid_attention
-from lolcats.ops.hybrid import hybrid_step, leaving_keys
-from lolcats.ops.hybrid.kernels.decode import decode_step
+from lolcats.ops import HybridSpec, MapWeights, hybrid_attention, hybrid_step
 
 REPLAYS, LEAST, SECONDS = 30, 5, 2.0
 """Replays of one measurement: at most REPLAYS, fewer where they take longer than SECONDS, never less than LEAST."""
@@ -220,14 +218,13 @@ def decode_row(batch: int, args: argparse.Namespace, bandwidth: float) -> dict[s
     assert state is not None
     q, k, v = (t[:, :, -1:].contiguous() for t in (x.q, x.k, x.v))
 
-    def plain() -> Any:
-        leaving = x.maps.phi_k(leaving_keys(state, k, x.spec))
-        return hybrid_step(q, k, v, x.maps.phi_q(q), leaving, x.factor, state, x.spec)
+    def step(impl: str) -> Any:
+        return hybrid_step(q, k, v, x.maps, x.factor, state, x.spec, donate=True, impl=impl)
 
     parts = (*state.linear, state.window.k, state.window.v)
     least = 2e-6 * sum(t.numel() * t.element_size() for t in parts) / bandwidth
-    row: dict[str, Any] = {"pass": "decode", "batch": batch, "plain torch": time_graph(plain)}
-    row["hybrid"] = time_graph(lambda: decode_step(q, k, v, x.maps, x.factor, state, x.spec))
+    row: dict[str, Any] = {"pass": "decode", "batch": batch, "plain torch": time_graph(lambda: step("recurrent"))}
+    row["hybrid"] = time_graph(lambda: step("triton"))
     return {**row, "bytes / bandwidth": least, "ratio": row["hybrid"] / least}
 
 

@@ -45,7 +45,7 @@ def test_a_step_is_made_the_way_that_was_asked_for(make_student: Students, token
     ("settings", "says"),
     [
         ({"window": 0}, "window of at least 1"),
-        ({"window": 4096}, "its tiles hold"),
+        ({"window": 4, "feature_size": 4096}, "its tiles hold"),
         ({"window": 4, "feature_map": "elu"}, "'hedgehog' and 't2r' only"),
     ],
     ids=str,

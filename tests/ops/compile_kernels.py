@@ -79,7 +79,8 @@ def run(kind: str, window_kind: str) -> list[str]:
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
     if not given:
-        step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, spec, logits)
+        for window in (spec.window, 200):  # 200 slots, or 400, are more than a tile holds
+            step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, spec._replace(window=window), logits)
     return [problem for problem in problems if problem]
 
 
@@ -89,14 +90,14 @@ def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, spec: HybridSpec, l
     features = maps.q.shape[2] * (2 if maps.kind == "hedgehog" else 1)
     slots = spec.slots
     ring = torch.empty(batch, kv_heads, slots, size, dtype=k.dtype)
-    position, length = torch.zeros(batch, slots, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
-    window = WindowRing(ring, ring, position, None, torch.empty(batch, heads, slots))
+    length = torch.zeros(batch, dtype=torch.long)
+    window = WindowRing(ring, ring, None, torch.empty(batch, heads, slots))
     linear = LinearState(torch.empty(batch, heads, features, size), torch.empty(batch, heads, features))
     sinks = SinkKeys(*(ring[:, :, : spec.sinks].contiguous() for _ in range(2)))
     state, losses = HybridState(linear, window, sinks, length), torch.empty(batch, heads, 1)
     token = k[:, :, :1]
     factor = torch.empty(heads)
-    decode.decode_step(q[:, :, :1], token, token, maps, factor, state, spec, losses, length, logits)
+    decode.decode_step(q[:, :, :1], token, token, maps, factor, state, spec, losses, length, logits, length)
 
 
 if __name__ == "__main__":

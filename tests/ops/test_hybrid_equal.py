@@ -149,7 +149,7 @@ def test_padding_is_the_reference(kind: str, window: int, side: str) -> None:
         assert_same_gradients(got.out, want.out, tensors)
         assert got.state is not None
         assert want.state is not None
-        assert_same_state(got.state, want.state)
+        assert_same_state(got.state, want.state, case)
 
 
 @pytest.mark.parametrize(("kind", "window"), WINDOWS[:4] + WINDOWS[7:9])
@@ -169,7 +169,7 @@ def test_final_state_is_the_reference(kind: str, window: int) -> None:
         tensors = make(case)
         want = state_of(tensors, case, "reference")
         for impl in ("chunked", "recurrent"):
-            assert_same_state(state_of(tensors, case, impl), want)
+            assert_same_state(state_of(tensors, case, impl), want, case)
 
 
 @pytest.mark.gpu

@@ -72,9 +72,9 @@ def test_packed_is_separate(case: Case, impl: str, starts: bool) -> None:
     for text, result in enumerate(results):
         state = got.state.map(lambda t, i=text: t[i : i + 1])
         if result is not None:
-            assert_same_state(state, result.state)
+            assert_same_state(state, result.state, case)
         elif before is not None:  # a text without tokens leaves its state as it was
-            assert_same_state(state, before.map(lambda t, i=text: t[i : i + 1]))
+            assert_same_state(state, before.map(lambda t, i=text: t[i : i + 1]), case)
         else:
             assert state.length.tolist() == [0] and state.linear.kv.abs().max() == 0
 
@@ -117,7 +117,7 @@ def test_the_packed_row_goes_on_text_by_text() -> None:
     got = run(packed, case, "chunked", cu_seqlens=cuts, initial_state=state, return_state=True)
     assert_same(got.out, want.out.transpose(0, 1).flatten(1, 2)[None])
     assert got.state is not None and want.state is not None
-    assert_same_state(got.state, want.state)
+    assert_same_state(got.state, want.state, case)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from helpers import (
 from torch import Tensor
 
 from lolcats.ops import HybridState
+from lolcats.ops.hybrid.layout import held_positions, in_order
 
 SLIDING = Case(50, 8, "sliding", sinks=2, decay=True, groups=3, kv_heads=1)
 TERRACED = Case(50, 8, "terraced", sinks=2, decay=True, groups=2, kv_heads=2, softcap=1.0, learned=True)
@@ -51,7 +52,7 @@ def test_split_is_the_full_pass(first: str, second: str) -> None:
         for cut in (1, 2, 7, 8, 9, 16, 17, 31, 49):
             out, state = run_pieces(tensors, case, [cut], [first, second])
             assert_same(out, full.out, f"{case.kind}, cut at {cut}")
-            assert_same_state(state, full.state)
+            assert_same_state(state, full.state, case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -62,7 +63,7 @@ def test_many_pieces_are_the_full_pass(case: Case) -> None:
     for cuts in ([1, 2, 3], [8, 16, 24, 32, 40, 48], [5, 5 + 17, 40], list(range(1, 50))):
         out, state = run_pieces(tensors, case, cuts, ["chunked", "recurrent", "reference"])
         assert_same(out, full.out, f"cuts {cuts}")
-        assert_same_state(state, full.state)
+        assert_same_state(state, full.state, case)
 
 
 def test_split_of_a_text_longer_than_chunks_and_window() -> None:
@@ -110,8 +111,8 @@ def test_defect_04_chunked_prefill_keeps_every_key(kind: str) -> None:
     for impl in ("reference", "chunked"):
         out, state = run_pieces(tensors, case, [64, 128, 192, 256], [impl])
         assert state.window.phi_k is not None
-        held = state.window.position[:, None, :, None] >= case.sinks
-        in_window = (state.window.phi_k * held).sum(2)
+        held = held_positions(state.length, case.spec)[:, None, :, None] >= case.sinks
+        in_window = (in_order(state.window, state.length).phi_k * held).sum(2)
         assert_same(state.linear.k_sum + in_window, tensors.phi_k[:, :, case.sinks :].sum(2), impl)
         assert_same(out, run(tensors, case, "reference").out, impl)
 
@@ -150,7 +151,7 @@ def check_padding(case: Case, side: str, impl: str) -> None:
         alone = run(text, case, impl, return_state=True)
         assert alone.state is not None
         assert_same(result.out[row : row + 1][:, :, mask[row].bool()], alone.out, f"row {row}")
-        assert_same_state(result.state.map(lambda t, r=row: t[r : r + 1]), alone.state)
+        assert_same_state(result.state.map(lambda t, r=row: t[r : r + 1]), alone.state, case)
         going_on = run(more.rows(row, row + 1), case, impl, initial_state=alone.state).out
         assert_same(later[row : row + 1], going_on, f"row {row}, later")
 
@@ -185,7 +186,7 @@ def test_batch_is_single(impl: str) -> None:
             single = run(tensors.rows(row, row + 1), case, impl, return_state=True)
             assert single.state is not None
             assert_same(batch.out[row : row + 1], single.out)
-            assert_same_state(batch.state.map(lambda t, r=row: t[r : r + 1]), single.state)
+            assert_same_state(batch.state.map(lambda t, r=row: t[r : r + 1]), single.state, case)
 
 
 def test_rows_of_a_state_can_be_reordered() -> None:
@@ -219,7 +220,7 @@ def test_nbytes_counts_every_tensor() -> None:
     state = state_of(make(SLIDING, torch.float32).to(torch.float32), SLIDING, "chunked")
     batch, size, value, features, heads, slots, sinks = 2, 4, 3, 3, 3, 8, 2
     floats = heads * features * (value + 1) + slots * (size + value + heads * features + heads) + sinks * (size + value)
-    assert state.nbytes == batch * (4 * floats + 8 * slots + 8)
+    assert state.nbytes == batch * (4 * floats + 8)
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)

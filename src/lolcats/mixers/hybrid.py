@@ -25,8 +25,15 @@ from torch import Tensor, nn
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state
 from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
-from lolcats.ops import HybridOutput, HybridSpec, HybridState, hybrid_attention, resolve_impl
-from lolcats.ops.hybrid import fused_step, hybrid_step, leaving_keys
+from lolcats.ops import (
+    HybridOutput,
+    HybridSpec,
+    HybridState,
+    hybrid_attention,
+    hybrid_step,
+    leaving_keys,
+    resolve_impl,
+)
 
 PAPER_WINDOW_FACTOR = -2.1972246
 """logit(0.1): the paper's initial window factor."""
@@ -105,21 +112,20 @@ class HybridMixer(Mixer):
             return _compiled_whole()(self, call, mode), None
         return self._whole(call, mode), None
 
-    def advance(self, call: Call, state: HybridState, mode: str) -> tuple[Tensor, HybridState]:
-        """See `Mixer.step`; the kernel writes the new state over the old one."""
-        settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
-        active = None if call.padding is None else call.padding[:, 0]
-        maps = None if mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
-        needs_grad = any(t.requires_grad for t in (call.q, call.k, call.v, self.window_factor))
-        fused = fused_step(call.q, call.v, maps, settings, self.plain_impl, needs_grad)
-        rest = (self._factor(mode), state, settings, self.log_decay(call.hidden), active, call.sink_logits)
-        if fused is not None:
-            out, new = fused(call.q, call.k, call.v, maps, *rest)
-        else:
-            phi_q = self._query_features(call.q, mode)
-            leaving = self._per_state_head(self.feature_k(leaving_keys(state, call.k, settings)))
-            with torch.autocast(call.q.device.type, enabled=False):
-                out, new = hybrid_step(call.q, call.k, call.v, phi_q, leaving, *rest)
+    def step(
+        self, call: Call, state: HybridState, *, slots: Tensor | None = None, mode: str = "full"
+    ) -> tuple[Tensor, HybridState]:
+        """See `Mixer.step`; a slot of -1 is a row without a text, whose output is 0."""
+        options = self._options(call)
+        features = map_weights(self.feature_q, self.feature_k, self.query_scale)
+        if features is None or mode == "window_only":
+            leaving = leaving_keys(state, call.k, options["spec"], slots)
+            features = self._query_features(call.q, mode), self.feature_k(leaving)
+        out, new = hybrid_step(
+            call.q, call.k, call.v, features, self._factor(mode), state, log_decay=self.log_decay(call.hidden),
+            active=None if call.padding is None else call.padding[:, 0], state_indices=slots, donate=True,
+            impl=self.plain_impl, **options,
+        )  # fmt: skip
         return _silenced(out, mode), new
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> HybridState:

@@ -1,6 +1,13 @@
 """Functions of tensors only: no configuration, no transformers."""
 
-from lolcats.ops.hybrid import IMPLEMENTATIONS, hybrid_attention, kernels_available, resolve_impl
+from lolcats.ops.hybrid import (
+    IMPLEMENTATIONS,
+    hybrid_attention,
+    hybrid_step,
+    kernels_available,
+    leaving_keys,
+    resolve_impl,
+)
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, HybridSpec, HybridState, LinearState, SinkKeys, WindowRing
 
@@ -14,6 +21,8 @@ __all__ = [
     "SinkKeys",
     "WindowRing",
     "hybrid_attention",
+    "hybrid_step",
     "kernels_available",
+    "leaving_keys",
     "resolve_impl",
 ]

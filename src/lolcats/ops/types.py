@@ -53,14 +53,15 @@ class LinearState(NamedTuple):
 
 
 class WindowRing(NamedTuple):
-    """The last R tokens, oldest first, right-aligned: empty slots are on the left."""
+    """The last R tokens. The token at position p of its text is in slot p % R, where it replaces the one at p - R.
+
+    So a new token changes one slot, and the state's `length` says which slots are filled (`layout.held_positions`).
+    """
 
     k: Tensor
     """[B, KV, R, D]."""
     v: Tensor
     """[B, KV, R, Dv]."""
-    position: Tensor
-    """[B, R] int64: index of the token in its own text, -1 for an empty slot."""
     phi_k: Tensor | None
     """[B, H or KV, R, F], or None where the owner recomputes features from `k` (the model's cache does)."""
     log_decay: Tensor | None

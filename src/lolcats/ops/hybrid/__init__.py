@@ -1,12 +1,11 @@
 """Hybrid attention: softmax over a window (and sinks), a learned linear attention over the rest, one denominator."""
 
 from lolcats.ops.hybrid.api import IMPLEMENTATIONS, hybrid_attention, kernels_available, resolve_impl
-from lolcats.ops.hybrid.recurrent import hybrid_step, leaving_keys
-from lolcats.ops.hybrid.step import fused_step
+from lolcats.ops.hybrid.recurrent import leaving_keys
+from lolcats.ops.hybrid.step import hybrid_step
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "fused_step",
     "hybrid_attention",
     "hybrid_step",
     "kernels_available",

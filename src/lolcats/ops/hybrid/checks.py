@@ -111,3 +111,45 @@ def check_state(state: HybridState, batch: int, spec: HybridSpec, decays: bool, 
     expect(held == spec.sinks, f"a state with {spec.sinks} sinks", held)
     expect(not features or state.window.phi_k is not None, "a state whose window holds phi_k", "none")
     expect((state.window.log_decay is not None) == decays, f"a state {'with' if decays else 'without'} decay", "other")
+
+
+def check_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: tuple[Tensor, Tensor] | MapWeights,
+    state: HybridState,
+    spec: HybridSpec,
+    log_decay: Tensor | None,
+    sink_logits: Tensor | None,
+    active: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    """Check the arguments of `hybrid_step`.
+
+    Raises:
+        ValueError: a shape, a number or a name that does not fit.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect(x.ndim == 4 and x.shape[2] == 1, f"{name} [batch, heads, 1, size]", tuple(x.shape))
+    batch, heads, _, size = q.shape
+    kv_heads = k.shape[1]
+    expect(heads % kv_heads == 0, f"query heads ({heads}) to be a multiple of key heads", kv_heads)
+    expect(k.shape == (batch, kv_heads, 1, size), f"k {(batch, kv_heads, 1, size)}", tuple(k.shape))
+    expect(v.shape[:2] == (batch, kv_heads), f"v {(batch, kv_heads, 1)} and a value size", tuple(v.shape))
+    if isinstance(features, MapWeights):
+        check_maps(features, q, k)
+    check_spec(spec)
+    if log_decay is not None:
+        expect(log_decay.shape == (batch, heads, 1), f"log_decay {(batch, heads, 1)}", tuple(log_decay.shape))
+    if sink_logits is not None:
+        expect(sink_logits.shape == (heads,), f"sink_logits ({heads},)", tuple(sink_logits.shape))
+    if active is not None:
+        expect(active.shape == (batch,), f"active ({batch},)", tuple(active.shape))
+    rows = batch
+    if state_indices is not None:
+        whole = state_indices.dtype in (torch.int32, torch.int64) and state_indices.shape == (batch,)
+        got = tuple(state_indices.shape), state_indices.dtype
+        expect(whole, f"state_indices ({batch},) of int32 or int64", got)
+        rows = len(state.length)
+    check_state(state, rows, spec, log_decay is not None, False)

@@ -79,16 +79,16 @@ def extend(inputs: Inputs, spec: HybridSpec) -> Extended:
     length = (position >= 0).sum(-1).expand(batch)
     ring = 0
     if state is not None:
-        window = state.window
+        window, held_position = in_order(state.window, state.length), held_positions(state.length, spec)
         assert window.phi_k is not None
-        ring = window.k.shape[2]
+        ring = spec.slots
         k, v = torch.cat([window.k.to(k.dtype), k], 2), torch.cat([window.v.to(v.dtype), v], 2)
         phi_k = torch.cat([window.phi_k.to(phi_k.dtype), phi_k], 2)
         if log_decay is not None:
             assert window.log_decay is not None
-            held = torch.where(window.position[:, None] >= 0, window.log_decay, 0.0)
+            held = torch.where(held_position[:, None] >= 0, window.log_decay, 0.0)
             log_decay = torch.cat([held.to(log_decay.dtype), log_decay], 2)
-        position = torch.cat([window.position, position.expand(batch, -1)], 1)
+        position = torch.cat([held_position, position.expand(batch, -1)], 1)
         length = length + state.length
     return Extended(k, v, phi_k, log_decay, position, inputs.segment_ids, sinks, length, ring)
 
@@ -159,26 +159,42 @@ def final_state(
     position = ext.position.expand(left.shape[0], -1)
     if linear is None:
         linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= spec.sinks, dtype)
-    # Stable sort by "is kept" right-aligns what stays, whatever side the padding was on.
-    kept = (position >= 0) & ~left
-    slots = spec.slots
-    order = kept.long().argsort(dim=-1, stable=True)
-    order = order[:, max(0, order.shape[1] - slots) :]
-    missing = slots - order.shape[1]
+    # Stable sort by "is kept" brings what stays to the right end, whatever side the padding was on.
+    order = ((position >= 0) & ~left).long().argsort(dim=-1, stable=True)
+    order = order[:, max(0, order.shape[1] - spec.slots) :]
+    missing = spec.slots - order.shape[1]
+    # There the token at position length - R + i has index i.
+    index = (torch.arange(spec.slots, device=order.device) - ext.length[:, None]) % max(1, spec.slots)
 
     def take(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
         front = (0, 0, missing, 0) if x.ndim == 4 else (missing, 0)
-        return torch.nn.functional.pad(take_tokens(x, order), front)
+        return take_tokens(torch.nn.functional.pad(take_tokens(x, order), front), index)
 
-    slot_position = torch.where(kept, position, -1).gather(1, order)
-    slot_position = torch.nn.functional.pad(slot_position, (missing, 0), value=-1)
     log_decay = take(ext.log_decay)
     k, v = take(ext.k), take(ext.v)
     assert k is not None and v is not None
-    ring = WindowRing(k, v, slot_position, take(ext.phi_k), None if log_decay is None else log_decay.to(dtype))
+    ring = WindowRing(k, v, take(ext.phi_k), None if log_decay is None else log_decay.to(dtype))
     return HybridState(linear, ring, ext.sinks, ext.length)
+
+
+def slots_in_order(length: Tensor, slots: int) -> Tensor:
+    """Slots [B, R] of the tokens at positions length - R .. length - 1, oldest first."""
+    return (length[:, None] + torch.arange(slots, device=length.device)) % max(1, slots)
+
+
+def in_order(window: WindowRing, length: Tensor) -> WindowRing:
+    """The ring with its tokens oldest first, so that the last is at the right end; empty slots are on the left."""
+    order = slots_in_order(length, window.k.shape[2])
+    return WindowRing(*(None if x is None else take_tokens(x, order) for x in window))  # type: ignore[arg-type]
+
+
+def held_positions(length: Tensor, spec: HybridSpec) -> Tensor:
+    """Positions [B, R] of the tokens of `in_order`; -1 where there is none, or one that has left the window."""
+    position = length[:, None] + torch.arange(-spec.slots, 0, device=length.device)
+    held = (position >= 0) & in_window(length[:, None] - 1, position, spec)
+    return torch.where(held, position, -1)
 
 
 def fold(
@@ -234,7 +250,6 @@ def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
     ring = WindowRing(
         zeros(kv_heads, slots, size, like=inputs.k),
         zeros(kv_heads, slots, value_size, like=inputs.v),
-        torch.full((batch, slots), -1, dtype=torch.long, device=device),
         zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
         accumulator(inputs.q.shape[1], slots) if decays else None,
     )

@@ -5,10 +5,23 @@ Written apart from the reference on purpose, so that each checks the other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import FULL_DECAY, Inputs, empty_state, fold, in_window, token_positions
+from lolcats.ops.hybrid.layout import (
+    FULL_DECAY,
+    Inputs,
+    empty_state,
+    fold,
+    held_positions,
+    in_order,
+    in_window,
+    slots_in_order,
+    take_tokens,
+    token_positions,
+)
 from lolcats.ops.hybrid.scores import cap_scores, row_max
 from lolcats.ops.types import (
     HybridOutput,
@@ -38,14 +51,9 @@ def recurrent_attention(inputs: Inputs, spec: HybridSpec, return_state: bool) ->
         if position is not None:  # a new text starts with an empty state
             state = _restart(state, empty, position[:, i] == 0)
         assert state.window.phi_k is not None
-        ring_phi = torch.cat([state.window.phi_k.to(phi_k.dtype), phi_k], 2)
-        leaving = ring_phi[:, :, : leaving_slots(spec)]
-        out, new = hybrid_step(q, k, v, phi_q, leaving, inputs.window_factor, state, spec, log_decay, active,
-                               inputs.sink_logits)  # fmt: skip
-        ring_phi = ring_phi[:, :, 1:]
-        if active is not None:
-            ring_phi = torch.where(active[:, None, None, None] > 0, ring_phi, state.window.phi_k.to(phi_k.dtype))
-        state = new._replace(window=new.window._replace(phi_k=ring_phi))
+        leaving = _leaving_tokens(state.window.phi_k.to(phi_k.dtype), phi_k, state.length, spec)
+        out, state = recurrent_step(q, k, v, phi_q, leaving, inputs.window_factor, state, spec, log_decay, active,
+                                    inputs.sink_logits, phi_k)  # fmt: skip
         outputs.append(out)
     return HybridOutput(torch.cat(outputs, 2), state if return_state else None)
 
@@ -56,19 +64,28 @@ def _restart(state: HybridState, empty: list[Tensor], starts: Tensor) -> HybridS
     return state.map(lambda t: torch.where(starts.view(-1, *[1] * (t.ndim - 1)), next(before).to(t.dtype), t))
 
 
-def leaving_slots(spec: HybridSpec) -> int:
-    """How many of the oldest tokens (ring, then the new one) can leave the window in one step."""
-    return max(1, spec.window) if spec.window_kind == "terraced" else 1
+def leaving_keys(state: HybridState, k: Tensor, spec: HybridSpec, state_indices: Tensor | None = None) -> Tensor:
+    """The keys [B, KV, E, D] that can leave the window with the next token, whose features `hybrid_step` needs.
+
+    They are the oldest of the ring, without a window k [B, KV, 1, D] itself; with `state_indices` [B] those of rows of
+    a pool.
+    """
+    ring, length = state.window.k, state.length
+    if state_indices is not None:
+        rows = state_indices.clamp_min(0)
+        ring, length = ring.index_select(0, rows), length.index_select(0, rows)
+    return _leaving_tokens(ring, k, length, spec)
 
 
-def leaving_keys(state: HybridState, k: Tensor, spec: HybridSpec) -> Tensor:
-    """The keys whose features `hybrid_step` needs: the oldest of the ring followed by k [B, KV, 1, D]."""
-    count = leaving_slots(spec)
-    ring = state.window.k
-    return ring[:, :, :count] if ring.shape[2] >= count else torch.cat([ring.to(k.dtype), k], 2)[:, :, :count]
+def _leaving_tokens(ring: Tensor, new: Tensor, length: Tensor, spec: HybridSpec) -> Tensor:
+    """The tokens of the ring that can leave it: a block of a terraced window, one of a sliding one; or the new one."""
+    if spec.slots == 0:
+        return new
+    count = spec.window if spec.window_kind == "terraced" else 1
+    return take_tokens(ring, slots_in_order(length, spec.slots)[:, :count])
 
 
-def hybrid_step(
+def recurrent_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -80,6 +97,7 @@ def hybrid_step(
     log_decay: Tensor | None = None,
     active: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    phi_k: Tensor | None = None,
 ) -> tuple[Tensor, HybridState]:
     """Attend with one token and return its output and the next state.
 
@@ -88,30 +106,41 @@ def hybrid_step(
         phi_leaving: [B, S, E, F], features of `leaving_keys(state, k, spec)`.
         log_decay: [B, H, 1] or None; active: [B], 0 for rows whose token is padding (their state stays).
         sink_logits: [H] or None.
+        phi_k: [B, S, 1, F], features of k where the ring holds features.
 
     Returns:
-        out [B, H, 1, Dv] in the dtype of v; the new state, whose ring has no `phi_k`.
+        out [B, H, 1, Dv] in the dtype of v; the new state.
     """
     dtype = accumulation_dtype(q, v)
     now = state.length[:, None]  # position of the new token, [B, 1]
-    window = state.window
+    window = in_order(state.window, state.length)
     keys, values = torch.cat([window.k.to(k.dtype), k], 2), torch.cat([window.v.to(v.dtype), v], 2)
-    position = torch.cat([window.position, now], 1)
+    position = torch.cat([held_positions(state.length, spec), now], 1)
     decay = None
     if log_decay is not None:
         assert window.log_decay is not None
-        decay = torch.cat([window.log_decay, log_decay.to(window.log_decay.dtype).clamp_min(FULL_DECAY)], 2)
+        log_decay = log_decay.to(window.log_decay.dtype).clamp_min(FULL_DECAY)
+        decay = torch.cat([window.log_decay, log_decay], 2)
     near = in_window(now, position, spec) & (position >= 0)
     linear = _fold_leaving(state, phi_leaving, values, decay, near, position, spec, dtype)
     sinks = _place_sink(state.sinks, k, v, now)
     out = _attend(q, phi_q, keys, values, near & (position >= spec.sinks), sinks, now, linear, decay, near,
                   window_factor, sink_logits, spec, dtype)  # fmt: skip
-    kept = torch.where(near, position, -1)
-    ring = WindowRing(keys[:, :, 1:], values[:, :, 1:], kept[:, 1:], None, None if decay is None else decay[:, :, 1:])
+    ring = WindowRing(*(_place(old, new, now) for old, new in zip(state.window, (k, v, phi_k, log_decay), strict=True)))
     new = HybridState(linear, ring, sinks, state.length + 1)
     if active is not None:
-        out, new = _only_active(active > 0, out, new, state._replace(window=window._replace(phi_k=None)))
+        out, new = _only_active(active > 0, out, new, state)
     return out.to(v.dtype), new
+
+
+def _place(ring: Tensor | None, new: Tensor | None, now: Tensor) -> Any:
+    """A ring [B, h, R, ...] with the new token [B, h, 1, ...] in its slot."""
+    if ring is None or new is None:
+        return None
+    slots = ring.shape[2]
+    here = torch.arange(slots, device=ring.device) == now % max(1, slots)  # [B, R]
+    here = here[:, None] if ring.ndim == 3 else here[:, None, :, None]
+    return torch.where(here, new, ring.to(new.dtype)) if ring.ndim == 4 else torch.where(here, new.to(ring.dtype), ring)
 
 
 def _fold_leaving(

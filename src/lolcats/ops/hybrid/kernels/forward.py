@@ -30,6 +30,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
     LOG2E,
+    add_softmax,
     cap,
     changing_one,
     load_bias,
@@ -45,18 +46,6 @@ from lolcats.ops.hybrid.kernels.tiles import (
     store_tile,
     store_vector,
 )
-
-
-@triton.jit
-def add_softmax(top, denominator, acc, s, v_tile, PRECISION: tl.constexpr):
-    """Add exp2(s - top) v to numerator and denominator, both rescaled where the maximum grows. s is [C, keys]."""
-    new = tl.maximum(top, tl.max(s, 1))
-    finite = tl.where(new == -float("inf"), 0.0, new)
-    faded = tl.exp2(top - finite)
-    weights = tl.exp2(s - finite[:, None])
-    denominator = denominator * faded + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * faded[:, None], input_precision=PRECISION)
-    return new, denominator, acc
 
 
 @triton.jit

@@ -306,3 +306,15 @@ def load_sums(
     if SPLIT:
         k_sum += tl.load(before_sum + part * WIDTH + f, mask=f < WIDTH, other=0.0) * fade
     return k_sum
+
+
+@triton.jit
+def add_softmax(top, denominator, acc, s, v_tile, PRECISION: tl.constexpr):
+    """Add exp2(s - top) v to numerator and denominator, both rescaled where the maximum grows. s is [C, keys]."""
+    new = tl.maximum(top, tl.max(s, 1))
+    finite = tl.where(new == -float("inf"), 0.0, new)
+    faded = tl.exp2(top - finite)
+    weights = tl.exp2(s - finite[:, None])
+    denominator = denominator * faded + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * faded[:, None], input_precision=PRECISION)
+    return new, denominator, acc
