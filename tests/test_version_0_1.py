@@ -48,7 +48,8 @@ def last_logits(model: Any) -> Tensor:
 
 def test_an_artefact_loads_and_is_saved_by_the_new_names(old: Path) -> None:
     assert "model.layers.0.self_attn.feature_q.weight" in names_in(old / "artefact" / "model.safetensors")
-    model, info = AutoModelForCausalLM.from_pretrained(old / "artefact", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(old / "artefact", output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(last_logits(model), torch.tensor(EXPECTED["logits"]), atol=1e-4, rtol=0)
     model.save_pretrained(old / "again")

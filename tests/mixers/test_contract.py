@@ -31,7 +31,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
 """Tiny settings of each mixer."""
 assert TABLE.keys() == MIXERS.keys()
 CASES = [pytest.param(name, settings, id=f"{name}-{settings}") for name, all_ in TABLE.items() for settings in all_]
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
+EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def make(name: str, settings: dict[str, Any], move: float = 0.3) -> Mixer:
@@ -163,6 +163,7 @@ def test_packed_texts_are_separate_texts(name: str, settings: dict[str, Any]) ->
     out, state = mixer(packed, keep=True)
     torch.testing.assert_close(out, whole, **EXACT)
     for row, texts in ((0, (slice(6), slice(6, 13))), (1, (slice(3), slice(3, 4), slice(4, 17)))):
+        end = None
         for text in texts:
             alone, end = mixer(part(call, text, slice(row, row + 1)), keep=True)
             torch.testing.assert_close(out[row : row + 1][:, :, text], alone, **EXACT)

@@ -36,9 +36,9 @@ class Watching(HybridMixer):
         self.calls.append(call)
         return super().forward(call, *args, **kwargs)
 
-    def advance(self, call: Call, *args: Any) -> Any:
+    def advance(self, call: Call, state: Any, mode: str) -> Any:
         self.calls.append(call)
-        return super().advance(call, *args)
+        return super().advance(call, state, mode)
 
 
 @pytest.fixture

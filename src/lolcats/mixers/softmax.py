@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lolcats.mixers.base import Call
 from lolcats.ops.hybrid.scores import cap_scores
 
 QUERY_BLOCK = 256
@@ -17,6 +18,17 @@ def softmax_with_sinks(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
         return scores.softmax(-1, dtype=torch.float32)
     column = sink_logits[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, column], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+
+
+def softmax_weights(call: Call) -> Tensor:
+    """Attention weights [B, H, N, N] of the softmax over a text, float32; packed texts are kept apart."""
+    n = call.q.shape[2]
+    causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
+    if call.segments is not None:
+        causal = causal & (call.segments[:, None, :, None] == call.segments[:, None, None, :])
+    keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+    scores = cap_scores(call.q.float() @ keys.mT * call.scale, call.softcap).masked_fill(~causal, -torch.inf)
+    return softmax_with_sinks(scores, call.sink_logits)
 
 
 def capped_softmax(

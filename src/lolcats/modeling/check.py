@@ -1,8 +1,8 @@
 """The self-check: whether a family's facts are honoured, on a short text, before anything is trained.
 
-A window as long as the text makes hybrid attention softmax attention. So whatever a family does with its attention, its
-masks, its cache and its logits can be compared with the plain model, which is the same model with its own attention
-modules put back for a moment. Nothing is copied, and all is put back.
+Widened to the whole text (`Mixer.widened`), a linearized layer is softmax attention. So whatever a family does with its
+attention, its masks, its cache and its logits can be compared with the plain model, which is the same model with its
+own attention modules put back for a moment. Nothing is copied, and all is put back.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a mask, or what stands in for one, says of the new tokens: padding and packed texts, or a refusal.
 
-Hybrid attention is causal, with padding left out and packed texts kept apart. A mask that says anything else is
+A linearized layer is causal, with padding left out and packed texts kept apart. A mask that says anything else is
 refused in words. That takes a look at its values, once in a forward pass; code that is being compiled or recorded as a
 CUDA graph trusts the mask.
 """
@@ -46,7 +46,7 @@ def read_facts(mask: Tensor | None, batch: int, tokens: int, past: Past, texts: 
         texts: [B, N], numbers of packed texts where something besides the mask tells them (`read_texts`).
 
     Raises:
-        LolcatsError: the mask says what hybrid attention cannot do; the message says what.
+        LolcatsError: the mask says what a linearized layer cannot do; the message says what.
     """
     if mask is None:
         return _without_mask(texts, past)

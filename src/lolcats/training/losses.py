@@ -10,9 +10,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from lolcats.mixers import Call, Mixer
-from lolcats.mixers.softmax import softmax_with_sinks
+from lolcats.mixers.softmax import softmax_weights
 from lolcats.modeling.head import OutputHead
-from lolcats.ops.hybrid.scores import cap_scores
 
 HEAD_CHUNK = 2048
 """Tokens whose logits are in memory at once: 2048 x 49,152 float32 logits are 0.4 GB."""
@@ -36,13 +35,8 @@ def weight_cross_entropy(mixer: Mixer, call: Call, document: Tensor | None) -> T
     Raises:
         LolcatsError: the layer has no attention weights.
     """
-    n, weights = call.q.shape[2], mixer.attention_weights(call)
-    causal = torch.ones(n, n, dtype=torch.bool, device=call.q.device).tril()[None, None]
-    if call.segments is not None:
-        causal = causal & (call.segments[:, None, :, None] == call.segments[:, None, None, :])
-    keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
-    scores = cap_scores(call.q.float() @ keys.mT * call.scale, call.softcap).masked_fill(~causal, -torch.inf)
-    losses = -(softmax_with_sinks(scores, call.sink_logits) * weights.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]
+    teacher, student = softmax_weights(call), mixer.attention_weights(call)
+    losses = -(teacher * student.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]
     return _mean_over_real(losses, document)
 
 
