@@ -47,7 +47,7 @@ def test_size_is_the_same_after_100_and_1000_tokens(
 def test_size_is_what_the_formula_says(make_student: Students, tokens: Tokens) -> None:
     student = make_student(window=8, sinks=3)
     layers, rows, heads, kv, size, features = 3, 2, 6, 2, 6, 12
-    ring = kv * 8 * 2 * size * 4 + 8 * 8  # keys, values and int64 positions
+    ring = kv * 8 * 2 * size * 4  # keys and values
     sinks = kv * 3 * 2 * size * 4
     linear = heads * features * (size + 1) * 4
     assert state_bytes(filled(student, tokens(2, 50))) == layers * rows * (ring + sinks + linear + 8)
