@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import typer
+
+from lolcats.cli.app import app
+from lolcats.config import RunConfig
+from lolcats.config.load import dotted
+from lolcats.sweep.measure import MeasureConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -70,3 +77,43 @@ def test_pages_are_linked() -> None:
         links = [link.partition("#")[0] for link in LINK.findall(prose(page))]
         todo += [(page.parent / link).resolve() for link in links if link.endswith(".md") and ":" not in link]
     assert {str(page.relative_to(ROOT)) for page in PAGES} <= {str(page.relative_to(ROOT)) for page in reached}
+
+
+OPTION = re.compile(r"(?<=\s)--[a-z][a-z-]*")
+KEY = re.compile(r"(?<=[\s'\"])([a-z][a-z_]*(?:\.[A-Za-z_/-]+)*)=")
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """(page, verb, the rest of the line) of each command of ours that the documentation shows."""
+    found = []
+    for page in [*PAGES, *(ROOT / "configs").rglob("*.yaml")]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        blocks = "\n".join(re.findall(r"^ *```sh.*?\n(.*?)^ *```$", text, flags=re.M | re.S))
+        lines = re.findall(r"^ *lolcats [^\n]*", blocks, flags=re.M)
+        lines += re.findall(r"^(?: {4}|#  +)lolcats [^\n]*", text, flags=re.M)
+        lines += re.findall(r"`lolcats [^`]*`", prose(page))
+        for line in lines if page.name != "CHANGELOG.md" else []:
+            verb, _, rest = " ".join(line.strip("`# ").split()).removeprefix("lolcats ").partition(" ")
+            found.append((str(page.relative_to(ROOT)), verb, f" {rest.partition(' #')[0]}"))
+    return found
+
+
+def test_commands_have_the_options_that_they_are_shown_with() -> None:
+    verbs = cast(Any, typer.main.get_command(app)).commands
+    found = commands()
+    assert len(found) > 60
+    for page, verb, rest in found:
+        if not verb.islower():
+            continue  # `lolcats VERB --help`
+        assert verb in verbs, (page, verb)
+        known = {option for parameter in verbs[verb].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert set(OPTION.findall(rest)) <= known | {"--help"}, (page, verb, rest)
+
+
+def test_settings_that_commands_are_shown_with_exist() -> None:
+    valid = {*dotted(RunConfig().model_dump()), *(f"measure.{key}" for key in MeasureConfig.model_fields), "measure"}
+    for page, verb, rest in commands():
+        if verb not in ("linearize", "sweep"):
+            continue
+        for key in KEY.findall(rest):
+            assert key in valid or key.startswith("data.local."), (page, verb, key)
