@@ -50,6 +50,7 @@ def test_broken_measurements_are_named(tmp_path: Path, content: bytes) -> None:
         Measured(tmp_path / "measure.json")
 
 
+@pytest.mark.slow
 def test_a_run_with_broken_files_fails_alone(make_sweep: Callable[..., Sweep]) -> None:
     """Every run of a sweep is done or told; with --overwrite the broken one is made anew."""
     sweep = make_sweep(grid={"seed": [0, 1]})
@@ -67,6 +68,7 @@ def test_a_run_with_broken_files_fails_alone(make_sweep: Callable[..., Sweep]) -
     assert [row.status for row in run_sweep(sweep, "study.yaml", overwrite=["seed-0"]).runs] == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_a_measurement_that_was_kept_must_hold_numbers(make_sweep: Callable[..., Sweep]) -> None:
     sweep = make_sweep(grid={"seed": [0]})
     kept = SweepMeasurement("own", lambda config, folder: {"own.number": 1.0})
@@ -96,6 +98,7 @@ def test_settings_of_another_version_are_told(make_sweep: Callable[..., Sweep]) 
         check_runs(sweep)
 
 
+@pytest.mark.slow
 def test_one_lock_by_whatever_link(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
     file = sweep_file(grid={"seed": [0]})
     sweep = load_sweep(file, ["name=real"])
@@ -112,6 +115,7 @@ def test_one_lock_by_whatever_link(sweep_file: Callable[..., Path], tmp_path: Pa
     assert (sweep.folder / "seed-0" / "model" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_behind_a_link_is_replaced_where_it_is(make_sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     sweep = make_sweep(grid={"seed": [0]})
     run_sweep(sweep, "study.yaml")
@@ -138,6 +142,7 @@ def test_values_are_shown_as_they_are(make_sweep: Callable[..., Sweep], text_fil
     assert "[red]" in capture.getvalue() and "[link=x].txt" in capture.getvalue()
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_of_one_run_is_told_and_the_others_go_on(
     make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,20 +238,27 @@ def test_means_over_seeds_and_measurements_of_ones_own(
     assert "teacher" in (sweep.folder / "means.csv").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [pytest.param("a", marks=pytest.mark.slow), pytest.param("ab", marks=pytest.mark.exhaustive)]
+)
 def test_side_by_side(
-    make_sweep: Callable[..., Sweep], measure: dict[str, Any], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    make_sweep: Callable[..., Sweep],
+    measure: dict[str, Any],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: str,
 ) -> None:
-    """Two teachers and two runs, each measured in a process of its own: the numbers of one after the other."""
+    """Each run and its teacher, measured in a process of its own: the numbers of one after the other."""
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    again = f"{model_folder.parent}/./{model_folder.name}"
-    parts: dict[str, Any] = {"runs": [{"name": "a"}, {"name": "b", "model": again}], "measure": measure}
+    teachers = {"a": str(model_folder), "b": f"{model_folder.parent}/./{model_folder.name}"}
+    parts: dict[str, Any] = {"runs": [{"name": n, "model": teachers[n]} for n in names], "measure": measure}
     beside, after = make_sweep(name="beside", **parts), make_sweep(name="after", **parts)
     tables = [run_sweep(beside, "study.yaml", jobs=2), run_sweep(after, "study.yaml")]
     rows = [[*table.runs, *table.teachers] for table in tables]
-    assert [row.status for row in rows[0]] == ["finished"] * 4 and len({row.name for row in rows[0]}) == 4
+    count = 2 * len(names)
+    assert [row.status for row in rows[0]] == ["finished"] * count and len({row.name for row in rows[0]}) == count
     for name in SCORES:
         assert [row.columns[name] for row in rows[0]] == [row.columns[name] for row in rows[1]]
-    assert len(list((beside.folder / "logs").glob("teacher-*.log"))) == 2
+    assert len(list((beside.folder / "logs").glob("teacher*.log"))) == len(names)

@@ -34,6 +34,7 @@ def test_steps_tokens_and_time(make_sweep: Callable[..., Sweep]) -> None:
     assert make_plan(make_sweep(runs=runs)).seconds() is None
 
 
+@pytest.mark.slow
 def test_what_is_done_costs_nothing_and_gives_the_speed(make_sweep: Callable[..., Sweep]) -> None:
     sweep = make_sweep(grid={"finetune.rank": [2, 3], "seed": [0, 1]})
     run_sweep(sweep, "study.yaml", only=["rank-2_*", "rank-3_seed-1"])
@@ -49,6 +50,7 @@ def test_what_is_done_costs_nothing_and_gives_the_speed(make_sweep: Callable[...
     assert plan.seconds() == pytest.approx(288 / speeds[1] + other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"finetune.method": "full"}, {"finetune.train_feature_maps": True}, {"linearization.layers": [1]},
@@ -77,6 +79,7 @@ def test_a_model_that_is_not_here(make_sweep: Callable[..., Sweep]) -> None:
     assert plan.bytes() is None and plan.tokens("finetune") == 288
 
 
+@pytest.mark.slow
 def test_calibration_leaves_nothing_behind(make_sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     sweep = make_sweep(grid={"transfer.enabled": [False, True]})
     before = set(tmp_path.rglob("*"))
@@ -127,6 +130,7 @@ def test_studies_are_those_of_the_paper() -> None:
         assert sweep.measure.tasks[:5] == ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"]
 
 
+@pytest.mark.slow
 def test_a_study_reads_its_evaluation_text_from_a_copy(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """One override for all runs, which is not refused as a stray: no source of the training is called so."""
     changes = [

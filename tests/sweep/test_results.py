@@ -39,6 +39,7 @@ def fake(make_sweep: Callable[..., Sweep]) -> Callable[..., Table]:
     return make
 
 
+@pytest.mark.slow
 def test_columns_are_those_of_the_runs(make_sweep: Callable[..., Sweep]) -> None:
     sweep = make_sweep(grid={"finetune.rank": [2, 3]})
     table = run_sweep(sweep, "study.yaml")
@@ -59,6 +60,7 @@ def test_columns_are_those_of_the_runs(make_sweep: Callable[..., Sweep]) -> None
     assert "| 3 | finished |" in (sweep.folder / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_mean_and_deviation_over_seeds(fake: Callable[..., Table]) -> None:
     table = fake(lambda window, seed: window + seed**2)
     assert [row.settings for row in table.means] == [{"linearization.window": 4}, {"linearization.window": 8}]
@@ -70,6 +72,7 @@ def test_mean_and_deviation_over_seeds(fake: Callable[..., Table]) -> None:
     assert len(table.runs) == 6 and table.rows is table.means
 
 
+@pytest.mark.slow
 def test_a_mean_is_not_made_without_one_of_its_numbers(fake: Callable[..., Table]) -> None:
     table = fake(lambda window, seed: float("inf") if (window, seed) == (8, 1) else 1.0)
     assert table.means[0].columns["perplexity.student"] == 1.0
@@ -77,6 +80,7 @@ def test_a_mean_is_not_made_without_one_of_its_numbers(fake: Callable[..., Table
     assert "perplexity.student" not in table.means[1].spread
 
 
+@pytest.mark.slow
 def test_seeds_alone_are_one_mean(fake: Callable[..., Table]) -> None:
     table = fake(lambda window, seed: float(seed), grid={"seed": [0, 2]})
     assert len(table.means) == 1 and table.means[0].columns["kl.student"] == 1.0
@@ -89,6 +93,7 @@ def test_numbers_as_people_read_them() -> None:
     assert show_number(20.017, 0.123) == "20.02 ± 0.12"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "files"),
     [
@@ -118,6 +123,7 @@ def test_a_plot_for_each_axis(
         assert pixels.shape[1] > 1000 and pixels.std() > 0.01, "not blank"
 
 
+@pytest.mark.slow
 def test_plots_without_matplotlib(fake: Callable[..., Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LolcatsError, match=r'pip install "lolcats\[report\]"'):
