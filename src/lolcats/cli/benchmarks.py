@@ -19,7 +19,8 @@ from rich.text import Text
 from lolcats.cli.failures import Interrupted
 from lolcats.cli.load import silence
 from lolcats.cli.options import expand_path
-from lolcats.cli.tables import console, ordered, show_number
+from lolcats.cli.tables import console, show_number
+from lolcats.config.variants import ordered, short_label
 from lolcats.errors import LolcatsError
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _print(out: Console, scores: Scores, settings: HarnessSettings) -> None:
     names = ordered(scores.rows[0].scores)
     table = Table("task", "metric", "shots", box=None, header_style="bold")
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(short_label(name), justify="right")
     for row in scores.rows:
         shown = [_show(row, row.scores[name]) for name in names]
         table.add_row(Text(row.task), Text(row.metric.removesuffix(",none")), row.examples, *shown)

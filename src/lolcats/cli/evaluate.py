@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,13 +19,12 @@ from lolcats.cli import recall as recall_options
 from lolcats.cli.load import find_model, read_recipe, silence
 from lolcats.cli.options import Device, Dtype, Model, check_target, expand_path
 from lolcats.cli.tables import console, position_notes, position_table, score_table
-from lolcats.config import Control, RunConfig
+from lolcats.config import CONTROLS, RunConfig
 from lolcats.errors import LolcatsError
 
 if TYPE_CHECKING:
     from lolcats.evaluation import Measurement
 
-CONTROLS = ", ".join(get_args(Control))
 MOST_SEGMENTS = 32
 
 
@@ -48,7 +47,9 @@ Batch = Annotated[
     int | None,
     typer.Option(min=1, help="Segments or --tasks requests at once. Default: the recipe's, else 4; of requests 1."),
 ]
-Controls = Annotated[list[str] | None, typer.Option(help=f"{CONTROLS}, or none; repeatable. Default: all of them.")]
+Controls = Annotated[
+    list[str] | None, typer.Option(help=f"{', '.join(CONTROLS)}, or none; repeatable. Default: all of them.")
+]
 Teacher = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
 ]
@@ -200,10 +201,10 @@ def _print_scores(
 
 def _check_controls(control: list[str] | None) -> list[str]:
     if control is None:
-        return list(get_args(Control))
+        return list(CONTROLS)
     chosen = [name for name in control if name != "none"]
-    if unknown := [name for name in chosen if name not in get_args(Control)]:
-        raise LolcatsError(f"unknown control {', '.join(unknown)}; expected {CONTROLS}, or none")
+    if unknown := [name for name in chosen if name not in CONTROLS]:
+        raise LolcatsError(f"unknown control {', '.join(unknown)}; expected {', '.join(CONTROLS)}, or none")
     return chosen
 
 

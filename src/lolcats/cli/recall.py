@@ -18,7 +18,8 @@ from rich.table import Column, Table
 from lolcats.cli.failures import Interrupted
 from lolcats.cli.load import read_recipe, silence
 from lolcats.cli.options import MAX_SEED, expand_path
-from lolcats.cli.tables import console, ordered
+from lolcats.cli.tables import console
+from lolcats.config.variants import ordered, short_label
 from lolcats.errors import LolcatsError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def evaluate_recall(run: RecallRun) -> None:
         _write(run.json_file, run, cells)
     _print(out, cells, run)
     if run.plot is not None:
-        plot_recall(cells, run.plot, lambda name: name.replace("_", " "))
+        plot_recall(cells, run.plot, short_label)
         out.print(f"\nheat maps: {run.plot}", markup=False)
     kept.finish()
 
@@ -202,7 +203,7 @@ def _summary_table(cells: list[Cell]) -> Table:
     table = Table("task", box=None, header_style="bold")
     table.add_column("tokens", justify="right")
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(short_label(name), justify="right")
     score = {(cell.task, cell.length, cell.variant): cell.score for cell in cells}
     for task, length in dict.fromkeys((cell.task, cell.length) for cell in cells):
         table.add_row(task, f"{length:,}", *(f"{100 * score[task, length, name]:.1f}" for name in names))
@@ -219,5 +220,5 @@ def _depth_table(cells: list[Cell]) -> Table:
     for name in ordered(dict.fromkeys(cell.variant for cell in cells)):
         for cell in (cell for cell in cells if cell.variant == name):
             shown = ("-" if value is None else f"{100 * value:.0f}" for value in cell.by_depth)
-            table.add_row(name.replace("_", " "), f"{cell.length:,}", *shown)
+            table.add_row(short_label(name), f"{cell.length:,}", *shown)
     return table

@@ -9,21 +9,13 @@ from rich.table import Table
 
 from lolcats.cli.tables import show_bytes
 from lolcats.cli.terminal import SafeConsole
+from lolcats.config.variants import NAMES, short_label
 
 if TYPE_CHECKING:
     from lolcats.sweep import Plan, Sweep
     from lolcats.sweep import Table as Results
 
-QUALITY = {
-    "perplexity.teacher": "teacher",
-    "perplexity.training_free": "training free",
-    "perplexity.transfer": "after transfer",
-    "perplexity.student": "student",
-    "perplexity.window_only": "window only",
-    "perplexity.linear_only": "linear only",
-    "perplexity.no_attention": "no attention",
-    "kl.student": "KL of student",
-}
+QUALITY = {f"perplexity.{name}": short_label(name) for name in NAMES} | {"kl.student": "KL of student"}
 """Columns of the table of quality, and what they are called; all without a word more are perplexities."""
 COST = {
     "tokens_per_second.transfer": "tokens/s, stage 1",

@@ -10,20 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats.cli.terminal import SafeConsole
+from lolcats.config.variants import label, ordered, short_label
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
 
-LABELS = {
-    "teacher": "teacher (softmax)",
-    "training_free": "window + sinks, nothing trained",
-    "transfer": "after attention transfer",
-    "student": "student",
-    "window_only": "student without its linear half",
-    "linear_only": "student without its softmax half",
-    "no_attention": "student without attention",
-}
-"""Names of what is measured, in the order of the story."""
 MIN_WIDTH = 100
 
 
@@ -45,7 +36,7 @@ def score_table(
         value, distance = perplexity[name], kl.get(name)
         ratio = "-" if teacher is None else show_number(value / teacher, 3)
         shown = "-" if distance is None or name == "teacher" else show_number(distance, 4)
-        table.add_row(label(name, recipe), show_number(value), ratio, shown)
+        table.add_row(_label(name, recipe), show_number(value), ratio, shown)
     return table
 
 
@@ -54,7 +45,7 @@ def position_table(by_position: Mapping[str, Mapping[str, float]]) -> Table:
     names = ordered(by_position)
     table = Table("tokens", box=None, header_style="bold")
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(short_label(name), justify="right")
     for place in by_position[names[0]]:
         table.add_row(place, *(show_number(by_position[name].get(place, math.nan)) for name in names))
     return table
@@ -70,17 +61,11 @@ def position_notes(length: int, trained: int | None, context: int | None) -> lis
     return notes
 
 
-def ordered(names: Mapping[str, object]) -> list[str]:
-    """The names in the order of `LABELS`, others last."""
-    known = list(LABELS)
-    return sorted(names, key=lambda name: known.index(name) if name in LABELS else len(known))
-
-
-def label(name: str, recipe: RunConfig | None) -> str:
+def _label(name: str, recipe: RunConfig | None) -> str:
     """What a row is called; the student says how it was fine-tuned."""
     if name == "student" and recipe is not None and recipe.finetune.enabled:
         return "after LoRA (student)" if recipe.finetune.method == "lora" else "after fine-tuning (student)"
-    return LABELS.get(name, name)
+    return label(name)
 
 
 def show_number(value: float, digits: int = 2) -> str:

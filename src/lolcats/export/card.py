@@ -9,20 +9,12 @@ from typing import Any, Literal
 import yaml
 
 from lolcats.config import FinetuneConfig, LinearizationConfig, RunConfig, TransferConfig
+from lolcats.config.variants import label, ordered
 from lolcats.export.source import is_local, last_part
 
 Format = Literal["merged", "adapter", "remote-code"]
 
 HUB_NAMES = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-ROWS = {
-    "teacher": "teacher (softmax attention)",
-    "training_free": "teacher with window and sinks only, nothing trained",
-    "transfer": "after attention transfer",
-    "student": "**this model**",
-    "window_only": "this model without its linear half",
-    "linear_only": "this model without its softmax half",
-    "no_attention": "this model without attention in linearized layers",
-}
 LOADING = {
     "merged": """\
 import lolcats  # teaches transformers the model type
@@ -157,13 +149,11 @@ def measured(results: Mapping[str, Any]) -> str:
              "divergence of the predictions from the teacher's, in nats a token.", "",
              "| | perplexity | ratio to teacher | KL to teacher |", "|---|---:|---:|---:|"]  # fmt: skip
     teacher = perplexity.get("teacher")
-    for row in [*ROWS, *(key for key in perplexity if key not in ROWS)]:
-        if row not in perplexity:
-            continue
+    for row in ordered(perplexity):
         value, distance = perplexity[row], None if row == "teacher" else kl.get(row)
         ratio = value / teacher if _finite(value) and _finite(teacher) and teacher else None
-        label = ROWS.get(row, row)
-        lines.append(f"| {label} | {_number(value, 2)} | {_number(ratio, 3)} | {_number(distance, 4)} |")
+        name = "**this model**" if row == "student" else label(row, "this model")
+        lines.append(f"| {name} | {_number(value, 2)} | {_number(ratio, 3)} | {_number(distance, 4)} |")
     return "\n".join(lines)
 
 

@@ -125,9 +125,7 @@ def measure_teacher(run: Run) -> None:
     """
     if "teacher" in run.results["perplexity"]:
         return
-    variants = teacher_variants(run.model)
-    if "training_free" not in run.config.evaluation.controls:
-        del variants["training_free"]
+    variants = teacher_variants(run.model, controls=run.config.evaluation.controls)
     scores = _record(run, variants, variants["teacher"])
     if "teacher" not in scores:
         raise LolcatsError(f"the teacher cannot be measured: {run.results['notes'][_measuring('teacher')]}")
@@ -175,7 +173,7 @@ def finetune(run: Run) -> None:
     saved = _save(run, stage, widened)
     teacher: list[Variant] = []
     run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, stage)))
-    _record(run, student_variants(run.model, list(run.config.evaluation.controls)), teacher[0] if teacher else None)
+    _record(run, student_variants(run.model, run.config.evaluation.controls), teacher[0] if teacher else None)
     # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
     for name, score in saved.items():
         run.store(name, score)

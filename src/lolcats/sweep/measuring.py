@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lolcats.config.variants import VARIANTS
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.perplexity import Variant
@@ -78,7 +79,7 @@ def measure_model(
     Args:
         source: the linearized model, or a pretrained one.
         measured: where the numbers go.
-        teacher: of a linearized model, for the control `training_free`.
+        teacher: of a linearized model, for the controls that have its weights.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
         say: where progress is shown.
 
@@ -88,8 +89,10 @@ def measure_model(
     if measured.is_complete(measure):
         return
     with _sweep_words(), _full_precision():
-        before = teacher if "training_free" in measure.controls else None
-        loaded = load_variants(source, teacher=before, controls=measure.controls, device=device, dtype=dtype)
+        needed = any(row.weights == "teacher" for row in VARIANTS if row.name in measure.controls)
+        loaded = load_variants(
+            source, teacher=teacher if needed else None, controls=measure.controls, device=device, dtype=dtype
+        )
         name = "student" if "student" in loaded.variants else "teacher"
         modes = {key: mode for key, mode in loaded.variants.items() if key == name or key != "teacher"}
         said: set[str] = set()

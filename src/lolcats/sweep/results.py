@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lolcats.config.variants import NAMES
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.runs.folder import RunFolder
@@ -21,8 +22,6 @@ from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import run_status
 
 SEED = "seed"
-ORDER = ("teacher", "training_free", "transfer", "student", "window_only", "linear_only", "no_attention")
-"""Variants in the order of the story, as in the columns perplexity.teacher, kl.student."""
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Table:
         if column in self.scores:
             return len(sections), list(self.scores).index(column), ""
         first = sections.index(section) if section in sections else len(sections) + 1
-        return first, ORDER.index(name) if name in ORDER else len(ORDER), column if name not in ORDER else ""
+        return first, NAMES.index(name) if name in NAMES else len(NAMES), column if name not in NAMES else ""
 
 
 def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement] = MEASUREMENTS) -> Table:

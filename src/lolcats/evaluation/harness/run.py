@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lolcats.config import Control
+from lolcats.config import CONTROLS
+from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.harness.progress import Progress, key_of, model_identity
@@ -65,7 +66,7 @@ def run_benchmarks(
     settings: HarnessSettings | None = None,
     *,
     teacher: str | Path | None = None,
-    controls: Sequence[str] = get_args(Control),
+    controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
     progress_file: Path | None = None,
@@ -182,7 +183,7 @@ def _run(
     key = key_of(model.identity, benchmark.name, benchmark.digest, seed, how)
     found = progress.get(key)
     if found is None:
-        label = f"{benchmark.name}, {variant.replace('_', ' ')}" + ("" if seed is None else f", seed {seed}")
+        label = f"{benchmark.name}, {short_label(variant)}" + ("" if seed is None else f", seed {seed}")
         with model.at_work_on(benchmark.name, lambda done, count: show(label, done, count) if show else None):
             try:
                 found = _evaluate(benchmark, model, seed, settings)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall.answers import answer
@@ -48,7 +49,7 @@ def recall(
     """Let every variant answer the same prompts, by generation.
 
     Args:
-        variants: see `lolcats.evaluation.controls`; modes of one model and its teacher.
+        variants: see `lolcats.config.variants`; modes of one model and its teacher.
         tokenizer: theirs.
         settings: tasks, lengths and samples.
         batch_size: prompts at once.
@@ -68,7 +69,7 @@ def recall(
         missing = [name for name in variants if (name, task, length) not in known]
         prompts = _prompts(settings, task, length, tokenizer) if missing else []
         for name in variants:
-            report(f"{name.replace('_', ' ')}, {task}, {length:,} tokens", done, len(columns) * len(variants))
+            report(f"{short_label(name)}, {task}, {length:,} tokens", done, len(columns) * len(variants))
             if name in missing:
                 score = _ask(variants[name], tokenizer, task, prompts, settings.depths, batch_size)
                 progress.add(Cell(name, task, length, **score))
