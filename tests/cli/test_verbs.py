@@ -14,8 +14,9 @@ from lolcats.cli.chat import Conversation
 from lolcats.cli.facts import read_facts
 from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
-from lolcats.cli.tables import show_bytes, show_layers, show_number
+from lolcats.cli.tables import show_layers, show_number
 from lolcats.evaluation import compare
+from lolcats.printable import show_bytes
 from lolcats.runs.artefact import RECIPE_FILE
 
 from .conftest import Run
@@ -246,6 +247,7 @@ def test_inspect_of_a_linearized_model(cli: Run, finished: Path) -> None:
     for part in ("LinearizedLlamaForCausalLM", "0-1 (2 layers)", "auto", "hedgehog", "8 tokens, sliding", "4 sinks"):
         assert part in answer.out
     assert "after LoRA (student)" in answer.out and "128k" in answer.out
+    assert "in 2 linearized layers, as much as" in answer.out and "KV token of the teacher" in answer.out
     assert cli("inspect", finished / "model").out == answer.out
 
 

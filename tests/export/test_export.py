@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats import LolcatsError, export_model, load_config
 from lolcats.export import FORMATS
+from lolcats.runs.results import read_results
 
 from .conftest import Runs
 
@@ -36,7 +37,7 @@ def test_merged_is_the_model_with_its_card(runs: Runs, ids: Tensor, tmp_path: Pa
     assert names == {p.name for p in run.model.iterdir()} | {"README.md"}
     assert {"generation_config.json", "lolcats_recipe.yaml", "lolcats_results.json", "tokenizer.json"} <= names
     assert load_config(done.folder / "lolcats_recipe.yaml") == load_config(run.config_file)
-    assert json.loads((done.folder / "lolcats_results.json").read_text()) == run.results()
+    assert read_results(done.folder / "lolcats_results.json") == run.results()
     assert done.size == sum(map(len, contents(done.folder).values()))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
 
@@ -180,7 +181,7 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
         export_model(tmp_path / "plain", tmp_path / "out")
     shutil.copytree(runs().model, tmp_path / "broken")
     (tmp_path / "broken" / "lolcats_results.json").write_text("{")
-    with pytest.raises(LolcatsError, match=r"lolcats_results.json is not JSON"):
+    with pytest.raises(LolcatsError, match=r"lolcats_results.json cannot be used: it is not JSON"):
         export_model(tmp_path / "broken", tmp_path / "out")
     adapter = export_model(runs().path, tmp_path / "adapter", "adapter").folder
     with pytest.raises(LolcatsError, match=r"is an exported adapter, .*export the run"):

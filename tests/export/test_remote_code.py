@@ -27,6 +27,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from lolcats import LolcatsError, RunConfig, export_model
 from lolcats.export import remote_code
 from lolcats.runs.artefact import RECIPE_FILE, save_artefact
+from lolcats.runs.results import Results
 
 from .conftest import Runs
 
@@ -120,7 +121,7 @@ def gpt2() -> PreTrainedModel:
 def test_other_families(build: Any, make_student: Any, tiny_tokenizer: Any, ids: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = make_student(build().eval(), window=4, sinks=1)
-    save_artefact(tmp_path / "model", student, tiny_tokenizer, RunConfig(), {})
+    save_artefact(tmp_path / "model", student, tiny_tokenizer, RunConfig(), Results())
     folder = export_model(tmp_path / "model", tmp_path / "out", "remote-code").folder
     check_same(student, read_elsewhere(folder, ids, tmp_path), ids)
 

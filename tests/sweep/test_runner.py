@@ -37,8 +37,7 @@ def folder_of(run: SweepRun) -> RunFolder:
 
 def comparable(run: SweepRun) -> dict[str, Any]:
     """Results without what the clock says."""
-    results = folder_of(run).results()
-    return {k: v for k, v in results.items() if k not in ("seconds", "tokens_per_second", "date")}
+    return folder_of(run).results().model_dump(exclude={"seconds", "tokens_per_second", "date"})
 
 
 def weights(run: SweepRun) -> bytes:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling import LinearizedAttention, linearized_layers
+from lolcats.evaluation.memory import TextMemory, text_memory
+from lolcats.modeling import linearized_layers
 from lolcats.modeling.check import plain_attention
 from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local, self_attention
 from lolcats.modeling.head import FAILURES, probe_ids
 from lolcats.models.config import read_model_config
 from lolcats.models.folder import check_place, expand_model
 from lolcats.models.teacher import load_teacher
-from lolcats.ops import HybridState, hybrid_attention
 from lolcats.printable import reason
 
 
@@ -38,10 +37,15 @@ class ModelFacts:
     added: int = 0
     """Parameters that the linearization added."""
     impl: str = ""
-    state_bytes: int = 0
-    """Bytes of the linearized layers' state, for one text of any length."""
+    memory: TextMemory | None = None
+    """Of the linearized layers, for one text of any length."""
     kv_rates: dict[int, tuple[int, int | None]] = field(default_factory=dict)
     """Layer index -> (bytes per token, most tokens kept) of each layer with keys and values, as softmax attention."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the linearized layers' state."""
+        return 0 if self.memory is None else self.memory.bytes
 
     def softmax_bytes(self, tokens: int) -> int:
         """Bytes of keys and values after `tokens` tokens, were every layer softmax attention."""
@@ -96,7 +100,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         parameters=sum(p.numel() for p in model.parameters()),
         added=sum(p.numel() for layer in layers for p in layer.attention_parameters().values()),
         impl=", ".join(sorted({layer.impl for layer in layers})),
-        state_bytes=sum(layer_state(layer, config, model.dtype).nbytes for layer in layers),
+        memory=text_memory(model),
         kv_rates=kv_rates(model),
     )
     if not layers:
@@ -145,21 +149,3 @@ def announced_rates(model: PreTrainedModel) -> dict[int, tuple[int, int | None]]
         width = next(module.parameters()).element_size()
         rates[index] = (kv_heads * (size + values) * width, limit)
     return rates
-
-
-def layer_state(layer: LinearizedAttention, config: Any, dtype: torch.dtype) -> HybridState:
-    """The state of one text in one layer, as the operator itself makes it."""
-    heads, kv_heads, size = head_sizes(layer.inner, config)
-    maps = layer.feature_k.heads if layer.feature_k.learned else kv_heads
-    maps = heads if layer.decay_gate is not None else maps
-    settings = layer.settings
-    query, key = torch.zeros(1, heads, 1, size, dtype=dtype), torch.zeros(1, kv_heads, 1, size, dtype=dtype)
-    value = torch.zeros(1, kv_heads, 1, getattr(layer.inner, "v_head_dim", None) or size, dtype=dtype)
-    state = hybrid_attention(
-        query, key, value, torch.zeros(1, heads, 1, layer.feature_q.features),
-        torch.zeros(1, maps, 1, layer.feature_k.features), torch.zeros(heads),
-        window=settings.window, window_kind=settings.window_kind, sinks=settings.sinks,
-        log_decay=None if layer.decay_gate is None else torch.zeros(1, heads, 1), return_state=True,
-    ).state  # fmt: skip
-    assert state is not None
-    return state._replace(window=state.window._replace(phi_k=None))

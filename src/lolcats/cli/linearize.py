@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -61,10 +61,12 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     """What a finished run has measured, wrote, and where its model is."""
     results = folder.results()
     out.print()
-    out.print(score_table(results.get("perplexity", {}), results.get("kl", {}), config))
-    print_generations(out, results.get("generation", {}))
-    for what, text in results.get("notes", {}).items():
-        out.print(f"{what} failed: {text}", markup=False, soft_wrap=True)
+    out.print(score_table(results.perplexity, results.kl, config))
+    if results.memory is not None:
+        out.print(f"\n{results.memory.line()}", markup=False, soft_wrap=True)
+    print_generations(out, results.generation)
+    for what, text in results.notes.items():
+        out.print(f"{what}: {text}", markup=False, soft_wrap=True)
     out.print(f"\nmodel: {folder.model}", markup=False, soft_wrap=True)
     out.print(f"try it: lolcats generate {show_path(folder.model)} 'Once upon a time'", markup=False, soft_wrap=True)
     loading = f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
@@ -75,7 +77,7 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     )
 
 
-def print_generations(out: Console, generation: dict[str, Any]) -> None:
+def print_generations(out: Console, generation: dict[str, str]) -> None:
     """The same prompt continued by teacher and student."""
     if "prompt" in generation:
         out.print(f"\n{generation['prompt']} ...", markup=False)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lolcats.cli.tables import show_bytes
 from lolcats.cli.terminal import SafeConsole
 from lolcats.config.variants import NAMES, short_label
+from lolcats.printable import show_bytes
 
 if TYPE_CHECKING:
     from lolcats.sweep import Plan, Sweep
@@ -23,6 +23,7 @@ COST = {
     "seconds.transfer": "seconds, stage 1",
     "seconds.finetune": "seconds, stage 2",
     "seconds.total": "seconds in all",
+    "memory.kv_tokens": "KV tokens a text",
 }
 """Columns of the table of cost."""
 WITH_SPREAD = {"perplexity.transfer", "perplexity.student", "kl.student"}

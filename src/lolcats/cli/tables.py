@@ -25,7 +25,7 @@ def console() -> Console:
 
 
 def score_table(
-    perplexity: Mapping[str, float], kl: Mapping[str, float | None], recipe: RunConfig | None = None
+    perplexity: Mapping[str, float | None], kl: Mapping[str, float | None], recipe: RunConfig | None = None
 ) -> Table:
     """Perplexity, its ratio to the teacher's, and the distance from the teacher: a row a variant."""
     table = Table("", title_justify="left", box=None, header_style="bold")
@@ -34,9 +34,9 @@ def score_table(
     teacher = perplexity.get("teacher")
     for name in ordered(perplexity):
         value, distance = perplexity[name], kl.get(name)
-        ratio = "-" if teacher is None else show_number(value / teacher, 3)
-        shown = "-" if distance is None or name == "teacher" else show_number(distance, 4)
-        table.add_row(_label(name, recipe), show_number(value), ratio, shown)
+        ratio = value / teacher if value is not None and teacher else None
+        shown = None if name == "teacher" else distance
+        table.add_row(_label(name, recipe), show_number(value), show_number(ratio, 3), show_number(shown, 4))
     return table
 
 
@@ -68,18 +68,11 @@ def _label(name: str, recipe: RunConfig | None) -> str:
     return label(name)
 
 
-def show_number(value: float, digits: int = 2) -> str:
-    """A number with `digits` decimals; very large ones in powers of ten."""
+def show_number(value: float | None, digits: int = 2) -> str:
+    """A number with `digits` decimals; very large ones in powers of ten, one that is not there as a dash."""
+    if value is None:
+        return "-"
     return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
-
-
-def show_bytes(count: float) -> str:
-    """Bytes in the unit that fits, such as 1.5 MiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
 
 
 def show_layers(indices: list[int]) -> str:

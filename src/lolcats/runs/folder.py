@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults
 from lolcats.config import RunConfig, dump_config, load_config
+from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults
+from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import hold, remove_leftovers_in, write_text
 from lolcats.models.folder import expand
-from lolcats.runs.results import read_results
-from lolcats.config.strict_yaml import read_yaml, write_yaml
+from lolcats.runs.results import Results, read_results
 from lolcats.training.checkpoint import read_metadata
 
 STAGES = ("transfer", "finetune")
@@ -121,7 +121,7 @@ class RunFolder:
         Raises:
             LolcatsError: it is finished with other settings, or its files cannot be read.
         """
-        if not self.results().get("complete") or not self.has_model():
+        if not self.results().complete or not self.has_model():
             return False
         self._check_changes(config)
         return True
@@ -148,7 +148,7 @@ class RunFolder:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Results:
         """What was measured so far.
 
         Raises:
@@ -156,9 +156,9 @@ class RunFolder:
         """
         return read_results(self.results_file)
 
-    def write_results(self, results: dict[str, Any]) -> None:
+    def write_results(self, results: Results) -> None:
         """Replace results.json."""
-        write_text(self.results_file, json.dumps(results, indent=2) + "\n")
+        write_text(self.results_file, results.text())
 
     def _items(self) -> list[Path]:
         return [item for item in self.path.iterdir() if item != self.lock_file]
@@ -208,7 +208,7 @@ class RunFolder:
         """Refuse settings that this run cannot change any more."""
         now = config.model_dump(mode="json")
         before = self._read_config()[0].model_dump(mode="json")
-        complete = bool(self.results().get("complete"))
+        complete = self.results().complete
         found = {stage: self._stage(stage) for stage in STAGES}
         states: dict[str, StageState] = {s: "finished" if complete else state for s, (state, _) in found.items()}
         if states["transfer"] == "new" != states["finetune"] and config.transfer.enabled:

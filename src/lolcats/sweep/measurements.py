@@ -38,11 +38,13 @@ class SweepMeasurement:
 
 
 def run_results(config: RunConfig, folder: RunFolder) -> Columns:
-    """The columns of results.json: perplexity, KL, tokens/s and seconds."""
+    """The columns of results.json: perplexity, KL, tokens/s, seconds, and the memory of a text."""
     results = folder.results()
     columns: Columns = {}
     for section in ("perplexity", "kl", "tokens_per_second", "seconds"):
-        columns |= {f"{section}.{name}": value for name, value in results.get(section, {}).items()}
+        columns |= {f"{section}.{name}": value for name, value in getattr(results, section).items()}
+    if results.memory is not None:
+        columns |= {"memory.bytes": results.memory.bytes, "memory.kv_tokens": results.memory.kv_tokens}
     columns.pop("kl.teacher", None)
     return {name: finite(value) for name, value in columns.items()}
 

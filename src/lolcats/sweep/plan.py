@@ -99,14 +99,14 @@ def measured_speed(sweep: Sweep) -> Speed | None:
     names = []
     for run in [run for run in sweep.runs if run_status(run) in DONE]:
         results = RunFolder.of(run.config).results()
-        speeds, seconds = results.get("tokens_per_second", {}), results.get("seconds", {})
-        if "total" not in seconds:
+        speeds, seconds = results.tokens_per_second, results.seconds
+        if not (total := seconds.get("total")):
             continue
         names.append(run.name)
         for stage in STAGES:
-            found[stage] += [speeds[stage]] if speeds.get(stage, 0.0) > 0 else []
+            found[stage] += [speed] if (speed := speeds.get(stage)) else []
         own = [stage for stage in STAGES if not (stage == "transfer" and shared_from(run.config))]
-        found["other"].append(seconds["total"] - sum(seconds.get(stage, 0.0) for stage in own))
+        found["other"].append(total - sum(seconds.get(stage) or 0.0 for stage in own))
     needed = [stage for stage in STAGES if any(getattr(run.config, stage).enabled for run in sweep.runs)]
     if not names or not all(found[stage] for stage in needed):
         return None

@@ -74,7 +74,7 @@ class Table:
     def place(self, column: str) -> tuple[int, int, str]:
         """Where a column stands."""
         section, _, name = column.partition(".")
-        sections = ("perplexity", "kl", "tokens_per_second", "seconds")
+        sections = ("perplexity", "kl", "tokens_per_second", "seconds", "memory")
         if column in self.scores:
             return len(sections), list(self.scores).index(column), ""
         first = sections.index(section) if section in sections else len(sections) + 1

@@ -30,7 +30,7 @@ def run_status(run: SweepRun) -> Status:
     folder = RunFolder.of(run.config)
     if not folder.config_file.exists():
         return "new"
-    if not folder.results().get("complete") or not folder.has_model():
+    if not folder.results().complete or not folder.has_model():
         return "started"
     return "finished" if Measured.of_run(folder).is_complete(run.measure) else "trained"
 
@@ -38,7 +38,7 @@ def run_status(run: SweepRun) -> Status:
 def steps_done(config: RunConfig, stage: Literal["transfer", "finetune"]) -> int:
     """Steps of a stage that need not be done again; all of them if the run is finished."""
     folder = RunFolder.of(config)
-    if folder.results().get("complete"):
+    if folder.results().complete:
         return getattr(config, stage).steps(config.data.sequence_length)
     file = folder.checkpoints(stage) / "last.safetensors"
     if not file.exists():
