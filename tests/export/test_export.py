@@ -64,7 +64,7 @@ def test_no_path_of_this_machine_where_the_base_is_named(runs: Runs, tmp_path: P
 def test_an_export_is_replaced_only_when_asked(runs: Runs, tmp_path: Path) -> None:
     out = export_model(runs().path, tmp_path / "out", "adapter").folder
     before = contents(out)
-    with pytest.raises(LolcatsError, match=r"already holds an export; give --overwrite"):
+    with pytest.raises(LolcatsError, match=r"already holds an export; overwrite it"):
         export_model(runs().path, out)
     assert contents(out) == before
     export_model(runs().path, out, overwrite=True)
@@ -174,7 +174,7 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"no linearized model or run at .*nowhere"):
         export_model(tmp_path / "nowhere", tmp_path / "out")
     shutil.copytree(runs().path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
-    with pytest.raises(LolcatsError, match=r"run without a model yet; finish it: lolcats linearize .* --resume"):
+    with pytest.raises(LolcatsError, match=r"run without a model yet; finish it with .*config.yaml first"):
         export_model(tmp_path / "unfinished", tmp_path / "out")
     shutil.copytree(runs().model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.yaml"))
     with pytest.raises(LolcatsError, match=r"has no lolcats_recipe.yaml"):

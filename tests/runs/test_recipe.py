@@ -224,7 +224,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(make_config: Callable[...
     config = make_config("transfer.enabled=false", "finetune.enabled=false")
     folder = linearize(config)
     before = folder.results_file.read_bytes()
-    with pytest.raises(LolcatsError, match=r"already holds a run; give --resume .* --overwrite"):
+    with pytest.raises(LolcatsError, match=r"already holds a run; resume it, overwrite it"):
         linearize(config)
     with pytest.raises(LolcatsError, match=r"other settings"):
         linearize(make_config("transfer.enabled=false", "finetune.enabled=false", "seed=1"), resume=True)

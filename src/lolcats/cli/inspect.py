@@ -13,8 +13,8 @@ from lolcats.cli.tables import console, score_table, show_layers
 from lolcats.printable import show_bytes
 
 if TYPE_CHECKING:
-    from lolcats.cli.facts import ModelFacts
     from lolcats.config import RunConfig
+    from lolcats.evaluation.facts import ModelFacts
     from lolcats.evaluation.memory import TextMemory
     from lolcats.runs.results import Results
 
@@ -23,7 +23,7 @@ LENGTHS = {"1k": 1024, "8k": 8192, "128k": 131_072}
 
 def inspect(model: Model) -> None:
     """Layers, parameters, memory and measured results of a model; its weights are not read."""
-    from lolcats.cli.facts import read_facts
+    from lolcats.evaluation.facts import read_facts
 
     silence()
     source = find_model(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -32,11 +32,16 @@ def linearize(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run of the same name first.")] = False,
+    until: Annotated[
+        str, typer.Option(metavar="STEP", help="Stop after prepare, transfer, finetune, save or measure.")
+    ] = "measure",
 ) -> None:
     """Linearize a model: transfer attention, fine-tune, measure, save."""
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with a run and --overwrite deletes it; give one of them")
     config = read_target(target, overrides or [])
+    if until not in ("prepare", "transfer", "finetune", "save", "measure"):
+        raise typer.BadParameter(f"--until {until}: expected prepare, transfer, finetune, save or measure")
 
     from accelerate import PartialState
 
@@ -44,9 +49,13 @@ def linearize(
 
     silence()
     out = console()
-    folder = run_recipe(config, resume=resume, overwrite=overwrite, console=out)
-    if PartialState().is_main_process:
+    folder = run_recipe(config, resume=resume, overwrite=overwrite, until=cast(Any, until), console=out)
+    if not PartialState().is_main_process:
+        return
+    if folder.results().complete:
         print_run(out, config, folder)
+    else:
+        out.print(f"\nstopped after {until}; --resume does the rest: {folder.path}", markup=False, soft_wrap=True)
 
 
 def read_target(target: str, overrides: list[str]) -> RunConfig:

@@ -16,6 +16,7 @@ from lolcats.data.build import build_datasets, local_names
 from lolcats.data.packing import read_documents
 from lolcats.data.sources import check_source
 from lolcats.errors import DataError, LolcatsError
+from lolcats.evaluation.memory import TextMemory, text_memory
 from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.evaluation.variants import student_variants, teacher_variants
@@ -90,6 +91,8 @@ class Loaded:
     teacher: Variant | None
     """What distances are measured from; None for a model by itself, or without its teacher."""
     tokenizer: PreTrainedTokenizerBase
+    memory: TextMemory | None = None
+    """Of a linearized model."""
 
 
 def load_variants(
@@ -108,7 +111,7 @@ def load_variants(
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
         return Loaded({"teacher": Variant(student)}, None, tokenizer)
     before = {} if teacher is None else teacher_variants(_load_before(teacher, student), controls=controls)
-    return Loaded(before | student_variants(student, controls), before.get("teacher"), tokenizer)
+    return Loaded(before | student_variants(student, controls), before.get("teacher"), tokenizer, text_memory(student))
 
 
 def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:
@@ -162,4 +165,4 @@ def _held_out_segments(
         _, validation = build_datasets(config.data.model_copy(update={"local": copies}), tokenizer, config.seed)
         return evaluation_segments(config.model_copy(update={"evaluation": evaluation}), tokenizer, validation)
     except DataError as error:
-        raise DataError(f"the text that the recipe held out: {error}; or name other text (--sources)") from error
+        raise DataError(f"the text that the recipe held out: {error}; or name other text", hint="sources") from error

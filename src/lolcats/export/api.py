@@ -96,4 +96,4 @@ def check_shareable(source: str | Path, base: str | None) -> None:
     """Raise LolcatsError if the base model has no name that readers elsewhere could know."""
     model = base or open_source(Path(source)).config.model
     if is_local(model) or Path(model).exists():
-        raise LolcatsError(f"the base model {model} is a path of this machine; say what it is called: --base NAME")
+        raise LolcatsError(f"the base model {model} is a path of this machine; say what it is called", hint="base")

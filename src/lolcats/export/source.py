@@ -39,7 +39,7 @@ def open_source(place: Path) -> Source:
     model = run.model if run is not None else place
     if run is not None and not (model / "config.json").is_file():
         raise LolcatsError(
-            f"{place} is a run without a model yet; finish it: lolcats linearize {run.config_file} --resume"
+            f"{place} is a run without a model yet; finish it with {run.config_file} first", hint="finish_run"
         )
     if (place / ADAPTER_FILE).is_file() and not (model / "config.json").is_file():
         raise LolcatsError(

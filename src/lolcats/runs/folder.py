@@ -81,8 +81,8 @@ class RunFolder:
                 self.clear()
             elif not resume:
                 raise LolcatsError(
-                    f"{self.path} already holds a run; give --resume to go on with it, --overwrite to replace it, "
-                    "or another name=..."
+                    f"{self.path} already holds a run; resume it, overwrite it, or choose another name=...",
+                    hint="resume_or_overwrite",
                 )
             else:
                 self._check_changes(config)
@@ -125,6 +125,22 @@ class RunFolder:
             return False
         self._check_changes(config)
         return True
+
+    def config(self) -> RunConfig:
+        """The settings in config.yaml, those of a later version left out.
+
+        Raises:
+            LolcatsError: it is no configuration.
+        """
+        return self._read_config()[0]
+
+    def stage_state(self, stage: str) -> StageState:
+        """How far a stage is.
+
+        Raises:
+            LolcatsError: its checkpoint cannot be read.
+        """
+        return self._stage(stage)[0]
 
     def unknown_settings(self) -> list[str]:
         """Settings in config.yaml that this version does not have, because a later one wrote them."""

@@ -1,11 +1,11 @@
-"""The whole recipe: load, convert, transfer, fine-tune, save, measure."""
+"""The whole recipe: prepare, transfer, fine-tune, save, measure. `steps.py` does each by itself."""
 
 from __future__ import annotations
 
 import math
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,11 +35,18 @@ from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, Train
 from lolcats.training.finetune import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 
+Step = Literal["prepare", "transfer", "finetune", "save", "measure"]
+STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "measure"]
 SAMPLE_PROMPT = "The most important thing to know about computers is"
 
 
 def linearize(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    until: Step = "measure",
+    console: Console | None = None,
 ) -> RunFolder:
     """Turn a softmax language model into a linearized one.
 
@@ -47,6 +54,7 @@ def linearize(
         config: all settings.
         resume: go on with the run of the same name from its last checkpoint.
         overwrite: delete the run of the same name first.
+        until: the last step to do; `resume` does those after it.
         console: where progress is shown; None is silent.
 
     Returns:
@@ -67,12 +75,13 @@ def linearize(
         if results is None:
             return folder
         run = _prepare(config, folder, accelerator, device, console, results, started)
-        measure_teacher(run)
-        transfer(run)
-        finetune(run)
-        run.results.complete = True
+        for name, step in zip(STEPS, (measure_teacher, transfer, finetune, save, measure_student), strict=True):
+            step(run)
+            if name == until:
+                break
         run.count_seconds()
-        on_main_process(accelerator, lambda: save_results(folder.model, run.results))
+        if run.results.complete:
+            on_main_process(accelerator, lambda: save_results(folder.model, run.results))
         run.write_results()
     return folder
 
@@ -163,48 +172,50 @@ def transfer(run: Run) -> None:
 
 
 def finetune(run: Run) -> None:
-    """Stage 2; then the artefact is saved, and only then the student and its controls are measured."""
+    """Stage 2."""
     config = run.config.finetune
-    stage = None
-    widened = _slow_backward(run)
+    run.widened = _slow_backward(run)
     if config.enabled:
-        if widened:
+        if run.widened:
             cast_weights(run.model, torch.float32)
         set_seed(run.config.seed)  # the adapters' start must not depend on whether stage 1 was resumed
-        stage = FinetuneStage(run.model, config)
-        _train(run, stage, config)
+        run.stage = FinetuneStage(run.model, config)
+        _train(run, run.stage, config)
     run.use_compiled(False)
-    saved = _save(run, stage, widened)
+
+
+def measure_student(run: Run) -> None:
+    """The student and its controls, once the artefact is saved."""
     teacher: list[Variant] = []
-    run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, stage)))
+    run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, run.stage)))
     _record(run, student_variants(run.model, run.config.evaluation.controls), teacher[0] if teacher else None)
     # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
-    for name, score in saved.items():
+    for name, score in run.saved.items():
         run.results.store(name, score)
+    run.results.complete = True
 
 
-def _save(run: Run, stage: FinetuneStage | None, widened: bool) -> dict[str, Measurement]:
-    """Save the artefact, and sample from it; its own scores, where they can differ from those of what was trained."""
+def save(run: Run) -> None:
+    """Save the artefact, sample from it, and measure it, where it can differ from what was trained."""
+    stage = run.stage
     adapter = None if stage is None else stage.adapter
-    scores: dict[str, Measurement] = {}
     with unchanged(adapter or run.model):
         if run.config.quantization != "none":
             unpack(run.model, stage, run.dtype)
         if stage is not None and (own := stage.finish()) is not None:
             on_main_process(run.accelerator, lambda: save_adapter(run.folder.adapter, own))
             own.merge_and_unload()
-        if widened:
+        if run.widened:
             cast_weights(run.model, torch.bfloat16)
         artefact = (run.folder.model, run.model, run.tokenizer, run.config, run.results)
         on_main_process(run.accelerator, lambda: save_artefact(*artefact))
         run.write_results()
         if stage is not None:
             student = {"student": student_variants(run.model, [])["student"]}
-            scores = _record(run, student, None, note=" (as saved)")
+            run.saved = _record(run, student, None, note=" (as saved)")
         _sample(run, "student")
     if stage is not None:
         stage.adapter = adapter
-    return scores
 
 
 def _sample(run: Run, name: str) -> None:

@@ -6,7 +6,7 @@ import datetime
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.data import check_sources
+from lolcats.evaluation import Measurement
 from lolcats.modeling import linearized_layers
 from lolcats.models.device import choose_dtype, describe_device
 from lolcats.ops import kernels_available
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results
-from lolcats.training import Reporter, TrainingData
+from lolcats.training import FinetuneStage, Reporter, TrainingData
 from lolcats.training.parallel import describe, on_main_process
 
 FORMATS = ("float32", "bfloat16", "float16")
@@ -43,6 +44,12 @@ class Run:
     results: Results
     started: float
     """Clock at which the run would have started if it had never been interrupted."""
+    stage: FinetuneStage | None = None
+    """Stage 2, once it has been trained."""
+    widened: bool = False
+    """Whether the weights were made float32 for it."""
+    saved: dict[str, Measurement] = field(default_factory=dict)
+    """What the artefact scores."""
 
     def count_seconds(self) -> None:
         """Bring `seconds.total` up to date."""

@@ -15,8 +15,15 @@ from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
-from lolcats.sweep.measured import Measured, ScoreColumn
-from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run, read_object
+from lolcats.sweep.measured import (
+    MEASUREMENTS,
+    Columns,
+    Measured,
+    ScoreColumn,
+    SweepMeasurement,
+    measure_run,
+    read_object,
+)
 from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import run_status
@@ -98,7 +105,7 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
 def read_failures(sweep: Sweep) -> dict[str, str]:
     """The errors that an earlier call of the sweep wrote down, of runs and teachers that are still not finished."""
     file = sweep.folder / "results.json"
-    content = read_object(file, "the table is made anew")
+    content = read_object(file, "delete it: the table is made anew")
     left = {job.name for job in [*sweep.runs, *sweep_teachers(sweep)] if not is_finished(job)}
     try:
         rows = [*content.get("runs", []), *content.get("teachers", [])]

@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
+from lolcats.identity import weights_digest
 from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
-from lolcats.training.identity import layer_settings, weights_digest
+from lolcats.training.identity import layer_settings
 from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}

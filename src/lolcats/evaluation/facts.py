@@ -14,6 +14,7 @@ from lolcats.modeling.check import plain_attention
 from lolcats.modeling.convert import attention_modules, check_supported, head_sizes, is_local, self_attention
 from lolcats.modeling.head import FAILURES, probe_ids
 from lolcats.models.config import read_model_config
+from lolcats.models.empty import empty_model
 from lolcats.models.folder import check_place, expand_model
 from lolcats.models.teacher import load_teacher
 from lolcats.printable import reason
@@ -69,9 +70,7 @@ def read_facts(source: str) -> ModelFacts:
     check_place(source)
     config = read_model_config(source)
     try:
-        with torch.device("meta"):
-            dtype = getattr(config, "dtype", None) or torch.float32
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = empty_model(config)
     except (ValueError, KeyError, ImportError) as error:
         kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
         layers = int(getattr(config, "num_hidden_layers", 0))
