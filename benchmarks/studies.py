@@ -14,9 +14,9 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from lolcats.config import Control, RunConfig, load_config
+from lolcats.config import CONTROLS, RunConfig, load_config
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.sweep import Sweep, load_sweep
 from lolcats.sweep.measured import AVERAGE
@@ -110,7 +110,7 @@ def _is_score(column: str) -> bool:
     kind, end = column.partition(".")[0], column.rpartition(".")[2]
     if kind in NUMBERS or end.isdecimal():
         return False
-    return column.startswith(AVERAGE) or end not in get_args(Control)
+    return column.startswith(AVERAGE) or end not in CONTROLS
 
 
 def _head(column: str) -> str:

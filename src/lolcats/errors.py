@@ -2,7 +2,16 @@
 
 
 class LolcatsError(ValueError):
-    """A mistake in what the user gave; the message says what was expected, what came and what to do."""
+    """A mistake in what the user gave; the message says what was expected, what came and what to do.
+
+    Args:
+        message: for whoever reads it, in Python or in a shell.
+        hint: key of what the command line adds in its own words (`lolcats.cli.failures.HINTS`).
+    """
+
+    def __init__(self, message: str = "", *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class ConfigError(LolcatsError):

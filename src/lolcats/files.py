@@ -6,17 +6,22 @@ dead processes of this machine left (`remove_leftovers`); what a living one is w
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import os
 import re
 import shutil
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import DataError, LolcatsError
 
 _HOST = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname()) or "host"
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>\d+)\.(?P<kind>tmp|old)$", re.DOTALL)
@@ -28,6 +33,45 @@ def cache_root() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return (Path(base) if base else Path.home() / ".cache") / "lolcats"
+
+
+@contextmanager
+def text_of(name: str, raw: BinaryIO) -> Iterator[io.TextIOWrapper]:
+    """UTF-8 text, unpacked where the name ends in .gz.
+
+    Raises:
+        DataError: it cannot be read, or is no such text; also for what is read inside.
+    """
+    try:
+        opened = gzip.GzipFile(fileobj=raw) if name.lower().endswith(".gz") else raw
+        with io.TextIOWrapper(opened, encoding="utf-8-sig") as text:  # type: ignore[arg-type]
+            yield text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {name}: {error}") from error
+
+
+def read_json_lines(name: str, raw: BinaryIO) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a .jsonl or .jsonl.gz file, one a line, each with "name:line"; blank lines are passed over.
+
+    Raises:
+        DataError: see `text_of`; or a line is no JSON object, which is named.
+    """
+    with text_of(name, raw) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _json_object(line, f"{name}:{number}"), f"{name}:{number}"
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists inside lists
+        raise DataError(f"{where}: broken JSON ({error}); expected one object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {line.strip()!r:.60}")
+    return row
 
 
 def write_text(path: Path, text: str) -> None:

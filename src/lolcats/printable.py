@@ -43,6 +43,15 @@ def reason(error: BaseException, most: int = 400) -> str:
     return shorten(one_line(str(error)), most) or type(error).__name__
 
 
+def show_bytes(count: float) -> str:
+    """Bytes in the unit that fits, such as 1.5 MiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
+
+
 def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
     """`text` without its middle if it is longer than `most` characters."""
     if len(text) <= most:

@@ -139,3 +139,12 @@ def test_model_is_a_target(target: str) -> None:
     """Whatever is no file and no recipe is a model, with the recipe recommended; its name is not read as YAML."""
     config = read_target(target, [])
     assert config.model == target and config.name == "recommended"
+
+
+def test_until_a_step_and_on(cli: Run, arguments: list[str]) -> None:
+    """What is left is done by --resume."""
+    answer = cli(*arguments, "name=a", "--until", "transfer")
+    assert answer.code == 0 and "stopped after transfer; --resume does the rest" in answer.out
+    assert CHECKPOINT.exists() and not Path("runs/a/model").exists()
+    assert cli(*arguments, "name=a", "--resume").code == 0 and Path("runs/a/model").exists()
+    cli(*arguments, "--until", "transfre").refused("--until transfre", "finetune, save or measure")

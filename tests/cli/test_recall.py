@@ -1,6 +1,7 @@
-"""`lolcats evaluate --recall` and `--beyond`."""
+"""`lolcats recall`, and `lolcats evaluate --beyond`."""
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ WORDS = ["--lengths", "400,500", "--samples", "3", "--depths", "3"]
 @pytest.mark.slow
 def test_recall_of_all_columns(cli: Run, finished: Path) -> None:
     """A table of tasks, one by depth, and every answer in the JSON file."""
-    answer = cli("evaluate", finished, "--recall", "passkey,vt", "--lengths", "1500", *WORDS[2:], "--json", "x.json")
+    answer = cli("recall", finished, "passkey,vt", "--lengths", "1500", *WORDS[2:], "--json", "x.json")
     assert answer.code == 0 and answer.err == ""
     assert "passkey by depth" in answer.out and "vt by depth" not in answer.out
     for column in ("teacher", "training free", "student", "window only", "linear only", "no attention", "67-100"):
@@ -29,17 +30,17 @@ def test_recall_of_all_columns(cli: Run, finished: Path) -> None:
 
 def test_recall_of_a_teacher_repeats(cli: Run, place: Path) -> None:
     """The same command, the same file; another seed, other prompts."""
-    words = ["evaluate", place / "teacher", "--recall", "passkey", *WORDS]
+    words = ["recall", place / "teacher", *WORDS]
     files = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        assert cli(*words, "--json", name, "--recall-seed", seed).code == 0
+        assert cli(*words, "--json", name, "--seed", seed).code == 0
         files.append(json.loads(Path(name).read_text())["cells"])
     assert files[0] == files[1] != files[2]
 
 
 def test_interrupted_recall_goes_on(cli: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C says so; the same command asks only what is missing."""
-    words = ["evaluate", place / "teacher", "--recall", "passkey", *WORDS, "--json", "x.json"]
+    words = ["recall", place / "teacher", "passkey", *WORDS, "--json", "x.json"]
     seen: list[str] = []
 
     def stop(name: str, done: int, count: int) -> None:
@@ -55,65 +56,61 @@ def test_interrupted_recall_goes_on(cli: Run, place: Path, monkeypatch: pytest.M
         answer = cli(*words)
     assert answer.code == 130 and "goes on from there" in answer.err and not Path("x.json").exists()
     assert seen == ["teacher, passkey, 400 tokens", "teacher, passkey, 500 tokens"]
-    assert len(json.loads(Path("x.json.progress").read_text())["cells"]) == 1
-    cli(*words, "--recall-seed", "1").refused("x.json.progress", "seed 0", "now it is 1")
-    assert cli(*words).code == 0
+    with sqlite3.connect("x.json.progress") as database:
+        assert database.execute("SELECT COUNT(*) FROM answers").fetchone() == (1,)
+    database.close()
+    answer = cli(*words)
+    assert answer.code == 0 and "going on with an evaluation that was interrupted" in answer.out
+    assert not Path("x.json.progress").exists()
     assert len(json.loads(Path("x.json").read_text())["cells"]) == 2
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--recall", "paskey"], ["'paskey'", "did you mean passkey?"]),
-        (["--recall", ","], ["names no task"]),
-        (["--recall", "passkey", "--lengths", "1k"], ["--lengths", "'1k'"]),
-        (["--recall", "passkey", "--lengths", "0"], ["--lengths", "'0'"]),
-        (["--recall", "passkey", "--lengths", "50"], ["passkey", "50 tokens", "give more"]),
-        (["--recall", "passkey", "--lengths", "4096"], ["4,096", "context of 2,048", "--beyond-context"]),
-        (["--recall", "niah_single_2", "--haystack", "gone.txt"], ["gone.txt", "matches no file"]),
-        (["--recall", "passkey", "--json", "gone/x.json"], ["no folder gone"]),
-        (["--recall", "passkey", "--json", "."], ["is a folder"]),
-        (["--json", "~/no/such/x.json"], ["no folder", "/no/such"]),
-        (["--recall", "passkey", "--plot", "~/no/such/x.png"], ["no folder", "/no/such"]),
-        (["--recall", "passkey", "--lengths", "9" * 5000], ["--lengths"]),
-        (["--recall", "passkey", "--length", "512"], ["--length goes with perplexity", "--lengths"]),
-        (["--lengths", "512"], ["--lengths goes with --recall"]),
-        (["--beyond", "4"], ["--beyond", "--length"]),
+        (["recall", "paskey"], ["'paskey'", "did you mean passkey?"]),
+        (["recall", ","], ["no task is named"]),
+        (["recall", "--lengths", "1k"], ["--lengths", "'1k'"]),
+        (["recall", "--lengths", "0"], ["--lengths", "'0'"]),
+        (["recall", "--lengths", "50"], ["passkey", "50 tokens", "give more"]),
+        (["recall", "--lengths", "4096"], ["4,096", "context of 2,048", "--beyond-context"]),
+        (["recall", "niah_single_2", "--haystack", "gone.txt"], ["gone.txt", "matches no file"]),
+        (["recall", "--json", "gone/x.json"], ["no folder gone"]),
+        (["recall", "--json", "."], ["is a folder"]),
+        (["evaluate", "--json", "~/no/such/x.json"], ["no folder", "/no/such"]),
+        (["recall", "--plot", "~/no/such/x.png"], ["no folder", "/no/such"]),
+        (["recall", "--lengths", "9" * 5000], ["--lengths"]),
+        (["recall", "--length", "512"], ["--length"]),
+        (["evaluate", "--recall", "passkey"], ["lolcats recall"]),
+        (["evaluate", "--beyond", "4"], ["--beyond", "--length"]),
     ],
 )
 def test_refusals(cli: Run, place: Path, words: list[str], parts: list[str]) -> None:
     """One line each."""
-    cli("evaluate", place / "teacher", *words).refused(*parts)
+    cli(words[0], place / "teacher", *words[1:]).refused(*parts)
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--recall", "vt,niah_single_3", "--haystack", "gone.txt"], ["gone.txt", "matches no file"]),
-        (["--sources", "gone.txt"], ["gone.txt", "matches no file"]),
-        (["--sources", "hf:./gone::test"], ["./gone", "no split 'test'"]),
-        (["--sources", "a.txt", "--length", "64", "--last", "64"], ["last=64"]),
+        (["recall", "vt,niah_single_3", "--haystack", "gone.txt"], ["gone.txt", "matches no file"]),
+        (["evaluate", "--sources", "gone.txt"], ["gone.txt", "matches no file"]),
+        (["evaluate", "--sources", "hf:./gone::test"], ["./gone", "no split 'test'"]),
+        (["evaluate", "--sources", "a.txt", "--length", "64", "--last", "64"], ["last=64"]),
     ],
 )
 def test_wrong_text_is_found_before_the_model_is_loaded(cli: Run, words: list[str], parts: list[str]) -> None:
     """Minutes of loading come after what can be said at once: here there is no model at all."""
     Path("gone").mkdir()
     Path("gone/train.jsonl").write_text('{"text": "x"}')
-    cli("evaluate", "./no-model", *words).refused(*parts)
+    cli(words[0], "./no-model", *words[1:]).refused(*parts)
 
 
 def test_broken_progress_is_named(cli: Run, place: Path) -> None:
     """And what to do with it."""
-    for content in (
-        "",
-        "[]",
-        '{"settings": 3, "cells": []}',
-        '{"settings": {}, "cells": [{"variant": "x"}]}',
-        "\udcff",
-    ):
-        Path("x.json.progress").write_text(content, errors="surrogateescape")
-        words = ["--recall", "passkey", *WORDS, "--json", "x.json"]
-        cli("evaluate", place / "teacher", *words).refused("x.json.progress", "move it away")
+    for content in ("[]" * 400, '{"settings": {}, "cells": []}' * 40):
+        Path("x.json.progress").write_text(content)
+        cli("recall", place / "teacher", *WORDS, "--json", "x.json").refused("x.json.progress", "move it away")
 
 
 def test_home_is_expanded(cli: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +125,7 @@ def test_a_model_without_tokenizer(cli: Run, place: Path, tmp_path: Path) -> Non
     """Its folder is named."""
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((place / "teacher" / file).read_bytes())
-    cli("evaluate", tmp_path, "--recall", "passkey").refused(str(tmp_path), "tokenizer")
+    cli("recall", tmp_path).refused(str(tmp_path), "tokenizer")
 
 
 def test_perplexity_beyond_the_training_texts(cli: Run, place: Path, finished: Path) -> None:

@@ -116,7 +116,7 @@ def test_interrupted_and_gone_on_with(cli: Run, study: Path, monkeypatch: pytest
         (["study.yaml", "finetune.rank=3"], "override finetune.rank: the sweep itself sets this key"),
         (["study.yaml", "seed"], "override 'seed': expected key=value"),
         (["study.yaml", "name=a b"], "name: expected letters"),
-        (["study.yaml", "--only", "rank-5"], "--only rank-5: no run of study has this name; did you mean rank-"),
+        (["study.yaml", "--only", "rank-5"], "rank-5: no run of study has this name; did you mean rank-"),
         (["study.yaml", "--plan", "--only", "zzz"], "its runs are rank-2, rank-3"),
         (["study.yaml", "--plan", "--tokens-per-second", "3"], "expected two numbers above 0, such as 300000,80000"),
         (["study.yaml", "--calibrate"], "belong to --plan"),

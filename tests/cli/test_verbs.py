@@ -11,11 +11,12 @@ import torch
 from transformers import DynamicCache
 
 from lolcats.cli.chat import Conversation
-from lolcats.cli.facts import read_facts
 from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
-from lolcats.cli.tables import show_bytes, show_layers, show_number
+from lolcats.cli.tables import show_layers, show_number
 from lolcats.evaluation import compare
+from lolcats.evaluation.facts import read_facts
+from lolcats.printable import show_bytes
 from lolcats.runs.artefact import RECIPE_FILE
 
 from .conftest import Run
@@ -25,7 +26,7 @@ def test_version_and_help(cli: Run) -> None:
     """Both without a verb; no verb at all is help."""
     assert cli("--version").out.startswith("lolcats 0.")
     assert cli("--help").out == cli().out
-    assert all(verb in cli().out for verb in ("linearize", "evaluate", "generate", "chat", "inspect", "export"))
+    assert all(verb in cli().out for verb in ("linearize", "evaluate", "benchmark", "recall", "inspect", "export"))
 
 
 def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: Path) -> None:
@@ -105,7 +106,6 @@ def test_evaluate_reads_copies_of_data_sets(cli: Run, place: Path, finished: Pat
     assert json.loads(Path("x.json").read_text())["scores"] == wanted
     cli("evaluate", finished, "--sources", source, "--local", "other/text=x.txt").refused("--local other/text: none of")
     cli("evaluate", finished, "--sources", source, "--local", "x.txt").refused("expected NAME=PATH")
-    cli("evaluate", finished, "--recall", "passkey", "--local", copy).refused("--local goes with perplexity")
 
 
 def test_compare_agrees_with_measuring_inside_the_run(place: Path, finished: Path, tmp_path: Path) -> None:
@@ -248,6 +248,7 @@ def test_inspect_of_a_linearized_model(cli: Run, finished: Path) -> None:
     for part in ("LinearizedLlamaForCausalLM", "0-1 (2 layers)", "auto", "hedgehog", "8 tokens, sliding", "4 sinks"):
         assert part in answer.out
     assert "after LoRA (student)" in answer.out and "128k" in answer.out
+    assert "in 2 linearized layers, as much as" in answer.out and "KV token of the teacher" in answer.out
     assert cli("inspect", finished / "model").out == answer.out
 
 

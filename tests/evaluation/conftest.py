@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lolcats.evaluation import Variant
 from lolcats.evaluation.harness.catalog import catalog
-from lolcats.evaluation.harness.quiet import quiet
 from lolcats.evaluation.harness.run import HarnessSettings, load_benchmarks, measure_benchmarks
 from lolcats.evaluation.harness.scores import Scores
+from lolcats.silence import quiet
 
 WORDS = ["river", "valley", "mill", "miller", "daughter", "stone", "wall", "star", "green", "turns", "above", "every"]
 ROWS = 23
@@ -100,10 +100,10 @@ def run(
     variants: dict[str, Variant], tokenizer: PreTrainedTokenizerFast, tasks: list[str], folder: Path, **settings: Any
 ) -> Scores:
     """Load and measure, without the files of a model."""
-    progress, show = settings.pop("progress", None), settings.pop("show", None)
+    store, show = settings.pop("store", None), settings.pop("show", None)
     how = HarnessSettings(task_data=folder, **settings)
     with quiet():
-        return measure_benchmarks(variants, tokenizer, load_benchmarks(tasks, how), how, progress, show)
+        return measure_benchmarks(variants, tokenizer, load_benchmarks(tasks, how), how, store, show)
 
 
 def local(task: str, folder: Path) -> dict[str, Any]:

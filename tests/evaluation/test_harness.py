@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lolcats.evaluation import Variant, student_variants, teacher_variants
 from lolcats.evaluation.harness.catalog import catalog
 from lolcats.evaluation.harness.model import ResumableLM
-from lolcats.evaluation.harness.progress import Progress
+from lolcats.evaluation.store import AnswerStore
 
 from .conftest import DATA, choices, directly, run, sentence
 
@@ -84,9 +84,7 @@ def test_texts_do_not_depend_on_the_batch(
         for s in range(7)
     ]
     texts = [
-        ResumableLM(student, tiny_tokenizer, batch_size=n, progress=Progress(None), identity="").generate_until(
-            requests
-        )
+        ResumableLM(student, tiny_tokenizer, batch_size=n, store=AnswerStore(), identity="").generate_until(requests)
         for n in (1, 3)
     ]
     assert texts[0] == texts[1] and len(set(texts[0])) > 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
-from lolcats.evaluation.harness import index
+from lolcats.evaluation.harness import catalog as index
 
 
 @pytest.fixture

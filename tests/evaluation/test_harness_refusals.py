@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant, student_variants
 from lolcats.evaluation.harness import run_benchmarks
-from lolcats.evaluation.harness.progress import Progress, model_identity
+from lolcats.evaluation.store import AnswerStore
+from lolcats.identity import model_identity
 
 from .conftest import ROWS, run
 
@@ -46,16 +47,16 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(
     file = tmp_path / "progress"
     with pytest.raises(KeyboardInterrupt):
         run(
-            variants, tiny_tokenizer, tasks, folder, batch_size=2, seeds=(1, 2), progress=Progress(file), show=interrupt
+            variants, tiny_tokenizer, tasks, folder, batch_size=2, seeds=(1, 2), store=AnswerStore(file), show=interrupt
         )
     before = len(asked)
     assert 0 < before < needed
     asked.clear()
-    resumed = run(variants, tiny_tokenizer, tasks, folder, batch_size=2, seeds=(1, 2), progress=Progress(file))
+    resumed = run(variants, tiny_tokenizer, tasks, folder, batch_size=2, seeds=(1, 2), store=AnswerStore(file))
     assert resumed == whole
     assert before + len(asked) == needed
     asked.clear()
-    assert run(variants, tiny_tokenizer, tasks, folder, batch_size=2, seeds=(1, 2), progress=Progress(file)) == whole
+    assert run(variants, tiny_tokenizer, tasks, folder, batch_size=2, seeds=(1, 2), store=AnswerStore(file)) == whole
     assert not asked
 
 
@@ -76,7 +77,7 @@ def test_progress_of_something_else_is_left_alone(tmp_path: Path) -> None:
     """A file that is no progress is neither read nor overwritten."""
     (tmp_path / "x.progress").write_text("my notes, which are much longer than the header of a database\n" * 20)
     with pytest.raises(LolcatsError, match=r"x\.progress cannot hold the progress .* move it away"):
-        Progress(tmp_path / "x.progress")
+        AnswerStore(tmp_path / "x.progress")
     assert (tmp_path / "x.progress").read_text().startswith("my notes")
 
 
@@ -86,7 +87,7 @@ def test_prompts_too_long_are_refused_or_counted(
     """lm-eval cuts them without a word; and a text may need more room than the model has."""
     model.config.max_position_embeddings = 60
     teacher = {"teacher": Variant(model)}
-    with pytest.raises(LolcatsError, match=r"piqa: \d+ of 46 prompts are too long, .* takes 60; .*--truncate"):
+    with pytest.raises(LolcatsError, match=r"piqa: \d+ of 46 prompts are too long, .* takes 60; .*cut them"):
         run(teacher, tiny_tokenizer, ["piqa"], folder)
     cut = run(teacher, tiny_tokenizer, ["piqa"], folder, truncate=True)
     assert 0 < cut.truncated["piqa"] <= 46

@@ -14,9 +14,9 @@ from lolcats.config.strict_yaml import write_yaml
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant
 from lolcats.evaluation.harness import HarnessSettings
-from lolcats.evaluation.harness.progress import Progress, default_file
-from lolcats.evaluation.harness.quiet import quiet
 from lolcats.evaluation.harness.run import load_benchmarks, measure_benchmarks
+from lolcats.evaluation.store import AnswerStore, default_file
+from lolcats.silence import quiet
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -67,7 +67,10 @@ def test_a_task_of_ones_own_is_measured(
         ({"task": "\x1b[31mred"}, r"own.yaml: expected `task: NAME`.*x1b"),
         ({"dock_to_text": "x"}, r"own.yaml: unknown key 'dock_to_text'; did you mean doc_to_text\?"),
         ({"metric_list": [{"metric": "acck"}]}, r"own.yaml: 'acck' is no metric of lm-eval.*did you mean acc\?"),
-        ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, r"one of the hub is code \(give --task-code"),
+        (
+            {"metric_list": [{"metric": "acc", "hf_evaluate": True}]},
+            r"one of the hub is code \(allow that",
+        ),
         ({"metric_list": ["acc"]}, r"expected metric_list as a list"),
         ({"dataset_path": None}, r"own.yaml: expected dataset_path"),
         ({"test_split": None}, r"own.yaml: expected test_split or validation_split"),
@@ -102,7 +105,7 @@ def test_code_runs_only_when_asked(load: Callable[..., Any], definition: dict[st
     code = write_yaml(definition) + "doc_to_text: !function helpers.ask\n"
     (tmp_path / "included.yaml").write_text(code)
     for text in (code, "include: included.yaml\ntask: other\n", "task: x\nclass: !function helpers.ask\n"):
-        with pytest.raises(LolcatsError, match=r"names Python code \(.*which is not run; give --task-code"):
+        with pytest.raises(LolcatsError, match=r"names Python code \(.*which is not run; allow that if you trust it"):
             load(text)
     assert not (tmp_path / "ran").exists()
     assert load(code, code=True)[0].rows == ["rivers"]
@@ -123,16 +126,16 @@ def test_progress_is_kept_in_the_cache_that_was_chosen(tmp_path: Path, monkeypat
 
 def test_damaged_progress_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x.progress"
-    progress = Progress(file)
+    progress = AnswerStore(file)
     for number in range(400):
         progress.put(f"key{number}", "a" * 100)
     progress._database.execute("INSERT INTO answers VALUES ('odd', '{')")
     progress._database.commit()
     with pytest.raises(LolcatsError, match=r"x.progress is damaged .*delete it: what it held is measured anew"):
         progress.get("odd")
-    progress.close()
+    progress._database.close()
     content = bytearray(file.read_bytes())
     content[4096:] = bytes(len(content) - 4096)
     file.write_bytes(content)
     with pytest.raises(LolcatsError, match=r"x.progress (is damaged|cannot hold).*(delete it|move it away)"):
-        Progress(file).get("key7")
+        AnswerStore(file).get("key7")

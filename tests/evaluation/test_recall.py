@@ -15,9 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant, student_variants, teacher_variants
-from lolcats.evaluation.recall import TASKS, Cell, Progress, RecallSettings, make_prompts, recall
-from lolcats.evaluation.recall.answers import answer
+from lolcats.evaluation.recall import TASKS, Cell, RecallSettings, make_prompts, recall
 from lolcats.evaluation.recall.plot import check_plot, plot_recall
+from lolcats.evaluation.recall.run import answer
+from lolcats.evaluation.store import AnswerStore
 from lolcats.modeling import convert
 from lolcats.models.teacher import load_teacher
 
@@ -131,18 +132,14 @@ def test_an_interrupted_evaluation_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recall(variants, tiny_tokenizer, asked, progress=Progress(file, {"seed": 0}), report=stop)
+        recall(variants, tiny_tokenizer, asked, store=AnswerStore(file), report=stop)
     assert reader.asked == 3 * 8
-    kept = Progress(file, {"seed": 0})
-    assert recall(variants, tiny_tokenizer, asked, progress=kept) == whole
-    assert reader.asked == 4 * 8
-    with pytest.raises(LolcatsError, match="begun with seed 0, and now it is 1"):
-        Progress(file, {"seed": 1})
-    kept.finish()
+    with AnswerStore(file) as store:
+        assert recall(variants, tiny_tokenizer, asked, store=store) == whole
+        assert reader.asked == 4 * 8
+        recall(variants, tiny_tokenizer, settings(lengths=[700], seed=1), store=store)
+        assert reader.asked == 5 * 8, "another seed asks other prompts"
     assert not file.exists()
-    file.write_text("[]")
-    with pytest.raises(LolcatsError, match="not the progress"):
-        Progress(file, {})
 
 
 def test_what_cannot_be_asked_is_refused(make_teacher: Teachers, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -150,7 +147,7 @@ def test_what_cannot_be_asked_is_refused(make_teacher: Teachers, tiny_tokenizer:
     variants = {"teacher": Variant(model)}
     with pytest.raises(LolcatsError, match="no tokenizer"):
         recall(variants, None, settings())
-    with pytest.raises(LolcatsError, match=r"1,600 tokens is longer than .* context of 512 .*--beyond-context"):
+    with pytest.raises(LolcatsError, match=r"1,600 tokens is longer than .* context of 512 .*allow what is beyond"):
         recall(variants, tiny_tokenizer, settings())
     assert recall(variants, tiny_tokenizer, settings(samples=1, lengths=[700], beyond_context=True))
     small = {"teacher": Variant(make_teacher(vocab_size=97))}

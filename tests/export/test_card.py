@@ -11,8 +11,9 @@ from lolcats import RunConfig, load_config
 from lolcats.config import SourceConfig
 from lolcats.export import FORMATS, model_card
 from lolcats.export.source import without_paths
+from lolcats.runs.results import Results
 
-RESULTS: dict[str, Any] = {
+RESULTS = Results.model_validate({
     "date": "2026-01-02",
     "device": "cpu, 2 threads",
     "dtype": "float32",
@@ -20,7 +21,8 @@ RESULTS: dict[str, Any] = {
     "perplexity": {"student": 11.0, "teacher": 10.0, "training_free": 15.5, "linear_only": 1e7, "transfer": 12.345},
     "kl": {"teacher": 0.0, "student": 0.0512, "training_free": 0.4},
     "tokens": {"transfer": 12_288, "finetune": 4096},
-}
+    "memory": {"bytes": 4096, "kv_tokens": 32.0, "layers": []},
+})  # fmt: skip
 
 
 def config(*overrides: str) -> RunConfig:
@@ -45,16 +47,21 @@ def test_front_matter(format: Any) -> None:
 
 def test_a_local_base_is_told_by_its_last_name() -> None:
     """The hub refuses cards whose base_model is no name of a model there."""
-    card = model_card(config("model=/home/someone/secret/teacher", "data.sources=[/home/someone/a.txt]"), {}, "merged")
+    card = model_card(
+        config("model=/home/someone/secret/teacher", "data.sources=[/home/someone/a.txt]"), Results(), "merged"
+    )
     assert "base_model" not in front_matter(card)
     assert "# teacher, linearized" in card and "`a.txt`" in card and "/home" not in card
-    assert front_matter(model_card(RunConfig(), {}, "merged"))["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (
+        front_matter(model_card(RunConfig(), Results(), "merged"))["base_model"]
+        == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
 
 
 def test_sources_with_settings_are_told_by_name_and_copies_not_at_all() -> None:
     sources = "data.sources=[{name: /home/someone/a.txt, weight: 2}, alpaca-cleaned]"
     given = config(sources, "data.local.alpaca-cleaned=/home/someone/alpaca")
-    card = model_card(given, {}, "merged")
+    card = model_card(given, Results(), "merged")
     assert "`a.txt`, `alpaca-cleaned`" in card and "/home" not in card
     shared = without_paths(given, "someone/teacher-1b").data
     assert shared.source_names == ["a.txt", "alpaca-cleaned"]
@@ -74,6 +81,7 @@ def test_the_measured_table() -> None:
         ["1.00e+07", "1.00e+06", "-"],
     ]
     assert rows[5][0] == "**this model**" and "nothing trained" in rows[3][0]
+    assert "Its memory of a text: 4.0 KiB in 0 linearized layers, as much as 32.0 KV tokens of the teacher." in card
     assert "3 segments of 256 tokens, the last 128 tokens of each counted" in card
 
 
@@ -117,7 +125,7 @@ def test_other_recipes(overrides: list[str], part: str) -> None:
 )
 @pytest.mark.parametrize("format", FORMATS)
 def test_partial_results_reject_nothing(results: dict[str, Any], format: Any) -> None:
-    card = model_card(config(), results, format)
+    card = model_card(config(), Results.model_validate(results), format)
     assert "nan" not in card and "inf |" not in card and "None" not in card
     assert ("Nothing was measured." in card) == (not results.get("perplexity"))
     assert "10,000,000 tokens" in card  # what the recipe planned, where what was done is not known

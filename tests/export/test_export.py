@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats import LolcatsError, export_model, load_config
 from lolcats.export import FORMATS
+from lolcats.runs.results import read_results
 
 from .conftest import Runs
 
@@ -36,7 +37,7 @@ def test_merged_is_the_model_with_its_card(runs: Runs, ids: Tensor, tmp_path: Pa
     assert names == {p.name for p in run.model.iterdir()} | {"README.md"}
     assert {"generation_config.json", "lolcats_recipe.yaml", "lolcats_results.json", "tokenizer.json"} <= names
     assert load_config(done.folder / "lolcats_recipe.yaml") == load_config(run.config_file)
-    assert json.loads((done.folder / "lolcats_results.json").read_text()) == run.results()
+    assert read_results(done.folder / "lolcats_results.json") == run.results()
     assert done.size == sum(map(len, contents(done.folder).values()))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
 
@@ -63,7 +64,7 @@ def test_no_path_of_this_machine_where_the_base_is_named(runs: Runs, tmp_path: P
 def test_an_export_is_replaced_only_when_asked(runs: Runs, tmp_path: Path) -> None:
     out = export_model(runs().path, tmp_path / "out", "adapter").folder
     before = contents(out)
-    with pytest.raises(LolcatsError, match=r"already holds an export; give --overwrite"):
+    with pytest.raises(LolcatsError, match=r"already holds an export; overwrite it"):
         export_model(runs().path, out)
     assert contents(out) == before
     export_model(runs().path, out, overwrite=True)
@@ -173,14 +174,14 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"no linearized model or run at .*nowhere"):
         export_model(tmp_path / "nowhere", tmp_path / "out")
     shutil.copytree(runs().path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
-    with pytest.raises(LolcatsError, match=r"run without a model yet; finish it: lolcats linearize .* --resume"):
+    with pytest.raises(LolcatsError, match=r"run without a model yet; finish it with .*config.yaml first"):
         export_model(tmp_path / "unfinished", tmp_path / "out")
     shutil.copytree(runs().model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.yaml"))
     with pytest.raises(LolcatsError, match=r"has no lolcats_recipe.yaml"):
         export_model(tmp_path / "plain", tmp_path / "out")
     shutil.copytree(runs().model, tmp_path / "broken")
     (tmp_path / "broken" / "lolcats_results.json").write_text("{")
-    with pytest.raises(LolcatsError, match=r"lolcats_results.json is not JSON"):
+    with pytest.raises(LolcatsError, match=r"lolcats_results.json cannot be used: it is not JSON"):
         export_model(tmp_path / "broken", tmp_path / "out")
     adapter = export_model(runs().path, tmp_path / "adapter", "adapter").folder
     with pytest.raises(LolcatsError, match=r"is an exported adapter, .*export the run"):

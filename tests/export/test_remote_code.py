@@ -28,6 +28,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from lolcats import LinearizationConfig, LolcatsError, RunConfig, convert, export_model
 from lolcats.export import remote_code
 from lolcats.runs.artefact import RECIPE_FILE, save_artefact
+from lolcats.runs.results import Results
 from tiny import perturb
 
 from .conftest import Runs
@@ -124,7 +125,7 @@ def elsewhere(
     for name, build in FAMILIES.items():
         torch.manual_seed(0)
         models[name] = perturb(convert(build().eval(), LinearizationConfig(window=4, sinks=1)))
-        save_artefact(place / name, models[name], tiny_tokenizer, RunConfig(), {})
+        save_artefact(place / name, models[name], tiny_tokenizer, RunConfig(), Results())
     sources = {name: runs(*RUNS[name]).path if name in RUNS else place / name for name in models}
     folders = [export_model(sources[name], place / f"my-{name}.v1", "remote-code").folder for name in models]
     return dict(zip(models, zip(models.values(), read_elsewhere(folders, ids, place), strict=True), strict=True))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lolcats import RunConfig, export_model
 from lolcats.runs.artefact import save_artefact
+from lolcats.runs.results import Results
 
 pytest.importorskip("triton")
 READER = """
@@ -57,7 +58,7 @@ torch.save([*found, gradient, sorted(kernels)], out)
 def exported(make_student: Any, tiny_tokenizer: Any, tmp_path: Path) -> tuple[Any, Path]:
     """A tiny student, and the folder of its export with code."""
     student = make_student(window=6, sinks=2, layers=[1])
-    save_artefact(tmp_path / "model", student, tiny_tokenizer, RunConfig(), {})
+    save_artefact(tmp_path / "model", student, tiny_tokenizer, RunConfig(), Results())
     return student, export_model(tmp_path / "model", tmp_path / "out", "remote-code").folder
 
 

@@ -18,6 +18,7 @@ from lolcats.data import build_datasets
 from lolcats.evaluation import Variant, measure
 from lolcats.runs import recipe
 from lolcats.runs.folder import RunFolder
+from lolcats.runs.results import Results, read_results
 from lolcats.training import Reporter
 
 
@@ -25,9 +26,9 @@ class Killed(BaseException):
     """What a killed process looks like from inside."""
 
 
-def comparable(results: dict[str, Any]) -> dict[str, Any]:
+def comparable(results: Results) -> dict[str, Any]:
     """Results without what the clock says."""
-    return {k: v for k, v in results.items() if k not in ("seconds", "tokens_per_second", "date")}
+    return results.model_dump(exclude={"seconds", "tokens_per_second", "date"})
 
 
 def artefact_perplexity(folder: RunFolder, config: RunConfig) -> float:
@@ -43,26 +44,26 @@ def test_a_whole_run(make_config: Callable[..., RunConfig]) -> None:
     folder = linearize(config)
     results = folder.results()
     controls = {"window_only", "linear_only", "no_attention"}
-    assert set(results["perplexity"]) == {"teacher", "training_free", "transfer", "student"} | controls
-    assert set(results["kl"]) == set(results["perplexity"])
-    assert results["kl"]["teacher"] == pytest.approx(0, abs=1e-6)
-    assert all(value > 1e-4 for name, value in results["kl"].items() if name != "teacher")
-    assert results["tokens"] == {"transfer": 480, "finetune": 480}
-    assert set(results["seconds"]) == {"transfer", "finetune", "total"}
-    assert results["seconds"]["total"] > results["seconds"]["transfer"] > 0
-    assert all(speed > 0 for speed in results["tokens_per_second"].values())
-    assert results["device"].startswith("cpu")
-    assert results["dtype"] == "float32"
-    assert results["evaluation"] == {"segments": 3, "length": 24, "last": None, "tokens": 69}
-    assert set(results["best"]) == {"transfer", "finetune"}
-    assert results["generation"]["teacher"] is not None and results["generation"]["student"] is not None
-    assert results["complete"] is True
+    assert set(results.perplexity) == {"teacher", "training_free", "transfer", "student"} | controls
+    assert set(results.kl) == set(results.perplexity)
+    assert results.kl["teacher"] == pytest.approx(0, abs=1e-6)
+    assert all((value or 0) > 1e-4 for name, value in results.kl.items() if name != "teacher")
+    assert results.tokens == {"transfer": 480, "finetune": 480}
+    assert set(results.seconds) == {"transfer", "finetune", "total"}
+    assert results.seconds["total"] > results.seconds["transfer"] > 0
+    assert all(speed > 0 for speed in results.tokens_per_second.values())
+    assert results.device and results.device.startswith("cpu")
+    assert results.dtype == "float32"
+    assert results.evaluation.model_dump() == {"segments": 3, "length": 24, "last": None, "tokens": 69}
+    assert set(results.best) == {"transfer", "finetune"}
+    assert results.generation["teacher"] is not None and results.generation["student"] is not None
+    assert results.complete is True
 
-    assert artefact_perplexity(folder, config) == pytest.approx(results["perplexity"]["student"], rel=1e-4)
+    assert artefact_perplexity(folder, config) == pytest.approx(results.perplexity["student"], rel=1e-4)
     model = AutoModelForCausalLM.from_pretrained(folder.model)
     assert len(linearized_layers(model)) == 2
     assert not any("lora" in name for name, _ in model.named_parameters())
-    assert json.loads((folder.model / "lolcats_results.json").read_text()) == results
+    assert read_results(folder.model / "lolcats_results.json") == results
     assert load_config(folder.model / "lolcats_recipe.yaml") == config == load_config(folder.config_file)
     assert not [p for p in folder.path.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".tmp")]
     steps = [(line["stage"], line["step"]) for line in map(json.loads, folder.metrics_file.read_text().splitlines())
@@ -81,9 +82,9 @@ def test_measured_perplexities_are_those_of_the_models(
     ids = torch.from_numpy(held.ids).long()
     with torch.no_grad():
         loss = float(teacher(ids, labels=ids).loss)
-    assert results["perplexity"]["teacher"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert results["perplexity"]["transfer"] == results["perplexity"]["student"]
-    assert artefact_perplexity(folder, config) == pytest.approx(results["perplexity"]["student"], rel=1e-4)
+    assert results.perplexity["teacher"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert results.perplexity["transfer"] == results.perplexity["student"]
+    assert artefact_perplexity(folder, config) == pytest.approx(results.perplexity["student"], rel=1e-4)
     trained = AutoModelForCausalLM.from_pretrained(folder.model).state_dict()
     for name, value in teacher.state_dict().items():
         assert torch.equal(trained[name.replace("self_attn.", "self_attn.inner.")], value)
@@ -107,7 +108,7 @@ def test_measured_perplexities_are_those_of_the_models(
 def test_the_artefact_is_what_was_measured(make_config: Callable[..., RunConfig], overrides: list[str]) -> None:
     config = make_config(*overrides)
     folder = linearize(config)
-    expected = folder.results()["perplexity"]["student"]
+    expected = folder.results().perplexity["student"]
     tolerance = 2e-2 if config.dtype == "bfloat16" else 1e-4
     assert artefact_perplexity(folder, config) == pytest.approx(expected, rel=tolerance)
 
@@ -124,9 +125,9 @@ def test_distances_of_full_fine_tuning_are_from_the_teacher(
     teacher = AutoModelForCausalLM.from_pretrained(model_folder)
     _, held = build_datasets(config.data, AutoTokenizer.from_pretrained(folder.model), config.seed)
     scores = measure({"x": Variant(student)}, torch.from_numpy(held.ids).long(), teacher=Variant(teacher))
-    found = folder.results()["kl"]
+    found = folder.results().kl
     assert found["student"] == pytest.approx(scores["x"].kl, rel=1e-3) and found["student"] != found["transfer"]
-    assert set(found) == set(folder.results()["perplexity"])
+    assert set(found) == set(folder.results().perplexity)
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
@@ -198,7 +199,7 @@ def test_a_run_that_could_not_be_saved_is_saved_on_resume(
     assert not folder.model.exists()
     assert [path.name for path in folder.path.glob(".*")] == [".lock"]
     resumed = linearize(config, resume=True)
-    assert artefact_perplexity(resumed, config) == pytest.approx(resumed.results()["perplexity"]["student"], rel=1e-4)
+    assert artefact_perplexity(resumed, config) == pytest.approx(resumed.results().perplexity["student"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(make_config: Callable[...
     config = make_config("transfer.enabled=false", "finetune.enabled=false")
     folder = linearize(config)
     before = folder.results_file.read_bytes()
-    with pytest.raises(LolcatsError, match=r"already holds a run; give --resume .* --overwrite"):
+    with pytest.raises(LolcatsError, match=r"already holds a run; resume it, overwrite it"):
         linearize(config)
     with pytest.raises(LolcatsError, match=r"other settings"):
         linearize(make_config("transfer.enabled=false", "finetune.enabled=false", "seed=1"), resume=True)
@@ -286,4 +287,4 @@ def test_documents_kept_apart(make_config: Callable[..., RunConfig], tmp_path: P
     lines.write_text("".join(json.dumps({"text": sentence[i % 9 : 20 + 7 * (i % 5)]}) + "\n" for i in range(60)))
     config = make_config(f"data.sources=[{lines}]", "data.packing=documents")
     results = linearize(config).results()
-    assert all(math.isfinite(value) for value in results["perplexity"].values())
+    assert all(value and math.isfinite(value) for value in results.perplexity.values())

@@ -19,6 +19,7 @@ from lolcats import LolcatsError, RunConfig, linearize
 from lolcats.config import dump_config
 from lolcats.runs import recipe
 from lolcats.runs.folder import RunFolder
+from lolcats.runs.results import read_results
 from lolcats.training import Reporter
 from lolcats.training.checkpoint import read_metadata
 
@@ -98,11 +99,11 @@ def test_a_failure_for_show_is_a_note(make_config: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr(recipe, "measure", some)
     folder = linearize(make_config())
     results = folder.results()
-    assert results["complete"] is True and folder.has_model()
-    assert set(results["perplexity"]) == {"teacher", "student", "window_only", "linear_only"}
-    assert results["notes"]["measurement of no_attention"] == "ZeroDivisionError: of a control"
-    assert {"sample of the student", "sample of the teacher", "measurement of transfer"} <= set(results["notes"])
-    assert json.loads((folder.model / "lolcats_results.json").read_text()) == results
+    assert results.complete is True and folder.has_model()
+    assert set(results.perplexity) == {"teacher", "student", "window_only", "linear_only"}
+    assert results.notes["measurement of no_attention"] == "ZeroDivisionError: of a control"
+    assert {"sample of the student", "sample of the teacher", "measurement of transfer"} <= set(results.notes)
+    assert read_results(folder.model / "lolcats_results.json") == results
 
 
 @pytest.mark.slow
@@ -116,8 +117,8 @@ def test_the_model_is_saved_before_it_is_measured(
         patch.setattr(recipe, "measure", dying)
         resumed(make_config)
     saved = (stopped.model / "model.safetensors").read_bytes()
-    assert stopped.has_model() and not stopped.results().get("complete")
-    assert resumed(make_config).results()["complete"]
+    assert stopped.has_model() and not stopped.results().complete
+    assert resumed(make_config).results().complete
     assert (stopped.model / "model.safetensors").read_bytes() == saved
 
 
@@ -171,11 +172,11 @@ def test_settings_that_were_trained_with_cannot_change(
 def test_a_lower_learning_rate_and_other_free_settings_go_on(make_config: Make, stopped: RunFolder) -> None:
     folder = resumed(make_config, "finetune.lr=1e-4", "finetune.micro_batch_size=2", "evaluation.max_segments=2")
     results = folder.results()
-    assert results["changes"] == {"finetune": ["after step 2: finetune.lr 0.01 -> 0.0001"]}
+    assert results.changes == {"finetune": ["after step 2: finetune.lr 0.01 -> 0.0001"]}
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     rates = [line["lr"] for line in lines if line["stage"] == "finetune" and "lr" in line]
     assert len(rates) == 5 and min(rates[:2]) > 1e-3 and max(rates[2:]) <= 1e-4
-    assert results["evaluation"]["segments"] == 2 and "teacher" in results["perplexity"]  # measured anew
+    assert results.evaluation.segments == 2 and "teacher" in results.perplexity  # measured anew
     assert yaml.safe_load(folder.config_file.read_text())["finetune"]["lr"] == 1e-4
     with pytest.raises(LolcatsError, match=r"evaluation\.max_segments 2 -> none"):
         resumed(make_config, "finetune.lr=1e-4")
@@ -218,7 +219,7 @@ def test_settings_of_other_versions(make_config: Make, finished: RunFolder) -> N
     settings["linearization"]["of_a_later_version"] = 3
     text = "# mine\n" + yaml.safe_dump(settings)
     finished.config_file.write_text(text)
-    assert resumed(make_config).results()["complete"]
+    assert resumed(make_config).results().complete
     assert finished.config_file.read_text() == text
     assert finished.unknown_settings() == ["linearization.of_a_later_version"]
 
@@ -232,7 +233,7 @@ def test_a_model_that_is_gone_is_made_again(make_config: Make, finished: RunFold
     model.write_bytes(before[:1000])
     results = resumed(make_config).results()
     assert model.read_bytes() == before
-    assert {k: v for k, v in results.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
+    assert results.model_dump(exclude={"seconds"}) == kept.model_dump(exclude={"seconds"})
 
 
 @pytest.mark.parametrize(
@@ -248,8 +249,8 @@ def test_broken_results_are_named(make_config: Make, stopped: RunFolder, content
 def test_results_that_were_deleted_are_measured_again(make_config: Make, stopped: RunFolder) -> None:
     stopped.results_file.unlink()
     results = resumed(make_config).results()
-    assert {"teacher", "training_free", "transfer", "student"} <= set(results["perplexity"])
-    assert results["tokens"] == {"transfer": 480, "finetune": 480}
+    assert {"teacher", "training_free", "transfer", "student"} <= set(results.perplexity)
+    assert results.tokens == {"transfer": 480, "finetune": 480}
 
 
 @pytest.mark.slow
@@ -258,7 +259,7 @@ def test_stage_one_is_not_silently_trained_again(make_config: Make, stopped: Run
     with pytest.raises(LolcatsError, match=r"transfer.last\.safetensors is missing, though stage 2 has begun"):
         resumed(make_config)
     shutil.rmtree(stopped.path / "checkpoints")  # as it says
-    assert resumed(make_config).results()["complete"]
+    assert resumed(make_config).results().complete
 
 
 # ---- two processes, links, leftovers

@@ -16,7 +16,8 @@ from lolcats.evaluation import harness
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.recall import RecallSettings, recall
 from lolcats.runs.folder import RunFolder
-from lolcats.sweep import MEASUREMENTS, Sweep, SweepMeasurement, check_measure, make_plan, measuring, run_sweep
+from lolcats.sweep import MEASUREMENTS, Sweep, SweepMeasurement, check_measure, make_plan, run_sweep
+from lolcats.sweep import job as job_module
 from lolcats.training import Reporter
 
 RANKS = {"grid": {"finetune.rank": [2, 3]}}
@@ -43,7 +44,7 @@ def measure(task_data: Path) -> dict[str, Any]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is measured of which model, as it is measured."""
     made: list[str] = []
-    original = measuring.measure_model
+    original = job_module.measure_model
 
     def noting(source: str, *args: Any, **kwargs: Any) -> None:
         say = kwargs.pop("say")
@@ -129,7 +130,7 @@ def test_only_what_is_missing_is_measured(
     assert again(first, tasks=["piqa"], lengths=[500], batch_size=2) == [] and asked == []
     assert again(first, lengths=[500]) == ["arc_challenge, student"]
     assert asked == ["arc_challenge, teacher", "arc_challenge, student"]
-    assert again(first, num_fewshot={"arc_challenge": 0}) == ["arc_challenge, student", *_recall(LENGTHS)]
+    assert again(first, num_fewshot={"arc_challenge": 0}) == ["arc_challenge, student", *_recall([600])]
     assert again(first, num_fewshot={"arc_challenge": 0}, limit=5) == ["piqa, student", "arc_challenge, student"]
     assert again(first, limit=5, samples=1) == ["arc_challenge, student", *_recall(LENGTHS)]
     assert again(RANKS, limit=5, samples=1) == ["piqa, student", "arc_challenge, student", *_recall(LENGTHS)]
@@ -148,7 +149,7 @@ def test_a_trained_run_is_only_measured(
     sweep = make_sweep(**RANKS, measure=measure | {"recall": [], "teacher": False})
     with monkeypatch.context() as patch:
         patch.setattr("lolcats.evaluation.harness.model.PIECE", 1)
-        patch.setattr(measuring, "_measure_tasks", _interrupted(measuring._measure_tasks))
+        patch.setattr(job_module, "_measure_tasks", _interrupted(job_module._measure_tasks))
         with pytest.raises(KeyboardInterrupt):
             run_sweep(sweep, "study.yaml")
         assert measured_file(sweep).with_name("measure.json.progress").exists()
@@ -177,19 +178,19 @@ def test_measuring_that_fails_is_noted(make_sweep: Callable[..., Sweep], measure
     """The numbers of the training are in the table nevertheless, and the next call tries again."""
     sweep = make_sweep(grid={"finetune.rank": [2]}, measure=measure | {"recall": []})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "load_variants", _broken)
+        patch.setattr(job_module, "load_variants", _broken)
         table = run_sweep(sweep, "study.yaml")
     assert [(row.name, row.status) for row in [*table.runs, *table.teachers]] == [
         ("rank-2", "failed"), ("teacher", "failed")
     ]  # fmt: skip
-    assert table.runs[0].error == "piqa: prompts too long; `lolcats evaluate --truncate`"
+    assert table.runs[0].error == "piqa: prompts too long"
     assert table.runs[0].columns["perplexity.student"]
     table = run_sweep(sweep, "study.yaml")
     assert {(row.status, row.error) for row in [*table.runs, *table.teachers]} == {("finished", "")}
 
 
 def _broken(*args: Any, **kwargs: Any) -> Any:
-    raise LolcatsError("piqa: prompts too long; --truncate")
+    raise LolcatsError("piqa: prompts too long", hint="truncate")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
         ({"tasks": ["piqqa"]}, r"unknown task 'piqqa'.*did you mean piqa"),
         ({"tasks": ["piqa", "winogrande"]}, r"winogrande: no file winogrande_validation\.jsonl\[\.gz\] in "),
         ({"task_data": "/nowhere"}, "no folder /nowhere; expected one with files such as"),
-        ({"num_fewshot": {"mmlu": 5}}, r"measure\.num_fewshot names mmlu, which is not among the tasks"),
+        ({"num_fewshot": {"mmlu": 5}}, r"number of examples names mmlu, which is not among the tasks"),
         ({"lengths": [512, 4096]}, r"measure\.lengths: a prompt of 4,096 tokens is longer than the model's context"),
     ],
     ids=str,

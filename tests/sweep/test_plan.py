@@ -43,7 +43,7 @@ def test_what_is_done_costs_nothing_and_gives_the_speed(make_sweep: Callable[...
     assert (plan.tokens("transfer"), plan.tokens("finetune")) == (0, 288)
     assert plan.speed is not None and plan.speed.source == "measured in 3 finished runs"
     finished = [RunFolder.of(run.config).results() for run in sweep.runs if run.name != "rank-3_seed-0"]
-    speeds = sorted(results["tokens_per_second"]["finetune"] for results in finished)
+    speeds = sorted(results.tokens_per_second["finetune"] for results in finished)
     assert plan.speed.finetune == speeds[1]
     other = plan.speed.other_seconds
     assert other is not None and other > 0

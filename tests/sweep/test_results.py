@@ -46,14 +46,14 @@ def test_columns_are_those_of_the_runs(make_sweep: Callable[..., Sweep]) -> None
     results = RunFolder.of(sweep.runs[1].config).results()
     columns = table.runs[1].columns
     for section in ("perplexity", "kl", "tokens_per_second", "seconds"):
-        for name, value in results[section].items():
+        for name, value in getattr(results, section).items():
             assert (section, name) == ("kl", "teacher") or columns[f"{section}.{name}"] == value
     assert table.columns()[:4] == [f"perplexity.{n}" for n in ("teacher", "training_free", "transfer", "student")]
     assert table.means == [] and table.rows is table.runs
     with (sweep.folder / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["finetune.rank"] for line in lines] == ["2", "3"]
-    assert float(lines[1]["perplexity.student"]) == results["perplexity"]["student"]
+    assert float(lines[1]["perplexity.student"]) == results.perplexity["student"]
     assert lines[1]["stage_1_from"] == "rank-2"
     saved = json.loads((sweep.folder / "results.json").read_text())
     assert saved["runs"][1]["columns"] == columns and saved["axes"] == {"finetune.rank": [2, 3]}

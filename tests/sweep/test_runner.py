@@ -37,8 +37,7 @@ def folder_of(run: SweepRun) -> RunFolder:
 
 def comparable(run: SweepRun) -> dict[str, Any]:
     """Results without what the clock says."""
-    results = folder_of(run).results()
-    return {k: v for k, v in results.items() if k not in ("seconds", "tokens_per_second", "date")}
+    return folder_of(run).results().model_dump(exclude={"seconds", "tokens_per_second", "date"})
 
 
 def weights(run: SweepRun) -> bytes:
@@ -153,7 +152,7 @@ def test_changed_settings_are_refused_unless_the_run_may_go(
     before = [weights(run) for run in sweep.runs]
     changed = make_sweep({"finetune": settings["finetune"] | {"lr": 2e-2}}, **RANKS)
     said = (
-        r"2 of the runs in .*study were made with other settings: rank-2 \(finetune.lr: 0.01 -> 0.02\).*--overwrite RUN"
+        r"2 of the runs in .*study were made with other settings: rank-2 \(finetune.lr: 0.01 -> 0.02\).*Overwrite them"
     )
     with pytest.raises(LolcatsError, match=said):
         run_sweep(changed, "study.yaml")
@@ -162,7 +161,7 @@ def test_changed_settings_are_refused_unless_the_run_may_go(
     assert [weights(run) for run in sweep.runs] == before
     run_sweep(changed, "study.yaml", overwrite=["rank-*"])
     assert all(weights(run) != old for run, old in zip(changed.runs, before, strict=True))
-    with pytest.raises(LolcatsError, match=r"--overwrite rank-9: no run of study .* did you mean rank-"):
+    with pytest.raises(LolcatsError, match=r"rank-9: no run of study .* did you mean rank-"):
         run_sweep(changed, "study.yaml", overwrite=["rank-9"])
 
 
@@ -209,7 +208,7 @@ def test_other_measurements_become_columns_and_are_made_once(make_sweep: Callabl
 
 def test_torchrun_is_refused(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(LolcatsError, match="--jobs"):
+    with pytest.raises(LolcatsError, match="several jobs"):
         run_sweep(make_sweep(**RANKS), "study.yaml")
 
 

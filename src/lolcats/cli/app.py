@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from lolcats.cli.benchmark import benchmark
 from lolcats.cli.chat import chat
 from lolcats.cli.check import check
 from lolcats.cli.evaluate import evaluate
@@ -21,6 +22,7 @@ from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describ
 from lolcats.cli.generate import generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
+from lolcats.cli.recall import recall
 from lolcats.cli.sweep import sweep
 from lolcats.cli.sweep_job import sweep_job
 from lolcats.cli.terminal import write_anything
@@ -46,7 +48,7 @@ class _Verb(TyperCommand):
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for verb in (linearize, sweep, evaluate, generate, chat, inspect, check, export):
+for verb in (linearize, sweep, evaluate, benchmark, recall, generate, chat, inspect, check, export):
     app.command(cls=_Verb)(verb)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)
 

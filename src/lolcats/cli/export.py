@@ -9,8 +9,8 @@ import typer
 
 from lolcats.cli.load import silence
 from lolcats.cli.options import expand_path
-from lolcats.cli.tables import show_bytes
 from lolcats.errors import LolcatsError
+from lolcats.printable import show_bytes
 
 Source = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="The folder of a finished run or of its model.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", callback=expand_path, help="The folder to write.")]

@@ -13,11 +13,27 @@ from lolcats.printable import one_line
 
 INTERRUPTED = {
     "linearize": "interrupted; the last checkpoint is kept",
-    "evaluate --tasks": "interrupted; what was measured is kept: the same command goes on from there",
-    "evaluate --recall": "interrupted; what was measured is kept: the same command goes on from there",
+    "benchmark": "interrupted; what was measured is kept: the same command goes on from there",
+    "recall": "interrupted; what was measured is kept: the same command goes on from there",
     "sweep": "interrupted; finished runs and last checkpoints are kept, and the same command goes on with them",
 }
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
+HINTS = {
+    "base": "--base NAME",
+    "beyond_context": "lolcats recall --beyond-context",
+    "chat": "--chat",
+    "fewer_examples": "--num-fewshot TASK=N, in a sweep measure.num_fewshot",
+    "finish_run": "lolcats linearize CONFIG --resume",
+    "jobs": "--jobs N",
+    "overwrite": "--overwrite",
+    "overwrite_runs": "--overwrite RUN",
+    "resume_or_overwrite": "--resume or --overwrite",
+    "sources": "--sources",
+    "task_code": "lolcats benchmark --task-code",
+    "task_data": "--task-data DIR, in a sweep measure.task_data=DIR",
+    "truncate": "--num-fewshot or lolcats benchmark --truncate",
+}
+"""Key of a `LolcatsError` -> what does here what its message says."""
 
 
 class Interrupted(Exception):
@@ -36,7 +52,7 @@ def describe(error: Exception) -> str:
         problems = error.errors(include_url=False)[:MOST_PROBLEMS]
         return one_line("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems))
     if isinstance(error, LolcatsError):
-        return one_line(str(error))
+        return one_line(str(error) + (f" ({HINTS[error.hint]})" if error.hint else ""))
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return one_line(f"{error.filename}: {reason}" if error.filename else reason)

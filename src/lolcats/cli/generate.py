@@ -10,7 +10,7 @@ import typer
 from lolcats.cli.load import load_model
 from lolcats.cli.options import Device, Dtype, Model, NewTokens, Seed, Temperature, TopP, sampling
 from lolcats.errors import LolcatsError
-from lolcats.printable import without_controls
+from lolcats.printable import show_bytes, without_controls
 
 
 def generate(
@@ -32,7 +32,6 @@ def generate(
     from transformers import DynamicCache, set_seed
 
     from lolcats.cli.streaming import CountingStreamer
-    from lolcats.cli.tables import show_bytes
     from lolcats.models.generation import sample
 
     network, tokenizer = load_model(model, device, dtype)

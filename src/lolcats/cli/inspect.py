@@ -9,18 +9,21 @@ from rich.table import Table
 
 from lolcats.cli.load import find_model, read_recipe, read_results, silence
 from lolcats.cli.options import Model
-from lolcats.cli.tables import console, score_table, show_bytes, show_layers
+from lolcats.cli.tables import console, score_table, show_layers
+from lolcats.printable import show_bytes
 
 if TYPE_CHECKING:
-    from lolcats.cli.facts import ModelFacts
     from lolcats.config import RunConfig
+    from lolcats.evaluation.facts import ModelFacts
+    from lolcats.evaluation.memory import TextMemory
+    from lolcats.runs.results import Results
 
 LENGTHS = {"1k": 1024, "8k": 8192, "128k": 131_072}
 
 
 def inspect(model: Model) -> None:
     """Layers, parameters, memory and measured results of a model; its weights are not read."""
-    from lolcats.cli.facts import read_facts
+    from lolcats.evaluation.facts import read_facts
 
     silence()
     source = find_model(model)
@@ -35,7 +38,10 @@ def inspect(model: Model) -> None:
     if facts.kv_rates:
         out.print("\nmemory of one text, by its length in tokens", markup=False)
         out.print(memory_table(facts))
-    if results.get("perplexity"):
+    if facts.memory is not None:
+        out.print(f"\n{facts.memory.line()}", markup=False)
+        out.print(layer_table(facts.memory))
+    if results.perplexity:
         print_results(out, results, recipe)
 
 
@@ -75,10 +81,22 @@ def memory_table(facts: ModelFacts) -> Table:
     return table
 
 
-def print_results(out: Console, results: dict, recipe: RunConfig | None) -> None:
+def layer_table(memory: TextMemory) -> Table:
+    """A row for each run of layers with states of one size."""
+    table = Table("layers", box=None, header_style="bold")
+    for name in ("state", "KV token of the teacher", "KV tokens"):
+        table.add_column(name, justify="right")
+    alike: dict[tuple[int, int, float], list[int]] = {}
+    for layer in memory.layers:
+        alike.setdefault((layer.bytes, layer.kv_token_bytes, layer.kv_tokens), []).append(layer.layer)
+    for (held, token, tokens), layers in alike.items():
+        table.add_row(show_layers(layers), show_bytes(held), show_bytes(token), f"{tokens:,.1f}")
+    return table
+
+
+def print_results(out: Console, results: Results, recipe: RunConfig | None) -> None:
     """What was measured when the model was made."""
-    e = results.get("evaluation", {})
-    made = f"{results.get('date', '?')} on {results.get('device', '?')}, {results.get('dtype', '?')}"
-    text = f"{e.get('tokens', '?')} tokens in segments of {e.get('length', '?')}"
+    made = f"{results.date or '?'} on {results.device or '?'}, {results.dtype or '?'}"
+    text = f"{results.evaluation.tokens or '?'} tokens in segments of {results.evaluation.length or '?'}"
     out.print(f"\nmeasured {made}: {text}", markup=False)
-    out.print(score_table(results["perplexity"], results.get("kl", {}), recipe))
+    out.print(score_table(results.perplexity, results.kl, recipe))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -32,11 +32,16 @@ def linearize(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run of the same name first.")] = False,
+    until: Annotated[
+        str, typer.Option(metavar="STEP", help="Stop after prepare, transfer, finetune, save or measure.")
+    ] = "measure",
 ) -> None:
     """Linearize a model: transfer attention, fine-tune, measure, save."""
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with a run and --overwrite deletes it; give one of them")
     config = read_target(target, overrides or [])
+    if until not in ("prepare", "transfer", "finetune", "save", "measure"):
+        raise typer.BadParameter(f"--until {until}: expected prepare, transfer, finetune, save or measure")
 
     from accelerate import PartialState
 
@@ -44,9 +49,13 @@ def linearize(
 
     silence()
     out = console()
-    folder = run_recipe(config, resume=resume, overwrite=overwrite, console=out)
-    if PartialState().is_main_process:
+    folder = run_recipe(config, resume=resume, overwrite=overwrite, until=cast(Any, until), console=out)
+    if not PartialState().is_main_process:
+        return
+    if folder.results().complete:
         print_run(out, config, folder)
+    else:
+        out.print(f"\nstopped after {until}; --resume does the rest: {folder.path}", markup=False, soft_wrap=True)
 
 
 def read_target(target: str, overrides: list[str]) -> RunConfig:
@@ -61,10 +70,12 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     """What a finished run has measured, wrote, and where its model is."""
     results = folder.results()
     out.print()
-    out.print(score_table(results.get("perplexity", {}), results.get("kl", {}), config))
-    print_generations(out, results.get("generation", {}))
-    for what, text in results.get("notes", {}).items():
-        out.print(f"{what} failed: {text}", markup=False, soft_wrap=True)
+    out.print(score_table(results.perplexity, results.kl, config))
+    if results.memory is not None:
+        out.print(f"\n{results.memory.line()}", markup=False, soft_wrap=True)
+    print_generations(out, results.generation)
+    for what, text in results.notes.items():
+        out.print(f"{what}: {text}", markup=False, soft_wrap=True)
     out.print(f"\nmodel: {folder.model}", markup=False, soft_wrap=True)
     out.print(f"try it: lolcats generate {show_path(folder.model)} 'Once upon a time'", markup=False, soft_wrap=True)
     loading = f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
@@ -75,7 +86,7 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     )
 
 
-def print_generations(out: Console, generation: dict[str, Any]) -> None:
+def print_generations(out: Console, generation: dict[str, str]) -> None:
     """The same prompt continued by teacher and student."""
     if "prompt" in generation:
         out.print(f"\n{generation['prompt']} ...", markup=False)

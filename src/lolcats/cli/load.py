@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.models.folder import expand_model
-from lolcats.printable import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lolcats.runs.results import Results
 
 
 def silence() -> None:
@@ -48,32 +48,12 @@ def read_recipe(source: str) -> RunConfig | None:
     return load_config(file) if file.is_file() else None
 
 
-def read_results(source: str) -> dict[str, Any]:
+def read_results(source: str) -> Results:
     """The measured results in a model's folder, empty where there are none."""
     from lolcats.runs.artefact import RESULTS_FILE
+    from lolcats.runs.results import read_results
 
-    file = Path(source) / RESULTS_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise LolcatsError(f"{file} is not JSON: {reason(error)}; delete it to go on without the numbers") from error
-    if problem := _unusable(content):
-        raise LolcatsError(f"{file}: {problem}; delete it to go on without the numbers")
-    return content
-
-
-def _unusable(results: object) -> str | None:
-    """Why results cannot be shown."""
-    if not isinstance(results, dict):
-        return f"expected an object with perplexity, got {type(results).__name__}"
-    for section in ("perplexity", "kl"):
-        scores = results.get(section, {})
-        numbers = scores.values() if isinstance(scores, dict) else [""]
-        if any(isinstance(n, bool) or not isinstance(n, int | float | None) or abs(n or 0) > 1e300 for n in numbers):
-            return f"{section} must be numbers by name"
-        if section == "perplexity" and (None in numbers or scores.get("teacher") == 0):
-            return f"{section} must be numbers by name, none of them 0 or null"
-    return None if isinstance(results.get("evaluation", {}), dict) else "evaluation must be an object"
+    return read_results(Path(source) / RESULTS_FILE, "delete it to go on without the numbers")
 
 
 def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -55,7 +55,7 @@ def sweep(
     from lolcats.sweep import choose_runs, load_sweep, run_sweep
 
     chosen = load_sweep(config, overrides or [])
-    runs = choose_runs(chosen, only, "--only") if only else chosen.runs
+    runs = choose_runs(chosen, only) if only else chosen.runs
     silence()
     out = console()
     if plan:

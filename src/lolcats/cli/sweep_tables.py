@@ -7,23 +7,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lolcats.cli.tables import show_bytes
 from lolcats.cli.terminal import SafeConsole
+from lolcats.config.variants import NAMES, short_label
+from lolcats.printable import show_bytes
 
 if TYPE_CHECKING:
     from lolcats.sweep import Plan, Sweep
     from lolcats.sweep import Table as Results
 
-QUALITY = {
-    "perplexity.teacher": "teacher",
-    "perplexity.training_free": "training free",
-    "perplexity.transfer": "after transfer",
-    "perplexity.student": "student",
-    "perplexity.window_only": "window only",
-    "perplexity.linear_only": "linear only",
-    "perplexity.no_attention": "no attention",
-    "kl.student": "KL of student",
-}
+QUALITY = {f"perplexity.{name}": short_label(name) for name in NAMES} | {"kl.student": "KL of student"}
 """Columns of the table of quality, and what they are called; all without a word more are perplexities."""
 COST = {
     "tokens_per_second.transfer": "tokens/s, stage 1",
@@ -31,6 +23,7 @@ COST = {
     "seconds.transfer": "seconds, stage 1",
     "seconds.finetune": "seconds, stage 2",
     "seconds.total": "seconds in all",
+    "memory.kv_tokens": "KV tokens a text",
 }
 """Columns of the table of cost."""
 WITH_SPREAD = {"perplexity.transfer", "perplexity.student", "kl.student"}

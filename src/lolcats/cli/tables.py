@@ -10,20 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats.cli.terminal import SafeConsole
+from lolcats.config.variants import label, ordered, short_label
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
 
-LABELS = {
-    "teacher": "teacher (softmax)",
-    "training_free": "window + sinks, nothing trained",
-    "transfer": "after attention transfer",
-    "student": "student",
-    "window_only": "student without its linear half",
-    "linear_only": "student without its softmax half",
-    "no_attention": "student without attention",
-}
-"""Names of what is measured, in the order of the story."""
 MIN_WIDTH = 100
 
 
@@ -34,7 +25,7 @@ def console() -> Console:
 
 
 def score_table(
-    perplexity: Mapping[str, float], kl: Mapping[str, float | None], recipe: RunConfig | None = None
+    perplexity: Mapping[str, float | None], kl: Mapping[str, float | None], recipe: RunConfig | None = None
 ) -> Table:
     """Perplexity, its ratio to the teacher's, and the distance from the teacher: a row a variant."""
     table = Table("", title_justify="left", box=None, header_style="bold")
@@ -43,9 +34,9 @@ def score_table(
     teacher = perplexity.get("teacher")
     for name in ordered(perplexity):
         value, distance = perplexity[name], kl.get(name)
-        ratio = "-" if teacher is None else show_number(value / teacher, 3)
-        shown = "-" if distance is None or name == "teacher" else show_number(distance, 4)
-        table.add_row(label(name, recipe), show_number(value), ratio, shown)
+        ratio = value / teacher if value is not None and teacher else None
+        shown = None if name == "teacher" else distance
+        table.add_row(_label(name, recipe), show_number(value), show_number(ratio, 3), show_number(shown, 4))
     return table
 
 
@@ -54,7 +45,7 @@ def position_table(by_position: Mapping[str, Mapping[str, float]]) -> Table:
     names = ordered(by_position)
     table = Table("tokens", box=None, header_style="bold")
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(short_label(name), justify="right")
     for place in by_position[names[0]]:
         table.add_row(place, *(show_number(by_position[name].get(place, math.nan)) for name in names))
     return table
@@ -70,31 +61,18 @@ def position_notes(length: int, trained: int | None, context: int | None) -> lis
     return notes
 
 
-def ordered(names: Mapping[str, object]) -> list[str]:
-    """The names in the order of `LABELS`, others last."""
-    known = list(LABELS)
-    return sorted(names, key=lambda name: known.index(name) if name in LABELS else len(known))
-
-
-def label(name: str, recipe: RunConfig | None) -> str:
+def _label(name: str, recipe: RunConfig | None) -> str:
     """What a row is called; the student says how it was fine-tuned."""
     if name == "student" and recipe is not None and recipe.finetune.enabled:
         return "after LoRA (student)" if recipe.finetune.method == "lora" else "after fine-tuning (student)"
-    return LABELS.get(name, name)
+    return label(name)
 
 
-def show_number(value: float, digits: int = 2) -> str:
-    """A number with `digits` decimals; very large ones in powers of ten."""
+def show_number(value: float | None, digits: int = 2) -> str:
+    """A number with `digits` decimals; very large ones in powers of ten, one that is not there as a dash."""
+    if value is None:
+        return "-"
     return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
-
-
-def show_bytes(count: float) -> str:
-    """Bytes in the unit that fits, such as 1.5 MiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
 
 
 def show_layers(indices: list[int]) -> str:

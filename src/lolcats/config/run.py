@@ -11,8 +11,7 @@ from lolcats.config.data import DataConfig
 from lolcats.config.fields import Length, Positive, Rows, Section, Seed
 from lolcats.config.mixers import AnyLinearization, HybridConfig
 from lolcats.config.stages import FinetuneConfig, TransferConfig
-
-Control = Literal["window_only", "linear_only", "no_attention", "training_free"]
+from lolcats.config.variants import CONTROLS, Control
 
 
 class EvaluationConfig(Section):
@@ -23,7 +22,7 @@ class EvaluationConfig(Section):
     last: Positive | None = None  # count only the last tokens of a segment; None counts all
     max_segments: Positive | None = None
     batch_size: Rows = 4  # segments at once
-    controls: list[Control] = Field(default=["window_only", "linear_only", "no_attention", "training_free"])
+    controls: list[Control] = Field(default=list(CONTROLS))
 
 
 class RunConfig(Section):

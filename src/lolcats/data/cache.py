@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from lolcats.data.documents import Documents, EncodedDocument
-from lolcats.data.encoding import digest
 from lolcats.errors import DataError, LolcatsError
 from lolcats.files import cache_root, write_bytes, write_text
+from lolcats.identity import digest
 
 VERSION = 2  # 2: copies of the hub are read by configuration and split; what is beside a conversation counts
 SHARD_TOKENS = 1 << 24

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from lolcats.data.documents import Documents, EncodedDocument
 from lolcats.data.sources import Record
 from lolcats.data.templates import Template, render
 from lolcats.errors import DataError
+from lolcats.identity import begin_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +59,7 @@ def encode_texts(
     eos = tokenizer.eos_token_id
     if add_eos and eos is None:
         raise DataError("the tokenizer has no eos token to end documents with; set tokenizer.eos_token")
-    begin = _begin_ids(tokenizer)
+    begin = begin_ids(tokenizer)
     end = [eos] if add_eos else []
     remaining = iter(texts)
     while batch := list(islice(remaining, batch_size)):
@@ -94,30 +93,6 @@ def _tokenise(
     starts = [[start for start, _ in spans] for spans in encoded["offset_mapping"]]
     lengths = [int(np.searchsorted(start, len(prompt))) for start, prompt in zip(starts, prompts, strict=True)]
     return encoded["input_ids"], lengths
-
-
-def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return [bos] if isinstance(bos, int) and tokenizer("a", verbose=False)["input_ids"][0] == bos else []
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, Any]:
-    """What the tokens of a text depend on: digests of the vocabulary and its rules, and the special tokens used."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    else:
-        rules = json.loads(backend.to_str())
-        rules.update(padding=None, truncation=None)  # these change with the last call
-    identity = {"digest": digest(rules), "eos": tokenizer.eos_token_id, "begin": _begin_ids(tokenizer)}
-    if template == "chat":
-        identity["chat_template"] = digest(tokenizer.chat_template)
-    return identity
-
-
-def digest(value: object) -> str:
-    """A short name for a JSON value: equal for equal values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def token_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> Documents:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import gzip
-import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from lolcats.data.records import Row
 from lolcats.errors import DataError
+from lolcats.files import read_json_lines, text_of
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 TOKEN_SUFFIXES = (".u16", ".u32", ".bin")
@@ -155,8 +153,7 @@ def mix_streams(files: Sequence[tuple[str, int, Callable[[], BinaryIO]]]) -> Ite
     with ExitStack() as stack:
         streams = []
         for name, size, open_file in files:
-            with _reading(name):
-                raw = stack.enter_context(open_file())
+            raw = stack.enter_context(_opened(name, open_file))
             streams.append((raw, max(1, size), _read_stream(name, raw)))
         while streams:
             shares = [raw.tell() / size for raw, size, _ in streams]
@@ -172,50 +169,34 @@ def _read_file(path: Path) -> Iterator[Row]:
     if has_ending(path.name, (".parquet",)):
         yield from _read_parquet(path)
         return
-    with _reading(str(path)), path.open("rb") as raw:
+    with _opened(str(path), lambda: path.open("rb")) as raw:
         yield from _read_stream(str(path), raw)
 
 
-def _read_stream(name: str, raw: BinaryIO) -> Iterator[Row]:
-    with _reading(name):
-        kind = name.lower()
-        opened = gzip.GzipFile(fileobj=raw) if kind.endswith(".gz") else raw
-        kind = kind.removesuffix(".gz")
-        with io.TextIOWrapper(opened, encoding="utf-8-sig") as lines:  # type: ignore[arg-type]
-            if kind.endswith(".txt"):
-                yield {"text": _checked(lines.read(), name)}, name
-            elif kind.endswith(".json"):
-                yield from _read_array(lines.read(), name)
-            else:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield _parse_line(line, f"{name}:{number}"), f"{name}:{number}"
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _opened(name: str, open_file: Callable[[], BinaryIO]) -> BinaryIO:
     try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
+        return open_file()
+    except OSError as error:
         raise DataError(f"cannot read {name}: {error}") from error
+
+
+def _read_stream(name: str, raw: BinaryIO) -> Iterator[Row]:
+    kind = name.lower().removesuffix(".gz")
+    if kind.endswith((".txt", ".json")):
+        with text_of(name, raw) as text:
+            content = text.read()
+        if kind.endswith(".txt"):
+            yield {"text": _checked(content, name)}, name
+        else:
+            yield from _read_array(content, name)
+    else:
+        yield from read_json_lines(name, raw)
 
 
 def _checked(text: str, name: str) -> str:
     if "\0" in text:
         raise DataError(f"{name} holds NUL bytes, so it is no UTF-8 text (UTF-16, perhaps); convert it to UTF-8")
     return text
-
-
-def _parse_line(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists inside lists
-        raise DataError(f"{where}: broken JSON ({error}); expected one object a line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {line.strip()!r:.60}")
-    return row
 
 
 def _read_array(text: str, name: str) -> Iterator[Row]:

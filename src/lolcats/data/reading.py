@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lolcats.config import SourceConfig
 from lolcats.data.cache import Batches, TokenCache
 from lolcats.data.documents import Documents
-from lolcats.data.encoding import RECORDS, digest, encode_texts, token_file, tokenizer_identity
+from lolcats.data.encoding import RECORDS, encode_texts, token_file
 from lolcats.data.files import TOKEN_SUFFIXES, find_data, find_files, has_ending, is_saved_dataset
 from lolcats.data.named import COLLECTIONS, NAMED
 from lolcats.data.passkey import passkey_samples
@@ -22,6 +22,7 @@ from lolcats.data.records import Record
 from lolcats.data.sources import HINT, check_settings, hub_place, iter_placed, local_copy
 from lolcats.data.templates import Template, render
 from lolcats.errors import DataError
+from lolcats.identity import digest, tokenizer_identity
 
 if TYPE_CHECKING:
     from rich.console import Console

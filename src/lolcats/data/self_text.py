@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import GenerationConfig
 
-from lolcats.data.encoding import digest, tokenizer_identity
 from lolcats.data.records import Record
 from lolcats.errors import DataError, LolcatsError
 from lolcats.files import cache_root, write_text
+from lolcats.identity import digest, tokenizer_identity
 from lolcats.models.generation import own_settings
 
 if TYPE_CHECKING:

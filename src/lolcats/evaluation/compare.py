@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lolcats.config import Control, LinearizationConfig, RunConfig
+from lolcats.config import CONTROLS, LinearizationConfig, RunConfig
 from lolcats.data.build import build_datasets, local_names
 from lolcats.data.packing import read_documents
 from lolcats.data.sources import check_source
 from lolcats.errors import DataError, LolcatsError
-from lolcats.evaluation.controls import student_variants, teacher_variants
+from lolcats.evaluation.memory import TextMemory, text_memory
 from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
 from lolcats.evaluation.segments import evaluation_segments
+from lolcats.evaluation.variants import student_variants, teacher_variants
 from lolcats.modeling import convert, linearized_layers
 from lolcats.models.context import check_context
 from lolcats.models.device import choose_device, choose_dtype
@@ -38,7 +38,7 @@ def compare(
     last: int | None = None,
     max_segments: int | None = None,
     batch_size: int = 4,
-    controls: Sequence[str] = get_args(Control),
+    controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
     edges: Sequence[int] = (),
@@ -52,7 +52,7 @@ def compare(
         sources, local: see `lolcats.data.iter_records`; or token files.
         held_out: in place of sources, the text that this run held out from training.
         length, last, max_segments: tokens per segment, how many of them count (from the end), segments to read.
-        controls, batch_size, edges, progress: see `lolcats.evaluation.controls` and `measure`.
+        controls, batch_size, edges, progress: see `lolcats.config.variants` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
 
     Raises:
@@ -87,17 +87,19 @@ class Loaded:
     """A model in all its modes, ready to be measured."""
 
     variants: dict[str, Variant]
-    """By name, see `lolcats.evaluation.controls`; a model that is not linearized is "teacher" alone."""
+    """By name, see `lolcats.config.variants`; a model that is not linearized is "teacher" alone."""
     teacher: Variant | None
     """What distances are measured from; None for a model by itself, or without its teacher."""
     tokenizer: PreTrainedTokenizerBase
+    memory: TextMemory | None = None
+    """Of a linearized model."""
 
 
 def load_variants(
     model: str | Path,
     *,
     teacher: str | Path | None = None,
-    controls: Sequence[str] = get_args(Control),
+    controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Loaded:
@@ -108,10 +110,8 @@ def load_variants(
     if not linearized_layers(student):
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
         return Loaded({"teacher": Variant(student)}, None, tokenizer)
-    before = {} if teacher is None else teacher_variants(_load_before(teacher, student))
-    variants = {name: variant for name, variant in before.items() if name == "teacher" or name in controls}
-    variants |= student_variants(student, list(controls))
-    return Loaded(variants, before.get("teacher"), tokenizer)
+    before = {} if teacher is None else teacher_variants(_load_before(teacher, student), controls=controls)
+    return Loaded(before | student_variants(student, controls), before.get("teacher"), tokenizer, text_memory(student))
 
 
 def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:
@@ -165,4 +165,4 @@ def _held_out_segments(
         _, validation = build_datasets(config.data.model_copy(update={"local": copies}), tokenizer, config.seed)
         return evaluation_segments(config.model_copy(update={"evaluation": evaluation}), tokenizer, validation)
     except DataError as error:
-        raise DataError(f"the text that the recipe held out: {error}; or name other text (--sources)") from error
+        raise DataError(f"the text that the recipe held out: {error}; or name other text", hint="sources") from error

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
@@ -25,6 +25,7 @@ from lolcats.export.weights import check_finite
 from lolcats.modeling import convert
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.old_names import new_name
+from lolcats.models.empty import empty_model
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.artefact import RECIPE_FILE
 from lolcats.training.checkpoint import load_tensors
@@ -85,9 +86,7 @@ def trained_lora(source: Source) -> dict[str, Tensor]:
 
 def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a folder without memory for its weights."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return empty_model(AutoConfig.from_pretrained(folder), torch.float32)
 
 
 def read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
@@ -123,7 +122,7 @@ def load_adapter(
     """Load the base model, convert it as the adapter's recipe says, and put the adapter on it.
 
     Args:
-        source: a folder that `lolcats export --format adapter` wrote, or the hub name of one.
+        source: a folder that `lolcats export` wrote in the format adapter, or the hub name of one.
         base: the base model, as for `load_teacher`; None is the one that the adapter names.
         dtype, device: of the base model, as for `load_teacher`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -63,7 +62,7 @@ def export_model(
     opened, out = open_source(Path(source)), Path(out)
     if base is not None or hide_paths:
         opened.config = without_paths(opened.config, base or last_part(opened.config.model))
-        opened.results = opened.results | {"model": opened.config.model}
+        opened.results.model = opened.config.model
     keep = [opened.model] if opened.run is None else [opened.model, opened.run.path]
     check_place(out, overwrite, keep)
     files, left_out = model_files(opened.model)
@@ -88,7 +87,7 @@ def write_format(source: Source, files: list[Path], folder: Path, format: str) -
 def write_texts(source: Source, folder: Path, format: Format, name: str) -> None:
     """Recipe, results and model card."""
     (folder / RECIPE_FILE).write_text(dump_config(source.config))
-    (folder / RESULTS_FILE).write_text(json.dumps(source.results, indent=2) + "\n")
+    (folder / RESULTS_FILE).write_text(source.results.text())
     card = model_card(source.config, source.results, format, name=name)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -97,4 +96,4 @@ def check_shareable(source: str | Path, base: str | None) -> None:
     """Raise LolcatsError if the base model has no name that readers elsewhere could know."""
     model = base or open_source(Path(source)).config.model
     if is_local(model) or Path(model).exists():
-        raise LolcatsError(f"the base model {model} is a path of this machine; say what it is called: --base NAME")
+        raise LolcatsError(f"the base model {model} is a path of this machine; say what it is called", hint="base")

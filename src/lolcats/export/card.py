@@ -9,20 +9,13 @@ from typing import Any, Literal
 import yaml
 
 from lolcats.config import FinetuneConfig, LinearizationConfig, RunConfig, TransferConfig
+from lolcats.config.variants import label, ordered
 from lolcats.export.source import is_local, last_part
+from lolcats.runs.results import Results
 
 Format = Literal["merged", "adapter", "remote-code"]
 
 HUB_NAMES = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-ROWS = {
-    "teacher": "teacher (softmax attention)",
-    "training_free": "teacher with window and sinks only, nothing trained",
-    "transfer": "after attention transfer",
-    "student": "**this model**",
-    "window_only": "this model without its linear half",
-    "linear_only": "this model without its softmax half",
-    "no_attention": "this model without attention in linearized layers",
-}
 LOADING = {
     "merged": """\
 import lolcats  # teaches transformers the model type
@@ -52,7 +45,7 @@ LIMITS = """\
 * It was trained on the text named above and keeps best what resembles it. It has the base model's faults and biases."""
 
 
-def model_card(config: RunConfig, results: Mapping[str, Any], format: Format, *, name: str = "PATH") -> str:
+def model_card(config: RunConfig, results: Results, format: Format, *, name: str = "PATH") -> str:
     """The text of README.md for an exported model.
 
     Args:
@@ -89,12 +82,12 @@ def front_matter(config: RunConfig, format: Format) -> str:
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---"
 
 
-def recipe_lines(config: RunConfig, results: Mapping[str, Any]) -> list[str]:
+def recipe_lines(config: RunConfig, results: Results) -> list[str]:
     """The settings in words, one fact a line."""
     text = ", ".join(f"`{last_part(source)}`" for source in config.data.source_names)
     template = "" if config.data.template == "auto" else f"{config.data.template} template, "
-    trained = results.get("tokens") or {}
-    where = ", ".join(str(results[key]) for key in ("device", "dtype", "date") if results.get(key))
+    trained = results.tokens
+    where = ", ".join(filter(None, (results.device, results.dtype, results.date)))
     lines = [
         layer_line(config.linearization),
         f"Training text: {text}, in sequences of {config.data.sequence_length:,} tokens ({template}"
@@ -140,25 +133,24 @@ def _tokens(planned: int, trained: object) -> str:
     return f"{trained if isinstance(trained, int) else planned:,} tokens"
 
 
-def measured(results: Mapping[str, Any]) -> str:
+def measured(results: Results) -> str:
     """The table of perplexities and distances from the teacher."""
-    perplexity, kl = results.get("perplexity") or {}, results.get("kl") or {}
+    perplexity = results.perplexity
     if not perplexity:
         return "Nothing was measured."
-    e = results.get("evaluation") or {}
-    counted = f"the last {e['last']} tokens of each" if e.get("last") else "all their tokens"
-    lines = [f"On {e.get('segments', '?')} segments of {e.get('length', '?')} tokens, {counted} counted. KL is the "
+    e = results.evaluation
+    counted = f"the last {e.last} tokens of each" if e.last else "all their tokens"
+    lines = [f"On {e.segments or '?'} segments of {e.length or '?'} tokens, {counted} counted. KL is the "
              "divergence of the predictions from the teacher's, in nats a token.", "",
              "| | perplexity | ratio to teacher | KL to teacher |", "|---|---:|---:|---:|"]  # fmt: skip
     teacher = perplexity.get("teacher")
-    for row in [*ROWS, *(key for key in perplexity if key not in ROWS)]:
-        if row not in perplexity:
-            continue
-        value, distance = perplexity[row], None if row == "teacher" else kl.get(row)
-        ratio = value / teacher if _finite(value) and _finite(teacher) and teacher else None
-        label = ROWS.get(row, row)
-        lines.append(f"| {label} | {_number(value, 2)} | {_number(ratio, 3)} | {_number(distance, 4)} |")
-    return "\n".join(lines)
+    for row in ordered(perplexity):
+        value, distance = perplexity[row], None if row == "teacher" else results.kl.get(row)
+        ratio = None if value is None or not teacher else value / teacher
+        name = "**this model**" if row == "student" else label(row, "this model")
+        lines.append(f"| {name} | {_number(value, 2)} | {_number(ratio, 3)} | {_number(distance, 4)} |")
+    memory = "" if results.memory is None else f"\n\nIts {results.memory.line()}."
+    return "\n".join(lines) + memory
 
 
 def _finite(value: object) -> bool:

@@ -41,4 +41,4 @@ def check_place(out: Path, overwrite: bool, keep: list[Path]) -> None:
     if not out.is_dir() or not (out / RECIPE_FILE).is_file():
         raise LolcatsError(f"{out} exists and is no export of lolcats; choose another folder")
     if not overwrite:
-        raise LolcatsError(f"{out} already holds an export; give --overwrite to replace it, or another folder")
+        raise LolcatsError(f"{out} already holds an export; overwrite it, or choose another folder", hint="overwrite")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.models.folder import expand
 from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 from lolcats.runs.folder import RunFolder
+from lolcats.runs.results import Results, read_results
 
 ADAPTER_FILE = "adapter_config.json"
+WITHOUT = "delete it to export without numbers"
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Source:
     run: RunFolder | None
     """The run that made it, None where only the model is there."""
     config: RunConfig
-    results: dict[str, Any]
+    results: Results
 
 
 def open_source(place: Path) -> Source:
@@ -39,7 +39,7 @@ def open_source(place: Path) -> Source:
     model = run.model if run is not None else place
     if run is not None and not (model / "config.json").is_file():
         raise LolcatsError(
-            f"{place} is a run without a model yet; finish it: lolcats linearize {run.config_file} --resume"
+            f"{place} is a run without a model yet; finish it with {run.config_file} first", hint="finish_run"
         )
     if (place / ADAPTER_FILE).is_file() and not (model / "config.json").is_file():
         raise LolcatsError(
@@ -53,24 +53,13 @@ def open_source(place: Path) -> Source:
             f"{model} has no {RECIPE_FILE}: without its recipe nobody could know how the model was made; "
             "expected a folder that lolcats linearize wrote"
         )
-    return Source(model, run, load_config(model / RECIPE_FILE), _read_results(model / RESULTS_FILE))
+    return Source(model, run, load_config(model / RECIPE_FILE), read_results(model / RESULTS_FILE, WITHOUT))
 
 
 def _is_run_of(folder: Path, place: Path) -> bool:
     run = RunFolder(folder)
     own = folder == place and not (place / "config.json").is_file()
     return run.config_file.is_file() and (own or run.model == place.resolve())
-
-
-def _read_results(file: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise LolcatsError(f"{file} is not JSON: {error}") from error
-    sections = ("perplexity", "kl", "evaluation", "tokens")
-    if not isinstance(results, dict) or any(not isinstance(results.get(s) or {}, dict) for s in sections):
-        raise LolcatsError(f"{file} does not hold what lolcats linearize measured; delete it to export without numbers")
-    return results
 
 
 def is_local(name: str) -> bool:

@@ -37,5 +37,6 @@ def check_context(model: PreTrainedModel, tokens: int, what: str, *, beyond: boo
     raise LolcatsError(
         f"{what} of {tokens:,} tokens is longer than the model's context of {limit:,} "
         f"(max_position_embeddings); choose at most {limit}"
-        + ("" if ends_there(model) else ", or --beyond-context to see what it does there")
+        + ("" if ends_there(model) else ", or allow what is beyond to see what it does there"),
+        hint=None if ends_there(model) else "beyond_context",
     )

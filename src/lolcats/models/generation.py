@@ -112,7 +112,7 @@ class _Finite(LogitsProcessor):
         if not scores.amax(-1).isfinite().all():
             raise LolcatsError(
                 "the model's predictions are NaN or infinite, so there is no text: its weights are damaged, or its "
-                "numbers overflow (try --dtype float32)"
+                "numbers overflow (try dtype float32)"
             )
         return scores
 

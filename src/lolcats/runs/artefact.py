@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lolcats.config import RunConfig, dump_config
 from lolcats.files import atomic_folder, write_text
 from lolcats.models.quantization import dequantize, dequantize_below
+from lolcats.runs.results import Results
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +30,7 @@ def save_artefact(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    results: dict[str, Any],
+    results: Results,
 ) -> None:
     """Write model, tokenizer, recipe and measured results; the folder appears only when it is complete.
 
@@ -41,12 +41,12 @@ def save_artefact(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / RECIPE_FILE).write_text(dump_config(config))
-        (temporary / RESULTS_FILE).write_text(_text(results))
+        (temporary / RESULTS_FILE).write_text(results.text())
 
 
-def save_results(folder: Path, results: dict[str, Any]) -> None:
+def save_results(folder: Path, results: Results) -> None:
     """Replace the measured results in an artefact; raises as `save_artefact` does."""
-    write_text(folder / RESULTS_FILE, _text(results))
+    write_text(folder / RESULTS_FILE, results.text())
 
 
 def save_adapter(folder: Path, adapter: PeftModel) -> None:
@@ -61,10 +61,6 @@ def unpack(model: PreTrainedModel, stage: FinetuneStage | None, dtype: torch.dty
         stage.adapter = dequantize_below(stage.adapter, dtype)
     else:
         dequantize(model, dtype)
-
-
-def _text(results: dict[str, Any]) -> str:
-    return json.dumps(results, indent=2) + "\n"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import hold, remove_leftovers_in, write_text
 from lolcats.models.folder import expand
-from lolcats.runs.results import read_results
+from lolcats.runs.results import Results, read_results
 from lolcats.training.checkpoint import read_metadata
 
 STAGES = ("transfer", "finetune")
@@ -81,8 +81,8 @@ class RunFolder:
                 self.clear()
             elif not resume:
                 raise LolcatsError(
-                    f"{self.path} already holds a run; give --resume to go on with it, --overwrite to replace it, "
-                    "or another name=..."
+                    f"{self.path} already holds a run; resume it, overwrite it, or choose another name=...",
+                    hint="resume_or_overwrite",
                 )
             else:
                 self._check_changes(config)
@@ -121,10 +121,26 @@ class RunFolder:
         Raises:
             LolcatsError: it is finished with other settings, or its files cannot be read.
         """
-        if not self.results().get("complete") or not self.has_model():
+        if not self.results().complete or not self.has_model():
             return False
         self._check_changes(config)
         return True
+
+    def config(self) -> RunConfig:
+        """The settings in config.yaml, those of a later version left out.
+
+        Raises:
+            LolcatsError: it is no configuration.
+        """
+        return self._read_config()[0]
+
+    def stage_state(self, stage: str) -> StageState:
+        """How far a stage is.
+
+        Raises:
+            LolcatsError: its checkpoint cannot be read.
+        """
+        return self._stage(stage)[0]
 
     def unknown_settings(self) -> list[str]:
         """Settings in config.yaml that this version does not have, because a later one wrote them."""
@@ -148,7 +164,7 @@ class RunFolder:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Results:
         """What was measured so far.
 
         Raises:
@@ -156,9 +172,9 @@ class RunFolder:
         """
         return read_results(self.results_file)
 
-    def write_results(self, results: dict[str, Any]) -> None:
+    def write_results(self, results: Results) -> None:
         """Replace results.json."""
-        write_text(self.results_file, json.dumps(results, indent=2) + "\n")
+        write_text(self.results_file, results.text())
 
     def _items(self) -> list[Path]:
         return [item for item in self.path.iterdir() if item != self.lock_file]
@@ -208,7 +224,7 @@ class RunFolder:
         """Refuse settings that this run cannot change any more."""
         now = config.model_dump(mode="json")
         before = self._read_config()[0].model_dump(mode="json")
-        complete = bool(self.results().get("complete"))
+        complete = self.results().complete
         found = {stage: self._stage(stage) for stage in STAGES}
         states: dict[str, StageState] = {s: "finished" if complete else state for s, (state, _) in found.items()}
         if states["transfer"] == "new" != states["finetune"] and config.transfer.enabled:

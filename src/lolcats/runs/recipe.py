@@ -1,11 +1,11 @@
-"""The whole recipe: load, convert, transfer, fine-tune, save, measure."""
+"""The whole recipe: prepare, transfer, fine-tune, save, measure. `steps.py` does each by itself."""
 
 from __future__ import annotations
 
 import math
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
+from lolcats.evaluation.memory import text_memory
 from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.convert import check_supported
@@ -29,16 +30,24 @@ from lolcats.models.teacher import load_teacher
 from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.folder import RunFolder
-from lolcats.runs.state import Run, open_run, with_facts
+from lolcats.runs.results import Best, Results
+from lolcats.runs.state import Run, add_facts, open_run
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 
+Step = Literal["prepare", "transfer", "finetune", "save", "measure"]
+STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "measure"]
 SAMPLE_PROMPT = "The most important thing to know about computers is"
 
 
 def linearize(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    until: Step = "measure",
+    console: Console | None = None,
 ) -> RunFolder:
     """Turn a softmax language model into a linearized one.
 
@@ -46,6 +55,7 @@ def linearize(
         config: all settings.
         resume: go on with the run of the same name from its last checkpoint.
         overwrite: delete the run of the same name first.
+        until: the last step to do; `resume` does those after it.
         console: where progress is shown; None is silent.
 
     Returns:
@@ -66,12 +76,13 @@ def linearize(
         if results is None:
             return folder
         run = _prepare(config, folder, accelerator, device, console, results, started)
-        measure_teacher(run)
-        transfer(run)
-        finetune(run)
-        run.results["complete"] = True
+        for name, step in zip(STEPS, (measure_teacher, transfer, finetune, save, measure_student), strict=True):
+            step(run)
+            if name == until:
+                break
         run.count_seconds()
-        on_main_process(accelerator, lambda: save_results(folder.model, run.results))
+        if run.results.complete:
+            on_main_process(accelerator, lambda: save_results(folder.model, run.results))
         run.write_results()
     return folder
 
@@ -82,13 +93,14 @@ def _prepare(
     accelerator: Accelerator,
     device: torch.device,
     console: Console | None,
-    results: dict[str, Any],
+    results: Results,
     started: float,
 ) -> Run:
     set_seed(config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
-    model, tokenizer = load_teacher(config.model, getattr(torch, results["dtype"]), device, config.quantization)
+    dtype = getattr(torch, results.dtype or "")
+    model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     check_supported(model)  # before the text is read, which may take long
     choose_layers(list(attention_modules(model)), config.linearization.layers)
     shown = console if accelerator.is_main_process else None
@@ -99,19 +111,20 @@ def _prepare(
     segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
     notes = notes_on_data(config, len(train_set) * train_set.ids.shape[1], shown)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
-    results = with_facts(results, config, device, segments, SAMPLE_PROMPT)
-    results["data_notes"] = notes
+    add_facts(results, config, device, segments, SAMPLE_PROMPT)
+    results.data_notes = notes
     batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
     convert(model, config.linearization, input_ids=batch)
+    results.memory = text_memory(model, dtype)
     check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:
         check_lora(model, config.finetune)
-    started -= results["seconds"].get("total", 0.0)
+    started -= results.seconds.get("total") or 0.0
     run = Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
     run.say(
         f"{type(model).__name__}: {len(linearized_layers(model))} of {model.config.num_hidden_layers} layers "
         f"linearized, {len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
-        f"{results['device']}, {results['dtype']}"
+        f"{results.device}, {results.dtype}"
     )
     if accelerator.is_main_process and (unknown := folder.unknown_settings()):
         run.say(f"{folder.config_file} has settings of a later version, which are ignored: {', '.join(unknown)}")
@@ -124,14 +137,12 @@ def measure_teacher(run: Run) -> None:
     Raises:
         LolcatsError: the teacher's loss is not finite, so nothing could be learned from it.
     """
-    if "teacher" in run.results["perplexity"]:
+    if "teacher" in run.results.perplexity:
         return
-    variants = teacher_variants(run.model)
-    if "training_free" not in run.config.evaluation.controls:
-        del variants["training_free"]
+    variants = teacher_variants(run.model, controls=run.config.evaluation.controls)
     scores = _record(run, variants, variants["teacher"])
     if "teacher" not in scores:
-        raise LolcatsError(f"the teacher cannot be measured: {run.results['notes'][_measuring('teacher')]}")
+        raise LolcatsError(f"the teacher cannot be measured: {run.results.notes[_measuring('teacher')]}")
     if not math.isfinite(scores["teacher"].loss):
         raise LolcatsError(
             f"the loss of the teacher {run.config.model} is {scores['teacher'].loss} on the text to be measured, so "
@@ -155,64 +166,66 @@ def transfer(run: Run) -> None:
     if config.target == "linear" and run.config.linearization.starts_from_text:
         # The linear half was trained by itself, which leaves its share beside the window open.
         start_from_text(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
-    if "transfer" not in run.results["perplexity"]:
+    if "transfer" not in run.results.perplexity:
         _record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
         run.count_seconds()
         run.write_results()
 
 
 def finetune(run: Run) -> None:
-    """Stage 2; then the artefact is saved, and only then the student and its controls are measured."""
+    """Stage 2."""
     config = run.config.finetune
-    stage = None
-    widened = _slow_backward(run)
+    run.widened = _slow_backward(run)
     if config.enabled:
-        if widened:
+        if run.widened:
             cast_weights(run.model, torch.float32)
         set_seed(run.config.seed)  # the adapters' start must not depend on whether stage 1 was resumed
-        stage = FinetuneStage(run.model, config)
-        _train(run, stage, config)
+        run.stage = FinetuneStage(run.model, config)
+        _train(run, run.stage, config)
     run.use_compiled(False)
-    saved = _save(run, stage, widened)
+
+
+def measure_student(run: Run) -> None:
+    """The student and its controls, once the artefact is saved."""
     teacher: list[Variant] = []
-    run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, stage)))
-    _record(run, student_variants(run.model, list(run.config.evaluation.controls)), teacher[0] if teacher else None)
+    run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, run.stage)))
+    _record(run, student_variants(run.model, run.config.evaluation.controls), teacher[0] if teacher else None)
     # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
-    for name, score in saved.items():
-        run.store(name, score)
+    for name, score in run.saved.items():
+        run.results.store(name, score)
+    run.results.complete = True
 
 
-def _save(run: Run, stage: FinetuneStage | None, widened: bool) -> dict[str, Measurement]:
-    """Save the artefact, and sample from it; its own scores, where they can differ from those of what was trained."""
+def save(run: Run) -> None:
+    """Save the artefact, sample from it, and measure it, where it can differ from what was trained."""
+    stage = run.stage
     adapter = None if stage is None else stage.adapter
-    scores: dict[str, Measurement] = {}
     with unchanged(adapter or run.model):
         if run.config.quantization != "none":
-            unpack(run.model, stage, getattr(torch, run.results["dtype"]))
+            unpack(run.model, stage, run.dtype)
         if stage is not None and (own := stage.finish()) is not None:
             on_main_process(run.accelerator, lambda: save_adapter(run.folder.adapter, own))
             own.merge_and_unload()
-        if widened:
+        if run.widened:
             cast_weights(run.model, torch.bfloat16)
         artefact = (run.folder.model, run.model, run.tokenizer, run.config, run.results)
         on_main_process(run.accelerator, lambda: save_artefact(*artefact))
         run.write_results()
         if stage is not None:
             student = {"student": student_variants(run.model, [])["student"]}
-            scores = _record(run, student, None, note=" (as saved)")
+            run.saved = _record(run, student, None, note=" (as saved)")
         _sample(run, "student")
     if stage is not None:
         stage.adapter = adapter
-    return scores
 
 
 def _sample(run: Run, name: str) -> None:
     """What the model, as it is now, writes after the prompt."""
-    run.results["generation"].pop(name, None)
+    run.results.generation.pop(name, None)
     text: list[str] = []
     run.attempt(f"sample of the {name}", lambda: text.append(sample(run.model, run.tokenizer, SAMPLE_PROMPT)))
     if text:
-        run.results["generation"][name] = text[0]
+        run.results.generation[name] = text[0]
 
 
 def _teacher_after(run: Run, stage: FinetuneStage | None) -> Variant:
@@ -223,14 +236,14 @@ def _teacher_after(run: Run, stage: FinetuneStage | None) -> Variant:
         return teacher_variants(run.model, stage.adapter.disable_adapter)["teacher"]
     if stage.teacher is not None:
         return teacher_variants(stage.teacher)["teacher"]
-    return Variant(load_teacher(run.config.model, getattr(torch, run.results["dtype"]), run.model.device)[0])
+    return Variant(load_teacher(run.config.model, run.dtype, run.model.device)[0])
 
 
 def _slow_backward(run: Run) -> bool:
     """Whether stage 2 is better done in float32: CPUs run bfloat16 forward twice as fast, but backward far slower."""
     if run.config.quantization != "none":
         return False
-    return run.config.dtype == "auto" and run.accelerator.device.type == "cpu" and run.results["dtype"] == "bfloat16"
+    return run.config.dtype == "auto" and run.accelerator.device.type == "cpu" and run.results.dtype == "bfloat16"
 
 
 def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
@@ -245,12 +258,12 @@ def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
         seed=run.config.seed,
         autocast=autocast,
     )
-    run.results["tokens"][stage.name] = result.tokens
-    run.results["tokens_per_second"][stage.name] = round(result.tokens_per_second, 1)
-    run.results["seconds"][stage.name] = round(result.seconds, 2)
-    run.results.setdefault("best", {})[stage.name] = {"step": result.best_step, "loss": result.best_loss}
+    run.results.tokens[stage.name] = result.tokens
+    run.results.tokens_per_second[stage.name] = round(result.tokens_per_second, 1)
+    run.results.seconds[stage.name] = round(result.seconds, 2)
+    run.results.best[stage.name] = Best(step=result.best_step, loss=result.best_loss)
     if result.changes:
-        run.results.setdefault("changes", {})[stage.name] = result.changes
+        run.results.changes[stage.name] = result.changes
     run.say(
         f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s "
         f"({result.tokens_per_second:,.0f} tokens/s), "
@@ -268,7 +281,7 @@ def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, not
     e = run.config.evaluation
     options: dict[str, Any] = {"teacher": teacher, "last": e.last, "batch_size": e.batch_size}
     scores: dict[str, Measurement] = {}
-    run.forget_notes([_measuring(name, note) for name in variants])
+    run.results.forget_notes([_measuring(name, note) for name in variants])
     try:
         scores = measure(variants, run.segments, **options)
     except Exception:  # one of them; the others are measured one by one
@@ -276,7 +289,7 @@ def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, not
             one = {name: variant}
             run.attempt(_measuring(name, note), lambda one=one: scores.update(measure(one, run.segments, **options)))
     for name, score in scores.items():
-        run.store(name, score)
+        run.results.store(name, score)
         distance = "" if score.kl is None or name == "teacher" else f", KL to the teacher {score.kl:.4f}"
         run.say(f"{name:<14} perplexity {score.perplexity:.2f}{distance}{note}")
     return scores

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,8 @@ from lolcats.modeling import linearized_layers
 from lolcats.models.device import choose_dtype, describe_device
 from lolcats.ops import kernels_available
 from lolcats.runs.folder import RunFolder
-from lolcats.training import Reporter, TrainingData
+from lolcats.runs.results import Results
+from lolcats.training import FinetuneStage, Reporter, TrainingData
 from lolcats.training.parallel import describe, on_main_process
 
 FORMATS = ("float32", "bfloat16", "float16")
@@ -41,13 +41,19 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     segments: Tensor
-    results: dict[str, Any]
+    results: Results
     started: float
     """Clock at which the run would have started if it had never been interrupted."""
+    stage: FinetuneStage | None = None
+    """Stage 2, once it has been trained."""
+    widened: bool = False
+    """Whether the weights were made float32 for it."""
+    saved: dict[str, Measurement] = field(default_factory=dict)
+    """What the artefact scores."""
 
     def count_seconds(self) -> None:
         """Bring `seconds.total` up to date."""
-        self.results["seconds"]["total"] = round(time.perf_counter() - self.started, 2)
+        self.results.seconds["total"] = round(time.perf_counter() - self.started, 2)
 
     def write_results(self) -> None:
         """Put results.json on disk."""
@@ -58,14 +64,10 @@ class Run:
         if self.console is not None and self.accelerator.is_main_process:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def store(self, name: str, score: Measurement) -> None:
-        """Put what a variant scores into the results."""
-        values = asdict(score)
-        self.results["perplexity"][name] = values["perplexity"]
-        if values["kl"] is not None:
-            self.results["kl"][name] = values["kl"]
-        self.results["by_position"][name] = values["by_position"]
-        self.results["evaluation"]["tokens"] = values["tokens"]
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return getattr(torch, self.results.dtype or "")
 
     def use_compiled(self, setting: str | bool) -> None:
         """Compile the layers' attention for training where that pays: on a GPU that the kernels do not know."""
@@ -76,24 +78,18 @@ class Run:
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Do something that is only shown or measured: where it fails the results get a note, and the run goes on."""
-        self.forget_notes([what])
+        self.results.forget_notes([what])
         try:
             action()
         except Exception as error:  # whatever it is: the trained weights are worth more than a number
             text = " ".join(describe(error).split())
-            self.results.setdefault("notes", {})[what] = text
+            self.results.notes[what] = text
             self.say(f"{what} failed and is left out: {text}")
-
-    def forget_notes(self, names: Sequence[str]) -> None:
-        """Leave out notes of an earlier process on what is done again."""
-        notes = {name: text for name, text in self.results.pop("notes", {}).items() if name not in names}
-        if notes:
-            self.results["notes"] = notes
 
 
 def open_run(
     folder: RunFolder, config: RunConfig, device: torch.device, held: ExitStack, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+) -> Results | None:
     """Open the run's folder, in the main process.
 
     Args:
@@ -113,33 +109,22 @@ def open_run(
     folder.prepare(config, resume=resume, overwrite=overwrite)
     asked = config.evaluation.model_dump(mode="json", exclude={"batch_size"})
     results = folder.results()
-    results.pop("complete", None)  # its model is gone, and is made again
-    if results.get("measured_with", asked) != asked:
-        _forget_measurements(results)
-    dtype = results.get("dtype") if config.dtype == "auto" else None  # another device might choose another one
+    results.complete = False  # its model is gone, and is made again
+    if (results.measured_with or asked) != asked:
+        results.forget_measurements()
+    dtype = results.dtype if config.dtype == "auto" else None  # another device might choose another one
     if dtype not in FORMATS:
         dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    return results | {"dtype": dtype, "measured_with": asked}
-
-
-def with_facts(
-    results: dict[str, Any], config: RunConfig, device: torch.device, segments: Tensor, prompt: str
-) -> dict[str, Any]:
-    """Results with what is known before anything is measured; what they hold already stays."""
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    facts = {"date": date, "model": config.model, "device": describe_device(device), "dtype": results["dtype"]}
-    facts |= {"quantization": config.quantization, "seed": config.seed, "evaluation": {}}
-    sections = {name: {} for name in ("perplexity", "kl", "by_position", "tokens", "tokens_per_second", "seconds")}
-    results = {**facts, **sections, "generation": {"prompt": prompt}, **results}
-    results["evaluation"] |= {
-        "segments": segments.shape[0],
-        "length": segments.shape[1],
-        "last": config.evaluation.last,
-    }
+    results.dtype, results.measured_with = dtype, asked
     return results
 
 
-def _forget_measurements(results: dict[str, Any]) -> None:
-    """Leave out what was measured on another text or in another way."""
-    for name in ("perplexity", "kl", "by_position", "notes"):
-        results.pop(name, None)
+def add_facts(results: Results, config: RunConfig, device: torch.device, segments: Tensor, prompt: str) -> None:
+    """Put in what is known before anything is measured; what is there already stays."""
+    results.date = results.date or datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    results.model, results.device = results.model or config.model, results.device or describe_device(device)
+    results.quantization = results.quantization or config.quantization
+    results.seed = config.seed if results.seed is None else results.seed
+    results.generation.setdefault("prompt", prompt)
+    text = results.evaluation
+    text.segments, text.length, text.last = segments.shape[0], segments.shape[1], config.evaluation.last

@@ -1,10 +1,9 @@
 """Sweeps: many runs from one file, their cost beforehand, their results in one table."""
 
 from lolcats.sweep.calibration import calibrate
-from lolcats.sweep.job import do_job, find_job
+from lolcats.sweep.job import check_measure, do_job, find_job
 from lolcats.sweep.measure import MeasureConfig
-from lolcats.sweep.measurements import MEASUREMENTS, SweepMeasurement
-from lolcats.sweep.measuring import check_measure
+from lolcats.sweep.measured import MEASUREMENTS, SweepMeasurement
 from lolcats.sweep.plan import Plan, Speed, make_plan
 from lolcats.sweep.plots import draw_plots
 from lolcats.sweep.results import Table, gather, read_failures, write_table

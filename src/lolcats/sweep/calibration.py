@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lolcats.config import RunConfig, load_config
 from lolcats.config.strict_yaml import write_yaml
 from lolcats.errors import LolcatsError
+from lolcats.files import read_json_lines
 from lolcats.models.device import choose_device
 from lolcats.runs.recipe import linearize
 from lolcats.sweep.plan import STAGES, Speed
@@ -45,8 +45,9 @@ def _measure(config: RunConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
         file.write_text(write_yaml(_short(config, folder)))
-        lines = linearize(load_config(file)).metrics_file.read_text().splitlines()
-    steps = [line for line in map(json.loads, lines) if "tokens_per_second" in line]
+        metrics = linearize(load_config(file)).metrics_file
+        with metrics.open("rb") as raw:
+            steps = [line for line, _ in read_json_lines(str(metrics), raw) if "tokens_per_second" in line]
     speeds = {}
     for stage in STAGES:
         # The time since the stage began is tokens / (tokens/s); the difference of two leaves the warm-up out.

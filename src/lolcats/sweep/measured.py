@@ -1,23 +1,34 @@
-"""What was measured of one model on benchmarks and recall tasks, kept in a file, each number with its settings."""
+"""What is known of a finished run beside its weights, as columns of the table.
+
+The numbers of benchmarks and recall tasks are kept in a file of the run, each with its settings (`Measured`). Other
+measurements are functions with a name (`SweepMeasurement`): to add one, put it into `MEASUREMENTS`, or pass a list of
+your own to `run_sweep`. One that has to run the model is made once and kept in RUN/measurements/NAME.json.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.harness import Row, Score, Scores
+from lolcats.evaluation.harness import Row, Scores
 from lolcats.evaluation.recall import Cell
-from lolcats.evaluation.recall import Progress as RecallProgress
 from lolcats.files import write_text
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep.measure import MeasureConfig
-from lolcats.sweep.measurements import finite, read_object
 
 AVERAGE = "tasks.average"
 """Column of the mean over the tasks."""
+AGAIN = "delete it: it is measured anew"
+Columns = dict[str, float | None]
+"""Name of a column, such as perplexity.student -> value; None where there is no finite number."""
 
 
 class ScoreColumn(NamedTuple):
@@ -28,8 +39,29 @@ class ScoreColumn(NamedTuple):
     """Whether it is a share of right answers, which people read in percent."""
 
 
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    settings: dict[str, Any]
+    """What the numbers depend on."""
+    batch_size: int | None = None
+
+
+class _Task(_Record):
+    rows: list[Row]
+
+
+class _Recall(_Record):
+    cell: Cell
+
+
+class _Content(BaseModel):
+    tasks: dict[str, _Task] = {}
+    recall: dict[str, _Recall] = {}
+
+
 class Measured:
-    """The file of one model.
+    """The numbers of one model.
 
     Args:
         file: measurements/measure.json of a run, or the one of a teacher.
@@ -40,18 +72,10 @@ class Measured:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        content = read_object(file, "it is measured anew")
-        self._tasks: dict[str, Any] = content.get("tasks", {})
-        self._recall: dict[str, Any] = content.get("recall", {})
         try:
-            for record in self._tasks.values():
-                _check_settings(record)
-                _ = [_row(row).is_share for row in record["rows"]]
-            for record in self._recall.values():
-                _check_settings(record)
-                _ = Cell(**record["cell"]).score + 0.0
-        except (TypeError, LookupError, AttributeError) as error:
-            raise LolcatsError(f"{file} is not what a sweep has measured; delete it: it is measured anew") from error
+            self._content = _Content.model_validate(read_object(file, AGAIN))
+        except ValidationError as error:
+            raise LolcatsError(f"{file} is not what a sweep has measured; {AGAIN}") from error
 
     @classmethod
     def of_run(cls, folder: RunFolder) -> Measured:
@@ -60,96 +84,135 @@ class Measured:
 
     def missing_tasks(self, measure: MeasureConfig) -> list[str]:
         """The tasks that are not measured with these settings."""
-        return [task for task in measure.tasks if not _is_of(self._tasks.get(task), measure.task_identity(task))]
+        known = self._content.tasks
+        return [t for t in measure.tasks if t not in known or known[t].settings != measure.task_identity(t)]
 
-    def missing_cells(self, measure: MeasureConfig) -> list[str]:
-        """The same of recall, as "passkey.512"."""
-        cells = [_cell(task, length) for task in measure.recall for length in sorted(set(measure.lengths))]
-        return [name for name in cells if not _is_of(self._recall.get(name), measure.recall_identity())]
+    def missing_cells(self, measure: MeasureConfig) -> list[tuple[str, int]]:
+        """The same of recall: task and length, short texts first."""
+        known, settings = self._content.recall, measure.recall_identity()
+        cells = [(task, length) for length in sorted(set(measure.lengths)) for task in measure.recall]
+        return [c for c in cells if _cell(*c) not in known or known[_cell(*c)].settings != settings]
 
     def is_complete(self, measure: MeasureConfig) -> bool:
         """Whether nothing is missing."""
         return not self.missing_tasks(measure) and not self.missing_cells(measure)
 
-    def add_task(self, task: str, measure: MeasureConfig, scores: Scores, rows: list[Row]) -> None:
+    def add_task(self, task: str, measure: MeasureConfig, scores: Scores) -> None:
         """Keep a task, which may have several rows."""
-        record = {"settings": measure.task_identity(task), "batch_size": measure.batch_size}
-        record |= {"device": scores.device, "dtype": scores.dtype, "rows": [asdict(row) for row in rows]}
-        self._tasks[task] = record
+        facts = {"device": scores.device, "dtype": scores.dtype, "batch_size": measure.batch_size}
+        self._content.tasks[task] = _Task(settings=measure.task_identity(task), rows=scores.rows, **facts)
         self._write()
 
     def add_cell(self, measure: MeasureConfig, cell: Cell) -> None:
         """Keep a recall task at one length."""
-        record = {"settings": measure.recall_identity(), "batch_size": measure.batch_size, "cell": asdict(cell)}
-        self._recall[_cell(cell.task, cell.length)] = record
+        record = _Recall(settings=measure.recall_identity(), batch_size=measure.batch_size, cell=cell)
+        self._content.recall[_cell(cell.task, cell.length)] = record
         self._write()
-
-    def recall_progress(self, measure: MeasureConfig) -> RecallProgress:
-        """What `recall` goes on from; its new cells are kept here."""
-        progress = _KeptCells(self, measure)
-        for record in self._recall.values():
-            if _is_of(record, measure.recall_identity()):
-                cell = Cell(**record["cell"])
-                progress.cells[cell.variant, cell.task, cell.length] = cell
-        return progress
 
     def columns(self, measure: MeasureConfig) -> dict[str, ScoreColumn]:
         """What is known with these settings: main metrics of the tasks, their averages, and recall by length."""
-        missing = {*self.missing_tasks(measure), *self.missing_cells(measure)}
-        rows = [_row(row) for t in measure.tasks if t not in missing for row in self._tasks[t]["rows"]]
-        found = {}
+        missing, found = self.missing_tasks(measure), {}
+        rows = [row for t in measure.tasks if t not in missing for row in self._content.tasks[t].rows]
         for row in rows:
             for variant, score in row.scores.items():
                 name = f"{row.task}.{row.metric.removesuffix(',none')}{_ending(variant)}"
                 found[name] = ScoreColumn(finite(score.mean), row.is_share)
-        if not missing & set(measure.tasks):  # the mean over other tasks would not compare
+        if not missing:  # the mean over other tasks would not compare
             for name, means in Scores(rows, {}).averages().items():
                 for variant, mean in means.items():
                     found[f"tasks.{name.replace(' ', '_')}{_ending(variant)}"] = ScoreColumn(mean, True)
+        lacking = self.missing_cells(measure)
         for task in measure.recall:
             for length in sorted(set(measure.lengths)):
-                if (name := _cell(task, length)) not in missing:
-                    found[name] = ScoreColumn(self._recall[name]["cell"]["score"], True)
+                if (task, length) not in lacking:
+                    name = _cell(task, length)
+                    found[name] = ScoreColumn(self._content.recall[name].cell.score, True)
         return found
 
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, json.dumps({"tasks": self._tasks, "recall": self._recall}, indent=1) + "\n")
-
-
-class _KeptCells(RecallProgress):
-    """Cells that go to the file of a model as soon as they are known."""
-
-    def __init__(self, measured: Measured, measure: MeasureConfig) -> None:
-        super().__init__(None, {})
-        self._measured, self._measure = measured, measure
-
-    def add(self, cell: Cell) -> None:
-        super().add(cell)
-        self._measured.add_cell(self._measure, cell)
-
-
-def _check_settings(record: dict[str, Any]) -> None:
-    if not isinstance(record["settings"], dict):
-        raise TypeError
-
-
-def _is_of(record: dict[str, Any] | None, settings: dict[str, Any]) -> bool:
-    return record is not None and record["settings"] == settings
+        write_text(self.file, json.dumps(self._content.model_dump(), indent=1) + "\n")
 
 
 def _cell(task: str, length: int) -> str:
     return f"{task}.{length}"
 
 
-def _row(record: dict[str, Any]) -> Row:
-    """A row as it was kept; raises TypeError, LookupError or AttributeError where it is none."""
-    scores = {name: Score(**score) for name, score in record["scores"].items()}
-    for score in scores.values():
-        _ = score.mean + 0.0
-    return Row(**{**record, "scores": scores})
-
-
 def _ending(variant: str) -> str:
     """Of the columns of a variant: those of controls bear its name."""
     return "" if variant in ("student", "teacher") else f".{variant}"
+
+
+@dataclass(frozen=True)
+class SweepMeasurement:
+    """Something to know of every run.
+
+    Args:
+        name: also of the file in which the columns are kept.
+        measure: makes the columns of a finished run.
+        kept: whether they are written to a file, and read from it the next time.
+    """
+
+    name: str
+    measure: Callable[[RunConfig, RunFolder], Columns]
+    kept: bool = True
+
+
+def run_results(config: RunConfig, folder: RunFolder) -> Columns:
+    """The columns of results.json: perplexity, KL, tokens/s, seconds, and the memory of a text."""
+    results = folder.results()
+    columns: Columns = {}
+    for section in ("perplexity", "kl", "tokens_per_second", "seconds"):
+        columns |= {f"{section}.{name}": value for name, value in getattr(results, section).items()}
+    if results.memory is not None:
+        columns |= {"memory.bytes": results.memory.bytes, "memory.kv_tokens": results.memory.kv_tokens}
+    columns.pop("kl.teacher", None)
+    return columns
+
+
+MEASUREMENTS: tuple[SweepMeasurement, ...] = (SweepMeasurement("results", run_results, kept=False),)
+
+
+def measure_run(config: RunConfig, measurements: Sequence[SweepMeasurement] = MEASUREMENTS) -> Columns:
+    """All columns of a finished run; what was kept is not measured again."""
+    folder = RunFolder.of(config)
+    columns: Columns = {}
+    for measurement in measurements:
+        file = folder.path / "measurements" / f"{measurement.name}.json"
+        if measurement.kept and file.exists():
+            kept = read_object(file, AGAIN)
+            if not all(isinstance(value, float | int | None) for value in kept.values()):
+                raise LolcatsError(f"{file} holds something that is not a number; {AGAIN}")
+            columns |= kept
+            continue
+        new = {name: finite(value) for name, value in measurement.measure(config, folder).items()}
+        if measurement.kept:
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, json.dumps(new, indent=2) + "\n")
+        columns |= new
+    return columns
+
+
+def read_object(file: Path, then: str) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none.
+
+    Args:
+        then: what can be done with a broken one.
+
+    Raises:
+        LolcatsError: it holds something else.
+    """
+    try:
+        content = json.loads(file.read_bytes()) if file.exists() else {}
+    except OSError as error:
+        raise LolcatsError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise LolcatsError(f"{file} is not JSON ({error}); {then}") from error
+    if not isinstance(content, dict):
+        raise LolcatsError(f"{file}: expected a JSON object, got {str(content)[:40]!r}; {then}")
+    return content
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: None stands for it."""
+    return value if value is not None and math.isfinite(value) else None

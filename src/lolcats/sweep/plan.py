@@ -1,24 +1,38 @@
-"""What a sweep will cost: runs, steps and tokens of each stage, time, and disk. Nothing is run for it."""
+"""What a sweep will cost: runs, steps and tokens of each stage, time, and disk.
+
+Nothing is run for it, and no weights are read: bytes on disk come from the shapes of a model alone.
+"""
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling.attention import added_parameters
+from lolcats.modeling.convert import check_supported
+from lolcats.modeling.install import install
+from lolcats.models.device import choose_device, choose_dtype
+from lolcats.models.empty import known_model
 from lolcats.runs.folder import RunFolder
-from lolcats.sweep.disk import DiskEstimate
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.sharing import groups, shared_from
 from lolcats.sweep.state import run_status, steps_done
+from lolcats.training.finetune import lora_targets
 
 Stage = Literal["transfer", "finetune"]
 STAGES: tuple[Stage, Stage] = ("transfer", "finetune")
 DONE = ("trained", "finished")
 """States of a run without a step left."""
+ADAMW = 3
+"""A checkpoint to go on from holds parameters and two moments; the best one parameters alone. All are float32."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +113,14 @@ def measured_speed(sweep: Sweep) -> Speed | None:
     names = []
     for run in [run for run in sweep.runs if run_status(run) in DONE]:
         results = RunFolder.of(run.config).results()
-        speeds, seconds = results.get("tokens_per_second", {}), results.get("seconds", {})
-        if "total" not in seconds:
+        speeds, seconds = results.tokens_per_second, results.seconds
+        if not (total := seconds.get("total")):
             continue
         names.append(run.name)
         for stage in STAGES:
-            found[stage] += [speeds[stage]] if speeds.get(stage, 0.0) > 0 else []
+            found[stage] += [speed] if (speed := speeds.get(stage)) else []
         own = [stage for stage in STAGES if not (stage == "transfer" and shared_from(run.config))]
-        found["other"].append(seconds["total"] - sum(seconds.get(stage, 0.0) for stage in own))
+        found["other"].append(total - sum(seconds.get(stage) or 0.0 for stage in own))
     needed = [stage for stage in STAGES if any(getattr(run.config, stage).enabled for run in sweep.runs)]
     if not names or not all(found[stage] for stage in needed):
         return None
@@ -150,3 +164,44 @@ def _steps(config: RunConfig, stage: Stage) -> int:
 
 def _tokens_a_step(config: RunConfig, stage: Stage) -> int:
     return getattr(config, stage).batch_size * config.data.sequence_length
+
+
+@dataclass
+class DiskEstimate:
+    """Sizes of runs; a model's shapes are made once."""
+
+    _models: dict[str, PreTrainedModel | None] = field(default_factory=dict)
+
+    def bytes(self, config: RunConfig) -> int | None:
+        """Model and checkpoints of a finished run; None where the model's configuration is not at hand.
+
+        Raises:
+            LolcatsError: the model cannot be linearized with these settings.
+        """
+        if config.model not in self._models:
+            self._models[config.model] = known_model(config.model)
+        teacher = self._models[config.model]
+        return None if teacher is None else _run_bytes(teacher, config)
+
+
+def _run_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
+    dtype = choose_dtype(config.dtype, choose_device(config.device))
+    check_supported(teacher)
+    with torch.device("meta"):
+        model = copy.deepcopy(teacher)
+        install(model, config.linearization)
+    added = sum(p.numel() for p in added_parameters(model).values())
+    weights = sum(p.numel() for p in model.parameters()) - added
+    trained = [added] if config.transfer.enabled else []
+    fine = config.finetune
+    if fine.enabled and fine.method == "lora":
+        trained.append(_lora_parameters(model, config) + (added if fine.train_feature_maps else 0))
+    elif fine.enabled:
+        trained.append(weights + (added if fine.train_feature_maps else 0))
+    width = 4 if fine.enabled and fine.method == "full" else dtype.itemsize  # full fine-tuning leaves float32 weights
+    return weights * width + 4 * added + 4 * (ADAMW + 1) * sum(trained)
+
+
+def _lora_parameters(model: PreTrainedModel, config: RunConfig) -> int:
+    shapes = [model.get_submodule(name).weight.shape for name in lora_targets(model, config.finetune.targets)]
+    return sum(config.finetune.rank * sum(shape) for shape in shapes)  # type: ignore[arg-type]

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.sweep.results import SEED, Row, Table, show_value
 
-VARIANTS = ("training_free", "transfer", "student", "window_only")
+DRAWN = ("training_free", "transfer", "student", "window_only")
 """What is drawn where there is one axis; where there are more, the student alone, a line for each other setting."""
 MOST_LINES = 10
 LOG_RATIO = 4.0
@@ -87,7 +88,7 @@ def _panel(axes: Any, table: Table, rows: Sequence[Row], axis: str, values: Sequ
 
 
 def _by_variant(rows: Sequence[Row], axis: str, section: str) -> list[_Series]:
-    lines = [_series(name.replace("_", " "), i, rows, axis, f"{section}.{name}") for i, name in enumerate(VARIANTS)]
+    lines = [_series(short_label(name), i, rows, axis, f"{section}.{name}") for i, name in enumerate(DRAWN)]
     return [line for line in lines if line is not None]
 
 

@@ -10,19 +10,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lolcats.config.variants import NAMES
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
-from lolcats.sweep.measured import Measured, ScoreColumn
-from lolcats.sweep.measurements import MEASUREMENTS, Columns, SweepMeasurement, measure_run, read_object
+from lolcats.sweep.measured import (
+    MEASUREMENTS,
+    Columns,
+    Measured,
+    ScoreColumn,
+    SweepMeasurement,
+    measure_run,
+    read_object,
+)
 from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import run_status
 
 SEED = "seed"
-ORDER = ("teacher", "training_free", "transfer", "student", "window_only", "linear_only", "no_attention")
-"""Variants in the order of the story, as in the columns perplexity.teacher, kl.student."""
 
 
 @dataclass
@@ -75,11 +81,11 @@ class Table:
     def place(self, column: str) -> tuple[int, int, str]:
         """Where a column stands."""
         section, _, name = column.partition(".")
-        sections = ("perplexity", "kl", "tokens_per_second", "seconds")
+        sections = ("perplexity", "kl", "tokens_per_second", "seconds", "memory")
         if column in self.scores:
             return len(sections), list(self.scores).index(column), ""
         first = sections.index(section) if section in sections else len(sections) + 1
-        return first, ORDER.index(name) if name in ORDER else len(ORDER), column if name not in ORDER else ""
+        return first, NAMES.index(name) if name in NAMES else len(NAMES), column if name not in NAMES else ""
 
 
 def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement] = MEASUREMENTS) -> Table:
@@ -99,7 +105,7 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
 def read_failures(sweep: Sweep) -> dict[str, str]:
     """The errors that an earlier call of the sweep wrote down, of runs and teachers that are still not finished."""
     file = sweep.folder / "results.json"
-    content = read_object(file, "the table is made anew")
+    content = read_object(file, "delete it: the table is made anew")
     left = {job.name for job in [*sweep.runs, *sweep_teachers(sweep)] if not is_finished(job)}
     try:
         rows = [*content.get("runs", []), *content.get("teachers", [])]

@@ -10,10 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from lolcats.errors import LolcatsError
-from lolcats.sweep.job import Job, SweepTeacher, do_job, is_finished, sweep_teachers
+from lolcats.sweep.job import Job, SweepTeacher, check_measure, do_job, is_finished, sweep_teachers
 from lolcats.sweep.jobs import run_jobs
-from lolcats.sweep.measurements import MEASUREMENTS, SweepMeasurement
-from lolcats.sweep.measuring import check_measure
+from lolcats.sweep.measured import MEASUREMENTS, SweepMeasurement
 from lolcats.sweep.results import Table, gather, read_failures, write_table
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.sharing import take_stage_one
@@ -80,9 +79,11 @@ def run_sweep(
             another sweep works in the folder, a process of a killed one has not ended, or it cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LolcatsError("a sweep is one process; to use several GPUs give --jobs N instead of torchrun")
-    chosen = choose_runs(sweep, only, "--only") if only else sweep.runs
-    replaced = choose_runs(sweep, overwrite, "--overwrite") if overwrite else []
+        raise LolcatsError(
+            "a sweep is one process; to use several GPUs let it do several jobs, without torchrun", hint="jobs"
+        )
+    chosen = choose_runs(sweep, only) if only else sweep.runs
+    replaced = choose_runs(sweep, overwrite) if overwrite else []
     progress = _Progress(sweep, measurements, console)
     with hold_folder(sweep):
         wait_for_jobs(sweep, progress.say)

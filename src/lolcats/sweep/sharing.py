@@ -66,7 +66,7 @@ def take_stage_one(run: SweepRun, runs: Sequence[SweepRun]) -> str | None:
     """
     target = RunFolder.of(run.config)
     key = stage_one(run.config)
-    begun = (target.checkpoints("transfer") / "last.safetensors").exists() or target.results().get("complete")
+    begun = (target.checkpoints("transfer") / "last.safetensors").exists() or target.results().complete
     if not key or begun:
         return None
     for other in runs:

@@ -30,7 +30,7 @@ def run_status(run: SweepRun) -> Status:
     folder = RunFolder.of(run.config)
     if not folder.config_file.exists():
         return "new"
-    if not folder.results().get("complete") or not folder.has_model():
+    if not folder.results().complete or not folder.has_model():
         return "started"
     return "finished" if Measured.of_run(folder).is_complete(run.measure) else "trained"
 
@@ -38,7 +38,7 @@ def run_status(run: SweepRun) -> Status:
 def steps_done(config: RunConfig, stage: Literal["transfer", "finetune"]) -> int:
     """Steps of a stage that need not be done again; all of them if the run is finished."""
     folder = RunFolder.of(config)
-    if folder.results().get("complete"):
+    if folder.results().complete:
         return getattr(config, stage).steps(config.data.sequence_length)
     file = folder.checkpoints(stage) / "last.safetensors"
     if not file.exists():
@@ -49,7 +49,7 @@ def steps_done(config: RunConfig, stage: Literal["transfer", "finetune"]) -> int
     return step
 
 
-def choose_runs(sweep: Sweep, patterns: Sequence[str], option: str) -> list[SweepRun]:
+def choose_runs(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
     """The runs whose names match one of the patterns (`*`, `?`, `[...]` as in a shell), in the order of the sweep.
 
     Raises:
@@ -61,7 +61,7 @@ def choose_runs(sweep: Sweep, patterns: Sequence[str], option: str) -> list[Swee
             near = difflib.get_close_matches(pattern, names, 1, 0.6)
             more = ", ..." if len(names) > 4 else ""
             hint = f"did you mean {near[0]}?" if near else f"its runs are {', '.join(names[:4])}{more}"
-            raise LolcatsError(f"{option} {pattern}: no run of {sweep.name} has this name; {hint}")
+            raise LolcatsError(f"{pattern}: no run of {sweep.name} has this name; {hint}")
     return [run for run in sweep.runs if any(fnmatchcase(run.name, pattern) for pattern in patterns)]
 
 
@@ -88,7 +88,8 @@ def check_runs(sweep: Sweep, replaced: Sequence[SweepRun] = ()) -> None:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise LolcatsError(
             f"{len(problems)} of the runs in {folder} were made with other settings: {'; '.join(problems[:3])}{more}. "
-            "Give --overwrite RUN to delete and run anew those whose names match, or another name=..."
+            "Overwrite them, or choose another name=...",
+            hint="overwrite_runs",
         )
 
 

@@ -20,13 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
+from lolcats.identity import weights_digest
 from lolcats.modeling import LinearizedAttention, attention_mode
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.hf import is_added
-from lolcats.modeling.old_names import in_old_order
+from lolcats.modeling.old_names import in_old_order, old_name
 from lolcats.training.batches import Batch
-from lolcats.training.identity import layer_settings, weights_digest
+from lolcats.training.identity import layer_settings
 from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}
@@ -54,7 +55,8 @@ class FinetuneStage:
         self.adapter: PeftModel | None = None
         self.teacher: PreTrainedModel | None = None
         check_lora(model, config)
-        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(model.named_parameters())}
+        weights = ((old_name(name), p) for name, p in model.named_parameters())  # so that runs of 0.1 go on
+        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights)}
         model.requires_grad_(False)
         if config.method == "lora":
             self.adapter = add_lora(model, config)

@@ -1,24 +1,19 @@
-"""What a checkpoint belongs to: digests of weights and data that take a moment, and the settings of its stage."""
+"""What a checkpoint belongs to: a digest of its data, and the settings of its stage."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
-from lolcats.modeling.old_names import old_name
 from lolcats.training.stage import Stage, TrainingData
 
-SAMPLES = 64
-"""Numbers of each weight that are looked at, spread evenly."""
 DATA_TOKENS = 1 << 24
 """Tokens of a data set that are looked at: all of them where they lie in memory, else whole sequences spread evenly."""
 BLOCK = 1024
@@ -35,20 +30,6 @@ def identity(stage: Stage, config: OptimConfig, data: TrainingData) -> dict[str,
 def layer_settings(model: PreTrainedModel) -> dict[str, Any]:
     """The linearization of a converted model."""
     return dict(getattr(model.config, "linearization", None) or {})
-
-
-@torch.no_grad()
-def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Digest of names, shapes and some numbers of weights; the same on every device and after exact casts.
-
-    Names are those of version 0.1, so that its runs go on.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(((old_name(n), w) for n, w in weights), key=lambda item: item[0]):
-        flat = weight.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def data_digest(data: TrainingData) -> str:

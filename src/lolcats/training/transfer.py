@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
+from lolcats.identity import weights_digest
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.modeling.attention import ALIASES, added_parameters
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
-from lolcats.training.identity import layer_settings, weights_digest
+from lolcats.training.identity import layer_settings
 from lolcats.training.losses import output_error, weight_cross_entropy
 
 

@@ -7,11 +7,9 @@ else, from prompts to metrics, is the task's own.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 
 from lolcats.errors import DataError
 from lolcats.evaluation.harness.catalog import Catalog, Source
+from lolcats.files import read_json_lines
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 Row = dict[str, Any]
@@ -184,8 +183,8 @@ class LocalSplits(dict[str, Dataset]):
     def check(self, examples: int) -> None:
         """Raise DataError if a prompt is to hold examples of a split that has no file."""
         if examples and self.missing:
-            why = f"{examples} examples in each prompt come from this split; --num-fewshot {self._name}=0 needs none"
-            raise DataError(f"{self._files.missing(self._name, self.missing[0])}; {why}")
+            why = f"{examples} examples in each prompt come from this split; 0 examples need none"
+            raise DataError(f"{self._files.missing(self._name, self.missing[0])}; {why}", hint="fewer_examples")
 
 
 def _measured_split(task: Task) -> str:
@@ -205,33 +204,14 @@ def _dataset(rows: list[Row], path: Path) -> Dataset:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    rows: list[Row] = []
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig") as lines
-        ):
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append(_parse(line, f"{path}:{number}"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
+        with path.open("rb") as raw:
+            rows = [row for row, _ in read_json_lines(str(path), raw)]
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if not rows:
         raise DataError(f"{path} is empty; expected one JSON object a line")
     return rows
-
-
-def _parse(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON ({error}); expected one object a line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {line.strip()!r:.60}")
-    return row
 
 
 def _plain(text: str) -> str:

@@ -16,7 +16,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.harness.progress import Progress, key_of
+from lolcats.evaluation.store import AnswerStore
+from lolcats.identity import key_of
 
 Base: Any = HFLM  # the decorator that registers it hides its type
 PIECE = 16
@@ -34,7 +35,7 @@ class ResumableLM(Base):
     Args:
         model, tokenizer: loaded.
         batch_size: requests at once.
-        progress: where answers are kept.
+        store: where answers are kept.
         identity: of the model in its mode; part of every key.
         truncate: cut contexts that are too long for the model, at the left, instead of refusing them.
     """
@@ -45,12 +46,12 @@ class ResumableLM(Base):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int,
-        progress: Progress,
+        store: AnswerStore,
         identity: str,
         truncate: bool = False,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)  # type: ignore[arg-type]
-        self._progress = progress
+        self._store = store
         self.identity = identity
         self._truncate = truncate
         self._show: Callable[[int, int | None], None] = lambda done, count: None
@@ -154,10 +155,10 @@ class ResumableLM(Base):
     def _kept(self, asked: list[Any], compute: Callable[[], list[Any]]) -> list[Any]:
         """The answers to a piece: those of an earlier run, or computed now and kept."""
         key = key_of(self.identity, self.batch_size, self.max_length, asked)
-        answers = self._progress.get(key)
+        answers = self._store.get(key)
         if answers is None:
             answers = compute()
-            self._progress.put(key, answers)
+            self._store.put(key, answers)
         self._done += len(asked)
         self._show(self._done, self._count)
         return answers
@@ -190,8 +191,8 @@ class ResumableLM(Base):
         if not self._truncate:
             raise LolcatsError(
                 f"{self._task}: {over:,} of {count:,} prompts are too long, the longest with {longest:,} tokens where "
-                f"the model takes {self.max_length:,}; fewer examples (--num-fewshot), or --truncate to cut them at "
-                "the left as lm-eval does"
+                f"the model takes {self.max_length:,}; use fewer examples, or cut them at the left as lm-eval does",
+                hint="truncate",
             )
         self.truncated += over
 
@@ -212,7 +213,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise LolcatsError("the tokenizer names no token that begins or ends a text (bos_token, eos_token); set one")
     if chat and not tokenizer.chat_template:
-        raise LolcatsError("the tokenizer has no chat template, so --chat cannot be used; leave it out")
+        raise LolcatsError("the tokenizer has no chat template, which chat=True needs; leave it out", hint="chat")
 
 
 def _pieces(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -23,7 +23,7 @@ STRUCTURE = {"include", "class", "task_list", "group"}
 """Keys that lm-eval reads before it makes a task."""
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | STRUCTURE
 GROUP_KEYS = {field.name for field in fields(GroupConfig)} | TASK_KEYS
-ASK = "give --task-code if you trust it"
+ASK = "allow that if you trust it"
 
 
 def check_file(path: Path, *, code: bool = False) -> None:
@@ -40,7 +40,9 @@ def check_file(path: Path, *, code: bool = False) -> None:
     content = _read(path, functions, [])
     named = "class" if "class" in content else "!function" if functions else ""
     if named and not code:
-        raise LolcatsError(f"{path} names Python code ({named} {(functions or [''])[0]}), which is not run; {ASK}")
+        raise LolcatsError(
+            f"{path} names Python code ({named} {(functions or [''])[0]}), which is not run; {ASK}", hint="task_code"
+        )
     name = content.get("group") or content.get("task")
     if not isinstance(name, str) or not name.isprintable():
         raise LolcatsError(f"{path}: expected `task: NAME`, the name of the task; got {name!r:.60}")
@@ -71,9 +73,12 @@ def _check_metrics(path: Path, content: dict[str, Any], code: bool) -> None:
         metric = str(entry["metric"])
         if entry.get("hf_evaluate") or metric not in metric_registry:
             near = difflib.get_close_matches(metric, sorted(metric_registry), 1)
-            hint = f"did you mean {near[0]}?" if near else f"lm-eval's own are {', '.join(sorted(metric_registry))}"
+            near_names = (
+                f"did you mean {near[0]}?" if near else f"lm-eval's own are {', '.join(sorted(metric_registry))}"
+            )
             raise LolcatsError(
-                f"{path}: {metric!r} is no metric of lm-eval, and one of the hub is code ({ASK}); {hint}"
+                f"{path}: {metric!r} is no metric of lm-eval, and one of the hub is code ({ASK}); {near_names}",
+                hint="task_code",
             )
     members = content.get("task")
     for member in members if isinstance(members, list) else []:

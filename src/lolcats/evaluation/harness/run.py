@@ -11,19 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lolcats.config import Control
+from lolcats.config import CONTROLS
+from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
-from lolcats.evaluation.harness.progress import Progress, key_of, model_identity
-from lolcats.evaluation.harness.quiet import quiet
 from lolcats.evaluation.harness.scores import Scores, make_row
 from lolcats.evaluation.perplexity import Variant
+from lolcats.evaluation.store import AnswerStore
+from lolcats.identity import key_of, model_identity
 from lolcats.models.device import describe_device
+from lolcats.silence import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +67,7 @@ def run_benchmarks(
     settings: HarnessSettings | None = None,
     *,
     teacher: str | Path | None = None,
-    controls: Sequence[str] = get_args(Control),
+    controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
     progress_file: Path | None = None,
@@ -89,13 +91,9 @@ def run_benchmarks(
     with quiet():
         benchmarks = load_benchmarks(tasks, settings)  # before the model: mistakes show at once
         loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
-        progress = Progress(progress_file)
-        done = False
-        try:
-            scores = measure_benchmarks(loaded.variants, loaded.tokenizer, benchmarks, settings, progress, show)
-            done = True
-        finally:
-            progress.close(remove=done)
+        with AnswerStore(progress_file) as store:
+            scores = measure_benchmarks(loaded.variants, loaded.tokenizer, benchmarks, settings, store, show)
+    scores.memory = loaded.memory
     return scores
 
 
@@ -122,7 +120,8 @@ def load_benchmarks(tasks: Sequence[str], settings: HarnessSettings) -> list[Ben
     loaded = [load_benchmark(name, known, files, settings.examples, code=settings.code) for name in names]
     parts = {name for benchmark in loaded for task in benchmark.tasks for name in (task, *known.lineage(task))}
     if stray := set(settings.examples) - parts - {ALL}:
-        raise LolcatsError(f"--num-fewshot names {', '.join(sorted(stray))}, which is not among the tasks")
+        names = ", ".join(sorted(stray))
+        raise LolcatsError(f"a number of examples names {names}, which is not among the tasks", hint="fewer_examples")
     return loaded
 
 
@@ -131,13 +130,13 @@ def measure_benchmarks(
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Sequence[Benchmark],
     settings: HarnessSettings,
-    progress: Progress | None = None,
+    store: AnswerStore | None = None,
     show: Show | None = None,
 ) -> Scores:
     """Run loaded tasks on loaded models. See `run_benchmarks`."""
     from lolcats.evaluation.harness.model import ResumableLM, check_tokenizer
 
-    progress = Progress(None) if progress is None else progress
+    store = store or AnswerStore()
     first = next(iter(variants.values())).model
     scores = Scores([], {name: {} for name in variants})
     scores.device, scores.dtype = describe_device(first.device), str(first.dtype).removeprefix("torch.")
@@ -152,7 +151,7 @@ def measure_benchmarks(
             variant.model,
             tokenizer,
             batch_size=settings.batch_size,
-            progress=progress,
+            store=store,
             identity=identity,
             truncate=settings.truncate,
         )
@@ -161,7 +160,7 @@ def measure_benchmarks(
         for name, variant in variants.items():
             with variant.mode():
                 answers[name] = [
-                    _run(benchmark, name, models[name], seed, settings, progress, show)
+                    _run(benchmark, name, models[name], seed, settings, store, show)
                     for seed in settings.seeds or (None,)
                 ]
         _add(scores, benchmark, answers, settings)
@@ -174,22 +173,22 @@ def _run(
     model: ResumableLM,
     seed: int | None,
     settings: HarnessSettings,
-    progress: Progress,
+    store: AnswerStore,
     show: Show | None,
 ) -> dict[str, Any]:
     """lm-eval's results for one task, variant and seed; from an earlier run if they are there."""
     how = [settings.limit, settings.batch_size, settings.chat, settings.truncate]
     key = key_of(model.identity, benchmark.name, benchmark.digest, seed, how)
-    found = progress.get(key)
+    found = store.get(key)
     if found is None:
-        label = f"{benchmark.name}, {variant.replace('_', ' ')}" + ("" if seed is None else f", seed {seed}")
+        label = f"{benchmark.name}, {short_label(variant)}" + ("" if seed is None else f", seed {seed}")
         with model.at_work_on(benchmark.name, lambda done, count: show(label, done, count) if show else None):
             try:
                 found = _evaluate(benchmark, model, seed, settings)
             except (OSError, ImportError, LookupError) as error:  # a metric that lm-eval fetches when it needs it
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise LolcatsError(f"{benchmark.name} cannot be scored by lm-eval here: {reason}") from error
-        progress.put(key, found)
+        store.put(key, found)
     return found
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lolcats.evaluation.memory import TextMemory
+
 PAPER_METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
 USUAL_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1", "word_perplexity", "perplexity")
 """Of tasks that the paper does not have, the first of these, else the first that lm-eval lists."""
@@ -60,6 +62,8 @@ class Scores:
     device: str = ""
     dtype: str = ""
     """Of the first variant's weights."""
+    memory: TextMemory | None = None
+    """Of a linearized model."""
 
     def averages(self) -> dict[str, dict[str, float]]:
         """Means over tasks, by name and variant, as in the paper: of all, and without the tasks of MMLU."""

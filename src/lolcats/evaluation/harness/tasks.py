@@ -82,7 +82,8 @@ def load_benchmark(
     except LolcatsError:
         raise
     except Exception as error:  # from anywhere in datasets, lm-eval, or the code that defines the task
-        raise LolcatsError(_explain(name, catalog, files, error, of_data=error in problems)) from error
+        text = _explain(name, catalog, files, error, of_data=error in problems)
+        raise LolcatsError(text, hint="task_data" if "local files can be read" in text else None) from error
     benchmark = Benchmark(name, loaded["tasks"], loaded.get("groups", {}), "")
     for task_name, task in benchmark.tasks.items():
         _refuse_unsafe(task_name, task)
@@ -165,9 +166,8 @@ def _explain(name: str, catalog: Catalog, files: TaskFiles | None, error: Except
         )
     if catalog.is_file(name) and not of_data:
         return f"{name} does not define a task that its data fit: {reason}"
-    local = "; --task-data DIR reads local files instead"
     if catalog.is_file(name):
-        return f"the data that {name} names in dataset_path cannot be had: {reason}{local}"
+        return f"the data that {name} names in dataset_path cannot be had: {reason}; local files can be read instead"
     path, part = catalog.source(catalog.leaves(name)[0])
     hub = f"{path} ({part})" if part else path
-    return f"the data of {name}, {hub} on the hub, cannot be had: {reason}{local}"
+    return f"the data of {name}, {hub} on the hub, cannot be had: {reason}; local files can be read instead"

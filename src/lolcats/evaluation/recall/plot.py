@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.recall.progress import Cell
+from lolcats.evaluation.recall.run import Cell
 from lolcats.evaluation.recall.tasks import TASKS
 from lolcats.files import atomic_file
 

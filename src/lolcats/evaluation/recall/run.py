@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import Variant
-from lolcats.evaluation.recall.answers import answer
 from lolcats.evaluation.recall.haystack import essay
 from lolcats.evaluation.recall.needles import Prompt
-from lolcats.evaluation.recall.progress import Cell, Progress
 from lolcats.evaluation.recall.tasks import TASKS, check_tasks, depth_range, make_prompts
+from lolcats.evaluation.store import AnswerStore
+from lolcats.identity import key_of, model_identity
 from lolcats.models.context import check_context, context_limit, ends_there
+from lolcats.models.generation import own_settings
+from lolcats.models.vocabulary import check_token_ids
+
+Settled = Callable[[str, Sequence[str]], bool]
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""Whatever a model's generation settings say: a penalty for repetition would punish the right answer."""
 
 
 @dataclass
@@ -36,23 +53,38 @@ class RecallSettings:
     """Ask for more text than the model was made for."""
 
 
+@dataclass
+class Cell:
+    """What one variant scores at one task and length."""
+
+    variant: str
+    task: str
+    length: int
+    score: float
+    """Mean of the samples, 0 to 1."""
+    by_depth: list[float | None]
+    """Means of the ranges of depth, None where a range has no sample; empty for tasks with many needles."""
+    samples: list[dict[str, Any]]
+    """Prompt tokens, depths, answers, output and score of each prompt."""
+
+
 def recall(
     variants: Mapping[str, Variant],
     tokenizer: PreTrainedTokenizerBase | None,
     settings: RecallSettings,
     *,
     batch_size: int = 4,
-    progress: Progress | None = None,
+    store: AnswerStore | None = None,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Cell]:
     """Let every variant answer the same prompts, by generation.
 
     Args:
-        variants: see `lolcats.evaluation.controls`; modes of one model and its teacher.
+        variants: see `lolcats.config.variants`; modes of one model and its teacher.
         tokenizer: theirs.
         settings: tasks, lengths and samples.
         batch_size: prompts at once.
-        progress: cells that are known already, and where new ones are kept.
+        store: cells that are known already, and where new ones are kept.
         report: called before each cell with (its name, cells done, all cells).
 
     Raises:
@@ -60,20 +92,22 @@ def recall(
     """
     tasks = check_recall(settings, next(iter(variants.values())).model, tokenizer)
     assert tokenizer is not None
-    progress = Progress(None, {}) if progress is None else progress
+    store = store or AnswerStore()
+    models = {id(variant.model): variant.model for variant in variants.values()}
+    identities = {place: model_identity(model, tokenizer) for place, model in models.items()}
     columns = [(task, length) for task in tasks for length in sorted(set(settings.lengths))]
-    known = progress.cells
-    done = 0
+    cells: dict[tuple[str, str, int], Cell] = {}
     for task, length in sorted(columns, key=lambda column: column[1]):  # short texts first: something to see soon
-        missing = [name for name in variants if (name, task, length) not in known]
-        prompts = _prompts(settings, task, length, tokenizer) if missing else []
-        for name in variants:
-            report(f"{name.replace('_', ' ')}, {task}, {length:,} tokens", done, len(columns) * len(variants))
-            if name in missing:
-                score = _ask(variants[name], tokenizer, task, prompts, settings.depths, batch_size)
-                progress.add(Cell(name, task, length, **score))
-            done += 1
-    return [known[name, task, length] for task, length in columns for name in variants]
+        prompts = _prompts(settings, task, length, tokenizer)
+        asked = key_of([[prompt.ids, prompt.answers] for prompt in prompts], settings.depths)
+        for name, variant in variants.items():
+            report(f"{short_label(name)}, {task}, {length:,} tokens", len(cells), len(columns) * len(variants))
+            key = key_of("recall", identities[id(variant.model)], name, task, asked)
+            if (found := store.get(key)) is None:
+                found = _ask(variant, tokenizer, task, prompts, settings.depths, batch_size)
+                store.put(key, found)
+            cells[name, task, length] = Cell(name, task, length, **found)
+    return [cells[name, task, length] for task, length in columns for name in variants]
 
 
 def check_recall(
@@ -151,3 +185,86 @@ def _by_depth(scores: list[float], depths: int) -> Iterator[float | None]:
     for number in range(depths):
         part = [score for index, score in enumerate(scores) if depth_range(index, len(scores), depths) == number]
         yield sum(part) / len(part) if part else None
+
+
+class _Settled(StoppingCriteria):
+    """Ends a row as soon as its score can no longer change: the tokens that follow would be thrown away."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], width: int, settled: Settled
+    ) -> None:
+        self.tokenizer, self.prompts, self.width, self.settled = tokenizer, prompts, width, settled
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        done = [self.settled(text, prompt.answers) for text, prompt in zip(texts, self.prompts, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@torch.no_grad()
+def answer(
+    variant: Variant,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    settled: Settled,
+    batch_size: int = 4,
+) -> list[str]:
+    """What the model writes after each prompt, always the likeliest token.
+
+    Prompts of one length share a batch without padding where there are enough of them; else shorter ones are padded
+    at the left.
+
+    Args:
+        variant: the model in its mode.
+        tokenizer: writes text.
+        prompts: in any order.
+        new_tokens: most tokens of an answer.
+        settled: whether an answer may end; see `RecallTask`.
+        batch_size: prompts at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids), reverse=True)
+    texts = [""] * len(prompts)
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        batch = [prompts[row] for row in rows]
+        with variant.mode():
+            written = _write(variant.model, tokenizer, batch, new_tokens, settled)
+        for row, text in zip(rows, written, strict=True):
+            texts[row] = text
+    return texts
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Prompt],
+    new_tokens: int,
+    settled: Settled,
+) -> list[str]:
+    ids, mask = _left_padded([prompt.ids for prompt in batch], _filler(tokenizer))
+    stop = _Settled(tokenizer, batch, ids.shape[1], settled)
+    check_token_ids(ids, model, "the prompt")
+    with own_settings(model, tokenizer, {}):
+        written = cast(Any, model).generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            pad_token_id=_filler(tokenizer),
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **GREEDY,
+        )
+    return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+
+
+def _left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [rows, longest]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lolcats.data.passkey import DIGITS, passkey_sample
 from lolcats.errors import DataError, LolcatsError
 from lolcats.evaluation.recall.haystack import encode
-from lolcats.evaluation.recall.needles import NeedleTask, Prompt, needle_prompt
-from lolcats.evaluation.recall.tracking import tracking_prompt
+from lolcats.evaluation.recall.needles import NeedleTask, Prompt, needle_prompt, tracking_prompt
 
 
 def share_found(output: str, answers: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""`lolcats evaluate --tasks`: the table, the file of numbers, refusals, and what a killed process leaves behind."""
+"""`lolcats benchmark`: the table, the file of numbers, refusals, and what a killed process leaves behind."""
 
 import importlib.metadata
 import json
@@ -57,8 +57,8 @@ def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path, mon
     # As where the package is used from its sources: without metadata.
     metadata = partial(_without, importlib.metadata.version, "lolcats")
     monkeypatch.setattr(importlib.metadata, "version", metadata)
-    words = ["--tasks", "piqa,winogrande", "--task-data", data, "--limit", 5, "--seeds", "0,1", "--json", "x.json"]
-    answer = cli("evaluate", finished, *words, "--chat")
+    words = ["piqa,winogrande", "--task-data", data, "--limit", 5, "--seeds", "0,1", "--json", "x.json"]
+    answer = cli("benchmark", finished, *words, "--chat")
     assert answer.code == 0 and answer.err == ""
     for part in ("piqa", "winogrande", "average", "linear only", "over 2 seeds", "--limit 5: piqa 5 questions"):
         assert part in answer.out, answer.out
@@ -68,13 +68,14 @@ def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path, mon
     assert set(content["results"]["student"]["1"]["piqa"]) >= {"acc,none", "acc_norm,none", "acc_stderr,none"}
     assert content["settings"]["chat"] is True and content["versions"]["lm_eval"]
     assert content["versions"]["lolcats"] == lolcats.__version__
+    assert "KV tokens of the teacher" in answer.out and content["memory"]["bytes"] > 0
     assert content["dtype"] == "float32" and content["device"].startswith("cpu")
     assert not Path("x.json.progress").exists()
 
 
 def test_a_model_alone(cli: Run, data: Path, place: Path, cache: Path) -> None:
     """Any model is its own teacher; nothing is left behind but the table."""
-    answer = cli("evaluate", place / "teacher", "--tasks", "piqa", "--task-data", data, "--limit", 4, "--batch-size", 3)
+    answer = cli("benchmark", place / "teacher", "piqa", "--task-data", data, "--limit", 4, "--batch-size", 3)
     assert answer.code == 0 and "standard error" in answer.out and "average" not in answer.out
     assert list(Path().iterdir()) == [] and not list(cache.rglob("*.progress"))
 
@@ -82,14 +83,15 @@ def test_a_model_alone(cli: Run, data: Path, place: Path, cache: Path) -> None:
 def test_what_cannot_be_run_is_said_in_a_line(cli: Run, data: Path, place: Path) -> None:
     """Names, numbers, and options of the other measurement."""
     teacher = place / "teacher"
-    cli("evaluate", teacher, "--tasks", "piqaa").refused("unknown task 'piqaa'", "did you mean piqa")
-    cli("evaluate", teacher, "--tasks", "boolq", "--task-data", data).refused("boolq_validation.jsonl[.gz]", str(data))
-    cli("evaluate", teacher, "--tasks", "piqa", "--length", 9).refused("--length", "--tasks")
-    cli("evaluate", teacher, "--limit", 9, "--truncate").refused("--limit, --truncate", "--tasks only")
-    cli("evaluate", teacher, "--tasks", "piqa", "--seeds", "1,one").refused("'one' is no whole number")
-    cli("evaluate", teacher, "--tasks", "piqa", "--seeds", "1,1").refused("different seeds")
-    cli("evaluate", teacher, "--tasks", "piqa", "--num-fewshot", "piqa=x").refused("--num-fewshot", "'x'")
-    cli("evaluate", teacher, "--tasks", " , ").refused("no task")
+    cli("benchmark", teacher, "piqaa").refused("unknown task 'piqaa'", "did you mean piqa")
+    cli("benchmark", teacher, "boolq", "--task-data", data).refused("boolq_validation.jsonl[.gz]", str(data))
+    cli("benchmark", teacher, "piqa", "--length", 9).refused("--length")
+    cli("evaluate", teacher, "--tasks", "piqa").refused("--tasks is a verb of its own", "lolcats benchmark MODEL TASK")
+    cli("evaluate", teacher, "--recall", "vt").refused("--recall is a verb of its own", "lolcats recall MODEL TASK")
+    cli("benchmark", teacher, "piqa", "--seeds", "1,one").refused("'one' is no whole number")
+    cli("benchmark", teacher, "piqa", "--seeds", "1,1").refused("different seeds")
+    cli("benchmark", teacher, "piqa", "--num-fewshot", "piqa=x").refused("--num-fewshot", "'x'")
+    cli("benchmark", teacher, " , ").refused("no task")
 
 
 @pytest.mark.slow
@@ -97,8 +99,8 @@ def test_a_killed_evaluation_goes_on(
     cli: Run, data: Path, finished: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Killed, started again, interrupted, started again: the numbers of one that was left alone."""
-    words = [str(finished), "--tasks", "piqa", "--task-data", str(data), "--json"]
-    command = ["-m", "lolcats.cli", "evaluate", *words, "x.json"]
+    words = [str(finished), "piqa", "--task-data", str(data), "--json"]
+    command = ["-m", "lolcats.cli", "benchmark", *words, "x.json"]
     progress = tmp_path / "x.json.progress"
 
     def answers() -> int:
@@ -127,7 +129,7 @@ def test_a_killed_evaluation_goes_on(
     assert code == 130 and "going on with an evaluation that was interrupted" in out
     assert err.splitlines()[-1].endswith("the same command goes on from there") and "Traceback" not in err
     assert answers() > seen and not (tmp_path / "x.json").exists()
-    assert cli("evaluate", *words, "x.json").code == cli("evaluate", *words, "y.json").code == 0
+    assert cli("benchmark", *words, "x.json").code == cli("benchmark", *words, "y.json").code == 0
     first, second = (json.loads(Path(name).read_text()) | {"date": ""} for name in ("x.json", "y.json"))
     assert first == second
     assert not progress.exists()

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.memory import TextMemory, text_memory
 from lolcats.modeling import linearized_layers
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.check import plain_attention
@@ -15,6 +16,7 @@ from lolcats.modeling.convert import check_supported
 from lolcats.modeling.head import FAILURES, probe_ids
 from lolcats.modeling.modules import attention_modules, head_sizes, is_local, self_attention
 from lolcats.models.config import read_model_config
+from lolcats.models.empty import empty_model
 from lolcats.models.folder import check_place, expand_model
 from lolcats.models.teacher import load_teacher
 from lolcats.printable import reason
@@ -38,10 +40,15 @@ class ModelFacts:
     added: int = 0
     """Parameters that the linearization added."""
     impl: str = ""
-    state_bytes: int = 0
-    """Bytes of the linearized layers' state, for one text of any length."""
+    memory: TextMemory | None = None
+    """Of the linearized layers, for one text of any length."""
     kv_rates: dict[int, tuple[int, int | None]] = field(default_factory=dict)
     """Layer index -> (bytes per token, most tokens kept) of each layer with keys and values, as softmax attention."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the linearized layers' state."""
+        return 0 if self.memory is None else self.memory.bytes
 
     def softmax_bytes(self, tokens: int) -> int:
         """Bytes of keys and values after `tokens` tokens, were every layer softmax attention."""
@@ -65,9 +72,7 @@ def read_facts(source: str) -> ModelFacts:
     check_place(source)
     config = read_model_config(source)
     try:
-        with torch.device("meta"):
-            dtype = getattr(config, "dtype", None) or torch.float32
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = empty_model(config)
     except (ValueError, KeyError, ImportError) as error:
         kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
         layers = int(getattr(config, "num_hidden_layers", 0))
@@ -96,7 +101,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         parameters=sum(p.numel() for p in model.parameters()),
         added=sum(p.numel() for p in added_parameters(model).values()),
         impl=", ".join(sorted({layer.mixer.impl for layer in layers})),
-        state_bytes=sum(layer.mixer.state_spec(model.dtype).nbytes for layer in layers),
+        memory=text_memory(model),
         kv_rates=kv_rates(model),
     )
     if not layers:

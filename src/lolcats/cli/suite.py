@@ -1,0 +1,110 @@
+"""What `evaluate`, `benchmark` and `recall` share: the model with its variants, and how numbers are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lolcats.cli.load import find_model, read_recipe, silence
+from lolcats.cli.options import expand_path
+from lolcats.config import CONTROLS, RunConfig
+from lolcats.errors import LolcatsError
+
+if TYPE_CHECKING:
+    from lolcats.evaluation.memory import TextMemory
+
+Controls = Annotated[
+    list[str] | None, typer.Option(help=f"{', '.join(CONTROLS)}, or none; repeatable. Default: all of them.")
+]
+Teacher = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Default: the one of the recipe; none leaves it out.")
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=expand_path, help="Also write the numbers to this file."),
+]
+
+
+@dataclass
+class Subject:
+    """What is measured."""
+
+    source: str
+    recipe: RunConfig | None
+    teacher: str | None
+    controls: list[str]
+
+    def keywords(self, device: str, dtype: str) -> dict[str, Any]:
+        """The arguments of `load_variants` beside the model."""
+        return {"teacher": self.teacher, "controls": self.controls, "device": device, "dtype": dtype}
+
+
+def find_subject(model: str, teacher: str | None, control: list[str] | None) -> Subject:
+    """The model that a verb was given, with the teacher of its recipe.
+
+    Raises:
+        LolcatsError: a run without a model, or an unknown control.
+    """
+    chosen = list(CONTROLS) if control is None else [name for name in control if name != "none"]
+    if unknown := [name for name in chosen if name not in CONTROLS]:
+        raise LolcatsError(f"unknown control {', '.join(unknown)}; expected {', '.join(CONTROLS)}, or none")
+    source = find_model(model)
+    recipe = read_recipe(source)
+    teacher = teacher or (None if recipe is None else recipe.model)
+    silence()
+    return Subject(source, recipe, None if teacher == "none" else teacher, chosen)
+
+
+def progress_file(out: Console, json_file: Path | None, *command: object) -> Path:
+    """Where answers are kept until all are there: beside the file of numbers, else in the cache, a file a command."""
+    from lolcats.evaluation.store import default_file
+
+    file = default_file(*command) if json_file is None else json_file.with_name(f"{json_file.name}.progress")
+    if file.exists():
+        out.print(f"going on with an evaluation that was interrupted ({file})", markup=False, soft_wrap=True)
+    return file
+
+
+@contextmanager
+def bar(out: Console, label: str = "") -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar under the name of what is measured; what it yields takes (name, done, all or None if not known)."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bars:
+        shown = bars.add_task(label, total=None)
+        yield lambda name, done, count: bars.update(shown, description=name, completed=done, total=count)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write numbers to a file, those that are not finite as null."""
+    from lolcats.files import write_text
+
+    write_text(file, json.dumps(_spell(content), indent=2, allow_nan=False) + "\n")
+
+
+def _spell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spell(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell(item) for item in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_memory(out: Console, memory: TextMemory | None) -> None:
+    """The line under a table of numbers that says what they cost."""
+    if memory is not None:
+        out.print(f"\n{memory.line()}", markup=False, soft_wrap=True)

@@ -1,0 +1,69 @@
+"""The variants of a model: what is measured beside a student, so that a claim about it can be believed.
+
+The controls are those of arXiv 2510.05901. Every list of variants in the package, from settings to tables, is read from
+`VARIANTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator
+
+
+class VariantInfo(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    label: str
+    """For people; {student} is what the student is called there."""
+    mode: str
+    """Of the linearized layers while it is measured."""
+    weights: Literal["teacher", "student", "stage 1"]
+    """Whose weights run: the teacher's, the student's, or those that stage 1 left."""
+    is_control: bool = False
+
+
+VARIANTS = (
+    VariantInfo("teacher", "teacher (softmax)", "softmax", "teacher"),
+    VariantInfo("training_free", "window + sinks, nothing trained", "window_only", "teacher", True),
+    VariantInfo("transfer", "after attention transfer", "full", "stage 1"),
+    VariantInfo("student", "{student}", "full", "student"),
+    VariantInfo("window_only", "{student} without its linear half", "window_only", "student", True),
+    VariantInfo("linear_only", "{student} without its softmax half", "linear_only", "student", True),
+    VariantInfo("no_attention", "{student} without attention", "no_attention", "student", True),
+)
+"""In the order of the story, in which tables show them."""
+NAMES = tuple(variant.name for variant in VARIANTS)
+_controls = [variant for variant in VARIANTS if variant.is_control]
+CONTROLS = tuple(variant.name for variant in sorted(_controls, key=lambda variant: variant.weights != "student"))
+"""Names of the controls: modes of the student, then what needs the teacher."""
+
+
+def _check_control(name: str) -> str:
+    if name not in CONTROLS:
+        raise ValueError(f"unknown control; expected {', '.join(CONTROLS)}")
+    return name
+
+
+Control = Annotated[str, AfterValidator(_check_control)]
+"""The name of a control, as settings hold it."""
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Names in the order of `VARIANTS`, others last."""
+    return sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
+
+
+def label(name: str, student: str = "student") -> str:
+    """What people call a variant; one that is not in the table is called by its name."""
+    for variant in VARIANTS:
+        if variant.name == name:
+            return variant.label.format(student=student)
+    return name
+
+
+def short_label(name: str) -> str:
+    """The same for a column that has little room."""
+    return "after transfer" if name == "transfer" else name.replace("_", " ")

@@ -1,0 +1,71 @@
+"""What one text takes in memory, layer by layer, in bytes and in tokens of the teacher's keys and values.
+
+A KV token of a layer is what softmax attention would keep there for one token: keys and values of all key heads. So a
+state of n bytes is worth n / (bytes of a KV token) tokens, and a window of so many tokens costs the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+
+from lolcats.modeling import LinearizedAttention, linearized_layers
+from lolcats.printable import show_bytes
+
+
+class LayerMemory(BaseModel):
+    """One linearized layer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    layer: int
+    bytes: int
+    """Of the state of one text, however long it is."""
+    kv_token_bytes: int
+    """What the teacher keeps there for one token."""
+    kv_tokens: float
+
+
+class TextMemory(BaseModel):
+    """All linearized layers together."""
+
+    model_config = ConfigDict(extra="allow")
+
+    bytes: int
+    kv_tokens: float
+    """Tokens whose keys and values take as much in the same layers of the teacher."""
+    layers: list[LayerMemory]
+
+    def line(self) -> str:
+        """The sums in words."""
+        return (
+            f"memory of a text: {show_bytes(self.bytes)} in {len(self.layers)} linearized layers, as much as "
+            f"{self.kv_tokens:,.1f} KV tokens of the teacher"
+        )
+
+
+def text_memory(model: PreTrainedModel, dtype: torch.dtype | None = None) -> TextMemory | None:
+    """The memory of one text in the linearized layers of a model; None where there are none.
+
+    Args:
+        model: in memory or on the meta device.
+        dtype: of keys and values; None is that of the model.
+    """
+    found = [_layer_memory(layer, dtype or model.dtype) for layer in linearized_layers(model)]
+    return together(found) if found else None
+
+
+def together(layers: Iterable[LayerMemory]) -> TextMemory:
+    """Layers and their sums."""
+    layers = list(layers)
+    total, token = sum(layer.bytes for layer in layers), sum(layer.kv_token_bytes for layer in layers)
+    return TextMemory(bytes=total, kv_tokens=round(total / token, 2), layers=layers)
+
+
+def _layer_memory(layer: LinearizedAttention, dtype: torch.dtype) -> LayerMemory:
+    sizes, held = layer.mixer.sizes, layer.mixer.state_spec(dtype).nbytes
+    token = sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * dtype.itemsize
+    return LayerMemory(layer=layer.layer_idx, bytes=held, kv_token_bytes=token, kv_tokens=round(held / token, 2))

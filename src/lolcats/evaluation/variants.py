@@ -1,0 +1,52 @@
+"""The variants of `lolcats.config.variants` as models that can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from lolcats.config.variants import VARIANTS
+from lolcats.evaluation.perplexity import Variant
+from lolcats.modeling import attention_mode
+
+Enter = Callable[[], AbstractContextManager[object]]
+
+
+def student_variants(model: PreTrainedModel, controls: Collection[str]) -> dict[str, Variant]:
+    """The student and those of `controls` that are modes of it."""
+    return _variants(model, "student", controls, nullcontext)
+
+
+def teacher_variants(
+    model: PreTrainedModel, plain: Enter = nullcontext, controls: Collection[str] = ("training_free",)
+) -> dict[str, Variant]:
+    """The teacher and those of `controls` that are modes of it.
+
+    Args:
+        model: a converted model whose own weights are the teacher's inside `plain()`.
+        plain: context that switches adapters off, where there are any.
+        controls: names of controls.
+    """
+    return _variants(model, "teacher", controls, plain)
+
+
+def _variants(
+    model: PreTrainedModel, weights: Literal["teacher", "student"], controls: Collection[str], plain: Enter
+) -> dict[str, Variant]:
+    return {
+        row.name: Variant(model, _mode(model, row.mode, plain))
+        for row in VARIANTS
+        if row.weights == weights and (not row.is_control or row.name in controls)
+    }
+
+
+def _mode(model: PreTrainedModel, mode: str, plain: Enter) -> Enter:
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with plain(), attention_mode(model, mode):
+            yield
+
+    return enter

@@ -1,0 +1,97 @@
+"""What something is, whatever it is called: digests of settings, tokenizers and weights.
+
+Everything that is kept on disk to be found again (tokens, answers, checkpoints) is kept under one of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLES = 64
+"""Numbers of each weight that `weights_digest` looks at, spread evenly."""
+PIECE = 1 << 22
+"""Numbers of a tensor that are hashed at a time; bounds the memory for their 64-bit copies."""
+
+
+def digest(value: object) -> str:
+    """A short name for a JSON value: equal for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def key_of(*parts: object) -> str:
+    """A name for values that JSON can spell, others by their text."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin token, where the tokenizer itself puts one before a text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if isinstance(bos, int) and tokenizer("a", verbose=False)["input_ids"][0] == bos else []
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, template: str = "raw") -> dict[str, Any]:
+    """What the tokens of a text depend on: digests of the vocabulary and its rules, and the special tokens used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        rules = json.loads(backend.to_str())
+        rules.update(padding=None, truncation=None)  # these change with the last call
+    identity = {"digest": digest(rules), "eos": tokenizer.eos_token_id, "begin": begin_ids(tokenizer)}
+    if template == "chat":
+        identity["chat_template"] = digest(tokenizer.chat_template)
+    return identity
+
+
+@torch.no_grad()
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of names, shapes and some numbers of weights, in a moment; the same on every device and after exact casts.
+
+    What training goes on from is compared by it: there, weights that differ differ everywhere.
+    """
+    found = hashlib.sha256()
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].to("cpu", torch.float32)
+        found.update(f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all of a model's weights, its settings, device and number format, and of its tokenizer.
+
+    Sums of the bits as integers, which come out the same in whatever order a device adds; not proof against forgery.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    weights = {name: [str(tensor.dtype), list(tensor.shape), *_bit_sums(tensor)] for name, tensor in tensors}
+    settings = model.config.to_json_string(use_diff=False)
+    words = [tokenizer_identity(tokenizer, "chat"), tokenizer.special_tokens_map]
+    return key_of(weights, settings, model.device.type, words)
+
+
+def _bit_sums(tensor: Tensor) -> list[int]:
+    """Two sums of the raw bits as integers: one weighted by place, one of squares; 64-bit, so they may wrap."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return [0, 0]
+    bits = tensor.detach().contiguous().flatten()
+    if bits.dtype == torch.bool:
+        bits = bits.to(torch.uint8)
+    if bits.is_floating_point():
+        bits = bits.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[bits.element_size()])
+    first = second = 0
+    for piece in bits.split(PIECE):
+        wide = piece.to(torch.int64)
+        place = torch.arange(1, len(wide) + 1, device=wide.device)
+        first += int((wide * place).sum())
+        second += int((wide * wide).sum())
+    return [first, second]

@@ -1,0 +1,46 @@
+"""The steps of a run one by one: to the same bytes, and none before those that it goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lolcats import LolcatsError, RunConfig, linearize
+from lolcats.runs import steps
+from lolcats.runs.folder import RunFolder
+
+CLOCK = {"seconds", "tokens_per_second", "date"}
+
+
+def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig]) -> None:
+    whole = linearize(make_config("name=whole"))
+    folder = steps.prepare(make_config("name=steps"))
+    assert steps.finished(folder) == ["prepare"] and "teacher" in folder.results().perplexity
+    for number, step in enumerate((steps.transfer, steps.finetune, steps.save, steps.measure), start=2):
+        assert not folder.has_model() or number == 5
+        assert step(folder.path).path == folder.path
+        assert len(steps.finished(folder)) == number
+    assert folder.results().model_dump(exclude=CLOCK) == whole.results().model_dump(exclude=CLOCK)
+    assert (folder.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    steps.transfer(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before, (
+        "what is done is not done again"
+    )
+
+
+def test_a_step_needs_those_before_it(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with pytest.raises(LolcatsError, match=r"is no run: expected config\.yaml"):
+        steps.transfer(tmp_path)
+    config = make_config("finetune.enabled=false")
+    folder = RunFolder.of(config)
+    folder.prepare(config)
+    with pytest.raises(LolcatsError, match=r"the step prepare has not been done yet, which save goes on with"):
+        steps.save(folder)
+    linearize(config, resume=True, until="transfer")
+    assert steps.finished(folder) == ["prepare", "transfer", "finetune"] and not folder.results().complete
+    with pytest.raises(LolcatsError, match=r"the step save has not been done yet, which measure goes on with"):
+        steps.measure(folder)
+    assert linearize(config, resume=True).results().complete
