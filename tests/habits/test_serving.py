@@ -85,6 +85,7 @@ def greedy(folder: str, prompt: str, **options: Any) -> str:
     return tokenizer.decode(text[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_server_says_what_generate_says(folder: str, port: int) -> None:
     from openai import OpenAI
 

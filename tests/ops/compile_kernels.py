@@ -1,8 +1,7 @@
-"""Compile every kernel for compute capability 9.0, without a GPU, for one kind of features; print what fails.
+"""Compile every kernel for compute capability 9.0, without a GPU, for one kind of call; print what fails.
 
 The interpreter takes Python that Triton's compiler refuses, so passing there is not enough. Run as a program, in a
-process of its own where the interpreter is off: python compile_kernels.py KIND. What both kinds of window share is
-compiled once.
+process of its own where the interpreter is off: python compile_kernels.py KIND WINDOW_KIND.
 """
 
 from __future__ import annotations
@@ -101,6 +100,5 @@ def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, spec: HybridSpec, l
 
 
 if __name__ == "__main__":
-    for window_kind in ("sliding", "terraced"):
-        for line in run(sys.argv[1], window_kind):
-            print(f"{window_kind}: {line}")
+    for line in run(*sys.argv[1:]):
+        print(line)

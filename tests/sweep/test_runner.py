@@ -58,6 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return made
 
 
+@pytest.mark.slow
 def test_shared_stage_one_gives_the_same_results(sweep_file: Callable[..., Path], calls: list[tuple[str, int]]) -> None:
     """The runs of a rank study, with and without sharing: equal numbers and equal weights."""
     file = sweep_file(grid={"finetune.rank": [2, 3], "finetune.train_feature_maps": [True, False]})
@@ -75,6 +76,7 @@ def test_shared_stage_one_gives_the_same_results(sweep_file: Callable[..., Path]
     assert [shared_from(run.config) for run in alone.runs] == [None] * 4
 
 
+@pytest.mark.slow
 def test_stage_one_is_not_shared_where_it_differs(
     make_sweep: Callable[..., Sweep], sweep_file: Callable[..., Path]
 ) -> None:

@@ -189,6 +189,7 @@ def test_merged_is_unmerged(
         assert float((logits[0] - make_student(window=4)(tokens()).logits).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_the_rest_alone(make_student: Students, training_data: TrainingData) -> None:
     torch.manual_seed(0)
     student = make_student(window=4)

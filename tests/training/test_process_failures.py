@@ -140,6 +140,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     return folder, {(words := line.split())[0]: [int(word) for word in words[1:]] for line in done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scene", "codes", "told"),
     [

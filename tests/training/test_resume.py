@@ -75,6 +75,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [[4], [3], [9], [5, 8]], ids=str)
 @pytest.mark.parametrize("stage", [transfer_run, finetune_run, full_run])
 def test_resumed_is_uninterrupted(

@@ -117,6 +117,7 @@ def test_only_the_added_parameters_are_trained(make_student: Students, tokens: T
         assert p.grad is not None and float(p.grad.abs().sum()) > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"window": 4}, {"window": 4, "sinks": 2, "decay": "gate"}], ids=str)
 def test_training_learns_and_leaves_the_teacher_alone(
     make_student: Students, training_data: TrainingData, settings: dict[str, Any]
