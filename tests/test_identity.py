@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from lolcats.identity import digest, key_of, tokenizer_identity, weights_digest
-from tiny import make_tokenizer
+from tiny import chat_tokenizer
 
 
 def test_identities_are_those_of_earlier_versions() -> None:
     weights = [("b", torch.arange(300.0).view(3, 100) / 7), ("a", torch.ones(2, dtype=torch.bfloat16))]
     assert weights_digest(weights) == "85a6921196b9d0703289c7207f021436ccfcba430870b29d1ca2f30a8059a64d"
     assert digest({"b": [1, None], "a": "x"}) == "8ea2c0f31b799f047143"
-    known = tokenizer_identity(make_tokenizer(), "chat")
+    known = tokenizer_identity(chat_tokenizer(), "chat")
     assert known["eos"] == 0 and known["begin"] == [] and known["chat_template"] == "a870f4cd79dfaa9cf206"
 
 
@@ -31,7 +31,7 @@ def test_keys_are_of_all_parts_in_order() -> None:
 
 
 def test_what_a_tokenizer_did_last_is_no_part_of_it() -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = chat_tokenizer()
     before = tokenizer_identity(tokenizer)
     tokenizer(["the cat", "a"], max_length=1, truncation=True)
     assert tokenizer_identity(tokenizer) == before

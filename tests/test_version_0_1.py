@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lolcats import convert, export_model, linearize, load_adapter, load_config
-from lolcats.config import LinearizationConfig
+from lolcats.config import FinetuneConfig, LinearizationConfig
+from lolcats.identity import SAMPLES
 from lolcats.modeling.attention import added_parameters, linearized_layers
 from lolcats.modeling.old_names import in_old_order, new_name, old_name
-from lolcats.training.identity import SAMPLES, weights_digest
+from lolcats.training.finetune import FinetuneStage
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -91,23 +92,22 @@ def test_a_half_done_run_resumes(old: Path) -> None:
     first = json.loads((old / "runs" / "half" / "results.json").read_text())
     folder = linearize(load_config(old / "runs" / "half" / "config.yaml"), resume=True)
     results = folder.results()
-    assert results["complete"]
-    assert results["perplexity"]["transfer"] == first["perplexity"]["transfer"], "stage 1 was done"
-    assert results["best"]["finetune"]["step"] == EXPECTED["finetune"]["step"]
-    assert results["best"]["finetune"]["loss"] == pytest.approx(EXPECTED["finetune"]["loss"], rel=1e-4)
+    assert results.complete
+    assert results.perplexity["transfer"] == first["perplexity"]["transfer"], "stage 1 was done"
+    assert results.best["finetune"].step == EXPECTED["finetune"]["step"]
+    assert results.best["finetune"].loss == pytest.approx(EXPECTED["finetune"]["loss"], rel=1e-4)
     for name, value in EXPECTED["perplexity"].items():
-        assert results["perplexity"][name] == pytest.approx(value, rel=1e-4), name
+        assert results.perplexity[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_digests_of_weights_are_those_of_0_1(make_teacher: Any) -> None:
-    teacher: LlamaForCausalLM = make_teacher()
+def test_digests_of_weights_are_those_of_0_1(teacher: LlamaForCausalLM) -> None:
     student = convert(teacher, LinearizationConfig(decay="gate"))
     digest = hashlib.sha256()
     for name, weight in sorted((n.replace(".mixer.", "."), p) for n, p in student.named_parameters()):
         some = weight.detach().reshape(-1)
         some = some[:: max(1, some.numel() // SAMPLES)][: SAMPLES + 1]
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
-    assert weights_digest(student.named_parameters()) == digest.hexdigest()
+    assert FinetuneStage(student, FinetuneConfig()).origin()["weights"] == digest.hexdigest()
 
 
 def test_names() -> None:
