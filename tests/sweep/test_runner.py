@@ -86,6 +86,7 @@ def test_stage_one_is_not_shared_where_it_differs(
     assert len({weights(run) for run in sweep.runs}) == 4
 
 
+@pytest.mark.slow
 def test_finished_runs_are_left_alone(
     make_sweep: Callable[..., Sweep], calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_finished_runs_are_left_alone(
     assert [row.status for row in run_sweep(longer, "study.yaml").runs] == ["finished"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "count"), [("transfer", 2), ("finetune", 2), ("finetune", 5)])
 def test_an_interrupted_sweep_goes_on_to_the_same_end(
     sweep_file: Callable[..., Path], calls: list[tuple[str, int]], stage: str, count: int
@@ -131,6 +133,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_end(
     assert [weights(run) for run in killed.runs] == [weights(run) for run in whole.runs]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_noted_and_the_others_go_on(make_sweep: Callable[..., Sweep]) -> None:
     runs = [{"name": "bad", "linearization.layers": [7]}, {"name": "good"}]
     sweep = make_sweep(runs=runs)
@@ -146,6 +149,7 @@ def test_a_failed_run_is_noted_and_the_others_go_on(make_sweep: Callable[..., Sw
     assert [row.error for row in run_sweep(mended, "study.yaml", overwrite=["bad"]).runs] == ["", ""]
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused_unless_the_run_may_go(
     make_sweep: Callable[..., Sweep], settings: dict[str, Any]
 ) -> None:
@@ -167,6 +171,7 @@ def test_changed_settings_are_refused_unless_the_run_may_go(
         run_sweep(changed, "study.yaml", overwrite=["rank-9"])
 
 
+@pytest.mark.slow
 def test_only_some_runs(make_sweep: Callable[..., Sweep]) -> None:
     sweep = make_sweep(grid={"finetune.rank": [2, 3, 4]})
     table = run_sweep(sweep, "study.yaml", only=["rank-[34]"])
@@ -183,6 +188,7 @@ def test_a_folder_that_is_no_sweep_is_never_touched(make_sweep: Callable[..., Sw
     assert [path.name for path in sweep.folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_the_written_sweep_goes_on_by_itself(sweep_file: Callable[..., Path], calls: list[tuple[str, int]]) -> None:
     file = sweep_file(**RANKS)
     sweep = load_sweep(file, ["finetune.lr=2e-2", "name=x"])
@@ -194,6 +200,7 @@ def test_the_written_sweep_goes_on_by_itself(sweep_file: Callable[..., Path], ca
     assert [stage for stage, _ in calls].count("finetune") == 6
 
 
+@pytest.mark.slow
 def test_other_measurements_become_columns_and_are_made_once(make_sweep: Callable[..., Sweep]) -> None:
     made: list[str] = []
 
@@ -248,6 +255,7 @@ def test_a_job_without_memory_is_tried_again(make_sweep: Callable[..., Sweep], m
     assert any("tried again; 2 jobs at a time now" in text for text in said)
 
 
+@pytest.mark.slow
 def test_a_job_in_the_background_of_a_shell_can_be_ended(make_sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     """There SIGINT is ignored, which a process hands on to those that it starts."""
     sweep = make_sweep(grid={"seed": [0, 1], "finetune.tokens": [1_000_000]})
@@ -266,6 +274,7 @@ def test_a_job_in_the_background_of_a_shell_can_be_ended(make_sweep: Callable[..
     assert process.returncode == 130, rest.decode()
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_all_processes(make_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the first of two jobs runs."""
     started: list[subprocess.Popen[bytes]] = []
