@@ -213,7 +213,7 @@ def make_cases(place: Path) -> list[Case]:
     study = f'{{"base": "recommended", "settings": {sweep}, "grid": {{"finetune.lr": [0.001, 0.01]}}}}'
     run_folder = str(place / "runs" / "run")
     text = ["evaluate", run_folder, "--sources", str(place / "text.txt"), "--json", "scores.json"]
-    recall = ["evaluate", run_folder, "--recall", "passkey", "--lengths", "600", "--samples", "3", "--json", "r.json"]
+    recall = ["recall", run_folder, "passkey", "--lengths", "600", "--samples", "3", "--json", "r.json"]
     export = ["export", run_folder, "shared", "--format"]
     return [
         Case("linearize", linearize, [*linearize, "--resume"]),

@@ -12,9 +12,11 @@ import forked
 
 
 @pytest.mark.slow
-def test_every_command_goes_on_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [3, 4])
+def test_every_command_goes_on_after_a_kill(tmp_path: Path, seed: int) -> None:
+    """Ten kills of each seed."""
     script = str(Path(__file__).with_name("kills.py"))
-    process = forked.start([script, "--kills", "10", "--seed", "3"], tmp_path, dict(os.environ))
+    process = forked.start([script, "--kills", "10", "--seed", str(seed)], tmp_path, dict(os.environ))
     process.join()
     said = (tmp_path / "out").read_text()
     assert process.exitcode == 0, said
