@@ -72,7 +72,7 @@ def test_heads_of_another_size_than_announced_are_refused(tokens: Tokens, teache
     model = convert(teacher, LinearizationConfig(window=4))
     for layer in linearized_layers(model):
         layer.inner.head_dim = 3  # type: ignore[assignment]  # twice as many heads of half the size
-    with pytest.raises(LolcatsError, match=r"expected 6 query heads of size 6; LlamaAttention gives queries"):
+    with pytest.raises(LolcatsError, match=r"expected 6 query heads and 2 key heads of size 6; LlamaAttention gives queries"):
         linearized_layers(model)[0].check_sizes(torch.zeros(1, 12, 5, 3), torch.zeros(1, 4, 5, 3))
 
 
