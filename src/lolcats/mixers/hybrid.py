@@ -100,14 +100,16 @@ class HybridMixer(Mixer):
         self, call: Call, state: HybridState | None = None, *, keep: bool = False, mode: str = "full"
     ) -> tuple[Tensor, HybridState | None]:
         """See `Mixer.forward`."""
+        if keep and state is not None and call.q.shape[2] == 1 and call.segments is None:
+            return self._step(call, state, mode)
         if keep or state is not None:
             return self._part(call, state, keep, mode)
         if self.impl == "compiled":
             return _compiled_whole()(self, call, mode), None
         return self._whole(call, mode), None
 
-    def advance(self, call: Call, state: HybridState, mode: str) -> tuple[Tensor, HybridState]:
-        """See `Mixer.step`; the kernel writes the new state over the old one."""
+    def _step(self, call: Call, state: HybridState, mode: str) -> tuple[Tensor, HybridState]:
+        """One more token; the kernel writes the new state over the old one."""
         settings = self.settings._replace(scale=call.scale, softcap=call.softcap)
         active = None if call.padding is None else call.padding[:, 0]
         maps = None if mode == "window_only" else map_weights(self.feature_q, self.feature_k, self.query_scale)
