@@ -72,7 +72,9 @@ def test_heads_of_another_size_than_announced_are_refused(tokens: Tokens, teache
     model = convert(teacher, LinearizationConfig(window=4))
     for layer in linearized_layers(model):
         layer.inner.head_dim = 3  # type: ignore[assignment]  # twice as many heads of half the size
-    with pytest.raises(LolcatsError, match=r"expected 6 query heads of size 6; LlamaAttention gives queries"):
+    with pytest.raises(
+        LolcatsError, match=r"expected 6 query heads and 2 key heads of size 6; LlamaAttention gives queries"
+    ):
         linearized_layers(model)[0].check_sizes(torch.zeros(1, 12, 5, 3), torch.zeros(1, 4, 5, 3))
 
 
@@ -82,3 +84,12 @@ def test_two_families_side_by_side(build: Builder, make_student: Builder, tokens
     assert type(two).__name__ == "LinearizedPhiForCausalLM"
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(one)(tokens()).logits, one(tokens()).logits)
+
+
+def test_a_family_with_the_name_of_what_is_added_is_refused(make_teacher: Callable[..., Any]) -> None:
+    """Else its own weights would be taken for added ones."""
+    teacher = make_teacher()
+    teacher.model.layers[1].mixer = torch.nn.Linear(2, 2)
+    with pytest.raises(LolcatsError, match=r"has a parameter model.layers.1.mixer.weight; the name 'mixer'"):
+        convert(teacher)
+    assert not linearized_layers(teacher)

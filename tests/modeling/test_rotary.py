@@ -36,10 +36,6 @@ class Watching(HybridMixer):
         self.calls.append(call)
         return super().forward(call, *args, **kwargs)
 
-    def advance(self, call: Call, state: Any, mode: str) -> Any:
-        self.calls.append(call)
-        return super().advance(call, state, mode)
-
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:

@@ -158,11 +158,12 @@ class Mixer(nn.Module):
     def forward(
         self, call: Call, state: Any = None, *, keep: bool = False, mode: str = "full"
     ) -> tuple[Tensor, Any | None]:
-        """The layer over a text, or over its next part.
+        """The layer over a text, or over its next part; with a state and one token to `keep`, a decoding step.
 
         Args:
             call: the tokens.
-            state: after the tokens before them, None at the start of a text. Packed texts start without one.
+            state: after the tokens before them, None at the start of a text. Packed texts start without one. A decoding
+                step may write the new state over it.
             keep: also return the state after the last token; of packed texts that of the last one of each row.
             mode: one of `modes`.
 
@@ -184,16 +185,13 @@ class Mixer(nn.Module):
             The output [B, H, 1, Dv], and the new state, for which the memory of the old one may be used; with `slots`
             the pool itself, changed in place.
         """
+        # By way of the module's call, which brings its weights where they are kept elsewhere (accelerate's offloading).
         if slots is None:
-            return self.advance(call, state, mode)
-        out, new = self.advance(call, map_state(state, lambda t: t.index_select(0, slots)), mode)
+            return self(call, state, keep=True, mode=mode)
+        out, new = self(call, map_state(state, lambda t: t.index_select(0, slots)), keep=True, mode=mode)
         for held, rows in zip(state_tensors(state), state_tensors(new), strict=True):
             held.index_copy_(0, slots, rows.to(held.dtype))
         return out, state
-
-    def advance(self, call: Call, state: Any, mode: str) -> tuple[Tensor, Any]:
-        """`step` without slots."""
-        raise NotImplementedError
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """The state of `rows` texts before any token, in a model of this dtype; also a new pool."""

@@ -106,6 +106,8 @@ class HybridMixer(Mixer):
         self, call: Call, state: HybridState | None = None, *, keep: bool = False, mode: str = "full"
     ) -> tuple[Tensor, HybridState | None]:
         """See `Mixer.forward`."""
+        if keep and state is not None and call.q.shape[2] == 1 and call.segments is None:
+            return self._step(call, state, mode)
         if keep or state is not None:
             return self._part(call, state, keep, mode)
         if self.impl == "compiled":
@@ -114,8 +116,16 @@ class HybridMixer(Mixer):
 
     def step(
         self, call: Call, state: HybridState, *, slots: Tensor | None = None, mode: str = "full"
-    ) -> tuple[Tensor, HybridState]:
+    ) -> tuple[Tensor, HybridState | None]:
         """See `Mixer.step`; a slot of -1 is a row without a text, whose output is 0."""
+        if slots is None:
+            return super().step(call, state, mode=mode)
+        return self._step(call, state, mode, slots)
+
+    def _step(
+        self, call: Call, state: HybridState, mode: str, slots: Tensor | None = None
+    ) -> tuple[Tensor, HybridState]:
+        """One more token; the kernel writes the new state over the old one."""
         options = self._options(call)
         features = map_weights(self.feature_q, self.feature_k, self.query_scale)
         if features is None or mode == "window_only":

@@ -115,12 +115,8 @@ class LinearizedAttention(nn.Module):
     def _with_cache(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
         if layer.state is not None:
             layer.state = to_device(layer.state, call.q.device)
-        tokens = call.q.shape[2]
-        if tokens == 1 and layer.state is not None:
-            out, state = self.mixer.step(call, layer.state, mode=self.mode)
-        else:
-            out, state = self.mixer(call, layer.state, keep=True, mode=self.mode)
-        layer.advance(state, tokens, whole=call.padding is None and call.segments is None)
+        out, state = self.mixer(call, layer.state, keep=True, mode=self.mode)
+        layer.advance(state, call.q.shape[2], whole=call.padding is None and call.segments is None)
         return out
 
     def softmax(self, call: AttentionCall) -> Tensor:

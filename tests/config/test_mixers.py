@@ -1,0 +1,77 @@
+"""The section `linearization`: a class of settings for each mixer, chosen by `mixer`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from lolcats.config import HybridConfig, LinearizationConfig, RunConfig, load_config
+from lolcats.config.changes import differences, known_settings, with_defaults
+from lolcats.config.mixers import keyed_by_mixer
+from lolcats.errors import ConfigError
+
+
+class OtherConfig(LinearizationConfig):
+    """Settings of a second mixer."""
+
+    mixer: Literal["other"] = "other"  # type: ignore[assignment]
+    depth: int = 3
+
+
+class Run(BaseModel):
+    """A section that is one or the other."""
+
+    linearization: Annotated[Any, keyed_by_mixer({"hybrid": HybridConfig, "other": OtherConfig})]
+
+
+def test_settings_without_a_mixer_are_the_papers() -> None:
+    assert type(LinearizationConfig(window=5)) is HybridConfig
+    assert load_config(None, ["linearization.window=7"]).linearization == HybridConfig(window=7)
+    assert RunConfig(linearization=HybridConfig(sinks=2)).linearization.sinks == 2
+    assert load_config(None, ["linearization.mixer=hybrid"]) == RunConfig()
+
+
+def test_the_mixer_chooses_the_class() -> None:
+    other = Run.model_validate({"linearization": {"mixer": "other", "depth": 4, "layers": [1]}}).linearization
+    assert other == OtherConfig(depth=4, layers=[1])
+    assert type(Run.model_validate({"linearization": {"window": 4}}).linearization) is HybridConfig
+    assert Run(linearization=other).linearization is other
+    assert Run(linearization=other).model_dump()["linearization"]["depth"] == 4
+    assert Run.model_validate_json(Run(linearization=other).model_dump_json()).linearization == other
+    with pytest.raises(ValidationError, match=r"linearization\.other\.window\n.*Extra inputs"):
+        Run.model_validate({"linearization": {"mixer": "other", "window": 4}})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixer=hybird", r"linearization.mixer: unknown mixer; expected .* one of: hybrid \(got 'hybird'\)"),
+        ("mixer=3", r"linearization.mixer: unknown mixer; expected .* one of: hybrid \(got 3\)"),
+        ("windw=4", r"linearization.windw: unknown key; did you mean linearization.window\?"),
+        ("window=-1", r"linearization.window: Input should be greater than or equal to 0 \(got -1\)"),
+    ],
+)
+def test_errors_name_the_key_and_not_the_class(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [f"linearization.{override}"])
+    with pytest.raises(ValidationError, match=r"'hybrid'"):
+        LinearizationConfig(mixer="hybird")
+
+
+def test_the_layer_gets_its_own_settings_only() -> None:
+    values = HybridConfig(start="matched", layers=[1], window=3).values()
+    assert values["window"] == 3 and values["impl"] == "auto"
+    assert not {"mixer", "layers", "start"} & values.keys()
+    assert HybridConfig(start="matched").starts_from_text
+    assert not HybridConfig(start="matched").without_text().starts_from_text
+
+
+def test_settings_of_0_1_are_those_of_today() -> None:
+    """They named no mixer."""
+    today = {"linearization": HybridConfig(window=5).model_dump(mode="json")}
+    old = {"linearization": {k: v for k, v in today["linearization"].items() if k != "mixer"}}
+    assert differences(with_defaults(old), today) == {}
+    known, unknown = known_settings({"linearization": {"window": 5, "later": 1}}, RunConfig)
+    assert known == {"linearization": {"window": 5}} and unknown == ["linearization.later"]
