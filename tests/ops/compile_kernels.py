@@ -78,8 +78,8 @@ def run(kind: str, window_kind: str) -> list[str]:
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
     if not given:
-        for window in (spec.window, 200):  # 200 slots, or 400, are more than a tile holds
-            step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, spec._replace(window=window), logits)
+        wide = spec._replace(window=200)  # slots for several tiles
+        step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, wide, logits)
     return [problem for problem in problems if problem]
 
 

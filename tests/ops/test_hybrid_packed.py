@@ -168,3 +168,14 @@ def test_refused_batches() -> None:
     state = state_of(make(one), one, "chunked")
     with pytest.raises(ValueError, match=r"a state for a batch of 2; got \(1,\)"):
         run(make(one), one, "chunked", cu_seqlens=cuts, initial_state=state)
+
+
+def test_an_implementation_that_cannot_run_is_not_replaced() -> None:
+    """The kernels take no float64, and give no gradient through states, of packed texts neither."""
+    pytest.importorskip("triton")
+    case = Case(5, 2, batch=1)
+    cuts = torch.tensor([0, 2, 5])
+    with pytest.raises(ValueError, match=r"impl 'triton' cannot run this call: it takes bfloat16, float16 and float32"):
+        run(make(case), case, "triton", cu_seqlens=cuts)
+    with pytest.raises(ValueError, match=r"impl 'triton' cannot run this call: it gives no gradient through a state"):
+        run(make(case, torch.float32), case, "triton", cu_seqlens=cuts, return_state=True)

@@ -39,7 +39,7 @@ def check(case: Case, tensors: Tensors, **call: Tensor) -> None:
         assert_same(got.out, want.out, impl)
         assert_same_gradients(got.out, want.out, tensors)
         if got.state is not None and want.state is not None:
-            assert_same_state(got.state, want.state)
+            assert_same_state(got.state, want.state, case)
 
 
 @options

@@ -110,9 +110,10 @@ def test_defect_04_chunked_prefill_keeps_every_key(kind: str) -> None:
     tensors = make(case)
     for impl in ("reference", "chunked"):
         out, state = run_pieces(tensors, case, [64, 128, 192, 256], [impl])
-        assert state.window.phi_k is not None
         held = held_positions(state.length, case.spec)[:, None, :, None] >= case.sinks
-        in_window = (in_order(state.window, state.length).phi_k * held).sum(2)
+        phi_k = in_order(state.window, state.length).phi_k
+        assert phi_k is not None
+        in_window = (phi_k * held).sum(2)
         assert_same(state.linear.k_sum + in_window, tensors.phi_k[:, :, case.sinks :].sum(2), impl)
         assert_same(out, run(tensors, case, "reference").out, impl)
 

@@ -186,15 +186,24 @@ def slots_in_order(length: Tensor, slots: int) -> Tensor:
 
 def in_order(window: WindowRing, length: Tensor) -> WindowRing:
     """The ring with its tokens oldest first, so that the last is at the right end; empty slots are on the left."""
-    order = slots_in_order(length, window.k.shape[2])
-    return WindowRing(*(None if x is None else take_tokens(x, order) for x in window))  # type: ignore[arg-type]
+    slots = window.k.shape[2]
+
+    def take(x: Tensor) -> Tensor:
+        if len(length) == 1 and length.device.type == "cpu" and not torch.compiler.is_compiling():
+            return x.roll(-int(length) % max(1, slots), 2)  # a fifth of the time, and the length is at hand
+        rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1) * slots
+        rows = rows + slots_in_order(length, slots)[:, None]
+        return x.flatten(0, 2).index_select(0, rows.flatten()).view(x.shape)
+
+    return WindowRing(*(None if x is None else take(x) for x in window))  # type: ignore[arg-type]
 
 
 def held_positions(length: Tensor, spec: HybridSpec) -> Tensor:
     """Positions [B, R] of the tokens of `in_order`; -1 where there is none, or one that has left the window."""
     position = length[:, None] + torch.arange(-spec.slots, 0, device=length.device)
-    held = (position >= 0) & in_window(length[:, None] - 1, position, spec)
-    return torch.where(held, position, -1)
+    if spec.window_kind == "sliding":  # whose ring is the window
+        return position.clamp_min(-1)
+    return torch.where(in_window(length[:, None] - 1, position, spec), position, -1).clamp_min(-1)
 
 
 def fold(

@@ -81,8 +81,9 @@ def _leaving_tokens(ring: Tensor, new: Tensor, length: Tensor, spec: HybridSpec)
     """The tokens of the ring that can leave it: a block of a terraced window, one of a sliding one; or the new one."""
     if spec.slots == 0:
         return new
-    count = spec.window if spec.window_kind == "terraced" else 1
-    return take_tokens(ring, slots_in_order(length, spec.slots)[:, :count])
+    if spec.window_kind == "sliding":
+        return take_tokens(ring, (length % spec.slots)[:, None])
+    return take_tokens(ring, slots_in_order(length, spec.slots)[:, : spec.window])
 
 
 def recurrent_step(
@@ -137,10 +138,10 @@ def _place(ring: Tensor | None, new: Tensor | None, now: Tensor) -> Any:
     """A ring [B, h, R, ...] with the new token [B, h, 1, ...] in its slot."""
     if ring is None or new is None:
         return None
-    slots = ring.shape[2]
-    here = torch.arange(slots, device=ring.device) == now % max(1, slots)  # [B, R]
-    here = here[:, None] if ring.ndim == 3 else here[:, None, :, None]
-    return torch.where(here, new, ring.to(new.dtype)) if ring.ndim == 4 else torch.where(here, new.to(ring.dtype), ring)
+    if ring.shape[2] == 0:
+        return ring
+    own = (now % ring.shape[2]).view(-1, *[1] * (new.ndim - 1)).expand(new.shape)
+    return ring.scatter(2, own, new.to(ring.dtype))
 
 
 def _fold_leaving(
