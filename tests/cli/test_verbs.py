@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lolcats.cli.chat import Conversation
 from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
 from lolcats.cli.tables import show_layers, show_number
 from lolcats.evaluation import compare
 from lolcats.evaluation.facts import read_facts
+from lolcats.models.conversation import Conversation
 from lolcats.printable import show_bytes
 from lolcats.runs.artefact import RECIPE_FILE
 

@@ -24,6 +24,7 @@ HINTS = {
     "chat": "--chat",
     "fewer_examples": "--num-fewshot TASK=N, in a sweep measure.num_fewshot",
     "finish_run": "lolcats linearize CONFIG --resume",
+    "generate": "lolcats generate",
     "jobs": "--jobs N",
     "overwrite": "--overwrite",
     "overwrite_runs": "--overwrite RUN",

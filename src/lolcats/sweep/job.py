@@ -175,11 +175,12 @@ def measure_model(
         if measured.missing_tasks(measure):
             modes = {key: mode for key, mode in loaded.variants.items() if key == name or key != "teacher"}
             _measure_tasks(modes, loaded.tokenizer, measured, measure, store, show)
-        for task, length in measured.missing_cells(measure):
-            asked = RecallSettings([task], [length], measure.samples)
+        missing = measured.missing_cells(measure)
+        for task in dict.fromkeys(task for task, _ in missing):
+            asked = RecallSettings([task], [n for other, n in missing if other == task], measure.samples)
             how = {"batch_size": measure.batch_size, "store": store, "report": show}
-            (cell,) = recall({name: loaded.variants[name]}, loaded.tokenizer, asked, **how)
-            measured.add_cell(measure, cell)
+            for cell in recall({name: loaded.variants[name]}, loaded.tokenizer, asked, **how):
+                measured.add_cell(measure, cell)
     for column, score in measured.columns(measure).items():
         say(f"{name:<14} {column} " + ("-" if score.value is None else f"{score.value:.4f}"))
 

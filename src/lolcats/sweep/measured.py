@@ -24,8 +24,6 @@ from lolcats.files import write_text
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep.measure import MeasureConfig
 
-AVERAGE = "tasks.average"
-"""Column of the mean over the tasks."""
 AGAIN = "delete it: it is measured anew"
 Columns = dict[str, float | None]
 """Name of a column, such as perplexity.student -> value; None where there is no finite number."""

@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lolcats.config.variants import NAMES
@@ -27,6 +27,7 @@ from lolcats.sweep.measured import (
 from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import run_status
+from lolcats.sweep.studies import Studies
 
 SEED = "seed"
 
@@ -62,6 +63,8 @@ class Table:
     """What the section `measure` says of the models before; empty without it."""
     scores: dict[str, bool] = field(default_factory=dict)
     """The columns of the section `measure`, in order -> whether it is a share, which people read in percent."""
+    studies: Studies = field(default_factory=dict)
+    """See `Sweep`."""
 
     @property
     def rows(self) -> list[Row]:
@@ -99,7 +102,8 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
     runs = [_row(sweep, run, failures, measurements, scores) for run in sweep.runs]
     teachers = [_teacher_row(teacher, failures, scores) for teacher in sweep_teachers(sweep)]
     shares = {name: score.is_share for name, score in scores.items()}
-    return Table(sweep.name, sweep.axes, runs, _means(sweep, runs) if SEED in sweep.axes else [], teachers, shares)
+    means = _means(sweep, runs) if SEED in sweep.axes else []
+    return Table(sweep.name, sweep.axes, runs, means, teachers, shares, sweep.studies)
 
 
 def read_failures(sweep: Sweep) -> dict[str, str]:
@@ -149,9 +153,13 @@ def to_markdown(table: Table) -> str:
             _markdown_rows(table, [*table.means, *table.teachers], table.shown_axes),
             "Runs",
         ]
-    rows = [*table.runs, *table.teachers]
-    parts.append(_markdown_rows(table, rows, list(table.axes)))
-    parts += [f"* {row.name}: {row.error}" for row in rows if row.error]
+    for study, names in table.studies.items():
+        known = {row.name: row for row in table.runs}
+        rows = [replace(known[there], settings={RUN: name}) for name, there in names.items()]
+        parts += [f"## {study}", _markdown_rows(table, [*rows, *table.teachers], [RUN])]
+    if not table.studies:
+        parts.append(_markdown_rows(table, [*table.runs, *table.teachers], list(table.axes)))
+    parts += [f"* {row.name}: {row.error}" for row in [*table.runs, *table.teachers] if row.error]
     return "\n\n".join(parts) + "\n"
 
 

@@ -22,12 +22,13 @@ from lolcats.data import local_names
 from lolcats.errors import ConfigError
 from lolcats.sweep.measure import MeasureConfig, read_measure
 from lolcats.sweep.naming import NAME, run_name
+from lolcats.sweep.studies import PLACE, Studies, combine, fitting, flat
 
 MAX_RUNS = 256
 """Most runs of one sweep: a grid grows faster than one thinks."""
 RUN = "run"
 """Name of the axis that `runs` makes."""
-KEYS = ("name", "base", "settings", "grid", "runs", "measure")
+KEYS = ("name", "base", "settings", "grid", "runs", "measure", "studies")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Sweep:
     text: str
     """The sweep as YAML that needs no other file and no overrides."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    studies: Studies = field(default_factory=dict)
+    """Of a sweep that joins others: study -> name of a run in it -> name of the run here."""
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -75,7 +78,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         ConfigError: no such file, broken YAML, or wrong settings; all of these in one message, a line each.
     """
     file = Path(path).expanduser()
-    content = _read(file)
+    content, overrides, studies = _joined(file, _read(file), overrides)
     given = parse_overrides(overrides)
     content = merged(content, {"measure": given.pop("measure")} if "measure" in given else {})
     parts = _Parts(file, content, flat(given))
@@ -84,7 +87,26 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         lines = "\n".join(f"  {problem}" for problem in parts.problems)
         raise ConfigError(f"the sweep {file} cannot be used:\n{lines}")
     axes = {axis: list({_text(run.point[axis]): run.point[axis] for run in runs}.values()) for axis in parts.axes()}
-    return Sweep(parts.name, Path(runs[0].config.runs_dir), axes, parts.keys(), runs, _resolved(parts), parts.measure)
+    text = _resolved(parts, studies)
+    return Sweep(parts.name, Path(runs[0].config.runs_dir), axes, parts.keys(), runs, text, parts.measure, studies)
+
+
+def _joined(
+    file: Path, content: dict[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], Sequence[str], Studies]:
+    """A file that names other sweep files as one that has their runs, the overrides of the whole, and what is whose."""
+    named = content.pop("studies", None)
+    if isinstance(named, dict):  # a joint sweep that was written down
+        return content, overrides, named
+    if named is None:
+        return content, overrides, {}
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise ConfigError(
+            f"the sweep {file} cannot be used:\n  studies: expected a list of sweep files (got {named!r:.60})"
+        )
+    files = [file.parent / name for name in named]
+    content, studies = combine([load_sweep(path, fitting(_read(path), overrides)) for path in files], content)
+    return content, [text for text in overrides if text.partition("=")[0] in PLACE], studies
 
 
 def read_key(config: RunConfig, key: str) -> Any:
@@ -256,24 +278,12 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"finetune": {"rank": 4}} and {"finetune.rank": 4} as {"finetune.rank": 4}."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            found |= flat(value, f"{name}.")
-        elif not (value is None and name in RunConfig.model_fields):  # a section whose lines are all commented out
-            found[name] = value
-    return found
-
-
 def _text(value: Any) -> str:
     """A value as YAML on one line."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _resolved(parts: _Parts) -> str:
+def _resolved(parts: _Parts, studies: Studies) -> str:
     """The sweep file without its base, which becomes settings."""
     settings = parts.base_settings | parts.settings
     content: dict[str, Any] = {"name": parts.name, "base": None, "settings": settings}
@@ -283,4 +293,6 @@ def _resolved(parts: _Parts) -> str:
         content["runs"] = [{"name": name, **chosen} for name, chosen in parts.sets]
     if parts.measure.anything:
         content["measure"] = parts.measure.model_dump(mode="json")
+    if studies:
+        content["studies"] = studies
     return write_yaml(content)
