@@ -17,6 +17,9 @@ _UNSAFE = re.compile(
     "\U000e0000-\U000e007f]"  # tags
 )
 
+MOST_PROBLEMS = 20
+"""Wrong settings that one message explains."""
+
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey written out, ESC as \\x1b; newlines and tabs stay."""

@@ -16,8 +16,8 @@ from rich.text import Text
 from lolcats.cli.options import Device, Dtype, Model, check_target, expand_path
 from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file, write_json
 from lolcats.cli.tables import console, show_number
-from lolcats.config.variants import ordered, short_label
 from lolcats.errors import LolcatsError
+from lolcats.variants import ordered, short_label
 
 if TYPE_CHECKING:
     from lolcats.evaluation.harness import HarnessSettings, Row, Score, Scores

@@ -12,10 +12,10 @@ from lolcats.cli.load import read_results
 from lolcats.cli.options import Device, Dtype, Model, check_target
 from lolcats.cli.suite import Controls, JsonFile, Subject, Teacher, bar, find_subject, print_memory, write_json
 from lolcats.cli.tables import console, position_notes, position_table, score_table
-from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 
 if TYPE_CHECKING:
+    from lolcats.config import RunConfig
     from lolcats.evaluation import Measurement
 
 MOST_SEGMENTS = 32

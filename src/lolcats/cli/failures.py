@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, cast
 
-from pydantic import ValidationError
-
-from lolcats.config.load import MOST_PROBLEMS
 from lolcats.errors import LolcatsError
-from lolcats.printable import one_line
+from lolcats.printable import MOST_PROBLEMS, one_line
 
 INTERRUPTED = {
     "linearize": "interrupted; the last checkpoint is kept",
@@ -49,8 +47,9 @@ def describe(error: Exception) -> str:
     """One printable line of bounded length for the person who typed the command."""
     if is_usage_error(error):
         return f"{one_line(error.format_message())} (lolcats --help shows the options)"  # type: ignore[attr-defined]
-    if isinstance(error, ValidationError):
-        problems = error.errors(include_url=False)[:MOST_PROBLEMS]
+    pydantic: Any = sys.modules.get("pydantic")  # --help need not import it
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
+        problems = cast(Any, error).errors(include_url=False)[:MOST_PROBLEMS]
         return one_line("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems))
     if isinstance(error, LolcatsError):
         return one_line(str(error) + (f" ({HINTS[error.hint]})" if error.hint else ""))

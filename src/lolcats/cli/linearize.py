@@ -12,9 +12,9 @@ from rich.console import Console
 
 from lolcats.cli.load import silence
 from lolcats.cli.tables import console, score_table
-from lolcats.config import RunConfig, load_config
 
 if TYPE_CHECKING:
+    from lolcats.config import RunConfig
     from lolcats.runs.folder import RunFolder
 
 
@@ -60,6 +60,8 @@ def linearize(
 
 def read_target(target: str, overrides: list[str]) -> RunConfig:
     """The settings for a YAML file, a recipe or a model."""
+    from lolcats.config import load_config
+
     recipes = {item.name for item in (resources.files("lolcats") / "recipes").iterdir()}
     if target.endswith((".yaml", ".yml")) or f"{target}.yaml" in recipes:
         return load_config(target, overrides)

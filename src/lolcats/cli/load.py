@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lolcats.config import RunConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.models.folder import expand_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lolcats.config import RunConfig
     from lolcats.runs.results import Results
 
 
@@ -42,6 +42,7 @@ def find_model(source: str) -> str:
 
 def read_recipe(source: str) -> RunConfig | None:
     """The recipe in a model's folder, None where there is none."""
+    from lolcats.config import load_config
     from lolcats.runs.artefact import RECIPE_FILE
 
     file = Path(source) / RECIPE_FILE

@@ -13,8 +13,8 @@ from rich.table import Column, Table
 from lolcats.cli.options import MAX_SEED, Device, Dtype, Model, check_target, expand_path
 from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file, write_json
 from lolcats.cli.tables import console
-from lolcats.config.variants import ordered, short_label
 from lolcats.errors import LolcatsError
+from lolcats.variants import ordered, short_label
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig

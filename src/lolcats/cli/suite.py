@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lolcats.cli.load import find_model, read_recipe, silence
 from lolcats.cli.options import expand_path
-from lolcats.config import CONTROLS, RunConfig
 from lolcats.errors import LolcatsError
+from lolcats.variants import CONTROLS
 
 if TYPE_CHECKING:
+    from lolcats.config import RunConfig
     from lolcats.evaluation.memory import TextMemory
 
 Controls = Annotated[

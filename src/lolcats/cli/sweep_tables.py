@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats.cli.terminal import SafeConsole
-from lolcats.config.variants import NAMES, short_label
 from lolcats.printable import show_bytes
+from lolcats.variants import NAMES, short_label
 
 if TYPE_CHECKING:
     from lolcats.sweep import Plan, Sweep

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats.cli.terminal import SafeConsole
-from lolcats.config.variants import label, ordered, short_label
+from lolcats.variants import label, ordered, short_label
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig

@@ -15,12 +15,10 @@ from lolcats.config.load import (
     parse_overrides,
 )
 from lolcats.config.mixers import HybridConfig, LinearizationConfig
-from lolcats.config.run import EvaluationConfig, RunConfig
+from lolcats.config.run import Control, EvaluationConfig, RunConfig
 from lolcats.config.stages import FinetuneConfig, OptimConfig, TransferConfig
-from lolcats.config.variants import CONTROLS, Control
 
 __all__ = [
-    "CONTROLS",
     "Control",
     "DataConfig",
     "EvaluationConfig",

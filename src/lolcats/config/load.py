@@ -17,10 +17,7 @@ from lolcats.config.mixers import MIXERS, LinearizationConfig, mixer_settings
 from lolcats.config.run import RunConfig
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import ConfigError
-from lolcats.printable import shorten
-
-MOST_PROBLEMS = 20
-"""Wrong settings that a message explains."""
+from lolcats.printable import MOST_PROBLEMS, shorten
 
 
 def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from lolcats.config.data import DataConfig
 from lolcats.config.fields import Length, Positive, Rows, Section, Seed
 from lolcats.config.mixers import AnyLinearization, HybridConfig
 from lolcats.config.stages import FinetuneConfig, TransferConfig
-from lolcats.config.variants import CONTROLS, Control
+from lolcats.variants import CONTROLS
+
+
+def _check_control(name: str) -> str:
+    if name not in CONTROLS:
+        raise ValueError(f"unknown control; expected {', '.join(CONTROLS)}")
+    return name
+
+
+Control = Annotated[str, AfterValidator(_check_control)]
+"""The name of a control, as settings hold it."""
 
 
 class EvaluationConfig(Section):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lolcats.config import CONTROLS, LinearizationConfig, RunConfig
+from lolcats.config import LinearizationConfig, RunConfig
 from lolcats.data.build import build_datasets, local_names
 from lolcats.data.packing import read_documents
 from lolcats.data.sources import check_source
@@ -25,6 +25,7 @@ from lolcats.models.context import check_context
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.teacher import load_teacher
 from lolcats.models.vocabulary import vocabulary_size
+from lolcats.variants import CONTROLS
 
 
 def compare(
@@ -52,7 +53,7 @@ def compare(
         sources, local: see `lolcats.data.iter_records`; or token files.
         held_out: in place of sources, the text that this run held out from training.
         length, last, max_segments: tokens per segment, how many of them count (from the end), segments to read.
-        controls, batch_size, edges, progress: see `lolcats.config.variants` and `measure`.
+        controls, batch_size, edges, progress: see `lolcats.variants` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
 
     Raises:
@@ -87,7 +88,7 @@ class Loaded:
     """A model in all its modes, ready to be measured."""
 
     variants: dict[str, Variant]
-    """By name, see `lolcats.config.variants`; a model that is not linearized is "teacher" alone."""
+    """By name, see `lolcats.variants`; a model that is not linearized is "teacher" alone."""
     teacher: Variant | None
     """What distances are measured from; None for a model by itself, or without its teacher."""
     tokenizer: PreTrainedTokenizerBase

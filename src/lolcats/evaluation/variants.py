@@ -1,4 +1,4 @@
-"""The variants of `lolcats.config.variants` as models that can be measured."""
+"""The variants of `lolcats.variants` as models that can be measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from lolcats.config.variants import VARIANTS
 from lolcats.evaluation.perplexity import Variant
 from lolcats.modeling import attention_mode
+from lolcats.variants import VARIANTS
 
 Enter = Callable[[], AbstractContextManager[object]]
 

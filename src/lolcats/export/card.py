@@ -9,9 +9,9 @@ from typing import Any, Literal
 import yaml
 
 from lolcats.config import FinetuneConfig, LinearizationConfig, RunConfig, TransferConfig
-from lolcats.config.variants import label, ordered
 from lolcats.export.source import is_local, last_part
 from lolcats.runs.results import Results
+from lolcats.variants import label, ordered
 
 Format = Literal["merged", "adapter", "remote-code"]
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
-from lolcats.config.variants import VARIANTS
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant
 from lolcats.evaluation.compare import load_variants
@@ -31,6 +30,7 @@ from lolcats.sweep.measured import Measured
 from lolcats.sweep.naming import label
 from lolcats.sweep.settings import Sweep, SweepRun
 from lolcats.sweep.state import run_status
+from lolcats.variants import VARIANTS
 
 Say = Callable[[str], None]
 

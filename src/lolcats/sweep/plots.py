@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.sweep.results import SEED, Row, Table, show_value
+from lolcats.variants import short_label
 
 DRAWN = ("training_free", "transfer", "student", "window_only")
 """What is drawn where there is one axis; where there are more, the student alone, a line for each other setting."""

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lolcats.config.variants import NAMES
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.runs.folder import RunFolder
@@ -28,6 +27,7 @@ from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
 from lolcats.sweep.state import run_status
 from lolcats.sweep.studies import Studies
+from lolcats.variants import NAMES
 
 SEED = "seed"
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lolcats.config import CONTROLS
-from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.harness.scores import Scores, make_row
@@ -26,6 +24,7 @@ from lolcats.evaluation.store import AnswerStore
 from lolcats.identity import key_of, model_identity
 from lolcats.models.device import describe_device
 from lolcats.silence import quiet
+from lolcats.variants import CONTROLS, short_label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

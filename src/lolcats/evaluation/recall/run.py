@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from lolcats.config.variants import short_label
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.recall.haystack import essay
@@ -21,6 +20,7 @@ from lolcats.identity import key_of, model_identity
 from lolcats.models.context import check_context, context_limit, ends_there
 from lolcats.models.generation import own_settings
 from lolcats.models.vocabulary import check_token_ids
+from lolcats.variants import short_label
 
 Settled = Callable[[str, Sequence[str]], bool]
 GREEDY: dict[str, Any] = {
@@ -80,7 +80,7 @@ def recall(
     """Let every variant answer the same prompts, by generation.
 
     Args:
-        variants: see `lolcats.config.variants`; modes of one model and its teacher.
+        variants: see `lolcats.variants`; modes of one model and its teacher.
         tokenizer: theirs.
         settings: tasks, lengths and samples.
         batch_size: prompts at once.

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import lolcats
-from lolcats.config import CONTROLS, EvaluationConfig
-from lolcats.config.variants import NAMES, VARIANTS, label, ordered, short_label
+from lolcats.config import EvaluationConfig
+from lolcats.variants import CONTROLS, NAMES, VARIANTS, label, ordered, short_label
 
 ROOT = Path(lolcats.__file__).parent
 

@@ -7,9 +7,7 @@ The controls are those of arXiv 2510.05901. Every list of variants in the packag
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, NamedTuple
-
-from pydantic import AfterValidator
+from typing import Literal, NamedTuple
 
 
 class VariantInfo(NamedTuple):
@@ -39,16 +37,6 @@ NAMES = tuple(variant.name for variant in VARIANTS)
 _controls = [variant for variant in VARIANTS if variant.is_control]
 CONTROLS = tuple(variant.name for variant in sorted(_controls, key=lambda variant: variant.weights != "student"))
 """Names of the controls: modes of the student, then what needs the teacher."""
-
-
-def _check_control(name: str) -> str:
-    if name not in CONTROLS:
-        raise ValueError(f"unknown control; expected {', '.join(CONTROLS)}")
-    return name
-
-
-Control = Annotated[str, AfterValidator(_check_control)]
-"""The name of a control, as settings hold it."""
 
 
 def ordered(names: Iterable[str]) -> list[str]:
