@@ -62,7 +62,7 @@ import sys
 from lolcats_command import main
 
 code = max(main([*verb, "--help"]) for verb in [[], *([word] for word in sys.argv[1:])])
-heavy = {"torch", "transformers", "numpy", "pydantic"} & sys.modules.keys()
+heavy = {"torch", "transformers", "numpy", "lolcats.config"} & sys.modules.keys()
 print(heavy, file=sys.stderr)
 sys.exit(code or len(heavy))
 """
