@@ -13,8 +13,8 @@ from lolcats.config.load import dotted
 from lolcats.sweep import load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = sorted(CONFIGS.glob("*.yaml"))
-STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
+STUDIES = sorted([*(CONFIGS / "studies").glob("*.yaml"), CONFIGS / "studies.yaml"])
+RUNS = sorted({*CONFIGS.glob("*.yaml")} - {*STUDIES})
 
 
 def differences(config: RunConfig, other: RunConfig) -> set[str]:

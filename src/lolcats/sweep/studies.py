@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lolcats.config import RunConfig, load_config
-
-if TYPE_CHECKING:
-    from lolcats.sweep.settings import Sweep
+from lolcats.sweep.measure import MeasureConfig
 
 JOINED = ("tasks", "recall", "controls")
 """What is measured of all runs if it is measured in one study; the rest of `measure` is that of the first study."""
@@ -17,6 +15,29 @@ PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
 Studies = dict[str, dict[str, str]]
 """Study -> name of a run in it -> name of the run of the joint sweep."""
+
+
+class StudyRun(Protocol):
+    """What is read here of a run of a sweep."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> RunConfig: ...
+
+
+class Study(Protocol):
+    """What is read here of a sweep."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def runs(self) -> Sequence[StudyRun]: ...
+
+    @property
+    def measure(self) -> MeasureConfig: ...
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,7 +71,7 @@ def fitting(study: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if text.partition("=")[0] not in own]
 
 
-def combine(sweeps: Sequence[Sweep], content: dict[str, Any]) -> tuple[dict[str, Any], Studies]:
+def combine(sweeps: Sequence[Study], content: dict[str, Any]) -> tuple[dict[str, Any], Studies]:
     """The content of one sweep file with all distinct runs, and which run of it each run of a study is.
 
     Args:
