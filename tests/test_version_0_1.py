@@ -133,3 +133,11 @@ def test_parameters_are_in_the_order_of_0_1(make_student: Any) -> None:
 def test_a_layer_has_nothing_beside_the_familys_module_and_the_mixer(make_student: Any) -> None:
     for layer in linearized_layers(make_student(decay="gate")):
         assert {name.partition(".")[0] for name, _ in layer.named_parameters()} == {"inner", "mixer"}
+
+
+def test_parameters_are_read_where_they_were(make_student: Any) -> None:
+    layer = linearized_layers(make_student(decay="gate"))[0]
+    for name in ("feature_q", "feature_k", "window_factor", "query_scale", "decay_gate"):
+        assert getattr(layer, name) is getattr(layer.mixer, name)
+    with pytest.raises(AttributeError, match="no attribute 'settings'"):
+        layer.settings  # noqa: B018

@@ -24,7 +24,7 @@ from lolcats.modeling.calls import refuse_unknown
 from lolcats.modeling.facts import read_facts, read_texts
 from lolcats.modeling.handover import AttentionCall, Handover
 from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
-from lolcats.modeling.old_names import new_name
+from lolcats.modeling.old_names import ADDED_BY_0_1, new_name
 from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.rotary import RotaryFinder
 
@@ -57,6 +57,10 @@ class LinearizedAttention(nn.Module):
         self.observer: Observer | None = None
         self.model_config: PretrainedConfig | None = None
         self.rotary = RotaryFinder()
+
+    def __getattr__(self, name: str) -> Any:
+        """What version 0.1 put beside the family's module is the mixer's."""
+        return getattr(self.mixer, name) if name in ADDED_BY_0_1 else super().__getattr__(name)
 
     @property
     def layer_idx(self) -> int:
