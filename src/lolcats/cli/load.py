@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def silence() -> None:
-    """No progress bars and no warnings of transformers: what matters is said by us."""
-    from transformers.utils import logging
+    """No progress bars and no warnings of transformers and the hub's client: what matters is said by us."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each time that it asks in vain, where no network is
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def find_model(source: str) -> str:

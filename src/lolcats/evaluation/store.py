@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ class AnswerStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the file, and delete it if nothing is left to do: nothing was raised."""
+        """Close the file, and delete it if nothing is left to do (nothing was raised) or nothing was done."""
+        done = kind is None
+        with suppress(sqlite3.Error):
+            done = done or self._database.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None
         self._database.close()
-        if kind is None and self.file is not None:
+        if done and self.file is not None:
             self.file.unlink(missing_ok=True)
 
 
