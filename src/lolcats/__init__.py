@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 # bitsandbytes, which peft imports where it is installed, says at every start that a kernel for CPUs is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+from lolcats.version import __version__
+
 if "lolcats_command" not in sys.modules:  # the command line imports it when a verb runs
     import lolcats.modeling  # noqa: F401  # registers the classes of linearized models
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from lolcats.ops import HybridOutput, HybridSpec, HybridState, LinearState, MapWeights, hybrid_attention
     from lolcats.runs.recipe import linearize
     from lolcats.training import TrainingData, finetune_lora, transfer_attention
-
-__version__ = "0.1.0"
 
 __all__ = [
     "HybridOutput",

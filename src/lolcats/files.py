@@ -52,6 +52,28 @@ def text_of(name: str, raw: BinaryIO) -> Iterator[io.TextIOWrapper]:
         raise DataError(f"cannot read {name}: {error}") from error
 
 
+def read_json_object(file: Path, then: str) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none.
+
+    Args:
+        then: what can be done with a broken one.
+
+    Raises:
+        LolcatsError: it cannot be read, or holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise LolcatsError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise LolcatsError(f"{file} cannot be used: it is not JSON ({error}); {then}") from error
+    if not isinstance(content, dict):
+        raise LolcatsError(f"{file} cannot be used: it holds {str(content)[:40]!r} where an object is expected; {then}")
+    return content
+
+
 def read_json_lines(name: str, raw: BinaryIO) -> Iterator[tuple[dict[str, Any], str]]:
     """The objects of a .jsonl or .jsonl.gz file, one a line, each with "name:line"; blank lines are passed over.
 

@@ -61,9 +61,9 @@ def test_a_run_with_broken_files_fails_alone(make_sweep: Callable[..., Sweep]) -
     file.write_text("{")
     table = run_sweep(sweep, "study.yaml")
     assert [row.status for row in table.runs] == ["failed", "finished"]
-    assert "measure.json is not JSON" in table.runs[0].error and "\n" not in table.runs[0].error
+    assert "measure.json cannot be used: it is not JSON" in table.runs[0].error and "\n" not in table.runs[0].error
     assert [row.status for row in gather(sweep, {}).runs] == ["failed", "finished"]
-    with pytest.raises(LolcatsError, match=r"measure.json is not JSON"):
+    with pytest.raises(LolcatsError, match=r"measure.json cannot be used: it is not JSON"):
         make_plan(sweep)
     assert [row.status for row in run_sweep(sweep, "study.yaml", overwrite=["seed-0"]).runs] == ["finished"] * 2
 

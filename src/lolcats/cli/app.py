@@ -55,7 +55,7 @@ app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from lolcats import __version__
+        from lolcats.version import __version__
 
         typer.echo(f"lolcats {__version__}")
         raise typer.Exit

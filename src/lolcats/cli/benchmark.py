@@ -144,8 +144,8 @@ def _notes(scores: Scores, settings: HarnessSettings) -> Iterator[str]:
 
 
 def _write(file: Path, model: str, teacher: str | None, settings: HarnessSettings, scores: Scores) -> None:
-    from lolcats import __version__
     from lolcats.evaluation.harness import library_versions
+    from lolcats.version import __version__
 
     versions = {"lolcats": __version__} | library_versions()
     content = {"model": model, "teacher": teacher, "date": date.today().isoformat(), "settings": asdict(settings)}

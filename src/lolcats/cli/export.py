@@ -45,7 +45,6 @@ def export(
     if private and push_to_hub is None:
         raise LolcatsError("--private is about the hub; give --push-to-hub USER/NAME too")
 
-    import lolcats.modeling  # noqa: F401  (teaches transformers to load linearized models)
     from lolcats.export import export_model
     from lolcats.export.api import check_shareable
     from lolcats.export.hub import check_login, push_folder

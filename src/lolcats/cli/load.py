@@ -61,7 +61,6 @@ def read_results(source: str) -> Results:
 
 def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready to run; a linearized model keeps its own format unless `dtype` names another."""
-    import lolcats.modeling  # noqa: F401  (teaches transformers to load linearized models)
     from lolcats.models.device import choose_device, choose_dtype
     from lolcats.models.teacher import load_teacher
     from lolcats.runs.artefact import RECIPE_FILE

@@ -26,6 +26,7 @@ from lolcats.config.mixers import MIXERS as SETTINGS_OF
 from lolcats.errors import LolcatsError
 from lolcats.mixers.registry import MIXERS, build_mixer
 from lolcats.modeling.hf import linearized_config_class
+from lolcats.version import __version__
 
 START, SETTINGS, ENTRY = "lolcats.modeling.hf", "lolcats.config", "modeling_lolcats"
 REGISTRY = build_mixer.__module__
@@ -51,8 +52,6 @@ def write_code(folder: Path) -> None:
     family = config.get("base_model_type")
     if family not in CONFIG_MAPPING:
         raise LolcatsError(f"{folder / 'config.json'} has base_model_type {family!r}, which transformers does not know")
-    from lolcats import __version__  # the package itself imports this module
-
     config_type = linearized_config_class(CONFIG_MAPPING[family])
     model_type = cast(type, AutoModelForCausalLM._model_mapping[config_type])
     # Not what config.json calls them: that would be text from a file in code that somebody runs.

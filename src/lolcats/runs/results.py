@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement
 from lolcats.evaluation.memory import TextMemory
+from lolcats.files import read_json_object
 
 VERSION = 2
 RESUME = "delete it and resume: what it held is measured again"
@@ -136,16 +137,7 @@ def read_results(file: Path, then: str = RESUME) -> Results:
     Raises:
         LolcatsError: it is not what `lolcats` writes there.
     """
-    if not file.is_file():
-        return Results()
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise LolcatsError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-        raise LolcatsError(f"{file} cannot be used: it is not JSON ({error}); {then}") from error
-    if not isinstance(content, dict):
-        raise LolcatsError(f"{file} cannot be used: it holds {str(content)[:40]!r} where an object is expected; {then}")
+    content = read_json_object(file, then)
     try:
         return Results.model_validate(_noted(content))
     except (ValidationError, RecursionError, OverflowError) as error:

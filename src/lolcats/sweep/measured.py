@@ -20,7 +20,7 @@ from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness import Row, Scores
 from lolcats.evaluation.recall import Cell
-from lolcats.files import write_text
+from lolcats.files import read_json_object, write_text
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep.measure import MeasureConfig
 
@@ -71,7 +71,7 @@ class Measured:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._content = _Content.model_validate(read_object(file, AGAIN))
+            self._content = _Content.model_validate(read_json_object(file, AGAIN))
         except ValidationError as error:
             raise LolcatsError(f"{file} is not what a sweep has measured; {AGAIN}") from error
 
@@ -178,7 +178,7 @@ def measure_run(config: RunConfig, measurements: Sequence[SweepMeasurement] = ME
     for measurement in measurements:
         file = folder.path / "measurements" / f"{measurement.name}.json"
         if measurement.kept and file.exists():
-            kept = read_object(file, AGAIN)
+            kept = read_json_object(file, AGAIN)
             if not all(isinstance(value, float | int | None) for value in kept.values()):
                 raise LolcatsError(f"{file} holds something that is not a number; {AGAIN}")
             columns |= kept
@@ -189,26 +189,6 @@ def measure_run(config: RunConfig, measurements: Sequence[SweepMeasurement] = ME
             write_text(file, json.dumps(new, indent=2) + "\n")
         columns |= new
     return columns
-
-
-def read_object(file: Path, then: str) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is none.
-
-    Args:
-        then: what can be done with a broken one.
-
-    Raises:
-        LolcatsError: it holds something else.
-    """
-    try:
-        content = json.loads(file.read_bytes()) if file.exists() else {}
-    except OSError as error:
-        raise LolcatsError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-        raise LolcatsError(f"{file} is not JSON ({error}); {then}") from error
-    if not isinstance(content, dict):
-        raise LolcatsError(f"{file}: expected a JSON object, got {str(content)[:40]!r}; {then}")
-    return content
 
 
 def finite(value: float | None) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lolcats.errors import LolcatsError
-from lolcats.files import write_text
+from lolcats.files import read_json_object, write_text
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
 from lolcats.sweep.measured import (
@@ -21,7 +21,6 @@ from lolcats.sweep.measured import (
     ScoreColumn,
     SweepMeasurement,
     measure_run,
-    read_object,
 )
 from lolcats.sweep.settings import RUN, Sweep, SweepRun
 from lolcats.sweep.sharing import shared_from
@@ -109,7 +108,7 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
 def read_failures(sweep: Sweep) -> dict[str, str]:
     """The errors that an earlier call of the sweep wrote down, of runs and teachers that are still not finished."""
     file = sweep.folder / "results.json"
-    content = read_object(file, "delete it: the table is made anew")
+    content = read_json_object(file, "delete it: the table is made anew")
     left = {job.name for job in [*sweep.runs, *sweep_teachers(sweep)] if not is_finished(job)}
     try:
         rows = [*content.get("runs", []), *content.get("teachers", [])]
