@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetPydanticSchema, field_validator, model_validator
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetPydanticSchema, field_validator, model_validator
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
@@ -111,8 +111,58 @@ class HybridConfig(LinearizationConfig):
         return self
 
 
+class KeptConfig(Section):
+    """The pairs of key and value that a layer keeps of those that left its window."""
+
+    pairs: Near = 0  # for each key head
+    score: Literal["learned", "self_recall", "recency", "random", "oracle"] = "learned"
+    mix: Annotated[float, Field(ge=0, le=1)] = 1.0  # learned: weight of the largest attention, the rest is the sum's
+
+
+class BlendConfig(LinearizationConfig):
+    """Softmax attention over sinks, window and kept pairs, and linear attention over all, joined by a learned share."""
+
+    mixer: Literal["blend"] = "blend"  # type: ignore[assignment]  # a name of its own is what tells the classes
+    window: Annotated[int, Field(ge=1, le=2**17)] = 256  # tokens with exact softmax attention
+    sinks: Near = 4  # first tokens of the text that always keep softmax attention
+    kept: KeptConfig = Field(default_factory=KeptConfig)
+    far: Literal["linear", "none"] = "linear"
+    rotate_far: bool = False  # give the far half q and k after rotary embedding
+    feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
+    feature_size: Width | None = None  # f, the width of the learned matrix; None is the head size
+    state_heads: Literal["query", "kv"] = "kv"  # one far state per query head, or one per key/value head
+    decay: Literal["none", "fixed", "gate"] = "gate"  # of the far half; gate: depends on the layer's input
+    start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half is the teacher's
+
+    @property
+    def starts_from_text(self) -> bool:
+        """Whether the start is the matched one, and there is a far half."""
+        return self.start == "matched" and self.far != "none"
+
+    def without_text(self) -> Self:
+        """The same layers with the plain start."""
+        return self.model_copy(update={"start": "plain"})
+
+    def facts(self) -> dict[str, str]:
+        """Near half, kept pairs and far half."""
+        return {
+            "near": f"window of {self.window} tokens and {self.sinks} sinks",
+            "kept": f"{self.kept.pairs} pairs a key head, score {self.kept.score}" if self.kept.pairs else "no pairs",
+            "far": "none" if self.far == "none" else f"{self.far}, one state a {self.state_heads} head",
+        }
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.kept.pairs and self.kept.score == "self_recall" and self.far == "none":
+            raise ValueError(
+                "kept.score self_recall is the error of the far half, and far is none; choose another score"
+            )
+        return self
+
+
 MIXERS: dict[str, type[LinearizationConfig]] = {
     "hybrid": HybridConfig,
+    "blend": BlendConfig,
 }
 """Name -> class of settings; the layers themselves are in `lolcats.mixers.registry`."""
 
@@ -136,7 +186,7 @@ def keyed_by_mixer(kinds: dict[str, type[LinearizationConfig]]) -> GetPydanticSc
     return GetPydanticSchema(schema)
 
 
-AnyLinearization = Annotated[HybridConfig, keyed_by_mixer(MIXERS)]
+AnyLinearization = Annotated[HybridConfig | BlendConfig, keyed_by_mixer(MIXERS)]
 """Type of the section in a run's settings."""
 
 

@@ -138,7 +138,7 @@ class Mixer(nn.Module):
         impl: implementation of its operation ("auto" or a name that the operation knows).
     """
 
-    modes: ClassVar[tuple[str, ...]] = ("full",)
+    modes: tuple[str, ...] = ("full",)
     """What `forward` and `step` can compute: "full" is the layer itself, the others are controls."""
     targets: ClassVar[tuple[str, ...]] = ("full",)
     """Outputs that attention transfer can compare with the teacher's."""
@@ -211,6 +211,10 @@ class Mixer(nn.Module):
         """The output [B, H, N, Dv] that attention transfer compares with the teacher's; `target` is of `targets`."""
         assert target == "full", target
         return self(call)[0]
+
+    def side_loss(self, call: Call) -> Tensor | None:
+        """A loss of stage 1 beside the transfer, for parameters that the layer's output says nothing of; or None."""
+        return None
 
     def attention_weights(self, call: Call) -> Tensor:
         """The weights [B, H, N, N] with which the layer sums values, for losses on them; O(N^2) memory.

@@ -52,7 +52,7 @@ class HybridMixer(Mixer):
         decay_gate: maps the layer's input [B, N, d_model] to the logits [B, N, H] of the decay, or None.
     """
 
-    modes: ClassVar[tuple[str, ...]] = ("full", "window_only", "linear_only", "no_attention")
+    modes = ("full", "window_only", "linear_only", "no_attention")
     targets: ClassVar[tuple[str, ...]] = ("full", "linear")
 
     def __init__(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from lolcats.mixers.base import Mixer, Sizes
+from lolcats.mixers.blend import BlendMixer
 from lolcats.mixers.hybrid import HybridMixer
 
 MIXERS: dict[str, type[Mixer]] = {
     "hybrid": HybridMixer,
+    "blend": BlendMixer,
 }
 
 

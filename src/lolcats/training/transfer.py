@@ -103,4 +103,7 @@ class TransferStage:
         loss = self.config.mse_factor * error
         if self.config.xent_factor:
             loss = loss + self.config.xent_factor * weight_cross_entropy(layer.mixer, call, document)
+        side = layer.mixer.side_loss(call)
+        if side is not None:
+            loss = loss + side
         return loss, error

@@ -1,0 +1,259 @@
+"""`blend`: exact attention over what is near or kept, and a far half, joined by an explicit share.
+
+    y = (1 - lambda) y_near + lambda y_far,        lambda = sigmoid(w.x + b), for each query head
+
+y_near is softmax attention over sinks, window and kept pairs (`lolcats.ops.near`), y_far linear attention over all keys
+(`lolcats.mixers.far`) with q and k before their rotation, unless `rotate_far`.
+
+| mode         | what it is                                            |
+|--------------|-------------------------------------------------------|
+| full         | the layer                                             |
+| near_only    | without its far half                                  |
+| window_only  | without its far half and its kept pairs               |
+| linear_only  | its far half alone                                    |
+| no_attention | outputs of zero                                       |
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lolcats.errors import LolcatsError
+from lolcats.mixers.base import Call, Mixer, Sizes, map_state
+from lolcats.mixers.far import LinearFar
+from lolcats.mixers.scores import LearnedScore, attention_given, chance
+from lolcats.mixers.softmax import softmax_weights
+from lolcats.mixers.texts import find_texts, rows_of
+from lolcats.ops import LinearState
+from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
+from lolcats.ops.near.selection import EMPTY
+
+NOT_FAR = ("near_only", "window_only", "no_attention")
+"""Modes that leave the far half out."""
+SCORED_ROWS = 1
+"""Texts of a batch from which the learned score learns: what it learns from is quadratic in their length."""
+
+
+class BlendState(NamedTuple):
+    """What the layer keeps of earlier tokens."""
+
+    near: NearState
+    far: LinearState | None
+
+    @property
+    def length(self) -> Tensor:
+        """[B] int64."""
+        return self.near.length
+
+
+class BlendMixer(Mixer):
+    """See the module.
+
+    Args:
+        sizes: of what arrives.
+        impl: implementation of the operations.
+        near: window, sinks and number of kept pairs (the scale comes with each call).
+        far: the far half, or None.
+        score: name of the score of kept pairs.
+        learned: the module of a learned one.
+        rotate_far: give the far half q and k as they are after rotary embedding.
+    """
+
+    needs_rotation: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        impl: str,
+        near: NearSpec,
+        far: LinearFar | None,
+        score: str,
+        learned: LearnedScore | None,
+        rotate_far: bool,
+    ) -> None:
+        super().__init__(sizes, impl)
+        self.settings, self.far, self.score_name, self.score = near, far, score, learned
+        self.rotate_far, self.near_alone = rotate_far, far is None
+        alone = ("near_only",) if far is not None and near.pairs else ()
+        self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
+        self.share: nn.Linear | None = None
+        if far is not None:
+            self.share = nn.Linear(sizes.hidden_size, sizes.heads, dtype=torch.float32)
+            nn.init.zeros_(self.share.weight)
+            nn.init.constant_(self.share.bias, -1.0)
+
+    @classmethod
+    def build(  # type: ignore[override]  # the names of its settings are its own
+        cls,
+        sizes: Sizes,
+        *,
+        impl: str,
+        window: int,
+        sinks: int,
+        kept: dict[str, Any],
+        far: str,
+        rotate_far: bool,
+        feature_map: str,
+        feature_size: int | None,
+        state_heads: str,
+        decay: str,
+    ) -> BlendMixer:
+        """The layer from the values of its settings."""
+        half = None
+        if far == "linear":
+            half = LinearFar(sizes, feature_map, feature_size, state_heads, decay, impl)
+        learned = None
+        if kept["pairs"] and kept["score"] == "learned":
+            learned = LearnedScore(sizes, kept["mix"])
+        spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)
+        return cls(sizes, impl, spec, half, kept["score"], learned, rotate_far)
+
+    def forward(
+        self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
+    ) -> tuple[Tensor, BlendState | None]:
+        """See `Mixer.forward`."""
+        q, k = self._for_far(call)
+        n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
+        if texts is not None:
+            assert state is None or call.segments is None, "packed texts start without a state"
+            call = rows_of(call, texts)
+            q, k = texts.take(q), texts.take(k)
+        out, new = self._rows(call, q, k, None if texts is None else texts.lengths, state, keep, mode)
+        if texts is None:
+            return out, new
+        if new is not None and call.q.shape[0] != len(texts.last):
+            new = map_state(new, lambda t: t.index_select(0, texts.last))
+        return texts.put_back(out, n), new
+
+    def _rows(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        lengths: Tensor | None,
+        state: BlendState | None,
+        keep: bool,
+        mode: str,
+    ) -> tuple[Tensor, BlendState | None]:
+        """A text in each row, padding on the right only; q and k are those of the far half."""
+        spec = self.settings._replace(scale=call.scale, softcap=call.softcap)
+        score = self._scores(call, k, state, mode)
+        near = None if state is None else state.near
+        far = None if state is None else state.far
+        if state is not None and keep and call.q.shape[2] == 1:
+            y, near = near_step(
+                call.q, call.k, call.v, state.near, spec, score=score, active=lengths, sink_logits=call.sink_logits
+            )
+        else:
+            result = near_attention(
+                call.q, call.k, call.v, spec, score=score, lengths=lengths, sink_logits=call.sink_logits,
+                initial_state=near, return_state=keep, impl="reference" if self.impl == "reference" else "auto",
+            )  # fmt: skip
+            y, near = result
+        if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
+            y_far, far = self.far(q, k, call.v, call.hidden, call.padding, far, keep)
+            y = self._join(y, y_far, call.hidden, mode)
+        if mode == "no_attention":
+            y = torch.zeros_like(y)
+        if not keep:
+            return y, None
+        assert near is not None
+        return y, BlendState(near, far)
+
+    def _join(self, near: Tensor, far: Tensor, hidden: Tensor, mode: str) -> Tensor:
+        if mode in NOT_FAR:
+            return near
+        if mode == "linear_only":
+            return far
+        share = self.far_share(hidden)[..., None]
+        return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
+
+    def far_share(self, hidden: Tensor) -> Tensor:
+        """lambda [B, H, N] of the layer's input [B, N, d_model], float32 (float64 for a float64 layer)."""
+        assert self.share is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.share(hidden.to(self.share.weight.dtype)).sigmoid().transpose(1, 2)
+
+    def _for_far(self, call: Call) -> tuple[Tensor, Tensor]:
+        """q and k of the far half and of the score."""
+        if self.rotate_far or (self.near_alone and self.score is None):
+            return call.q, call.k
+        return call.unrotated()
+
+    @torch.no_grad()
+    def _scores(self, call: Call, k: Tensor, state: BlendState | None, mode: str) -> Tensor | None:
+        """The score [B, KV, N] of each key, None without kept pairs."""
+        if not self.settings.pairs:
+            return None
+        rows, kv_heads, n = call.k.shape[:3]
+        if mode in ("window_only", "linear_only", "no_attention"):
+            return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
+        if self.score_name == "learned":
+            assert self.score is not None
+            return self.score(call.hidden, k, call.v)
+        if self.score_name == "self_recall":
+            assert self.far is not None
+            return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
+        if self.score_name == "oracle":
+            return self._oracle(call, state)
+        start = 0 if state is None else state.length[:, None]
+        position = (start + torch.arange(n, device=k.device)).expand(rows, n)
+        if self.score_name == "random":
+            return chance(position, kv_heads)
+        return position[:, None].expand(-1, kv_heads, -1).double()
+
+    def _oracle(self, call: Call, state: BlendState | None) -> Tensor:
+        if state is not None:
+            raise LolcatsError(
+                "kept.score: oracle looks at the rest of the text, so it is for measuring whole texts at once; "
+                "choose another score to generate"
+            )
+        return attention_given(call, self.settings.window)[..., 0]
+
+    def side_loss(self, call: Call) -> Tensor | None:
+        """The error of the learned score, from `SCORED_ROWS` texts of the batch."""
+        if self.score is None or call.segments is not None or call.padding is not None:
+            return None
+        rows = slice(0, SCORED_ROWS)
+        _, k = self._for_far(call)
+        few = Call(call.q[rows], call.k[rows], call.v[rows], call.hidden[rows], call.scale, softcap=call.softcap,
+                   sink_logits=call.sink_logits)  # fmt: skip
+        return self.score.loss(few.hidden, k[rows], few.v, attention_given(few, self.settings.window))
+
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
+        """See `Mixer.empty_state`."""
+        s = self.sizes
+        k, v = (
+            torch.zeros(rows, s.kv_heads, 1, size, dtype=dtype, device=device) for size in (s.head_dim, s.value_dim)
+        )
+        far = None if self.far is None else self.far.empty_state(rows, dtype, device)
+        return BlendState(empty_near_state(k, v, self.settings), far)
+
+    @torch.no_grad()
+    def start(self, call: Call, teacher: Tensor) -> None:
+        """Give each head's share the mean attention that the teacher spends outside sinks and window."""
+        if self.share is None:
+            return
+        n, device = call.q.shape[2], call.q.device
+        position = torch.arange(n, device=device)
+        far = (position[:, None] - position >= self.settings.window) & (position >= self.settings.sinks)
+        queries = far.any(-1)
+        if not bool(queries.any()):
+            return
+        total = torch.zeros(self.sizes.heads, device=device)
+        for row in range(call.q.shape[0]):
+            one = Call(call.q[row : row + 1], call.k[row : row + 1], call.v[row : row + 1], call.hidden[row : row + 1],
+                       call.scale, softcap=call.softcap, sink_logits=call.sink_logits)  # fmt: skip
+            total += (softmax_weights(one)[0] * far).sum(-1)[:, queries].mean(-1)
+        self.share.bias.copy_((total / call.q.shape[0]).clamp(1e-4, 1 - 1e-4).logit())
+
+    def widened(self, tokens: int) -> BlendMixer:
+        """The layer with a window over the whole text and without its far half."""
+        wide = copy.copy(self)
+        wide.near_alone = True
+        wide.settings = self.settings._replace(window=max(1, tokens), pairs=0)
+        return wide

@@ -1,0 +1,143 @@
+"""The far half of `blend`: linear attention over all keys of a text, with decays.
+
+Its state decays by a factor for each token and head, whose logarithm is -softplus(w.x + b) of the layer's input x. At the
+start w = 0, and the time constants of the heads are spread over `SHORTEST` to `LONGEST` tokens, so that the layer has both
+a short and a long memory, and nothing in it grows with the length of a text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from lolcats.mixers.base import Sizes
+from lolcats.mixers.feature_maps import build_feature_map, map_weights
+from lolcats.ops import HybridSpec, HybridState, LinearState, WindowRing, hybrid_attention, resolve_impl
+
+SHORTEST, LONGEST = 64.0, 8192.0
+"""Time constants in tokens."""
+PLAIN = HybridSpec(window=0)
+"""`hybrid_attention` without a softmax half is linear attention."""
+
+
+class Decay(nn.Module):
+    """Log of the decay of each head at each token.
+
+    Args:
+        heads: number of decays.
+        hidden_size: d_model.
+        reads: whether it depends on the layer's input; else it is one number a head.
+    """
+
+    def __init__(self, heads: int, hidden_size: int, reads: bool) -> None:
+        super().__init__()
+        constants = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), heads, dtype=torch.float32)
+        self.bias = nn.Parameter(torch.log(torch.expm1(1 / constants)))
+        self.weight = nn.Parameter(torch.zeros(heads, hidden_size, dtype=torch.float32)) if reads else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, N, d_model] -> [B, heads, N], below 0."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.weight is None:
+                return -nnf.softplus(self.bias)[None, :, None].expand(len(hidden), -1, hidden.shape[1])
+            return -nnf.softplus(nnf.linear(hidden.to(self.weight.dtype), self.weight, self.bias)).transpose(1, 2)
+
+
+class LinearFar(nn.Module):
+    """Normalised linear attention: y_i = phi(q_i) S_i / (phi(q_i) z_i), S and z the decayed sums up to token i.
+
+    Args:
+        sizes: of what arrives.
+        feature_map, feature_size: of queries and keys.
+        state_heads: "query" for one state a query head, "kv" for one a key head.
+        decay: "none", "fixed" or "gate" (depends on the input).
+    """
+
+    def __init__(
+        self, sizes: Sizes, feature_map: str, feature_size: int | None, state_heads: str, decay: str, impl: str
+    ) -> None:
+        super().__init__()
+        self.sizes, self.impl = sizes, resolve_impl(impl)
+        self.states = sizes.heads if state_heads == "query" else sizes.kv_heads
+        self.feature_q = build_feature_map(feature_map, sizes.heads, sizes.head_dim, feature_size)
+        self.feature_k = build_feature_map(feature_map, self.states, sizes.head_dim, feature_size)
+        self.decay = None if decay == "none" else Decay(self.states, sizes.hidden_size, decay == "gate")
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor,
+        real: Tensor | None,
+        state: LinearState | None,
+        keep: bool,
+    ) -> tuple[Tensor, LinearState | None]:
+        """Output [B, H, N, Dv] and, with `keep`, the state after the last real token.
+
+        Args:
+            q: [B, H, N, D]; k: [B, KV, N, D]; v: [B, KV, N, Dv]; hidden: [B, N, d_model].
+            real: [B, N] bool or None, padding on the right.
+            state: of the tokens before.
+        """
+        features = map_weights(self.feature_q, self.feature_k, None) or (self.feature_q(q), self.feature_k(k))
+        result = hybrid_attention(
+            q, k, v, features, torch.zeros(self.sizes.heads, device=q.device), PLAIN,
+            log_decay=self._log_decay(hidden), attention_mask=real, impl=self.impl, return_state=keep,
+            initial_state=None if state is None else self._for_operation(state, k, v, real),
+        )  # fmt: skip
+        return result.out, None if result.state is None else self._to_keep(result.state.linear)
+
+    def recall(self, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: LinearState | None) -> Tensor:
+        """Relative squared error [B, KV, N] with which the state after each token gives its own value for its key."""
+        heads, groups = self.sizes.heads, self.sizes.heads // self.sizes.kv_heads
+        phi = self.feature_k(k)
+        as_queries = phi.repeat_interleave(heads // phi.shape[1], 1)
+        result = hybrid_attention(
+            k.repeat_interleave(groups, 1), k, v, (as_queries, phi), torch.zeros(heads, device=k.device), PLAIN,
+            log_decay=self._log_decay(hidden), attention_mask=real, impl=self.impl,
+            initial_state=None if state is None else self._for_operation(state, k, v, real),
+        )  # fmt: skip
+        wanted = v.repeat_interleave(groups, 1).to(phi.dtype)
+        error = (result.out.to(phi.dtype) - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-6)
+        return error.unflatten(1, (self.sizes.kv_heads, groups)).mean(2)
+
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> LinearState:
+        """Before any token; float32, in a model of float64 float64."""
+        shape = rows, self._kept_heads, self.feature_k.features
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return LinearState(
+            torch.zeros(*shape, self.sizes.value_dim, dtype=dtype, device=device),
+            torch.zeros(*shape, dtype=dtype, device=device),
+        )
+
+    @property
+    def _kept_heads(self) -> int:
+        return self.states if self.feature_k.learned or self.decay is not None else self.sizes.kv_heads
+
+    def _log_decay(self, hidden: Tensor) -> Tensor | None:
+        """[B, H, N]: the operation wants one for each query head."""
+        if self.decay is None:
+            return None
+        return self.decay(hidden).repeat_interleave(self.sizes.heads // self.states, 1)
+
+    def _for_operation(self, state: LinearState, k: Tensor, v: Tensor, real: Tensor | None) -> HybridState:
+        """The state as `hybrid_attention` takes it: with decays one for each query head, and a window of nothing."""
+        kv, k_sum = state
+        if self.decay is not None:
+            repeats = self.sizes.heads // kv.shape[1]
+            kv, k_sum = kv.repeat_interleave(repeats, 1), k_sum.repeat_interleave(repeats, 1)
+        marks = None if self.decay is None else kv.new_zeros(len(kv), self.sizes.heads, 0)
+        phi = kv.new_zeros(len(kv), kv.shape[1], 0, kv.shape[2])
+        ring = WindowRing(k[:, :, :0], v[:, :, :0], phi, marks)
+        return HybridState(
+            LinearState(kv, k_sum), ring, None, torch.zeros(len(kv), dtype=torch.int64, device=kv.device)
+        )
+
+    def _to_keep(self, state: LinearState) -> LinearState:
+        """One state for each head that has its own."""
+        step = state.kv.shape[1] // self._kept_heads
+        return LinearState(state.kv[:, ::step].contiguous(), state.k_sum[:, ::step].contiguous())

@@ -1,0 +1,103 @@
+"""Scores of keys: which pairs a layer keeps when they leave its window.
+
+| name        | score of a key                                                                                     |
+|-------------|----------------------------------------------------------------------------------------------------|
+| learned     | a guess of the attention that later queries will give it, from the layer's input, the key, the value |
+| self_recall | how badly the far half recalls its value (LoLA, arXiv 2505.23666)                                    |
+| recency     | its position: the window, made longer (control)                                                     |
+| random      | chance, the same for the same position (control)                                                    |
+| oracle      | the attention that later queries do give it (evaluation of whole texts only: the ceiling)            |
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from lolcats.mixers.base import Call, Sizes
+from lolcats.mixers.softmax import softmax_with_sinks
+from lolcats.ops.hybrid.scores import cap_scores
+
+SCORES = ("learned", "self_recall", "recency", "random", "oracle")
+HIDDEN_WIDTH, PAIR_WIDTH = 128, 64
+"""Of the two parts of the learned score."""
+SMALLEST = 1e-4
+"""Added to an attention weight before its logarithm is taken."""
+UNJUDGED = 256
+"""The last keys of a text have few queries after them, so nothing is learned from them."""
+QUERY_BLOCK = 512
+"""Queries whose attention is in memory at once."""
+
+
+class LearnedScore(nn.Module):
+    """Two numbers for each key: log of the largest and log of the summed far attention that it will be given.
+
+    Args:
+        sizes: of what arrives at the layer.
+        mix: weight of the largest in the score, 0 to 1; the rest is the sum's.
+    """
+
+    def __init__(self, sizes: Sizes, mix: float) -> None:
+        super().__init__()
+        self.kv_heads, self.mix = sizes.kv_heads, mix
+        self.read_hidden = nn.Linear(sizes.hidden_size, HIDDEN_WIDTH, dtype=torch.float32)
+        self.read_pair = nn.Linear(sizes.head_dim + sizes.value_dim, PAIR_WIDTH, dtype=torch.float32)
+        self.from_hidden = nn.Linear(HIDDEN_WIDTH, 2 * sizes.kv_heads, dtype=torch.float32)
+        self.from_pair = nn.Linear(PAIR_WIDTH, 2, bias=False, dtype=torch.float32)
+
+    def guess(self, hidden: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Both numbers [B, KV, N, 2] for input [B, N, d_model] and pairs [B, KV, N, .], k before its rotation."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = self.read_hidden.weight.dtype
+            normed = nnf.layer_norm(hidden.to(dtype), hidden.shape[-1:])
+            from_hidden = self.from_hidden(nnf.gelu(self.read_hidden(normed)))
+            from_pair = self.from_pair(nnf.gelu(self.read_pair(torch.cat([k.to(dtype), v.to(dtype)], -1))))
+            return from_hidden.unflatten(-1, (self.kv_heads, 2)).transpose(1, 2) + from_pair
+
+    def forward(self, hidden: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The score [B, KV, N]."""
+        largest, summed = self.guess(hidden, k, v).unbind(-1)
+        return self.mix * largest + (1 - self.mix) * summed
+
+    def loss(self, hidden: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        """Mean squared error against the teacher's attention `given` [B, KV, N, 2], see `attention_given`."""
+        judged = max(1, given.shape[2] - UNJUDGED)
+        error = self.guess(hidden, k, v) - given.to(self.read_hidden.weight.dtype)
+        return error[:, :, :judged].square().mean()
+
+
+@torch.no_grad()
+def attention_given(call: Call, window: int) -> Tensor:
+    """Logs of the largest and the summed weight that queries `window` or more tokens later give each key.
+
+    Args:
+        call: whole texts, a row each.
+        window: tokens within which attention does not count.
+
+    Returns:
+        [B, KV, N, 2] float32: the largest over the queries and query heads, and the sum over queries, mean over heads.
+    """
+    batch, heads, n, _ = call.q.shape
+    kv_heads = call.k.shape[1]
+    largest = torch.zeros(batch, kv_heads, n, device=call.q.device)
+    summed = torch.zeros_like(largest)
+    keys = torch.arange(n, device=call.q.device)
+    for begin in range(0, n, QUERY_BLOCK):
+        queries = keys[begin : begin + QUERY_BLOCK, None]
+        end = min(n, begin + QUERY_BLOCK)
+        q = call.q[:, :, begin:end].unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        scores = (q @ call.k[:, :, :end].mT).float() * call.scale
+        scores = cap_scores(scores, call.softcap).view(batch, heads, end - begin, end)
+        weights = softmax_with_sinks(scores.masked_fill(keys[:end] > queries, -torch.inf), call.sink_logits)
+        far = weights * (queries - keys[:end] >= window)
+        by_key_head = far.unflatten(1, (kv_heads, -1))
+        largest[:, :, :end] = torch.maximum(largest[:, :, :end], by_key_head.amax((2, 3)))
+        summed[:, :, :end] += by_key_head.sum(3).mean(2)
+    return (torch.stack([largest, summed], -1) + SMALLEST).log()
+
+
+def chance(position: Tensor, kv_heads: int) -> Tensor:
+    """A number in [0, 1) for each position [B, N] and key head, always the same one: [B, KV, N]."""
+    head = torch.arange(1, kv_heads + 1, device=position.device)[:, None]
+    return ((position[:, None].double() * 12.9898 + head * 78.233).sin() * 43758.5453).remainder(1.0)

@@ -1,0 +1,17 @@
+"""Softmax attention over sinks, a window and kept pairs."""
+
+from lolcats.ops.near.api import near_attention
+from lolcats.ops.near.blocks import empty_near_state
+from lolcats.ops.near.step import near_step
+from lolcats.ops.near.types import KeptPairs, NearOutput, NearRing, NearSpec, NearState
+
+__all__ = [
+    "KeptPairs",
+    "NearOutput",
+    "NearRing",
+    "NearSpec",
+    "NearState",
+    "empty_near_state",
+    "near_attention",
+    "near_step",
+]

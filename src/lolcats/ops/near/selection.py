@@ -1,0 +1,99 @@
+"""Which pairs are kept while a text goes on, without a loop over tokens.
+
+At query i the keys up to i - w have left the window, and of them the P of the highest score are kept. A score is fixed
+when its key leaves, so whoever is beaten by P others stays beaten: a pair is kept from when it leaves *until* one query,
+and that is all there is to know of it. Blocks of queries carry the kept pairs from one to the next; within a block every
+pair is counted against every arrival at once. Of equal scores the earlier one is kept; after a step (`step.py`), which
+knows no order, either.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EMPTY = -torch.inf
+"""Score of no pair."""
+
+
+class Selection(NamedTuple):
+    """What becomes of M = P + N candidates: the P pairs that were kept before, then the one that leaves at each query."""
+
+    before: Tensor
+    """[B, KV, n, P] int64: candidates that are kept when a block of queries begins."""
+    until: Tensor
+    """[B, KV, M] int64: the query from which on the candidate is not kept (N if there is none)."""
+    after: Tensor
+    """[B, KV, P] int64: candidates that are kept at the end."""
+
+
+@torch.no_grad()
+def select_pairs(held: Tensor, leaving: Tensor, block: int) -> Selection:
+    """Follow the kept pairs through N queries.
+
+    Args:
+        held: [B, KV, P], scores of the pairs that are kept at the start.
+        leaving: [B, KV, N], score of the key that leaves with each query; `EMPTY` where none does.
+        block: queries of a block.
+    """
+    pairs, n = held.shape[-1], leaving.shape[-1]
+    scores = torch.cat([held, leaving], -1)
+    until = torch.full(scores.shape, n, dtype=torch.int64, device=held.device)
+    kept = torch.arange(pairs, device=held.device).expand(held.shape)
+    before = []
+    for begin in range(0, n, block):
+        before.append(kept)
+        new = torch.arange(begin, min(n, begin + block), device=held.device) + pairs
+        pool = torch.cat([kept, new.expand(*kept.shape[:-1], -1)], -1)
+        beaten = _beaten(scores.gather(-1, pool), pairs)
+        stays = beaten < pairs
+        # Beaten once is beaten for good, so the number of queries at which it stays says when it goes.
+        left = begin + stays.sum(-1)
+        until.scatter_(-1, pool, torch.where(stays[..., -1], n, left))
+        rank = beaten[..., -1].long()
+        kept = torch.empty_like(pool).scatter_(-1, rank, pool)[..., :pairs]
+    return Selection(torch.stack(before, 2), until, kept)
+
+
+def _beaten(scores: Tensor, pairs: int) -> Tensor:
+    """By how many each candidate of the pool is beaten after each arrival: [B, KV, P + C, C] int32.
+
+    Args:
+        scores: [B, KV, P + C], those of the pairs that are kept, then those of the arrivals.
+        pairs: P.
+    """
+    order = torch.arange(scores.shape[-1], device=scores.device)
+    mine, theirs = scores[..., :, None], scores[..., None, :]
+    beats = (theirs > mine) | ((theirs == mine) & (order < order[:, None]))
+    at_start = beats[..., :pairs].sum(-1, keepdim=True, dtype=torch.int32)
+    return at_start + beats[..., pairs:].cumsum(-1, dtype=torch.int32)
+
+
+class _Take(torch.autograd.Function):
+    """x [B, KV, M, d] at index [B, KV, n, P], whose numbers are distinct in each of the n blocks."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)  # type: ignore[attr-defined]
+        ctx.shape = x.shape  # type: ignore[attr-defined]
+        flat = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
+        return x.gather(2, flat).unflatten(2, index.shape[2:])
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        total = grads[0].new_zeros(ctx.shape)  # type: ignore[attr-defined]
+        # Block by block no two gradients meet, so that their sum is the same each time, on GPUs too.
+        for block in range(index.shape[2]):
+            at = index[:, :, block, :, None].expand(-1, -1, -1, total.shape[-1])
+            total.scatter_add_(2, at, grads[0][:, :, block])
+        return total, None
+
+
+def take_pairs(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, KV, M, d] at index [B, KV, n, P] -> [B, KV, n, P, d], with gradients that add up in a fixed order."""
+    taken = _Take.apply(x, index)
+    assert isinstance(taken, Tensor)
+    return taken

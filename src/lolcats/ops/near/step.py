@@ -1,0 +1,118 @@
+"""Near attention at one more token of each text, from a state of constant size: what decoding does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lolcats.ops.hybrid.layout import take_tokens
+from lolcats.ops.near.attend import attend
+from lolcats.ops.near.selection import EMPTY
+from lolcats.ops.near.types import KeptPairs, NearRing, NearSpec, NearState
+from lolcats.ops.types import SinkKeys
+
+
+def near_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: NearState,
+    spec: NearSpec,
+    *,
+    score: Tensor | None = None,
+    active: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, NearState]:
+    """One token of each text.
+
+    Args:
+        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv].
+        state: of B texts.
+        spec: as in `near_attention`.
+        score: [B, KV, 1], with kept pairs.
+        active: [B], 0 for rows whose token is padding: their output is 0, their state stays.
+        sink_logits: [H] or None.
+
+    Returns:
+        The output [B, H, 1, Dv] and the new state, a new one.
+    """
+    kept = _keep_leaving(state, spec)
+    start, w = state.length, spec.window
+    slot = torch.arange(w, device=k.device) == (start % w)[:, None]
+    ring = NearRing(*(_put(old, new, slot) for old, new in zip(state.ring, (k, v, score), strict=True)))  # type: ignore[arg-type]
+    sinks = state.sinks
+    if sinks is not None:
+        place = torch.arange(spec.sinks, device=k.device) == start[:, None]
+        sinks = SinkKeys(*(_put(old, new, place) for old, new in zip(sinks, (k, v), strict=True)))  # type: ignore[arg-type]
+    new = NearState(ring, sinks, kept, start + 1)
+    out = _see(q, new, spec, sink_logits)
+    if active is None:
+        return out, new
+    is_real = active > 0
+    out = torch.where(is_real[:, None, None, None], out, 0.0)
+    return out, _where(is_real, new, state)
+
+
+def _keep_leaving(state: NearState, spec: NearSpec) -> KeptPairs | None:
+    """The kept pairs after the oldest of the ring has left: it takes the place of the lowest score, if it is better."""
+    if state.kept is None or state.ring.score is None:
+        return None
+    kept, start = state.kept, state.length
+    at = (start % spec.window)[:, None]
+    leaves = start - spec.window >= spec.sinks
+    score = torch.where(leaves[:, None], take_tokens(state.ring.score, at)[..., 0], EMPTY)
+    lowest, worst = kept.score.min(-1)
+    slots = torch.arange(spec.pairs, device=score.device)
+    place = (slots == worst[..., None]) & (score > lowest)[..., None]  # [B, KV, P]
+    k, v = (
+        torch.where(place[..., None], take_tokens(x, at), old)
+        for old, x in ((kept.k, state.ring.k), (kept.v, state.ring.v))
+    )
+    return KeptPairs(k, v, torch.where(place, score[..., None], kept.score))
+
+
+def _put(old: Tensor | None, new: Tensor | None, place: Tensor) -> Tensor | None:
+    """old [B, KV, R, ...] with new [B, KV, 1, ...] at place [B, R]."""
+    if old is None or new is None:
+        return None
+    return torch.where(place.view(place.shape[0], 1, -1, *[1] * (old.ndim - 3)), new.to(old.dtype), old)
+
+
+def _see(q: Tensor, state: NearState, spec: NearSpec, sink_logits: Tensor | None) -> Tensor:
+    """Attention of the newest token over all that the state holds."""
+    ring, kept = state.ring, state.kept
+    kv_heads, newest = ring.k.shape[1], state.length - 1
+    age = (newest[:, None] - torch.arange(spec.window, device=q.device)) % spec.window
+    filled = newest[:, None] - age >= spec.sinks  # a sink is seen as one
+    k, v, mask = [ring.k], [ring.v], [filled[:, None].expand(-1, kv_heads, -1)]
+    if state.sinks is not None:
+        k.append(state.sinks.k)
+        v.append(state.sinks.v)
+        seen = torch.arange(spec.sinks, device=q.device) <= newest[:, None]
+        mask.append(seen[:, None].expand(-1, kv_heads, -1))
+    if kept is not None:
+        k.append(kept.k)
+        v.append(kept.v)
+        mask.append(kept.score > EMPTY)
+    grouped = q.unflatten(1, (kv_heads, -1))
+    logits = None if sink_logits is None else sink_logits.view(kv_heads, -1)
+    joined = torch.cat(k, 2).to(q.dtype), torch.cat(v, 2).to(q.dtype)
+    out = attend(grouped, *joined, torch.cat(mask, -1)[:, :, None], spec, logits)
+    return out.flatten(1, 2).to(q.dtype)
+
+
+def _where(is_real: Tensor, new: NearState, old: NearState) -> NearState:
+    """Rows of `new` where their token is real, else of `old`."""
+
+    def pick(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        if x is None or y is None:
+            return None
+        return torch.where(is_real.view(-1, *[1] * (x.ndim - 1)), x, y)
+
+    def pick_all(x: tuple[Tensor | None, ...] | None, y: tuple[Tensor | None, ...] | None) -> list[Tensor | None]:
+        return [pick(a, b) for a, b in zip(x or (), y or (), strict=True)]
+
+    ring = NearRing(*pick_all(new.ring, old.ring))  # type: ignore[arg-type]
+    sinks = None if new.sinks is None else SinkKeys(*pick_all(new.sinks, old.sinks))  # type: ignore[arg-type]
+    kept = None if new.kept is None else KeptPairs(*pick_all(new.kept, old.kept))  # type: ignore[arg-type]
+    return NearState(ring, sinks, kept, torch.where(is_real, new.length, old.length))

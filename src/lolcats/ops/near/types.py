@@ -1,0 +1,72 @@
+"""What near attention is told (`NearSpec`), and the state that it carries from one part of a text to the next.
+
+Legend: B texts, KV key/value heads, D key size, Dv value size, w window, P kept pairs, s sinks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lolcats.ops.types import SinkKeys
+
+
+class NearSpec(NamedTuple):
+    """Which pairs of key and value a query sees, and how scores are made."""
+
+    window: int = 64
+    """w >= 1: the last w keys, the query's own included."""
+    sinks: int = 0
+    """The first tokens of the text, which are always seen."""
+    pairs: int = 0
+    """P, for each key head: of the pairs that left the window, the ones of the highest score."""
+    scale: float | None = None
+    """Of the products q k; None is 1 / sqrt(D)."""
+    softcap: float | None = None
+    """Products become softcap tanh(product / softcap) (Gemma 2)."""
+
+    def product_scale(self, size: int) -> float:
+        """The scale for queries and keys of `size` numbers."""
+        return size**-0.5 if self.scale is None else self.scale
+
+
+class NearRing(NamedTuple):
+    """The last w tokens. The token at position p of its text is in slot p % w, where it replaces the one at p - w."""
+
+    k: Tensor
+    """[B, KV, w, D]."""
+    v: Tensor
+    """[B, KV, w, Dv]."""
+    score: Tensor | None
+    """[B, KV, w], or None without kept pairs."""
+
+
+class KeptPairs(NamedTuple):
+    """Pairs that left the window, in no order. A slot whose score is minus infinity is empty."""
+
+    k: Tensor
+    """[B, KV, P, D]."""
+    v: Tensor
+    """[B, KV, P, Dv]."""
+    score: Tensor
+    """[B, KV, P]."""
+
+
+class NearState(NamedTuple):
+    """All that later tokens need to know of earlier ones."""
+
+    ring: NearRing
+    sinks: SinkKeys | None
+    kept: KeptPairs | None
+    length: Tensor
+    """[B] int64: tokens seen of each text."""
+
+
+class NearOutput(NamedTuple):
+    """What `near_attention` returns."""
+
+    out: Tensor
+    """[B, H, N, Dv] in the dtype of v, 0 beyond the end of a text."""
+    state: NearState | None
+    """After the last token of each text, or None unless it is asked for."""
