@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
 from lolcats.ops.near.blocks import BLOCK
+from lolcats.ops.near.selection import select_pairs
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 SPECS = [
@@ -142,6 +143,29 @@ def test_a_row_without_a_token_steps_over_it() -> None:
     out, after = near_step(*one[:3], state, spec, score=one[3], active=torch.tensor([1, 0]))
     assert not out[1].any() and after.length.tolist() == [21, 20]
     assert after.kept is not None and state.kept is not None and torch.equal(after.kept.k[1], state.kept.k[1])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "n", "block", "levels"), [(5, 70, 64, 0), (16, 64, 32, 1), (40, 130, 128, 1), (3, 10, 32, 2)]
+)
+def test_the_kernel_of_the_selection(pairs: int, n: int, block: int, levels: int) -> None:
+    """The same pairs, also where scores are equal or minus infinity."""
+    from lolcats.ops.near.kernels.select import select
+
+    generator = torch.Generator().manual_seed(1)
+    leaving, held = (torch.randn(2, 2, m, generator=generator) for m in (n, pairs))
+    if levels:
+        leaving, held = (leaving * levels).round(), (held * levels).round()
+    held[0, :, pairs // 2 :] = leaving[1, :, 3:9] = -torch.inf
+    want = select_pairs(held, leaving, block)
+    scores = torch.cat([held, leaving], -1)
+    before, until, after = select(scores, pairs, block)
+    assert torch.equal(before.sort(-1).values, want.before.sort(-1).values)
+    assert torch.equal(after.sort(-1).values, want.after.sort(-1).values)
+    # A pair that is gone when it comes was never there, whatever number says so.
+    comes = torch.cat([torch.full((pairs,), -1), torch.arange(n)])
+    pair = scores > -torch.inf
+    assert torch.equal(torch.maximum(until, comes)[pair], torch.maximum(want.until, comes)[pair])
 
 
 def test_gradients() -> None:

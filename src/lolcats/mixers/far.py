@@ -1,8 +1,8 @@
 """The far half of `blend`: linear attention over all keys of a text, with decays.
 
-Its state decays by a factor for each token and head, whose logarithm is -softplus(w.x + b) of the layer's input x. At the
-start w = 0, and the time constants of the heads are spread over `SHORTEST` to `LONGEST` tokens, so that the layer has both
-a short and a long memory, and nothing in it grows with the length of a text.
+Its state decays by a factor for each token and head, whose logarithm is -softplus(w.x + b) of the layer's input x. At
+the start w = 0, and the time constants of the heads are spread over `SHORTEST` to `LONGEST` tokens, so that the layer
+has both a short and a long memory, and nothing in it grows with the length of a text.
 """
 
 from __future__ import annotations

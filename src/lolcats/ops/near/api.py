@@ -26,8 +26,8 @@ def near_attention(
 ) -> NearOutput:
     """Causal softmax attention over sinks, a window, and the pairs of the highest score of all that left the window.
 
-    The formula is in `lolcats.ops.near.reference`. A row is a text, padded on the right if at all. Query head h uses key
-    head `h // (H / KV)`. Gradients go to q, k and v; none to the scores, which only choose.
+    The formula is in `lolcats.ops.near.reference`. A row is a text, padded on the right if at all. Query head h uses
+    key head `h // (H / KV)`. Gradients go to q, k and v; none to the scores, which only choose.
 
     Args:
         q: queries [B, H, N, D]; k: keys [B, KV, N, D]; v: values [B, KV, N, Dv]; H is a multiple of KV.

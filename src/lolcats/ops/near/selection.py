@@ -1,14 +1,16 @@
 """Which pairs are kept while a text goes on, without a loop over tokens.
 
 At query i the keys up to i - w have left the window, and of them the P of the highest score are kept. A score is fixed
-when its key leaves, so whoever is beaten by P others stays beaten: a pair is kept from when it leaves *until* one query,
-and that is all there is to know of it. Blocks of queries carry the kept pairs from one to the next; within a block every
-pair is counted against every arrival at once. Of equal scores the earlier one is kept; after a step (`step.py`), which
-knows no order, either.
+when its key leaves, so whoever is beaten by P others stays beaten: a pair is kept from when it leaves *until* one
+query, and that is all there is to know of it. Blocks of queries carry the kept pairs from one to the next; within a
+block every pair is counted against every arrival at once. Of equal scores the earlier one is kept; after a step
+(`step.py`), which knows no order, either.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ EMPTY = -torch.inf
 
 
 class Selection(NamedTuple):
-    """What becomes of M = P + N candidates: the P pairs that were kept before, then the one that leaves at each query."""
+    """What becomes of M = P + N candidates: the P pairs kept before, then the one that leaves at each query."""
 
     before: Tensor
     """[B, KV, n, P] int64: candidates that are kept when a block of queries begins."""
@@ -40,6 +42,8 @@ def select_pairs(held: Tensor, leaving: Tensor, block: int) -> Selection:
     """
     pairs, n = held.shape[-1], leaving.shape[-1]
     scores = torch.cat([held, leaving], -1)
+    if scores.is_cuda and not torch.compiler.is_compiling() and (kernel := _kernel(scores, pairs, block)) is not None:
+        return Selection(*kernel(scores, pairs, block))
     until = torch.full(scores.shape, n, dtype=torch.int64, device=held.device)
     kept = torch.arange(pairs, device=held.device).expand(held.shape)
     before = []
@@ -55,6 +59,18 @@ def select_pairs(held: Tensor, leaving: Tensor, block: int) -> Selection:
         rank = beaten[..., -1].long()
         kept = torch.empty_like(pool).scatter_(-1, rank, pool)[..., :pairs]
     return Selection(torch.stack(before, 2), until, kept)
+
+
+def _kernel(
+    scores: Tensor, pairs: int, block: int
+) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor]] | None:
+    """The kernel that does the same, where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.near.kernels.select import ARRIVALS, can_select, select
+
+    return select if can_select(scores, pairs) and block % ARRIVALS == 0 else None
 
 
 def _beaten(scores: Tensor, pairs: int) -> Tensor:
