@@ -62,8 +62,9 @@ class LinearFar(nn.Module):
         super().__init__()
         self.sizes, self.impl = sizes, resolve_impl(impl)
         self.states = sizes.heads if state_heads == "query" else sizes.kv_heads
-        self.feature_q = build_feature_map(feature_map, sizes.heads, sizes.head_dim, feature_size)
-        self.feature_k = build_feature_map(feature_map, self.states, sizes.head_dim, feature_size)
+        # Not "feature_q" and "feature_k": version 0.1 gave these names to tensors that are elsewhere now.
+        self.phi_q = build_feature_map(feature_map, sizes.heads, sizes.head_dim, feature_size)
+        self.phi_k = build_feature_map(feature_map, self.states, sizes.head_dim, feature_size)
         self.decay = None if decay == "none" else Decay(self.states, sizes.hidden_size, decay == "gate")
 
     def forward(
@@ -83,7 +84,7 @@ class LinearFar(nn.Module):
             real: [B, N] bool or None, padding on the right.
             state: of the tokens before.
         """
-        features = map_weights(self.feature_q, self.feature_k, None) or (self.feature_q(q), self.feature_k(k))
+        features = map_weights(self.phi_q, self.phi_k, None) or (self.phi_q(q), self.phi_k(k))
         result = hybrid_attention(
             q, k, v, features, torch.zeros(self.sizes.heads, device=q.device), PLAIN,
             log_decay=self._log_decay(hidden), attention_mask=real, impl=self.impl, return_state=keep,
@@ -94,7 +95,7 @@ class LinearFar(nn.Module):
     def recall(self, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: LinearState | None) -> Tensor:
         """Relative squared error [B, KV, N] with which the state after each token gives its own value for its key."""
         heads, groups = self.sizes.heads, self.sizes.heads // self.sizes.kv_heads
-        phi = self.feature_k(k)
+        phi = self.phi_k(k)
         as_queries = phi.repeat_interleave(heads // phi.shape[1], 1)
         result = hybrid_attention(
             k.repeat_interleave(groups, 1), k, v, (as_queries, phi), torch.zeros(heads, device=k.device), PLAIN,
@@ -107,7 +108,7 @@ class LinearFar(nn.Module):
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> LinearState:
         """Before any token; float32, in a model of float64 float64."""
-        shape = rows, self._kept_heads, self.feature_k.features
+        shape = rows, self._kept_heads, self.phi_k.features
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return LinearState(
             torch.zeros(*shape, self.sizes.value_dim, dtype=dtype, device=device),
@@ -116,7 +117,7 @@ class LinearFar(nn.Module):
 
     @property
     def _kept_heads(self) -> int:
-        return self.states if self.feature_k.learned or self.decay is not None else self.sizes.kv_heads
+        return self.states if self.phi_k.learned or self.decay is not None else self.sizes.kv_heads
 
     def _log_decay(self, hidden: Tensor) -> Tensor | None:
         """[B, H, N]: the operation wants one for each query head."""
