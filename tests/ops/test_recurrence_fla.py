@@ -154,7 +154,6 @@ def test_kernels_that_refuse_gradients_are_not_asked_for_them(stand_ins: StandIn
     assert stand_ins.called == ["chunk_gla", "chunk_simple_gla"]
 
 
-@pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
 @pytest.mark.skipif(not HAS_FLA, reason="needs flash-linear-attention")
 @pytest.mark.parametrize("name", GATES)
 def test_its_functions_take_what_the_adapter_gives(name: str) -> None:

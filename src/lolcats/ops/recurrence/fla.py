@@ -56,19 +56,17 @@ def fla_refusal(inputs: Inputs) -> str | None:
 def fla_recurrence(inputs: Inputs, spec: Spec, return_state: bool) -> tuple[Tensor, Sums | None]:
     """The recurrence by flash-linear-attention's kernels; arguments as checked by `recurrence` and `fla_refusal`."""
     batch, heads, n, _ = inputs.q.shape
-    state_heads = inputs.k.shape[1]
+    state_heads, packed = inputs.k.shape[1], inputs.segment_ids is not None
     v = with_ones(inputs.v) if spec.normalised else inputs.v
-    q, k = (_filled(x.to(v.dtype)) for x in (inputs.q, inputs.k))
-    tensors = [_rows(x, heads) for x in (q, k, _filled(v))]
-    gates = [None if x is None else _rows(x.float(), heads) for x in (inputs.log_decay, inputs.beta)]
+    q, k, values = (_rows(_filled(x.to(v.dtype)), heads, packed) for x in (inputs.q, inputs.k, v))
+    gates = (None if x is None else _rows(x.float(), heads, packed) for x in (inputs.log_decay, inputs.beta))
     options: dict[str, Any] = {"scale": 1.0, "output_final_state": return_state}
     if inputs.segment_ids is not None:
-        tensors, gates = ([None if x is None else x.flatten(0, 1)[None] for x in xs] for xs in (tensors, gates))
         options["cu_seqlens"] = _cuts(inputs.segment_ids)
     if inputs.state is not None:
         sums = first_sums(inputs._replace(k=inputs.k.float()), spec)
-        options["initial_state"] = _first_state(joined(sums), heads, k.shape[-1], _filled(v).shape[-1])
-    out, last = _call(*tensors, *gates, options)
+        options["initial_state"] = _first_state(joined(sums), heads, k.shape[-1], values.shape[-1])
+    out, last = _call(q, k, values, *gates, options=options)
     out = out[..., : v.shape[-1]].reshape(batch, n, heads, -1).transpose(1, 2).float()
     if not return_state:
         return quotient(out, spec), None
@@ -78,7 +76,7 @@ def fla_recurrence(inputs: Inputs, spec: Spec, return_state: bool) -> tuple[Tens
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, *, options: dict[str, Any]
 ) -> tuple[Tensor, Any]:
     """The kernels for these gates, log_decay [B, N, H] or [B, N, H, F] and beta [B, N, H]; output and last state."""
     if log_decay is not None:
@@ -130,9 +128,10 @@ def _filled(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def _rows(x: Tensor, heads: int) -> Tensor:
-    """[B, h, N, ...] -> [B, N, heads, ...]."""
-    return (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)).transpose(1, 2)
+def _rows(x: Tensor, heads: int, packed: bool) -> Tensor:
+    """[B, h, N, ...] -> [B, N, heads, ...], or where texts are packed [1, B N, heads, ...]."""
+    x = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)).transpose(1, 2)
+    return x.flatten(0, 1)[None] if packed else x
 
 
 def _cuts(segment_ids: Tensor) -> Tensor:
