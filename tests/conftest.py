@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # What torch.compile of torch 2.11 causes in torch itself.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True, scope="session")
