@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.evaluation.perplexity import Variant
+from lolcats.identity import model_identity
 from lolcats.modeling import attention_mode
 from lolcats.variants import VARIANTS
 
@@ -50,3 +51,12 @@ def _mode(model: PreTrainedModel, mode: str, plain: Enter) -> Enter:
             yield
 
     return enter
+
+
+def identities(variants: Mapping[str, Variant], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Variant -> `model_identity` of its model, which is taken once for all variants of a model."""
+    known: dict[PreTrainedModel, str] = {}
+    for variant in variants.values():
+        if variant.model not in known:
+            known[variant.model] = model_identity(variant.model, tokenizer)
+    return {name: known[variant.model] for name, variant in variants.items()}

@@ -11,8 +11,6 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,20 +84,6 @@ class TaskFiles:
         self.last: TaskFile | None = None
         """The file that was asked for last, for messages."""
         self._files: dict[Path, TaskFile] = {}
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, a task that is built takes its data from here."""
-        original = ConfigurableTask.download
-
-        def download(task: ConfigurableTask, *_: object, **__: object) -> None:
-            task.dataset = LocalSplits(self, task)
-
-        ConfigurableTask.download = download  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            ConfigurableTask.download = original  # type: ignore[method-assign]
 
     def find(self, name: str, split: str) -> TaskFile | None:
         """The file of a task or group, None where there is none."""

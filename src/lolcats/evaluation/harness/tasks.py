@@ -75,15 +75,14 @@ def load_benchmark(
     catalog.check([name])
     if catalog.is_file(name):
         check_file(Path(name), code=code)
-    problems: list[Exception] = []
-    try:
-        with _noted_downloads(problems) if files is None else files.in_use():
+    with _data_from(files) as problems:
+        try:
             loaded = catalog.manager.load([name])
-    except LolcatsError:
-        raise
-    except Exception as error:  # from anywhere in datasets, lm-eval, or the code that defines the task
-        text = _explain(name, catalog, files, error, of_data=error in problems)
-        raise LolcatsError(text, hint="task_data" if "local files can be read" in text else None) from error
+        except LolcatsError:
+            raise
+        except Exception as error:  # from anywhere in datasets, lm-eval, or the code that defines the task
+            text = _explain(name, catalog, files, error, of_data=error in problems)
+            raise LolcatsError(text, hint="task_data" if "local files can be read" in text else None) from error
     benchmark = Benchmark(name, loaded["tasks"], loaded.get("groups", {}), "")
     for task_name, task in benchmark.tasks.items():
         _refuse_unsafe(task_name, task)
@@ -130,11 +129,15 @@ def _data_digests(task: Task) -> dict[str, str]:
 
 
 @contextmanager
-def _noted_downloads(problems: list[Exception]) -> Iterator[None]:
-    """Inside, what goes wrong while a task gets its data is also put into `problems`."""
+def _data_from(files: TaskFiles | None) -> Iterator[list[Exception]]:
+    """Inside, a task that is built takes its data from files, or the hub; gives what went wrong at the hub."""
     original = ConfigurableTask.download
+    problems: list[Exception] = []
 
     def download(task: ConfigurableTask, *args: Any, **options: Any) -> None:
+        if files is not None:
+            task.dataset = LocalSplits(files, task)
+            return
         try:
             original(task, *args, **options)
         except Exception as error:
@@ -143,7 +146,7 @@ def _noted_downloads(problems: list[Exception]) -> Iterator[None]:
 
     ConfigurableTask.download = download  # type: ignore[method-assign]
     try:
-        yield
+        yield problems
     finally:
         ConfigurableTask.download = original  # type: ignore[method-assign]
 
