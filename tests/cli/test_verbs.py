@@ -237,7 +237,7 @@ def test_chat_needs_a_template(cli: Run, place: Path, finished: Path, monkeypatc
     """A base model has none."""
     model, tokenizer = load_model(str(finished), "cpu", "auto")
     tokenizer.chat_template = None
-    monkeypatch.setattr("lolcats.cli.chat.load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr("lolcats.cli.generate.load_model", lambda *_: (model, tokenizer))
     cli("chat", finished).refused("no chat template", "lolcats generate")
 
 

@@ -77,7 +77,15 @@ class ResumableLM(Base):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """See `lm_eval.api.model.LM`."""
         self._start(len(requests))
-        self._check_room(requests)
+        lengths = []
+        for prompt, settings in (request.args for request in requests):
+            room = normalize_gen_kwargs(dict(settings), self.max_gen_toks).get("max_gen_toks", 0)
+            if room >= self.max_length:
+                raise LolcatsError(
+                    f"{self._task} asks for texts of {room:,} tokens and the model takes {self.max_length:,} in all"
+                )
+            lengths.append(len(self.tok_encode(prompt)) + room)
+        self._check_lengths(lengths)
         return super().generate_until(requests, disable_tqdm=True)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
@@ -93,7 +101,10 @@ class ResumableLM(Base):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        self._check_lengths(requests)
+        answer = max((len(continuation) for _, _, continuation in requests), default=0)
+        if answer > self.max_length:
+            raise LolcatsError(f"{self._task}: an answer has {answer:,} tokens and the model takes {self.max_length:,}")
+        self._check_lengths([len(context + continuation) - 1 for _, context, continuation in requests])
         shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, (_, context, continuation) in enumerate(requests):
             shared[tuple(context + continuation[:-1])].append(place)
@@ -156,36 +167,14 @@ class ResumableLM(Base):
         self._done += count
         self._show(self._done, self._count)
 
-    def _check_lengths(self, requests: Sequence[TokenRequest]) -> None:
-        """HFLM drops the start of a context that does not fit, and goes on; that is said, or refused, here."""
-        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
-        answer = max((len(continuation) for _, _, continuation in requests), default=0)
-        if answer > self.max_length:
-            raise LolcatsError(f"{self._task}: an answer has {answer:,} tokens and the model takes {self.max_length:,}")
-        if longest > self.max_length + 1:
-            over = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-            self._cut(over, len(requests), longest - 1)
-
-    def _check_room(self, requests: list[Any]) -> None:
-        """The same for texts to go on with, which need room for what is written."""
-        over = longest = 0
-        for request in requests:
-            length = len(self.tok_encode(request.args[0]))
-            room = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks).get("max_gen_toks", 0)
-            if room >= self.max_length:
-                raise LolcatsError(
-                    f"{self._task} asks for texts of {room:,} tokens and the model takes {self.max_length:,} in all"
-                )
-            over += length + room > self.max_length
-            longest = max(longest, length + room)
-        if over:
-            self._cut(over, len(requests), longest)
-
-    def _cut(self, over: int, count: int, longest: int) -> None:
-        if not self._truncate:
+    def _check_lengths(self, lengths: list[int]) -> None:
+        """HFLM drops the start of a prompt that does not fit with its answer, and goes on; that is said, or refused."""
+        over = sum(length > self.max_length for length in lengths)
+        if over and not self._truncate:
             raise LolcatsError(
-                f"{self._task}: {over:,} of {count:,} prompts are too long, the longest with {longest:,} tokens where "
-                f"the model takes {self.max_length:,}; use fewer examples, or cut them at the left as lm-eval does",
+                f"{self._task}: {over:,} of {len(lengths):,} prompts are too long, the longest with {max(lengths):,} "
+                f"tokens where the model takes {self.max_length:,}; use fewer examples, or cut them at the left as "
+                "lm-eval does",
                 hint="truncate",
             )
         self.truncated += over

@@ -117,7 +117,7 @@ def load_benchmarks(tasks: Sequence[str], settings: HarnessSettings) -> list[Ben
     known.check(tasks)
     files = None if settings.task_data is None else TaskFiles(settings.task_data, known)
     names = dict.fromkeys(tasks)
-    loaded = [load_benchmark(name, known, files, settings.examples, code=settings.code) for name in names]
+    loaded = [load_benchmark(name, known, files, settings.examples, settings.code) for name in names]
     parts = {name for benchmark in loaded for task in benchmark.tasks for name in (task, *known.lineage(task))}
     if stray := set(settings.examples) - parts - {ALL}:
         names = ", ".join(sorted(stray))
