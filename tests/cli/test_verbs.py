@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
-from lolcats.cli.tables import show_layers, show_number
+from lolcats.cli.tables import show_layers
 from lolcats.evaluation import compare
 from lolcats.evaluation.facts import read_facts
 from lolcats.models.conversation import Conversation
-from lolcats.printable import show_bytes
+from lolcats.printable import show_bytes, show_number
 from lolcats.runs.artefact import RECIPE_FILE
 
 from .conftest import Run

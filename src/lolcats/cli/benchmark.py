@@ -13,9 +13,10 @@ from rich.console import Console
 
 from lolcats.cli.options import Device, Dtype, Model, expand_path, split_words
 from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file
-from lolcats.cli.tables import console, number_table, say, show_number
+from lolcats.cli.tables import console, number_table, say
 from lolcats.errors import LolcatsError
 from lolcats.files import write_json
+from lolcats.printable import show_number
 from lolcats.variants import ordered, short_label
 from lolcats.version import __version__
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from lolcats.cli.load import read_results
 from lolcats.cli.options import Device, Dtype, Model
 from lolcats.cli.suite import Controls, JsonFile, Subject, Teacher, bar, find_subject, print_beyond, print_memory
-from lolcats.cli.tables import console, number_table, say, score_table, show_number
+from lolcats.cli.tables import console, number_table, say, score_table
 from lolcats.errors import LolcatsError
 from lolcats.files import write_json
+from lolcats.printable import show_number
 from lolcats.variants import ordered, short_label
 
 if TYPE_CHECKING:

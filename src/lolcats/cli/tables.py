@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lolcats.cli.terminal import SafeConsole
-from lolcats.variants import label, ordered
+from lolcats.variants import label, score_cells
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
@@ -38,12 +38,8 @@ def score_table(
 ) -> Table:
     """Perplexity, its ratio to the teacher's, and the distance from the teacher: a row a variant."""
     table = number_table([""], ["perplexity", "ratio to teacher", "KL to teacher"])
-    teacher = perplexity.get("teacher")
-    for name in ordered(perplexity):
-        value, distance = perplexity[name], kl.get(name)
-        ratio = value / teacher if value is not None and teacher else None
-        shown = None if name == "teacher" else distance
-        table.add_row(_label(name, recipe), show_number(value), show_number(ratio, 3), show_number(shown, 4))
+    for name, cells in score_cells(perplexity, kl):
+        table.add_row(_label(name, recipe), *cells)
     return table
 
 
@@ -52,13 +48,6 @@ def _label(name: str, recipe: RunConfig | None) -> str:
     if name == "student" and recipe is not None and recipe.finetune.enabled:
         return "after LoRA (student)" if recipe.finetune.method == "lora" else "after fine-tuning (student)"
     return label(name)
-
-
-def show_number(value: float | None, digits: int = 2) -> str:
-    """A number with `digits` decimals; very large ones in powers of ten, one that is not there as a dash."""
-    if value is None:
-        return "-"
-    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def show_layers(indices: list[int]) -> str:

@@ -172,7 +172,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _keep(file: Path, found: dict[str, dict[str, Any]]) -> None:
-    """Write the file in place of that of another stamp; definitions that JSON cannot hold are read each time."""
+    """Write the file in place of that of another stamp, with what JSON gives back as it was."""
     try:
         content = {name: settings for name, settings in found.items() if json.loads(json.dumps(settings)) == settings}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ else, from prompts to metrics, is the task's own.
 from __future__ import annotations
 
 import re
-from collections import ChainMap, defaultdict
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,10 @@ class TaskFile:
             for field, value in row.items():
                 if isinstance(value, str):
                     fields[field][_plain(value)].append(row)
-        return dict(ChainMap(*sorted(fields.values(), key=len)))
+        found: dict[str, list[Row]] = {}
+        for texts in sorted(fields.values(), key=len, reverse=True):
+            found |= texts
+        return found
 
 
 class TaskFiles:
