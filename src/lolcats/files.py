@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -99,6 +100,20 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Write a file of UTF-8 text atomically; raises as `atomic_file` does."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write what JSON can spell, `finite`, and other values as their text; raises as `atomic_file` does."""
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Lists and dictionaries with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bytes(path: Path, content: bytes) -> None:

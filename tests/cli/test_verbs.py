@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
-from lolcats.cli.tables import show_layers, show_number
+from lolcats.cli.tables import show_layers
 from lolcats.evaluation import compare
 from lolcats.evaluation.facts import read_facts
 from lolcats.models.conversation import Conversation
-from lolcats.printable import show_bytes
+from lolcats.printable import show_bytes, show_number
 from lolcats.runs.artefact import RECIPE_FILE
 
 from .conftest import Run
@@ -237,7 +237,7 @@ def test_chat_needs_a_template(cli: Run, place: Path, finished: Path, monkeypatc
     """A base model has none."""
     model, tokenizer = load_model(str(finished), "cpu", "auto")
     tokenizer.chat_template = None
-    monkeypatch.setattr("lolcats.cli.chat.load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr("lolcats.cli.generate.load_model", lambda *_: (model, tokenizer))
     cli("chat", finished).refused("no chat template", "lolcats generate")
 
 

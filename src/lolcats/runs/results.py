@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement
 from lolcats.evaluation.memory import TextMemory
-from lolcats.files import read_json_object
+from lolcats.files import finite, read_json_object
 
 VERSION = 2
 RESUME = "delete it and resume: what it held is measured again"
@@ -124,7 +124,7 @@ class Results(_Section):
         null = {*found, *(path for path in self.notes if _at(content, path) is None)}
         kept = {name: note for name, note in self.notes.items() if name in null or note not in NOT_FINITE.values()}
         content["notes"] = kept | found
-        return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def read_results(file: Path, then: str = RESUME) -> Results:
@@ -155,7 +155,7 @@ def _noted(content: dict[str, Any]) -> dict[str, Any]:
     """A file of version 0.1 with its infinities as null and a note on each."""
     found = dict(_not_finite(content))
     notes = content.get("notes") or {}
-    return _finite(content) | ({"notes": notes | found} if found and isinstance(notes, dict) else {})
+    return finite(content) | ({"notes": notes | found} if found and isinstance(notes, dict) else {})
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -174,11 +174,3 @@ def _at(content: Any, path: str) -> Any:
             return ""
         content = content[key]
     return content
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
