@@ -76,6 +76,8 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     if results.memory is not None:
         out.print(f"\n{results.memory.line()}", markup=False, soft_wrap=True)
     print_generations(out, results.generation)
+    if line := results.time_line():
+        out.print(f"\n{line}", markup=False, soft_wrap=True)
     for what, text in results.notes.items():
         out.print(f"{what}: {text}", markup=False, soft_wrap=True)
     out.print(f"\nmodel: {folder.model}", markup=False, soft_wrap=True)
