@@ -35,8 +35,8 @@ help:
 	@echo "make format       format the code"
 	@echo "make clean        remove .venv, caches and build output; runs/ stays"
 
-# glibc hands the memory of large tensors back to the system at once, and clearing new pages for the next ones took a
-# fifth of the CPU time. What is imported is kept compiled, since the installation does not compile everything.
+# glibc hands the memory of large tensors back to the system at once, and clearing new pages for the next ones takes
+# up to a third of the CPU time. What is imported is kept compiled, since the installation does not compile everything.
 demo: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 demo: export PYTHONDONTWRITEBYTECODE =
