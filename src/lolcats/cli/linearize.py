@@ -78,6 +78,8 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     for name in ("teacher", "student"):
         if name in results.generation:
             out.print(f"  {name}: ... {' '.join(results.generation[name].split())}")
+    if line := results.time_line():
+        say(out, f"\n{line}")
     for what, text in results.notes.items():
         say(out, f"{what}: {text}")
     say(out, f"\nmodel: {folder.model}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lolcats.modeling.head import OutputHead
 from lolcats.models.context import context_limit
 from lolcats.models.vocabulary import check_token_ids
-from lolcats.training.losses import HEAD_CHUNK
+from lolcats.training.losses import head_chunk
 
 
 @dataclass
@@ -90,7 +90,8 @@ def measure(
         ids = segments[begin : begin + batch_size].long()
         reference = None if teacher is None else _States.of(teacher, heads, ids)
         for name, variant in variants.items():
-            loss, kl = _token_scores(_States.of(variant, heads, ids), ids, reference)
+            states = reference if reference is not None and variant is teacher else _States.of(variant, heads, ids)
+            loss, kl = _token_scores(states, ids, reference)
             sums[name].loss += loss
             sums[name].kl += kl
         if progress is not None:
@@ -129,7 +130,7 @@ def _token_scores(student: _States, ids: Tensor, teacher: _States | None) -> tup
     targets = ids[:, 1:].to(student.hidden.device)
     loss = torch.zeros(targets.shape, device=student.hidden.device)
     kl = torch.zeros_like(loss)
-    step = max(1, HEAD_CHUNK // ids.shape[0])
+    step = max(1, head_chunk(student.head, targets.device) // ids.shape[0])
     for begin in range(0, targets.shape[1], step):
         part = slice(begin, min(begin + step, targets.shape[1]))
         log_p = student.log_probabilities(part)
@@ -137,7 +138,7 @@ def _token_scores(student: _States, ids: Tensor, teacher: _States | None) -> tup
             targets[:, part]
         )
         if teacher is not None:
-            log_t = teacher.log_probabilities(part).to(log_p.device)
+            log_t = log_p if teacher is student else teacher.log_probabilities(part).to(log_p.device)
             kl[:, part] = (log_t.exp() * (log_t - log_p)).sum(-1)
     return loss.sum(0).double().cpu(), kl.sum(0).double().cpu()
 

@@ -31,7 +31,7 @@ from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Best, Results
-from lolcats.runs.state import Run, add_facts, open_run
+from lolcats.runs.state import Run, add_facts, open_run, timed
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
@@ -76,6 +76,7 @@ def linearize(
         if results is None:
             return folder
         run = _prepare(config, folder, accelerator, device, console, results, started)
+        results.add_seconds("loading", time.perf_counter() - started)
         for name, step in zip(STEPS, (measure_teacher, transfer, finetune, save, measure_student), strict=True):
             step(run)
             if name == until:
@@ -150,7 +151,6 @@ def measure_teacher(run: Run) -> None:
         )
     with attention_mode(run.model, "softmax"):
         _sample(run, "teacher")
-    run.count_seconds()
     run.write_results()
 
 
@@ -168,7 +168,6 @@ def transfer(run: Run) -> None:
         start_from_text(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results.perplexity:
         _record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
-        run.count_seconds()
         run.write_results()
 
 
@@ -272,6 +271,7 @@ def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
     return result
 
 
+@timed("measuring")
 def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, note: str = "") -> dict[str, Measurement]:
     """Measure and put the numbers into the results; without a teacher, no distance from it.
 

@@ -24,6 +24,9 @@ RESUME = "delete it and resume: what it held is measured again"
 NOT_FINITE = {True: "infinite", False: "not a number"}
 """What a note says of a number that JSON does not have, which is null."""
 
+TIMES = {"loading": "loading", "transfer": "transfer", "finetune": "fine-tuning", "measuring": "measuring"}
+"""What the seconds of a run go to, and how people are told."""
+
 Number = float | None
 """None is a number that was not finite."""
 Names = dict[str, Number]
@@ -82,6 +85,7 @@ class Results(_Section):
     """That a stage was trained on."""
     tokens_per_second: Annotated[dict[str, float], _Filled] = Field(default={})
     seconds: Annotated[dict[str, float], _Filled] = Field(default={})
+    """Of loading, of the steps of each stage, of measuring; total is more: validation, checkpoints, samples, saving."""
     generation: Annotated[dict[str, str], _Filled] = Field(default={})
     """The prompt, and what teacher and student wrote after it."""
     best: Annotated[dict[str, Best], _Filled] = Field(default={})
@@ -106,6 +110,18 @@ class Results(_Section):
             self.kl[name] = score.kl
         self.by_position[name] = dict(score.by_position)
         self.evaluation.tokens = score.tokens
+
+    def add_seconds(self, what: str, seconds: float) -> None:
+        """Count in time spent on `what`, beside that of runs that this one goes on with."""
+        self.seconds[what] = round(self.seconds.get(what, 0.0) + seconds, 2)
+
+    def time_line(self) -> str:
+        """Where the time went, for people; "" where the file does not say."""
+        parts = {label: self.seconds[name] for name, label in TIMES.items() if name in self.seconds}
+        if (total := self.seconds.get("total")) is None or "measuring" not in parts:
+            return ""
+        parts["validation, samples and saving"] = max(0.0, total - sum(parts.values()))
+        return f"time: {', '.join(f'{value:,.0f} s {name}' for name, value in parts.items())}; {total:,.0f} s in all"
 
     def forget_measurements(self) -> None:
         """Leave out what was measured on another text or in another way."""
