@@ -20,8 +20,8 @@ from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
 from lolcats.sweep.job import Job
+from lolcats.sweep.runner import hold_folder
 from lolcats.sweep.sharing import shared_from
-from lolcats.sweep.state import hold_folder
 from lolcats.training import Reporter
 
 RANKS = {"grid": {"finetune.rank": [2, 3]}}
@@ -72,8 +72,8 @@ def test_shared_stage_one_gives_the_same_results(sweep_file: Callable[..., Path]
         assert weights(one) == weights(other)
         lines = [len(folder_of(run).metrics_file.read_text().splitlines()) for run in (one, other)]
         assert lines[0] == lines[1]
-    assert [shared_from(run.config) for run in shared.runs] == [None, *[shared.runs[0].name] * 3]
-    assert [shared_from(run.config) for run in alone.runs] == [None] * 4
+    assert [shared_from(run.config) for run in shared.runs] == ["", *[shared.runs[0].name] * 3]
+    assert [shared_from(run.config) for run in alone.runs] == [""] * 4
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_stage_one_is_not_shared_where_it_differs(
 ) -> None:
     sweep = make_sweep(grid={"linearization.window": [6, 8], "seed": [0, 1]})
     run_sweep(sweep, "study.yaml")
-    assert [shared_from(run.config) for run in sweep.runs] == [None] * 4
+    assert [shared_from(run.config) for run in sweep.runs] == [""] * 4
     assert len({weights(run) for run in sweep.runs}) == 4
 
 

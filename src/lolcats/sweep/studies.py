@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from lolcats.config import RunConfig, load_config
-from lolcats.sweep.measure import MeasureConfig
+from lolcats.sweep.job import Studies, Sweep
 
 JOINED = ("tasks", "recall", "controls")
 """What is measured of all runs if it is measured in one study; the rest of `measure` is that of the first study."""
 PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
-Studies = dict[str, dict[str, str]]
-"""Study -> name of a run in it -> name of the run of the joint sweep."""
-
-
-class StudyRun(Protocol):
-    """What is read here of a run of a sweep."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def config(self) -> RunConfig: ...
-
-
-class Study(Protocol):
-    """What is read here of a sweep."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def runs(self) -> Sequence[StudyRun]: ...
-
-    @property
-    def measure(self) -> MeasureConfig: ...
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -55,12 +30,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def what_it_is(config: RunConfig) -> dict[str, Any]:
     """The settings of a run by which it is told from others; without a first stage its settings do not matter."""
     off = not config.transfer.enabled
-    settings = flat(config.model_dump(mode="json"))
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in PLACE and not (off and key.startswith("transfer.") and key != "transfer.enabled")
-    }
+    settings = flat(config.model_dump(mode="json", exclude={*PLACE}))
+    unread = {key for key in settings if off and key.startswith("transfer.") and key != "transfer.enabled"}
+    return {key: value for key, value in settings.items() if key not in unread}
 
 
 def fitting(study: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -71,7 +43,7 @@ def fitting(study: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if text.partition("=")[0] not in own]
 
 
-def combine(sweeps: Sequence[Study], content: dict[str, Any]) -> tuple[dict[str, Any], Studies]:
+def combine(sweeps: Sequence[Sweep], content: dict[str, Any]) -> tuple[dict[str, Any], Studies]:
     """The content of one sweep file with all distinct runs, and which run of it each run of a study is.
 
     Args:
