@@ -16,8 +16,7 @@ import torch
 from lolcats import LinearizationConfig, RunConfig, convert, load_teacher
 from lolcats.config import DataConfig, EvaluationConfig
 from lolcats.evaluation import measure
-from lolcats.evaluation.segments import evaluation_segments
-from lolcats.evaluation.variants import teacher_variants
+from lolcats.evaluation.perplexity import evaluation_segments, teacher_variants
 from lolcats.models.device import describe_device
 
 

@@ -1,22 +1,31 @@
-"""Perplexity and distance from the teacher, overall and by position in the text."""
+"""Perplexity and distance from the teacher, overall and by position: of which variants, and on what text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lolcats.config import RunConfig
+from lolcats.data import PackedDataset
+from lolcats.data.packing import read_documents
+from lolcats.errors import DataError
+from lolcats.modeling import attention_mode
 from lolcats.modeling.head import OutputHead
 from lolcats.models.context import context_limit
 from lolcats.models.vocabulary import check_token_ids
 from lolcats.training.losses import HEAD_CHUNK
+from lolcats.variants import VARIANTS
+
+Enter = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass
@@ -26,6 +35,43 @@ class Variant:
     model: PreTrainedModel
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
     """Entered around each forward pass."""
+
+
+def student_variants(model: PreTrainedModel, controls: Collection[str]) -> dict[str, Variant]:
+    """The student and those of `controls` that are modes of it."""
+    return _variants(model, "student", controls, nullcontext)
+
+
+def teacher_variants(
+    model: PreTrainedModel, plain: Enter = nullcontext, controls: Collection[str] = ("training_free",)
+) -> dict[str, Variant]:
+    """The teacher and those of `controls` that are modes of it.
+
+    Args:
+        model: a converted model whose own weights are the teacher's inside `plain()`.
+        plain: context that switches adapters off, where there are any.
+        controls: names of controls.
+    """
+    return _variants(model, "teacher", controls, plain)
+
+
+def _variants(
+    model: PreTrainedModel, weights: Literal["teacher", "student"], controls: Collection[str], plain: Enter
+) -> dict[str, Variant]:
+    return {
+        row.name: Variant(model, _mode(model, row.mode, plain))
+        for row in VARIANTS
+        if row.weights == weights and (not row.is_control or row.name in controls)
+    }
+
+
+def _mode(model: PreTrainedModel, mode: str, plain: Enter) -> Enter:
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with plain(), attention_mode(model, mode):
+            yield
+
+    return enter
 
 
 @dataclass
@@ -183,3 +229,41 @@ def as_segments(ids: list[int] | Tensor, length: int) -> Tensor:
     if count == 0:
         raise ValueError(f"expected at least {length} tokens of evaluation text; got {len(stream)}")
     return stream[: count * length].view(count, length)
+
+
+def evaluation_segments(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: PackedDataset | None,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """Segments [S, L] int64: of `evaluation.sources`, or the held-out sequences where that is empty.
+
+    Args:
+        config: of the run.
+        tokenizer: of its teacher.
+        validation: the held-out sequences; not needed with sources.
+        vocabulary: tokens of the model, see `read_documents`.
+
+    Raises:
+        DataError: a source is missing, or too short for one segment.
+    """
+    e = config.evaluation
+    if not e.sources:
+        assert validation is not None
+        real = torch.from_numpy(validation.ids[validation.document >= 0]).long()  # padding is no text
+        try:
+            segments = as_segments(real, e.segment_length or validation.ids.shape[1])
+        except ValueError as error:
+            raise DataError(f"held-out text: {error}; lower evaluation.segment_length") from error
+    else:
+        length = e.segment_length or config.data.sequence_length
+        documents = read_documents(e.sources, "auto", tokenizer, local=config.data.local, vocabulary=vocabulary)
+        ids = np.concatenate([document.ids for document in documents])
+        try:
+            segments = as_segments(torch.from_numpy(ids.astype(np.int64)), length)
+        except ValueError as error:
+            raise DataError(f"{', '.join(e.sources)}: {error}; lower evaluation.segment_length") from error
+    if e.last is not None and e.last >= segments.shape[1]:
+        raise DataError(f"evaluation.last={e.last} must be less than the segment length {segments.shape[1]}")
+    return segments if e.max_segments is None else segments[: e.max_segments]

@@ -16,9 +16,8 @@ from lolcats.config import RunConfig
 from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
-from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
+from lolcats.evaluation import Measurement, Variant, evaluation_segments, measure, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
-from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights

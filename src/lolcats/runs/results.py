@@ -124,7 +124,7 @@ class Results(_Section):
         null = {*found, *(path for path in self.notes if _at(content, path) is None)}
         kept = {name: note for name, note in self.notes.items() if name in null or note not in NOT_FINITE.values()}
         content["notes"] = kept | found
-        return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def read_results(file: Path, then: str = RESUME) -> Results:
@@ -155,7 +155,7 @@ def _noted(content: dict[str, Any]) -> dict[str, Any]:
     """A file of version 0.1 with its infinities as null and a note on each."""
     found = dict(_not_finite(content))
     notes = content.get("notes") or {}
-    return _finite(content) | ({"notes": notes | found} if found and isinstance(notes, dict) else {})
+    return finite(content) | ({"notes": notes | found} if found and isinstance(notes, dict) else {})
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -176,9 +176,10 @@ def _at(content: Any, path: str) -> Any:
     return content
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value with None, which is null, for numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,8 +7,8 @@ import gc
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +23,6 @@ from lolcats.files import hold
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.recipe import linearize
 from lolcats.sweep.measure import MeasureConfig, Measured, Say, measure_model
-from lolcats.training.checkpoint import read_metadata
 
 Stage = Literal["transfer", "finetune"]
 STAGES: tuple[Stage, Stage] = ("transfer", "finetune")
@@ -49,8 +48,8 @@ class SweepRun:
     name: str
     """Also of its folder inside the sweep's."""
     config: RunConfig
-    point: dict[str, Any]
-    """Axis -> the value that this run has there; the axis `run` holds the name of its set of settings."""
+    settings: dict[str, Any]
+    """Axis or swept key -> the value that this run has there; the axis `run` holds the name of its set of settings."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     """What is measured of the finished student; the same for all runs of a sweep."""
 
@@ -77,7 +76,7 @@ class SweepRun:
             return "new"
         if not self.folder.results().complete or not self.folder.has_model():
             return "started"
-        return "finished" if self.measured.is_complete(self.measure) else "trained"
+        return "trained" if self.measured.missing(self.measure) else "finished"
 
     def steps(self, stage: Stage) -> int:
         """All steps of a stage."""
@@ -88,13 +87,7 @@ class SweepRun:
         """Steps of a stage that need not be done again; all of them if the run is finished."""
         if self.folder.results().complete:
             return self.steps(stage)
-        file = self.folder.checkpoints(stage) / "last.safetensors"
-        if not file.exists():
-            return 0
-        step = read_metadata(file).get("step")
-        if not isinstance(step, int):
-            raise LolcatsError(f"{file} does not say at which step it was written; delete it to start this stage anew")
-        return step
+        return self.folder.steps_done(stage)
 
     def do(self, console: Console | None) -> None:
         """Linearize, then measure the student."""
@@ -113,6 +106,8 @@ class SweepTeacher:
     """Of one of its runs."""
     measure: MeasureConfig
     file: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of a run; a teacher has none, and no stage 1."""
     stage_one = ""
 
     @property
@@ -122,7 +117,7 @@ class SweepTeacher:
 
     def status(self) -> Status:
         """How much is measured."""
-        if self.measured.is_complete(self.measure):
+        if not self.measured.missing(self.measure):
             return "finished"
         return "started" if self.measured.scores(self.measure) else "new"
 
@@ -157,6 +152,10 @@ class Sweep:
         """Folder of what belongs to processes: their output and locks, and the sweep as they read it."""
         return self.folder / "logs"
 
+    def lock(self, name: str) -> Path:
+        """The file that is held while a job is done."""
+        return self.logs / f".{name}.lock"
+
     def jobs(self, runs: Sequence[SweepRun] | None = None) -> list[Job]:
         """The teachers to be measured, and the runs: all, or only some with their teachers."""
         chosen = self.runs if runs is None else runs
@@ -181,11 +180,7 @@ def sweep_teachers(sweep: Sweep, runs: Sequence[SweepRun]) -> list[SweepTeacher]
 
 
 def find_job(sweep: Sweep, name: str) -> Job:
-    """The run or teacher of a name.
-
-    Raises:
-        LolcatsError: there is none.
-    """
+    """The run or teacher of a name, or an error if there is none."""
     for job in sweep.jobs():
         if job.name == name:
             return job
@@ -195,8 +190,7 @@ def find_job(sweep: Sweep, name: str) -> Job:
 def choose_runs(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
     """The runs whose names match one of the patterns (`*`, `?`, `[...]` as in a shell), in the order of the sweep.
 
-    Raises:
-        LolcatsError: a pattern that no name matches; the nearest name is given.
+    A pattern that no name matches is an error, which gives the nearest name.
     """
     names = [run.name for run in sweep.runs]
     for pattern in patterns:
@@ -220,20 +214,9 @@ def do_job(job: Job, console: Console | None) -> None:
         _release_memory()
 
 
-@contextmanager
-def hold_job(sweep: Sweep, name: str) -> Iterator[None]:
-    """Keep other processes from a run or teacher that this one does for a sweep.
-
-    Raises:
-        LolcatsError: another process does it, or the place cannot be written.
-    """
-    with hold(job_lock(sweep, name), f"another process works on {name} of the sweep in {sweep.folder}"):
-        yield
-
-
-def job_lock(sweep: Sweep, name: str) -> Path:
-    """The file that is held while a job is done."""
-    return sweep.logs / f".{name}.lock"
+def hold_job(sweep: Sweep, name: str) -> AbstractContextManager[None]:
+    """Keep other processes from a run or teacher that this one does for a sweep; see `hold`."""
+    return hold(sweep.lock(name), f"another process works on {name} of the sweep in {sweep.folder}")
 
 
 def is_finished(job: Job) -> bool:
@@ -252,14 +235,6 @@ def speaker(console: Console | None) -> Say:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     return say
-
-
-def read_key(config: RunConfig, key: str) -> Any:
-    """The value at a dotted key such as finetune.rank, as YAML and JSON have it."""
-    value: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        value = value[part]
-    return value
 
 
 def label(value: Any) -> str:

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from lolcats.errors import LolcatsError
 from lolcats.files import write_text
+from lolcats.runs.folder import CHECKPOINTS
 from lolcats.sweep.attached import finish, start_attached
 from lolcats.sweep.job import SWEEP_FILE, Job, Sweep, SweepRun, is_finished
 from lolcats.sweep.measure import Say
-from lolcats.sweep.sharing import stage_one_is_done, take_stage_one
 
 POLL_SECONDS = 0.2
 NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ended by signal 9")
@@ -81,10 +82,40 @@ def run_jobs(
         _stop(running)
 
 
+def take_stage_one(job: Job, runs: Sequence[SweepRun]) -> str:
+    """Copy the finished stage 1 of another of `runs` into a run that has not begun its own.
+
+    Stage 1 is done once for all runs whose settings differ only in what comes after it. Their results are those that
+    they would have had alone, but for the clock.
+
+    Returns:
+        The name of the run that the checkpoints are from, "" if nothing was copied.
+    """
+    if not isinstance(job, SweepRun) or not job.stage_one or job.folder.results().complete:
+        return ""
+    if (job.folder.checkpoints("transfer") / "last.safetensors").exists():
+        return ""
+    for other in runs:
+        if other.name != job.name and other.stage_one == job.stage_one and _stage_one_is_done(other):
+            job.folder.prepare(job.config, resume=True)
+            job.folder.copy_stage("transfer", other.folder)
+            return other.name
+    return ""
+
+
+def _stage_one_is_done(run: SweepRun) -> bool:
+    """Whether stage 1 of a run is finished, and its checkpoints are there."""
+    try:
+        done = run.steps_done("transfer")
+    except LolcatsError:  # a broken file is the business of the run that made it
+        return False
+    return done == run.steps("transfer") and all((run.folder.checkpoints("transfer") / f).exists() for f in CHECKPOINTS)
+
+
 def _next(waiting: Sequence[Job], running: Sequence[Job], share: bool) -> Job | None:
     """The first job that need not wait for the stage 1 of one that is running."""
     runs = [job for job in running if isinstance(job, SweepRun)] if share else []
-    busy = {run.stage_one for run in runs if not stage_one_is_done(run)} - {""}
+    busy = {run.stage_one for run in runs if not _stage_one_is_done(run)} - {""}
     return next((job for job in waiting if job.stage_one not in busy), None)
 
 

@@ -6,12 +6,11 @@ Each number is kept with the settings that it depends on, so only what is new or
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from lolcats.config import Control, dotted, explain
 from lolcats.config.fields import Count, Positive, Section
@@ -22,6 +21,7 @@ from lolcats.evaluation.harness.run import load_benchmarks, measure_benchmarks, 
 from lolcats.evaluation.recall import Cell, RecallSettings, check_tasks, recall
 from lolcats.evaluation.store import AnswerStore
 from lolcats.files import read_json_object, write_text
+from lolcats.runs.results import finite
 from lolcats.silence import quiet
 from lolcats.variants import VARIANTS
 
@@ -64,26 +64,25 @@ class MeasureConfig(Section):
         """Whether there is something to measure."""
         return bool(self.tasks or self.recall)
 
-    @property
-    def cells(self) -> list[tuple[str, int]]:
-        """Task and length of all that recall asks."""
-        return [(task, length) for task in self.recall for length in sorted(set(self.lengths))]
-
     def harness_settings(self) -> HarnessSettings:
         """How lm-eval's tasks are run."""
         folder = None if self.task_data is None else Path(self.task_data).expanduser()
         return HarnessSettings(folder, self.num_fewshot, limit=self.limit, batch_size=self.batch_size)
 
-    def task_identity(self, task: str) -> dict[str, Any]:
-        """What the numbers of a task depend on: with other settings it is measured again."""
-        # The number of examples of another task in the list is no matter of this one.
-        examples = {key: n for key, n in self.num_fewshot.items() if key == task or key not in self.tasks}
-        controls = {"controls": sorted(self.controls)} if self.controls else {}
-        return {"task_data": self.task_data, "limit": self.limit, "num_fewshot": examples, **controls}
+    def cells(self) -> dict[str, tuple[str, int]]:
+        """Name of its column -> task and length, of all that recall asks."""
+        return {f"{task}.{length}": (task, length) for task in self.recall for length in sorted(set(self.lengths))}
 
-    def recall_identity(self) -> dict[str, Any]:
-        """The same of recall; task and length stand beside it."""
-        return {"samples": self.samples}
+    def wanted(self) -> dict[str, dict[str, Any]]:
+        """Task, or cell of recall -> what its numbers depend on: with other settings it is measured again."""
+        how: dict[str, Any] = {"task_data": self.task_data, "limit": self.limit}
+        how |= {"controls": sorted(self.controls)} if self.controls else {}
+        # The number of examples of another task in the list is no matter of a task.
+        few = {
+            t: {key: n for key, n in self.num_fewshot.items() if key == t or key not in self.tasks} for t in self.tasks
+        }
+        tasks = {task: how | {"num_fewshot": few[task]} for task in self.tasks}
+        return tasks | {cell: {"samples": self.samples} for cell in self.cells()}
 
 
 class _File(Section):
@@ -111,19 +110,14 @@ class Score(NamedTuple):
     """Whether it is a share of right answers, which people read in percent."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class _Task(BaseModel, extra="allow"):
     settings: dict[str, Any]
     """What the numbers depend on."""
-    batch_size: int | None = None
-
-
-class _Task(_Record):
     rows: list[Row]
 
 
-class _Recall(_Record):
+class _Recall(BaseModel, extra="allow"):
+    settings: dict[str, Any]
     cell: Cell
 
 
@@ -133,14 +127,7 @@ class _Content(BaseModel):
 
 
 class Measured:
-    """The numbers of one model.
-
-    Args:
-        file: measurements/measure.json of a run, or the one of a teacher.
-
-    Raises:
-        LolcatsError: the file is something else.
-    """
+    """The numbers of one model, read from measurements/measure.json of its run, or from the file of a teacher."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -149,62 +136,41 @@ class Measured:
         except ValidationError as error:
             raise LolcatsError(f"{file} is not what a sweep has measured; {AGAIN}") from error
 
-    def missing_tasks(self, measure: MeasureConfig) -> list[str]:
-        """The tasks that are not measured with these settings."""
-        known = self._content.tasks
-        return [t for t in measure.tasks if t not in known or known[t].settings != measure.task_identity(t)]
+    def missing(self, measure: MeasureConfig) -> list[str]:
+        """The tasks, and cells of recall, that are not measured with these settings."""
+        known = {name: record.settings for name, record in (self._content.tasks | self._content.recall).items()}
+        return [name for name, settings in measure.wanted().items() if known.get(name) != settings]
 
-    def missing_cells(self, measure: MeasureConfig) -> list[tuple[str, int]]:
-        """The same of recall: task and length."""
-        known, settings = self._content.recall, measure.recall_identity()
-        return [c for c in measure.cells if _cell(*c) not in known or known[_cell(*c)].settings != settings]
-
-    def is_complete(self, measure: MeasureConfig) -> bool:
-        """Whether nothing is missing."""
-        return not self.missing_tasks(measure) and not self.missing_cells(measure)
-
-    def add(self, measure: MeasureConfig, task: str, found: Scores | Cell) -> None:
+    def add(self, name: str, measure: MeasureConfig, found: Scores | Cell) -> None:
         """Keep what a task of lm-eval gave, which may have several rows, or a cell of recall."""
-        size = {"batch_size": measure.batch_size}
+        facts: dict[str, Any] = {"settings": measure.wanted()[name], "batch_size": measure.batch_size}
         if isinstance(found, Cell):
-            record = _Recall(settings=measure.recall_identity(), cell=found, **size)
-            self._content.recall[_cell(task, found.length)] = record
+            self._content.recall[name] = _Recall(**facts, cell=found)
         else:
-            facts = {"device": found.device, "dtype": found.dtype, **size}
-            self._content.tasks[task] = _Task(settings=measure.task_identity(task), rows=found.rows, **facts)
+            facts |= {"device": found.device, "dtype": found.dtype}
+            self._content.tasks[name] = _Task(**facts, rows=found.rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, json.dumps(self._content.model_dump(), indent=1) + "\n")
 
     def scores(self, measure: MeasureConfig) -> dict[str, Score]:
         """What is known with these settings: main metrics of the tasks, their averages, and recall by length."""
-        missing, found = self.missing_tasks(measure), {}
-        rows = [row for t in measure.tasks if t not in missing for row in self._content.tasks[t].rows]
+        missing, found = self.missing(measure), {}
+        rows = [row for task in measure.tasks if task not in missing for row in self._content.tasks[task].rows]
         for row in rows:
             for variant, score in row.scores.items():
                 name = f"{row.task}.{row.metric.removesuffix(',none')}{_ending(variant)}"
                 found[name] = Score(finite(score.mean), row.is_share)
-        # The mean over other tasks would not compare.
-        for name, means in ({} if missing else Scores(rows, {}).averages()).items():
-            found |= {
-                f"tasks.{name.replace(' ', '_')}{_ending(variant)}": Score(mean) for variant, mean in means.items()
-            }
-        lacking = self.missing_cells(measure)
-        known = [_cell(*cell) for cell in measure.cells if cell not in lacking]
-        return found | {name: Score(self._content.recall[name].cell.score) for name in known}
-
-
-def _cell(task: str, length: int) -> str:
-    return f"{task}.{length}"
+        if not set(missing) & set(measure.tasks):  # the mean over other tasks would not compare
+            for name, means in Scores(rows, {}).averages().items():
+                for variant, mean in means.items():
+                    found[f"tasks.{name.replace(' ', '_')}{_ending(variant)}"] = Score(mean)
+        cells = [cell for cell in measure.cells() if cell not in missing]
+        return found | {cell: Score(self._content.recall[cell].cell.score) for cell in cells}
 
 
 def _ending(variant: str) -> str:
     """Of the columns of a variant: those of controls bear its name."""
     return "" if variant in ("student", "teacher") else f".{variant}"
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no infinity: None stands for it."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def measure_model(source: str, measured: Measured, measure: MeasureConfig, *, say: Say, **how: Any) -> None:
@@ -219,7 +185,7 @@ def measure_model(source: str, measured: Measured, measure: MeasureConfig, *, sa
     Raises:
         LolcatsError: a task or its data cannot be had, or does not fit the model.
     """
-    if measured.is_complete(measure):
+    if not (missing := measured.missing(measure)):
         return
     if not any(row.weights == "teacher" for row in VARIANTS if row.name in measure.controls):
         how.pop("teacher", None)
@@ -233,26 +199,26 @@ def measure_model(source: str, measured: Measured, measure: MeasureConfig, *, sa
     with AnswerStore(measured.file.with_name(f"{measured.file.name}.progress")) as store:
         loaded = load_variants(source, controls=measure.controls, **how)
         name = "student" if "student" in loaded.variants else "teacher"
-        if measured.missing_tasks(measure):
-            _measure_tasks(loaded, name, measured, measure, store, show)
-        missing = measured.missing_cells(measure)
-        for task in dict.fromkeys(task for task, _ in missing):
-            asked = RecallSettings([task], [n for other, n in missing if other == task], measure.samples)
+        if tasks := [task for task in measure.tasks if task in missing]:
+            _measure_tasks(loaded, tasks, measured, measure, store, show)
+        for task in measure.recall:
+            lengths = [length for cell, (other, length) in measure.cells().items() if other == task and cell in missing]
+            asked = RecallSettings([task], lengths, measure.samples)
             options = {"batch_size": measure.batch_size, "store": store, "report": show}
-            for cell in recall({name: loaded.variants[name]}, loaded.tokenizer, asked, **options):
-                measured.add(measure, task, cell)
+            for cell in recall({name: loaded.variants[name]}, loaded.tokenizer, asked, **options) if lengths else ():
+                measured.add(f"{task}.{cell.length}", measure, cell)
     for column, score in measured.scores(measure).items():
         say(f"{name:<14} {column} " + ("-" if score.value is None else f"{score.value:.4f}"))
 
 
 def _measure_tasks(
-    loaded: Loaded, name: str, measured: Measured, measure: MeasureConfig, store: AnswerStore, show: Show
+    loaded: Loaded, tasks: Sequence[str], measured: Measured, measure: MeasureConfig, store: AnswerStore, show: Show
 ) -> None:
     require_lm_eval()
-    modes = {key: mode for key, mode in loaded.variants.items() if key == name or key != "teacher"}
-    settings, missing = measure.harness_settings(), measured.missing_tasks(measure)
+    modes = {key: mode for key, mode in loaded.variants.items() if key != "teacher"} or loaded.variants
+    settings = measure.harness_settings()
     with quiet():
         for benchmark in load_benchmarks(measure.tasks, settings):  # all of them, because num_fewshot may name any
-            if benchmark.name in missing:
+            if benchmark.name in tasks:
                 scores = measure_benchmarks(modes, loaded.tokenizer, [benchmark], settings, store, show)
-                measured.add(measure, benchmark.name, scores)
+                measured.add(benchmark.name, measure, scores)

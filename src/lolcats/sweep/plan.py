@@ -6,7 +6,6 @@ steps in a folder that is deleted afterwards (`calibrate`).
 
 from __future__ import annotations
 
-import copy
 import functools
 import statistics
 import tempfile
@@ -14,25 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import read_json_lines
-from lolcats.modeling.attention import added_parameters
-from lolcats.modeling.convert import check_supported
-from lolcats.modeling.install import install
-from lolcats.models.device import choose_device, choose_dtype
+from lolcats.models.device import choose_device
 from lolcats.models.empty import known_model
+from lolcats.runs.artefact import disk_bytes
 from lolcats.runs.recipe import linearize
 from lolcats.sweep.job import STAGES, TRAINED, Stage, Sweep, SweepRun
-from lolcats.sweep.sharing import shared_from
-from lolcats.training.finetune import lora_targets
 from lolcats.training.graphs import EAGER_STEPS
 
-ADAMW = 3
-"""A checkpoint to go on from holds parameters and two moments; the best one parameters alone. All are float32."""
 WARM_UP, MEASURED = EAGER_STEPS + 1, 4
 """Steps of a calibration: slow ones, in which kernels are compiled and graphs recorded, and those whose time counts."""
 CPU_WARM_UP, CPU_MEASURED = 1, 2
@@ -120,7 +112,7 @@ def measured_speed(sweep: Sweep) -> Speed | None:
             continue
         for stage in STAGES:
             found[stage] += [speed] if (speed := results.tokens_per_second.get(stage)) else []
-        own = [stage for stage in STAGES if not (stage == "transfer" and shared_from(run.config))]
+        own = [stage for stage in STAGES if not (stage == "transfer" and run.folder.origin("transfer"))]
         other.append(total - sum(results.seconds.get(stage) or 0.0 for stage in own))
     needed = [stage for stage in STAGES if any(getattr(run.config, stage).enabled for run in sweep.runs)]
     if not other or not all(found[stage] for stage in needed):
@@ -194,7 +186,7 @@ def _planned(
     run: SweepRun, origin: str, speed: Speed | None, models: Callable[[str], PreTrainedModel | None]
 ) -> PlannedRun:
     config, status = run.config, run.status()
-    origin = origin or shared_from(config)
+    origin = origin or run.folder.origin("transfer")
     steps: dict[Stage, int] = {s: 0 if origin and s == "transfer" else run.steps(s) for s in STAGES}
     size = {stage: getattr(config, stage).batch_size * config.data.sequence_length for stage in STAGES}
     left: dict[Stage, int] = {s: max(0, steps[s] - run.steps_done(s)) * size[s] for s in STAGES}
@@ -202,32 +194,6 @@ def _planned(
     planned = PlannedRun(run.name, status, origin, steps, left, seconds)
     try:
         teacher = models(config.model)
-        return planned if teacher is None else replace(planned, bytes=_run_bytes(teacher, config))
+        return planned if teacher is None else replace(planned, bytes=disk_bytes(teacher, config))
     except LolcatsError as error:
         return replace(planned, problem=str(error))
-
-
-def _run_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
-    """Model and checkpoints of a finished run.
-
-    Raises:
-        LolcatsError: the model cannot be linearized with these settings.
-    """
-    check_supported(teacher)
-    with torch.device("meta"):
-        model = copy.deepcopy(teacher)
-        install(model, config.linearization)
-    fine = config.finetune
-    added = sum(p.numel() for p in added_parameters(model).values())
-    weights = sum(p.numel() for p in model.parameters()) - added
-    trained = added if config.transfer.enabled else 0
-    width = choose_dtype(config.dtype, choose_device(config.device)).itemsize
-    if fine.enabled and fine.method == "lora":
-        shapes = [model.get_submodule(name).weight.shape for name in lora_targets(model, fine.targets)]
-        trained += sum(fine.rank * sum(shape) for shape in shapes)  # type: ignore[arg-type]
-    elif fine.enabled:
-        trained += weights
-        width = 4  # full fine-tuning leaves float32 weights
-    if fine.enabled and fine.train_feature_maps:
-        trained += added
-    return weights * width + 4 * added + 4 * (ADAMW + 1) * trained

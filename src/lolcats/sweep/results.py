@@ -18,9 +18,9 @@ from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import read_json_object, write_text
 from lolcats.runs.folder import RunFolder
-from lolcats.sweep.job import RUN, SEED, TRAINED, Job, Studies, Sweep, SweepRun, is_finished, read_key, sweep_teachers
-from lolcats.sweep.measure import AGAIN, finite
-from lolcats.sweep.sharing import shared_from
+from lolcats.runs.results import finite
+from lolcats.sweep.job import RUN, SEED, TRAINED, Job, Studies, Sweep, SweepRun, is_finished, sweep_teachers
+from lolcats.sweep.measure import AGAIN
 from lolcats.variants import NAMES
 
 SECTIONS = ("perplexity", "kl", "tokens_per_second", "seconds", "memory")
@@ -52,7 +52,7 @@ class SweepMeasurement:
             if not all(isinstance(value, float | int | None) for value in kept.values()):
                 raise LolcatsError(f"{file} holds something that is not a number; {AGAIN}")
             return kept
-        new = {name: finite(value) for name, value in self.measure(run.config, run.folder).items()}
+        new = finite(self.measure(run.config, run.folder))
         if self.kept:
             file.parent.mkdir(exist_ok=True)
             write_text(file, json.dumps(new, indent=2) + "\n")
@@ -142,8 +142,8 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
         measurements: what to know of finished runs; those that are missing are made now.
     """
     scores: dict[str, bool] = {}
-    runs = [_row(sweep, run, failures, measurements, scores) for run in sweep.runs]
-    teachers = [_row(sweep, job, failures, (), scores) for job in sweep_teachers(sweep, sweep.runs)]
+    runs = [_row(run, failures, measurements, scores) for run in sweep.runs]
+    teachers = [_row(job, failures, (), scores) for job in sweep_teachers(sweep, sweep.runs)]
     return Table(sweep.name, sweep.axes, runs, _means(sweep, runs), teachers, scores, sweep.studies)
 
 
@@ -221,26 +221,19 @@ def axis_cells(row: Row, axes: Sequence[str], nothing: str = "") -> list[str]:
 
 
 def _row(
-    sweep: Sweep,
-    job: Job,
-    failures: Mapping[str, str],
-    measurements: Sequence[SweepMeasurement],
-    scores: dict[str, bool],
+    job: Job, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement], scores: dict[str, bool]
 ) -> Row:
     """The row of a job; `scores` is given what is known of the section `measure`."""
-    row, is_run = Row(job.name, "new", {}), isinstance(job, SweepRun)
-    if is_run:
-        row.settings = {RUN: job.point[RUN]} if RUN in sweep.axes else {}
-        row.settings |= {key: read_key(job.config, key) for key in sweep.keys}
+    row, run = Row(job.name, "new", job.settings), job if isinstance(job, SweepRun) else None
     try:
-        row.shared = shared_from(job.config) if is_run else ""
+        row.shared = run.folder.origin("transfer") if run else ""
         row.status = job.status()
-        if row.status in TRAINED or not is_run:
+        if row.status in TRAINED or not run:
             found = job.measured.scores(job.measure)
             scores |= {name: score.is_share for name, score in found.items()}
-            for measurement in measurements if is_run else ():
-                row.columns |= measurement.columns(job)
-            row.columns |= {name: score.value for name, score in found.items()}
+            parts: list[Columns] = [measurement.columns(run) for measurement in measurements] if run else []
+            parts.append({name: score.value for name, score in found.items()})
+            row.columns = {name: value for part in parts for name, value in part.items()}
     except LolcatsError as error:  # a broken file of one run is no reason to keep the others from the table
         row.status, row.error, row.columns = "failed", " ".join(str(error).split()), {}
     if row.status != "finished" and job.name in failures:
@@ -252,7 +245,7 @@ def _means(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
     """A row for each point of the axes other than `seed`, if that is one."""
     groups: dict[str, list[Row]] = {}
     for run, row in zip(sweep.runs, rows, strict=True):
-        point = {axis: value for axis, value in run.point.items() if axis != SEED}
+        point = [run.settings[axis] for axis in sweep.axes if axis != SEED]
         groups.setdefault(json.dumps(point), []).append(row)
     return [_mean(group) for group in groups.values()] if SEED in sweep.axes else []
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from lolcats.config import load_config
+from lolcats.config import flat, load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness.run import load_benchmarks, require_lm_eval
 from lolcats.files import hold, write_text
 from lolcats.models.context import check_context
 from lolcats.models.empty import known_model
 from lolcats.silence import quiet
-from lolcats.sweep.job import SWEEP_FILE, Job, Sweep, SweepRun, choose_runs, do_job, is_finished, job_lock, speaker
-from lolcats.sweep.jobs import run_jobs
+from lolcats.sweep.job import SWEEP_FILE, Job, Sweep, SweepRun, choose_runs, do_job, is_finished, speaker
+from lolcats.sweep.jobs import run_jobs, take_stage_one
 from lolcats.sweep.measure import Say
 from lolcats.sweep.results import MEASUREMENTS, SweepMeasurement, Table, gather, read_failures, write_table
-from lolcats.sweep.sharing import take_stage_one
-from lolcats.sweep.studies import flat
 
 PATIENCE_SECONDS = 60.0
 """How long a call waits for processes of an earlier one."""
@@ -119,7 +117,7 @@ class _Progress:
         return ""
 
     def ended(self, job: Job, error: str) -> None:
-        """Note how a job ended ("" is well), and bring the table up to date."""
+        """Note how a job ended ("" is well)."""
         self.failures.pop(job.name, None)
         if error:
             self.failures[job.name] = error
@@ -127,37 +125,26 @@ class _Progress:
         self.write()
 
     def write(self) -> Table:
+        """Bring the table up to date."""
         table = gather(self.sweep, self.failures, self.measurements)
         write_table(self.sweep, table)
         return table
 
 
-@contextmanager
-def hold_folder(sweep: Sweep) -> Iterator[None]:
-    """Keep other sweeps out of the folder: two of them would do the same runs into the same files.
-
-    Raises:
-        LolcatsError: another process holds it, or the place cannot be written.
-    """
+def hold_folder(sweep: Sweep) -> AbstractContextManager[None]:
+    """Keep other sweeps out of the folder: two of them would do the same runs into the same files. See `hold`."""
     busy = f"another `lolcats sweep` works in {sweep.folder}; wait for it, end it, or choose another name=..."
     folder = sweep.folder.resolve()  # one lock, by whatever links it is reached
-    with hold(folder.parent / f".{folder.name}.lock", busy):
-        yield
+    return hold(folder.parent / f".{folder.name}.lock", busy)
 
 
 def wait_for_jobs(sweep: Sweep, say: Say, patience: float = PATIENCE_SECONDS) -> None:
     """Wait for the processes of an earlier call, which was killed: they are about to end by themselves.
 
-    Args:
-        say: told once that there is something to wait for.
-        patience: seconds.
-
-    Raises:
-        LolcatsError: one of them has not ended in time.
+    One that has not ended after `patience` seconds is an error.
     """
     deadline = time.monotonic() + patience
-    locks = job_lock(sweep, "*")
-    for lock in sorted(locks.parent.glob(locks.name)):
+    for lock in sorted(sweep.logs.glob(sweep.lock("*").name)):
         name = lock.name.removeprefix(".").removesuffix(".lock")
         busy = f"a process of an earlier call still works on {name} in {sweep.folder}; wait for it, or end it"
         try:

@@ -7,23 +7,24 @@ collected into one message.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lolcats.config import RunConfig, dump_config, load_config, merged, parse_overrides
+from lolcats.config import RunConfig, dump_config, flat, load_config, merged, parse_overrides
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.data import local_names
 from lolcats.errors import ConfigError
-from lolcats.sweep.job import RUN, Studies, Sweep, SweepRun, label, read_key
+from lolcats.sweep.job import RUN, Studies, Sweep, SweepRun, label
 from lolcats.sweep.measure import read_measure
-from lolcats.sweep.studies import PLACE, combine, fitting, flat
+from lolcats.sweep.studies import PLACE, combine, fitting
 
 MAX_RUNS = 256
 """Most runs of one sweep: a grid grows faster than one thinks."""
@@ -44,33 +45,28 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         ConfigError: no such file, broken YAML, or wrong settings; all of these in one message, a line each.
     """
     file = Path(path).expanduser()
-    content, overrides, studies = _joined(file, _read(file), overrides)
+    content, overrides = _joined(file, _read(file), overrides)
     given = parse_overrides(overrides)
     content = merged(content, {"measure": given.pop("measure")} if "measure" in given else {})
     parts = _Parts(file, content, flat(given))
     runs = _build_runs(parts)
     if parts.problems:
         raise _unusable(file, *parts.problems)
-    axes = {axis: list({_text(run.point[axis]): run.point[axis] for run in runs}.values()) for axis in parts.axes}
-    folder, text = (
-        Path(runs[0].config.runs_dir),
-        write_yaml(parts.content() | ({"studies": studies} if studies else {})),
-    )
-    return Sweep(parts.name, folder, axes, parts.keys, runs, text, parts.measure, studies)
+    axes = {axis: list({_text(run.settings[axis]): run.settings[axis] for run in runs}.values()) for axis in parts.axes}
+    folder = Path(runs[0].config.runs_dir)
+    return Sweep(parts.name, folder, axes, parts.keys, runs, write_yaml(parts.content()), parts.measure, parts.studies)
 
 
-def _joined(
-    file: Path, content: dict[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], Sequence[str], Studies]:
-    """A file that names other sweep files as one that has their runs, the overrides of the whole, and what is whose."""
-    named = content.pop("studies", None)
+def _joined(file: Path, content: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], Sequence[str]]:
+    """A file that names other sweep files as one with their runs, which says whose they are; overrides of the whole."""
+    named = content.get("studies")
     if isinstance(named, dict | None):  # with a dictionary a joint sweep that was written down
-        return content, overrides, named or {}
+        return content, overrides
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
         raise _unusable(file, f"studies: expected a list of sweep files (got {named!r:.60})")
     files = [file.parent / name for name in named]
-    content, studies = combine([load_sweep(path, fitting(_read(path), overrides)) for path in files], content)
-    return content, [text for text in overrides if text.partition("=")[0] in PLACE], studies
+    content = combine([load_sweep(path, fitting(_read(path), overrides)) for path in files], content)
+    return content, [text for text in overrides if text.partition("=")[0] in PLACE]
 
 
 class _Parts:
@@ -96,19 +92,15 @@ class _Parts:
         self._check_overlaps(given)
         self.settings |= own | given
         self.measure = read_measure(content.get("measure"), self.problems)
-
-    def points(self) -> Iterator[tuple[str | None, dict[str, Any], dict[str, Any]]]:
-        """(name of the set of settings, settings of it, settings of the grid) of each run."""
-        for name, chosen in self.sets.items() or [(None, {})]:
-            for values in itertools.product(*self.grid.values()):
-                yield name, chosen, dict(zip(self.grid, values, strict=True))
+        self.studies: Studies = content.get("studies") or {}
 
     def content(self) -> dict[str, Any]:
         """The sweep file without its base, which has become settings."""
         sets = [{"name": name, **chosen} for name, chosen in self.sets.items()]
         measure = self.measure.model_dump(mode="json") if self.measure.anything else {}
-        parts = {"settings": self.settings, "grid": self.grid, "runs": sets, "measure": measure}
-        return {"name": self.name, "base": None} | {key: part for key, part in parts.items() if part}
+        parts = {"grid": self.grid, "runs": sets, "measure": measure, "studies": self.studies}
+        filled = {key: part for key, part in parts.items() if part}
+        return {"name": self.name, "base": None, "settings": self.settings, **filled}
 
     def _read_base(self, base: object) -> dict[str, Any]:
         """All settings of the base but its name."""
@@ -171,7 +163,9 @@ def _build_runs(parts: _Parts) -> list[SweepRun]:
         return []
     runs: list[SweepRun] = []
     problems: dict[str, list[str]] = {}
-    for name, chosen, point in parts.points():
+    sets: list[tuple[str | None, dict[str, Any]]] = [*parts.sets.items()] or [(None, {})]
+    for (name, chosen), values in itertools.product(sets, itertools.product(*parts.grid.values())):
+        point = dict(zip(parts.grid, values, strict=True))
         settings = parts.settings | chosen | point
         try:
             config = load_config(None, [f"{key}={_text(value)}" for key, value in settings.items()])
@@ -179,10 +173,10 @@ def _build_runs(parts: _Parts) -> list[SweepRun]:
             for line in str(error).splitlines()[1:]:
                 problems.setdefault(line.strip(), []).append(_run_name(name, point))
             continue
-        point = {key: read_key(config, key) for key in point}  # 1e6 has become 1000000
-        config.name = _run_name(name, point)
+        read = {key: _value(config, key) for key in parts.keys}  # 1e6 has become 1000000
+        config.name = _run_name(name, {key: read[key] for key in point})
         config.runs_dir = str(Path(config.runs_dir) / parts.name)
-        runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | point, parts.measure))
+        runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | read, parts.measure))
     _share_local(runs)
     names = [run.name for run in runs]
     parts.problems += [line + _where(bad, count) for line, bad in problems.items()]
@@ -191,6 +185,11 @@ def _build_runs(parts: _Parts) -> list[SweepRun]:
     if parts.measure.teacher and parts.measure.anything and "teacher" in names:
         parts.problems.append("a run cannot be called teacher: the table has a row of that name; give it another one")
     return runs
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """What a configuration has at a dotted key, as YAML and JSON spell it."""
+    return functools.reduce(lambda section, part: section[part], key.split("."), config.model_dump(mode="json"))
 
 
 def _run_name(name: str | None, point: dict[str, Any]) -> str:
