@@ -91,10 +91,11 @@ class SweepRun:
 
     def do(self, console: Console | None) -> None:
         """Linearize, then measure the student."""
-        folder = linearize(self.config, resume=True, console=console)
-        _release_memory()
+        if self.status() not in TRAINED:
+            linearize(self.config, resume=True, console=console)
+            _release_memory()
         where = {"teacher": self.config.model, "device": self.config.device}
-        measure_model(str(folder.model), self.measured, self.measure, say=speaker(console), **where)
+        measure_model(str(self.folder.model), self.measured, self.measure, say=speaker(console), **where)
 
 
 @dataclass(frozen=True)
