@@ -194,11 +194,12 @@ def remove_leftovers_in(folder: Path) -> None:
 
 
 @contextmanager
-def hold(file: Path, busy: str) -> Iterator[None]:
+def hold(file: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when this process ends, however it ends.
 
     Args:
         busy: what the error says if another process holds it.
+        patience: seconds that it may take until that has ended.
 
     Raises:
         LolcatsError: another process holds it, or the place cannot be written.
@@ -208,7 +209,7 @@ def hold(file: Path, busy: str) -> Iterator[None]:
     lock = FileLock(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise LolcatsError(busy) from error
     except OSError as error:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lolcats.config import EvaluationConfig, FinetuneConfig, RunConfig
 from lolcats.errors import DataError
 from lolcats.evaluation import Variant, measure, student_variants, teacher_variants
-from lolcats.evaluation.segments import evaluation_segments
+from lolcats.evaluation.perplexity import evaluation_segments
 from lolcats.modeling import AttentionCall, attention_mode, linearized_layers
 from lolcats.training import FinetuneStage
 from lolcats.variants import CONTROLS

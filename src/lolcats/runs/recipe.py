@@ -16,9 +16,8 @@ from lolcats.config import RunConfig
 from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
-from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
+from lolcats.evaluation import Measurement, Variant, evaluation_segments, measure, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
-from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
@@ -75,6 +74,9 @@ def linearize(
         results = from_main_process(accelerator, lambda: open_run(folder, config, device, held, resume, overwrite))
         if results is None:
             return folder
+        if device.type == "cuda":
+            held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
         run = _prepare(config, folder, accelerator, device, console, results, started)
         results.add_seconds("loading", time.perf_counter() - started)
         for name, step in zip(STEPS, (measure_teacher, transfer, finetune, save, measure_student), strict=True):
@@ -98,8 +100,6 @@ def _prepare(
     started: float,
 ) -> Run:
     set_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
     dtype = getattr(torch, results.dtype or "")
     model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     check_supported(model)  # before the text is read, which may take long
@@ -248,15 +248,9 @@ def _slow_backward(run: Run) -> bool:
 def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
     autocast = torch.bfloat16 if next(run.model.parameters()).dtype == torch.bfloat16 else None
     result = train(
-        stage,
-        config,
-        run.data,
-        run.folder.checkpoints(stage.name),
-        run.reporter,
-        accelerator=run.accelerator,
-        seed=run.config.seed,
-        autocast=autocast,
-    )
+        stage, config, run.data, run.folder.checkpoints(stage.name), run.reporter, accelerator=run.accelerator,
+        seed=run.config.seed, autocast=autocast,
+    )  # fmt: skip
     run.results.tokens[stage.name] = result.tokens
     run.results.tokens_per_second[stage.name] = round(result.tokens_per_second, 1)
     run.results.seconds[stage.name] = round(result.seconds, 2)
