@@ -23,9 +23,8 @@ from lolcats.evaluation.perplexity import (
     as_segments,
     evaluation_segments,
     measure,
-    student_variants,
-    teacher_variants,
 )
+from lolcats.evaluation.variants import student_variants, teacher_variants
 from lolcats.modeling import convert, linearized_layers
 from lolcats.models.context import check_context
 from lolcats.models.device import choose_device, choose_dtype
