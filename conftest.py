@@ -1,4 +1,4 @@
-"""Triton's interpreter where there is no GPU, and `--cpu-times N`: what each folder and the N slowest tests cost."""
+"""`--cpu-times N`: what each folder and the N slowest tests cost; and which files come first."""
 
 import os
 from collections import Counter
@@ -6,10 +6,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 seconds: Counter[str] = Counter()  # of each test, with its fixtures and the processes that it waited for
 last = [0.0]
