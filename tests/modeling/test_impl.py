@@ -14,6 +14,7 @@ from lolcats.modeling.attention import AttentionCall
 from lolcats.training.losses import weight_cross_entropy
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("fast_interpreter")
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 FIRST, MORE = 6, 3

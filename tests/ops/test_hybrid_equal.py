@@ -73,6 +73,7 @@ def test_recurrent_is_the_reference_on_a_long_text(kind: str) -> None:
     check(Case(500, 64, kind, sinks=4, decay=True, groups=3, kv_heads=1, batch=1), "recurrent")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "window", "index"), [("sliding", 64, 2), ("sliding", 300, 3), ("terraced", 65, 4)])
 def test_chunked_is_the_reference_on_1000_tokens(kind: str, window: int, index: int) -> None:
     check(varied(1000, kind, window, index, kv_heads=1, size=2, value_size=2, features=2), "chunked")
