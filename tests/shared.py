@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import lolcats
 from interpreter import hasten
 from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.data import PackedDataset
+from lolcats.files import write_bytes
 from lolcats.modeling import AttentionCall, LinearizedAttention, convert, linearized_layers
 from lolcats.training import TrainingData
 from tiny import TEXT, perturb, save_teacher, train_tokenizer
@@ -34,13 +37,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor fill the cache of whoever runs them. The processes of pytest-xdist share one."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests neither read nor fill the cache of whoever runs them. The processes of pytest-xdist share one.
+
+    The index of lm-eval's tasks takes ten seconds, so pytest keeps it for the code that made it.
+    """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    code = b"".join(
+        file.read_bytes() for file in sorted((Path(lolcats.__file__).parent / "evaluation" / "harness").glob("*.py"))
+    )
+    kept = Path(request.config.rootpath) / ".pytest_cache" / f"lm-eval-{hashlib.sha256(code).hexdigest()[:16]}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOLCATS_CACHE", str(base / "cache"))
+        copy_whole(kept, base / "cache" / "lm-eval")
         yield
+        copy_whole(base / "cache" / "lm-eval", kept)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy the files that are not there yet; other processes may do the same."""
+    for file in source.glob("*.json"):
+        if not (target / file.name).exists():
+            target.mkdir(parents=True, exist_ok=True)
+            write_bytes(target / file.name, file.read_bytes())
 
 
 @pytest.fixture(autouse=True, scope="session")

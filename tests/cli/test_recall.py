@@ -114,6 +114,7 @@ def test_broken_progress_is_named(cli: Run, place: Path) -> None:
         cli("recall", place / "teacher", *WORDS, "--json", "x.json").refused("x.json.progress", "move it away")
 
 
+@pytest.mark.slow
 def test_home_is_expanded(cli: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the name of the file that is written."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -31,7 +31,7 @@ def decode(student: Any, ids: Tensor) -> tuple[Tensor, list[bool]]:
     return torch.cat(logits, 1), in_place
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference", "chunked", "recurrent"])
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow), "reference", "chunked", "recurrent"])
 @torch.no_grad()
 def test_a_step_is_made_the_way_that_was_asked_for(make_student: Students, tokens: Tokens, impl: str) -> None:
     ids = tokens(1, FIRST + MORE)

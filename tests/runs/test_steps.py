@@ -14,6 +14,7 @@ from lolcats.runs.folder import RunFolder
 CLOCK = {"seconds", "tokens_per_second", "date"}
 
 
+@pytest.mark.slow
 def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig]) -> None:
     whole = linearize(make_config("name=whole"))
     folder = steps.prepare(make_config("name=steps"))
@@ -31,6 +32,7 @@ def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig
     )
 
 
+@pytest.mark.slow
 def test_a_step_needs_those_before_it(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"is no run: expected config\.yaml"):
         steps.transfer(tmp_path)

@@ -205,6 +205,7 @@ def test_training_learns_and_leaves_the_rest_alone(make_student: Students, train
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+@pytest.mark.slow
 def test_feature_maps_train_too_when_asked(make_student: Students, training_data: TrainingData) -> None:
     student = make_student(window=4)
     before = copy.deepcopy(student)
