@@ -5,7 +5,7 @@ CONFIG ?= configs/demo.yaml
 DEMO_ARGS ?=
 # Options for pytest, such as TEST_ARGS="-k cache".
 TEST_ARGS ?=
-# Processes that share the tests, a file at a time.
+# Processes that share the tests, a file at a time, those that take longest first (conftest.py).
 TEST_WORKERS ?= 2
 # Of `make test-faults`.
 KILLS ?= 300
@@ -15,7 +15,7 @@ SEED ?= 0
 export OMP_WAIT_POLICY ?= passive
 
 BIN := .venv/bin
-PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiling all files takes as long as unpacking them, and the demo imports few of them.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -qq --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt

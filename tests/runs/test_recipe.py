@@ -71,6 +71,7 @@ def test_a_whole_run(make_config: Callable[..., RunConfig]) -> None:
     assert steps == [(stage, step) for stage in ("transfer", "finetune") for step in range(1, 6)]
 
 
+@pytest.mark.slow
 def test_measured_perplexities_are_those_of_the_models(
     make_config: Callable[..., RunConfig], model_folder: Path
 ) -> None:

@@ -16,6 +16,7 @@ from lolcats.runs.results import Results
 CLOCK = {"seconds", "tokens_per_second", "date"}
 
 
+@pytest.mark.slow
 def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig]) -> None:
     whole = linearize(make_config("name=whole"))
     folder = steps.prepare(make_config("name=steps"))
@@ -33,6 +34,7 @@ def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig
     )
 
 
+@pytest.mark.slow
 def test_a_step_needs_those_before_it(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"is no run: expected config\.yaml"):
         steps.transfer(tmp_path)

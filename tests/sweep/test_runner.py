@@ -104,32 +104,37 @@ def test_finished_runs_are_left_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "count"), [("transfer", 2), ("finetune", 2), ("finetune", 5)])
 def test_an_interrupted_sweep_goes_on_to_the_same_end(
-    sweep_file: Callable[..., Path], calls: list[tuple[str, int]], stage: str, count: int
+    sweep_file: Callable[..., Path], calls: list[tuple[str, int]]
 ) -> None:
     """Killed in stage 1, in stage 2, or in the second run; the work that is done again is at most one step."""
     file = sweep_file(**RANKS)
-    whole, killed = load_sweep(file, ["name=whole"]), load_sweep(file, ["name=killed"])
+    whole = load_sweep(file, ["name=whole"])
     run_sweep(whole, file)
     needed = len(calls)
-    calls.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        original = Reporter.step
-
-        def killing(self: Reporter, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            if [name for name, _ in calls].count(stage) == count:
-                raise Killed
-
-        patch.setattr(Reporter, "step", killing)
-        with pytest.raises(Killed):
+    for stage, count in (("transfer", 2), ("finetune", 2), ("finetune", 5)):
+        killed = load_sweep(file, [f"name=killed-{stage}-{count}"])
+        calls.clear()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Reporter, "step", killing(calls, stage, count))
             run_sweep(killed, file)
-    table = run_sweep(killed, file)
-    assert len(calls) == needed + 1
-    assert [row.status for row in table.runs] == ["finished", "finished"]
-    assert [comparable(run) for run in killed.runs] == [comparable(run) for run in whole.runs]
-    assert [weights(run) for run in killed.runs] == [weights(run) for run in whole.runs]
+        table = run_sweep(killed, file)
+        assert len(calls) == needed + 1
+        assert [row.status for row in table.runs] == ["finished", "finished"]
+        assert [comparable(run) for run in killed.runs] == [comparable(run) for run in whole.runs]
+        assert [weights(run) for run in killed.runs] == [weights(run) for run in whole.runs]
+
+
+def killing(calls: list[tuple[str, int]], stage: str, count: int) -> Callable[..., None]:
+    """`Reporter.step`, after which the process is killed at one of a stage's steps."""
+    original = Reporter.step
+
+    def step(self: Reporter, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if [name for name, _ in calls].count(stage) == count:
+            raise Killed
+
+    return step
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def linearize(
         run.count_seconds()
         if run.results.complete:
             on_main_process(accelerator, lambda: save_results(folder.model, run.results))
-        run.write_results()
+        on_main_process(accelerator, lambda: folder.write_results(run.results))  # the very numbers of the model's folder
     return folder
 
 
