@@ -86,7 +86,8 @@ def linearize(
         run.count_seconds()
         if run.results.complete:
             on_main_process(accelerator, lambda: save_results(folder.model, run.results))
-        on_main_process(accelerator, lambda: folder.write_results(run.results))  # the very numbers of the model's folder
+        # With no more seconds than there are in the model's folder.
+        on_main_process(accelerator, lambda: folder.write_results(run.results))
     return folder
 
 
