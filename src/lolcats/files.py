@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -101,6 +102,20 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_json(path: Path, content: object) -> None:
+    """Write what JSON can spell, `finite`, and other values as their text; raises as `atomic_file` does."""
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Lists and dictionaries with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically; raises as `atomic_file` does."""
     with atomic_file(path) as temporary:
@@ -179,11 +194,12 @@ def remove_leftovers_in(folder: Path) -> None:
 
 
 @contextmanager
-def hold(file: Path, busy: str) -> Iterator[None]:
+def hold(file: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when this process ends, however it ends.
 
     Args:
         busy: what the error says if another process holds it.
+        patience: seconds that it may take until that has ended.
 
     Raises:
         LolcatsError: another process holds it, or the place cannot be written.
@@ -193,7 +209,7 @@ def hold(file: Path, busy: str) -> Iterator[None]:
     lock = FileLock(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise LolcatsError(busy) from error
     except OSError as error:

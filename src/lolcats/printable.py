@@ -55,6 +55,13 @@ def show_bytes(count: float) -> str:
     return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
 
 
+def show_number(value: float | None, digits: int = 2) -> str:
+    """A number with `digits` decimals; very large ones in powers of ten, one that is not there as a dash."""
+    if value is None:
+        return "-"
+    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
 def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
     """`text` without its middle if it is longer than `most` characters."""
     if len(text) <= most:

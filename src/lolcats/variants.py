@@ -6,8 +6,10 @@ The controls are those of arXiv 2510.05901. Every list of variants in the packag
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
+
+from lolcats.printable import show_number
 
 
 class VariantInfo(NamedTuple):
@@ -42,6 +44,17 @@ CONTROLS = tuple(variant.name for variant in sorted(_controls, key=lambda varian
 def ordered(names: Iterable[str]) -> list[str]:
     """Names in the order of `VARIANTS`, others last."""
     return sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
+
+
+def score_cells(
+    perplexity: Mapping[str, float | None], kl: Mapping[str, float | None]
+) -> Iterator[tuple[str, list[str]]]:
+    """Each variant with its perplexity, the ratio to the teacher's, and the distance from the teacher, for people."""
+    teacher = perplexity.get("teacher")
+    for name in ordered(perplexity):
+        value, distance = perplexity[name], None if name == "teacher" else kl.get(name)
+        ratio = value / teacher if value is not None and teacher else None
+        yield name, [show_number(value), show_number(ratio, 3), show_number(distance, 4)]
 
 
 def label(name: str, student: str = "student") -> str:

@@ -22,6 +22,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=torch.arange(3, 30)[None]).logits
 
 
+@pytest.mark.slow
 def test_every_format_is_the_model(cli: Run, finished: Path) -> None:
     """The run's folder or the model's; what is printed is where it is and how large."""
     expected = logits(AutoModelForCausalLM.from_pretrained(finished / "model"))
@@ -35,6 +36,7 @@ def test_every_format_is_the_model(cli: Run, finished: Path) -> None:
     torch.testing.assert_close(logits(load_adapter("a")[0]), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_exported_model_serves_the_other_verbs(cli: Run, finished: Path) -> None:
     assert cli("export", finished, "m").code == 0
     assert cli("inspect", "m").out == cli("inspect", finished).out

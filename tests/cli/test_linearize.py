@@ -16,6 +16,7 @@ from lolcats.cli.linearize import read_target
 from .conftest import Run
 
 
+@pytest.mark.slow
 def test_run_shows_the_story_and_where_the_model_is(cli: Run, arguments: list[str]) -> None:
     """The table in its order, both generations, the folder and how to load it."""
     answer = cli(*arguments, "name=a")
@@ -41,6 +42,7 @@ def test_yaml_file_is_a_target(cli: Run, arguments: list[str], tmp_path: Path) -
     assert first["perplexity"] == second["perplexity"]
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_prints_it_again(cli: Run, arguments: list[str]) -> None:
     """Nothing is trained twice."""
     assert cli(*arguments, "name=a").code == 0
@@ -74,6 +76,7 @@ def test_overwrite_replaces_a_run(cli: Run, arguments: list[str]) -> None:
     assert lolcats.load_config(Path("runs/a/config.yaml")).linearization.window == 4
 
 
+@pytest.mark.slow
 def test_existing_run_is_kept(cli: Run, arguments: list[str]) -> None:
     """Neither --resume nor --overwrite: refused; --resume with other settings too."""
     assert cli(*arguments, "name=a", "finetune.enabled=false").code == 0
@@ -106,12 +109,14 @@ def stopped(cli: Run, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 CHECKPOINT = Path("runs/a/checkpoints/transfer/last.safetensors")
 
 
+@pytest.mark.slow
 def test_truncated_checkpoint(cli: Run, stopped: list[str]) -> None:
     """Half a file."""
     CHECKPOINT.write_bytes(CHECKPOINT.read_bytes()[:500])
     cli(*stopped).refused("cannot read the checkpoint", "delete it")
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_program(cli: Run, stopped: list[str]) -> None:
     """A safetensors file without our metadata."""
     save_file({"weight": zeros(2)}, CHECKPOINT)
@@ -141,6 +146,7 @@ def test_model_is_a_target(target: str) -> None:
     assert config.model == target and config.name == "recommended"
 
 
+@pytest.mark.slow
 def test_until_a_step_and_on(cli: Run, arguments: list[str]) -> None:
     """What is left is done by --resume."""
     answer = cli(*arguments, "name=a", "--until", "transfer")

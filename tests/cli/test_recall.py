@@ -28,6 +28,7 @@ def test_recall_of_all_columns(cli: Run, finished: Path) -> None:
     assert not Path("x.json.progress").exists()
 
 
+@pytest.mark.slow
 def test_recall_of_a_teacher_repeats(cli: Run, place: Path) -> None:
     """The same command, the same file; another seed, other prompts."""
     words = ["recall", place / "teacher", *WORDS]
@@ -113,6 +114,7 @@ def test_broken_progress_is_named(cli: Run, place: Path) -> None:
         cli("recall", place / "teacher", *WORDS, "--json", "x.json").refused("x.json.progress", "move it away")
 
 
+@pytest.mark.slow
 def test_home_is_expanded(cli: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the name of the file that is written."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -128,6 +130,7 @@ def test_a_model_without_tokenizer(cli: Run, place: Path, tmp_path: Path) -> Non
     cli("recall", tmp_path).refused(str(tmp_path), "tokenizer")
 
 
+@pytest.mark.slow
 def test_perplexity_beyond_the_training_texts(cli: Run, place: Path, finished: Path) -> None:
     """Four times as long, by position, with a word on where the training ended."""
     answer = cli("evaluate", finished, "--sources", place / "text.txt", "--beyond", "4", "--json", "x.json")

@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
-from lolcats.cli.tables import show_layers, show_number
+from lolcats.cli.tables import show_layers
 from lolcats.evaluation import compare
 from lolcats.evaluation.facts import read_facts
 from lolcats.models.conversation import Conversation
-from lolcats.printable import show_bytes
+from lolcats.printable import show_bytes, show_number
 from lolcats.runs.artefact import RECIPE_FILE
 
 from .conftest import Run
@@ -82,6 +82,7 @@ def test_evaluate_says_that_the_text_is_gone(cli: Run, place: Path, finished: Pa
     cli("evaluate", model).refused("held out", "gone.txt", "--sources")
 
 
+@pytest.mark.slow
 def test_runs_say_that_there_is_little_text(cli: Run, arguments: list[str]) -> None:
     """In the output and in the results; the default data say so too."""
     answer = cli(*arguments, "name=little", "data.max_tokens=160", "transfer.tokens=640", "finetune.enabled=false")
@@ -91,6 +92,7 @@ def test_runs_say_that_there_is_little_text(cli: Run, arguments: list[str]) -> N
     assert "transfer reads them" in notes[0] and "transfer.tokens" in notes[0]
 
 
+@pytest.mark.slow
 def test_evaluate_reads_copies_of_data_sets(cli: Run, place: Path, finished: Path) -> None:
     """Named by the option, or by the recipe of the model; the numbers are those of the file."""
     source, words = "hf:some/text", ["--teacher", "none", "--control", "none", "--json", "x.json"]
@@ -136,6 +138,7 @@ def test_evaluate_without_a_teacher(cli: Run, place: Path, finished: Path) -> No
     assert "30 tokens" in answer.out
 
 
+@pytest.mark.slow
 def test_evaluate_of_a_teacher(cli: Run, place: Path) -> None:
     """Any model has a perplexity."""
     answer = cli("evaluate", place / "teacher", "--length", "16", "--max-segments", "2")
@@ -211,6 +214,7 @@ def test_chat_leaves_at_an_interruption(cli: Run, finished: Path, monkeypatch: p
     assert answer.code == 0 and answer.err == ""
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_state_and_changes_no_answer(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns on the kept state equal turns that read everything again."""
     model, tokenizer = load_model(str(finished), "cpu", "auto")
@@ -237,7 +241,7 @@ def test_chat_needs_a_template(cli: Run, place: Path, finished: Path, monkeypatc
     """A base model has none."""
     model, tokenizer = load_model(str(finished), "cpu", "auto")
     tokenizer.chat_template = None
-    monkeypatch.setattr("lolcats.cli.chat.load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr("lolcats.cli.generate.load_model", lambda *_: (model, tokenizer))
     cli("chat", finished).refused("no chat template", "lolcats generate")
 
 
@@ -258,6 +262,7 @@ def test_inspect_of_a_teacher(cli: Run, place: Path) -> None:
     assert answer.code == 0 and "can be linearized" in answer.out and "lolcats linearize" in answer.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

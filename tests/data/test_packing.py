@@ -186,6 +186,7 @@ def test_no_document_is_in_both_parts(packing, tokenizer, tmp_path: Path):
     assert not seen[0] & seen[1]
 
 
+@pytest.mark.slow
 def test_same_seed_same_data(tokenizer):
     config = DataConfig(sequence_length=64, validation_sequences=4, max_tokens=20_000)
     once, again, other = (build_datasets(config, tokenizer, seed) for seed in (3, 3, 4))

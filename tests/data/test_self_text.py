@@ -37,6 +37,7 @@ def calls(monkeypatch, made: SelfText) -> list[int]:
     return written
 
 
+@pytest.mark.slow
 def test_chat_models_ask_and_answer(writer, tokenizer):
     records = list(SelfText(writer, tokenizer, 6, 60, 0).records())
     assert len(records) == 6
@@ -50,12 +51,14 @@ def test_models_without_a_template_write_on(writer, tokenizer):
     assert all(set(record) == {"text"} for record in records)
 
 
+@pytest.mark.slow
 def test_templates_that_end_a_turn_with_ordinary_characters(writer, tokenizer):
     tokenizer.chat_template = CHATML.replace("<end>\n", " [/x]").replace("<start>", "")
     records = list(SelfText(writer, tokenizer, 6, 60, 0).records())
     assert not any("[/x]" in record["prompt"] for record in records if "prompt" in record)
 
 
+@pytest.mark.slow
 def test_same_seed_same_text_and_the_random_state_stays(writer, tokenizer, small, monkeypatch):
     before = torch.random.get_rng_state()
     first = list(SelfText(writer, tokenizer, 6, 60, 0).records())
@@ -66,6 +69,7 @@ def test_same_seed_same_text_and_the_random_state_stays(writer, tokenizer, small
     assert list(SelfText(writer, tokenizer, 6, 60, 1).records()) != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{"num_beams": 2}, {"min_new_tokens": 9}, {"repetition_penalty": 9.0, "top_k": 1}])
 def test_how_the_teacher_would_write_else_is_not_asked(writer, tokenizer, small, monkeypatch, own):
     first = list(SelfText(writer, tokenizer, 4, 60, 0).records())
@@ -74,6 +78,7 @@ def test_how_the_teacher_would_write_else_is_not_asked(writer, tokenizer, small,
     assert list(SelfText(writer, tokenizer, 4, 60, 0).records()) == first
 
 
+@pytest.mark.slow
 def test_an_interrupted_teacher_goes_on(writer, tokenizer, small, monkeypatch):
     whole = list(SelfText(writer, tokenizer, 10, 60, 0).records())
     monkeypatch.setenv("LOLCATS_CACHE", str(small / "other"))
@@ -114,6 +119,7 @@ def test_a_teacher_that_says_nothing(writer, tokenizer):
         list(SelfText(writer, tokenizer, 3, 20, 0).records())
 
 
+@pytest.mark.slow
 def test_a_run_on_text_of_the_teacher(writer, tokenizer):
     config = DataConfig(sources=[{"name": "self", "limit": 12}], sequence_length=40, validation_sequences=2)  # type: ignore[list-item]
     train, validation = build_datasets(config, tokenizer, 0, teacher=writer)

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from lolcats.config import EvaluationConfig, FinetuneConfig, RunConfig
 from lolcats.errors import DataError
 from lolcats.evaluation import Variant, measure, student_variants, teacher_variants
-from lolcats.evaluation.segments import evaluation_segments
+from lolcats.evaluation.perplexity import evaluation_segments
 from lolcats.modeling import AttentionCall, attention_mode, linearized_layers
 from lolcats.training import FinetuneStage
+from lolcats.variants import CONTROLS
 
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
@@ -31,6 +32,14 @@ def window_mask(length: int, window: int, sinks: int, kind: str) -> Tensor:
     near = i - j < window if kind == "sliding" else i // window - j // window < 2
     visible = (j <= i) & (near | (j < sinks))
     return torch.zeros(length, length).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+
+
+def test_controls_are_the_modes_of_every_mixer(make_student: Students, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student(window=5)
+    assert list(student_variants(student, CONTROLS)) == ["student", "window_only", "linear_only", "no_attention"]
+    monkeypatch.setattr(linearized_layers(student)[0].mixer, "modes", ("full", "no_attention"), raising=False)
+    assert list(student_variants(student, CONTROLS)) == ["student", "no_attention"]
+    assert list(teacher_variants(student, controls=CONTROLS)) == ["teacher"]
 
 
 @pytest.mark.parametrize(("window", "sinks", "kind"), [(5, 0, "sliding"), (5, 3, "sliding"), (4, 2, "terraced")])

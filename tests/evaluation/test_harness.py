@@ -74,6 +74,7 @@ def test_variants_stand_in_one_table(
     assert one["window_only"] == one["training_free"] and len(set(one.values())) == len(VARIANTS) - 1
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_the_batch(
     model: PreTrainedModel, make_student: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

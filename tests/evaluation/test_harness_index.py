@@ -32,10 +32,10 @@ def test_the_second_time_nothing_is_read(tasks: Path, tmp_path: Path, monkeypatc
     first = index.task_manager()
     assert first.all_tasks == ["one"] and len(cached(tmp_path)) == 1
 
-    def build(*args: object) -> dict[str, object]:
+    def read(*args: object, **options: object) -> dict[str, object]:
         raise AssertionError("the definitions were read again")
 
-    monkeypatch.setattr("lm_eval.tasks._index.TaskIndex.build", build)
+    monkeypatch.setattr("lm_eval.tasks._index.load_yaml", read)
     again = index.task_manager()
     assert isinstance(again, TaskManager) and again.task_index == first.task_index
 
@@ -63,8 +63,7 @@ def test_changed_definitions_are_read(tasks: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no JSON", b"\x80\x04N.", b"{}1", b"[[1]]", b'[["one", "TASK", "/etc/x.yaml", {}, []]]',
-     b'[["one", "TASK", "../x.yaml", {}, []]]', b'[["one", "NO_KIND", null, {}, []]]', b"[" * 100_000],
+    [b"", b"no JSON", b"\x80\x04N.", b"{}1", b"[[1]]", b'{"one/one.yaml": "task: one"}', b"[" * 100_000],
     ids=lambda content: str(content[:30]),
 )  # fmt: skip
 def test_a_broken_cache_is_made_anew(tasks: Path, tmp_path: Path, content: bytes) -> None:
@@ -73,6 +72,15 @@ def test_a_broken_cache_is_made_anew(tasks: Path, tmp_path: Path, content: bytes
     whole = file.read_bytes()
     file.write_bytes(content)
     assert index.task_manager().all_tasks == ["one"] and file.read_bytes() == whole
+
+
+def test_other_files_that_a_cache_names_are_no_definitions(tasks: Path, tmp_path: Path) -> None:
+    """Code that they name would be run."""
+    index.task_manager()
+    (file,) = cached(tmp_path)
+    (tmp_path / "two.yaml").write_text("task: two\nclass: !function two.Task\n")
+    file.write_text('{"../two.yaml": {"task": "two", "class": "two.Task"}}')
+    assert index.task_manager().all_tasks == ["one"]
 
 
 def test_a_cache_that_cannot_be_written(tasks: Path, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_progress_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "x.progress").read_text().startswith("my notes")
 
 
+@pytest.mark.slow
 def test_prompts_too_long_are_refused_or_counted(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:

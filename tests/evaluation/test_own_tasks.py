@@ -48,6 +48,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return load
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_measured(
     load: Callable[..., Any],
     definition: dict[str, Any],

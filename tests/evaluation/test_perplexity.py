@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lolcats.evaluation import Variant, as_segments, measure, perplexity
+from lolcats.evaluation import Variant, as_segments, measure
 from lolcats.evaluation.perplexity import position_buckets
 
 Students = Callable[..., Any]
@@ -36,7 +36,7 @@ def test_perplexity_is_the_naive_one(
     last: int | None,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(perplexity, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr("lolcats.training.losses.HEAD_CHUNK", chunk)
     student, segments = make_student(window=5), tokens(5, 24)
     got = measure({"x": Variant(student)}, segments, last=last, batch_size=batch_size)["x"]
     losses = token_losses(student, segments)[:, -(last or 23) :]
@@ -56,6 +56,17 @@ def test_divergence_is_the_naive_one(teacher: LlamaForCausalLM, make_student: St
     assert got["student"].kl == pytest.approx(float(kl), rel=1e-4)
     assert got["student"].kl > 0.01  # type: ignore[operator]
     assert got["teacher"].kl == pytest.approx(0, abs=1e-7)
+
+
+def test_a_teacher_among_the_variants_is_run_once(make_student: Students, tokens: Tokens) -> None:
+    student, segments = make_student(window=5), tokens(3, 24)
+    variant, runs = Variant(student), []
+    student.model.register_forward_hook(lambda *_: runs.append(1))
+    measure({"teacher": variant}, segments, batch_size=3)
+    alone, once = len(runs), measure({"teacher": variant}, segments, teacher=variant, batch_size=3)["teacher"]
+    assert len(runs) == 2 * alone and once.kl == 0
+    twice = measure({"teacher": Variant(student)}, segments, teacher=variant, batch_size=3)["teacher"]
+    assert len(runs) == 3 * alone + 1 and (once.loss, once.kl) == (twice.loss, twice.kl)
 
 
 def test_buckets_of_position(make_student: Students, tokens: Tokens) -> None:

@@ -65,6 +65,7 @@ def settings(**changes: Any) -> RecallSettings:
     return RecallSettings(**({"tasks": ["passkey"], "lengths": [LENGTH], "samples": 8, "depths": 4} | changes))
 
 
+@pytest.mark.slow
 def test_a_model_that_can_do_it_scores_everything(reader: Reader, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     asked = settings(tasks=["passkey", "niah_single_1", "niah_multikey", "niah_multiquery"])
     cells = recall({"teacher": Variant(reader)}, tiny_tokenizer, asked, batch_size=3)
@@ -107,6 +108,7 @@ def test_an_answer_ends_when_it_is_settled(make_teacher: Teachers, tiny_tokenize
     assert len(steps) == 9 + 1
 
 
+@pytest.mark.slow
 def test_modes_are_entered_and_scored_apart(
     make_student: Callable[..., Any], make_teacher: Teachers, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -118,6 +120,7 @@ def test_modes_are_entered_and_scored_apart(
     assert outputs["student"] != outputs["teacher"] and outputs["window_only"] == outputs["training_free"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(
     reader: Reader, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_the_kept_adapter_serves_where_the_checkpoints_are_gone(runs: Runs, ids:
     torch.testing.assert_close(logits(adapter, ids), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_is_read(runs: Runs, tmp_path: Path) -> None:
     run = runs()
     shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors.index.json"))

@@ -141,6 +141,7 @@ def test_a_model_is_loaded_without_the_package(
     assert found[3]
 
 
+@pytest.mark.slow
 def test_with_the_package_its_own_code_is_used(runs: Runs, ids: Tensor, tmp_path: Path) -> None:
     """Trusted or not; nothing of the folder is executed."""
     folder = export_model(runs().path, tmp_path / "out", "remote-code").folder
@@ -152,6 +153,7 @@ def test_with_the_package_its_own_code_is_used(runs: Runs, ids: Tensor, tmp_path
         assert torch.equal(loaded(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_the_code_is_the_packages_own() -> None:
     """Every file but three written ones is a module of the package, with nothing changed but imports and two lines."""
     files = remote_code.collect_sources()
@@ -187,6 +189,7 @@ def test_the_code_is_the_packages_own() -> None:
     assert sorted(line[:16] for line in different) == ["AutoConfig.regis", 'NAME = "lolcats"', "NAME = __name__"]
 
 
+@pytest.mark.slow
 def test_every_module_is_found_by_transformers_and_asks_for_no_other_package(tmp_path: Path) -> None:
     """transformers copies what it finds to be imported relatively, and wants every package imported outside `try`."""
     files = remote_code.collect_sources()
@@ -251,6 +254,7 @@ def test_an_unknown_family_is_refused(runs: Runs, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_the_code_does_not_go_into_other_formats(runs: Runs, tmp_path: Path) -> None:
     code = export_model(runs().path, tmp_path / "code", "remote-code").folder
     assert "auto_map" in json.loads((code / "config.json").read_text())

@@ -12,13 +12,13 @@ import forked
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [3, 4])
-def test_every_command_goes_on_after_a_kill(tmp_path: Path, seed: int) -> None:
-    """Ten kills of each seed."""
+@pytest.mark.timeout(600)
+def test_every_command_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """Twenty kills, which share the runs that they are compared with."""
     script = str(Path(__file__).with_name("kills.py"))
-    process = forked.start([script, "--kills", "10", "--seed", str(seed)], tmp_path, dict(os.environ))
+    process = forked.start([script, "--kills", "20", "--seed", "3"], tmp_path, dict(os.environ))
     process.join()
     said = (tmp_path / "out").read_text()
     assert process.exitcode == 0, said
     found = re.search(r"^(\d+) kills in (\d+) trials .*: 0 failed$", said, re.M)
-    assert found is not None and int(found[1]) >= 10 and int(found[2]) >= 7, said  # of seven commands
+    assert found is not None and int(found[1]) >= 20 and int(found[2]) >= 10, said  # of seven commands

@@ -39,6 +39,7 @@ def make_batch() -> Batch:
     return Batch(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_one_trains_and_touches_no_weight(folder: str, kind: Any) -> None:
@@ -58,6 +59,7 @@ def test_stage_one_trains_and_touches_no_weight(folder: str, kind: Any) -> None:
     assert all(torch.equal(p, after[n]) for n, p in before.items())
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_on_quantized_weights_is_lora_on_their_values(folder: str, kind: Any) -> None:

@@ -20,6 +20,7 @@ def test_continue_a_conversation(model: Any, tokenizer: Any, inputs: Any) -> Non
     assert torch.equal(more, model.generate(ids, do_sample=False, max_new_tokens=8))
 
 
+@pytest.mark.slow
 def test_several_texts_from_one_prompt(model: Any, tokenizer: Any, inputs: Any) -> None:
     """A cache is used up by what is generated from it; a copy of it is small."""
     cache = DynamicCache(config=model.config)

@@ -18,6 +18,7 @@ def test_greedy(model: Any, inputs: Any) -> None:
     assert torch.equal(text[:, new:], full_pass[:, new - 1 : -1])
 
 
+@pytest.mark.slow
 def test_sampling_with_a_seed(model: Any, inputs: Any) -> None:
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 20, "num_return_sequences": 3}
     set_seed(1)
@@ -27,6 +28,7 @@ def test_sampling_with_a_seed(model: Any, inputs: Any) -> None:
     assert first.shape[0] == 3
 
 
+@pytest.mark.slow
 def test_beam_search(model: Any, inputs: Any) -> None:
     beams = model.generate(**inputs, num_beams=4, num_return_sequences=2, do_sample=False, max_new_tokens=12)
     slow = model.generate(
@@ -35,6 +37,7 @@ def test_beam_search(model: Any, inputs: Any) -> None:
     assert torch.equal(beams, slow)
 
 
+@pytest.mark.slow
 def test_prompts_of_different_lengths(model: Any, tokenizer: Any) -> None:
     prompts = ["The river", "A miller lived there with his daughter", "Every star above it"]
     tokenizer.padding_side = "left"
@@ -56,6 +59,7 @@ def test_a_padded_batch_without_positions(model: Any, tokenizer: Any) -> None:
     assert torch.allclose(logits[0, -alone.shape[1] :], alone[0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_stopping(model: Any, tokenizer: Any, inputs: Any) -> None:
     long = model.generate(**inputs, do_sample=False, max_new_tokens=20)
     stop = tokenizer.decode(long[0, -8:-6])
@@ -69,6 +73,7 @@ def test_stopping(model: Any, tokenizer: Any, inputs: Any) -> None:
     assert model.generate(**inputs, max_new_tokens=20, do_sample=False, stopping_criteria=rules).shape[1] == 24
 
 
+@pytest.mark.slow
 def test_streaming(model: Any, tokenizer: Any, inputs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model.generate(**inputs, streamer=TextStreamer(tokenizer), do_sample=False, max_new_tokens=12)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
@@ -96,6 +101,7 @@ def test_pipeline(model: Any, tokenizer: Any, inputs: Any, folder: str) -> None:
     assert result["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_long_prompt_in_chunks(model: Any, tokenizer: Any) -> None:
     long = tokenizer("The river runs through a green valley. " * 8, return_tensors="pt")
     text = model.generate(**long, do_sample=False, max_new_tokens=8, prefill_chunk_size=16)
@@ -109,6 +115,7 @@ def test_embeddings_instead_of_tokens(model: Any, inputs: Any) -> None:
     assert torch.equal(text, expected[:, -8:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiler")
 def test_static_cache(model: Any, inputs: Any) -> None:
     """On a GPU each decoding step is then one CUDA graph; the state stays where it is in memory."""

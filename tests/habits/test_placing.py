@@ -53,6 +53,7 @@ def test_compile(model: Any, inputs: Any) -> None:
     assert difference.abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_larger_than_memory(model: Any, inputs: Any, folder: str) -> None:
     """Layers that do not fit are read from disk when they are needed."""
     device_map: dict[str, str] = {

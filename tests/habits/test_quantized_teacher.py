@@ -78,6 +78,7 @@ def validation_loss(model: PreTrainedModel, data: TrainingData, config: Transfer
     return float(TransferStage(model, config).validate(batch)["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", ["paper", "matched"])
 def test_stage_one_trains_and_touches_no_weight(

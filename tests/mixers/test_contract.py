@@ -101,6 +101,7 @@ def copied(state: Any) -> Any:
 pytestmark = pytest.mark.parametrize(("name", "settings"), CASES)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_text_may_be_cut_anywhere(name: str, settings: dict[str, Any]) -> None:
     mixer, call = make(name, settings), make_call()

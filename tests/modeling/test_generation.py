@@ -39,6 +39,7 @@ def test_greedy_text_is_the_argmax_of_the_full_pass(
     assert torch.equal(text[:, length:], best[:, length - 1 : -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", LAYERS)
 def test_left_padded_prompts_are_as_single_ones(
     make_student: Students, tokens: Tokens, settings: dict[str, Any]
@@ -53,11 +54,13 @@ def test_left_padded_prompts_are_as_single_ones(
         assert torch.equal(together[row : row + 1, 12 - n :], generate(student, ids[row : row + 1, 12 - n :]))
 
 
+@pytest.mark.slow
 def test_without_a_cache_generate_says_the_same(make_student: Students, tokens: Tokens) -> None:
     student = make_student(window=6, sinks=2)
     assert torch.equal(generate(student, tokens()), generate(student, tokens(), use_cache=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [LAYERS[0], LAYERS[3]])
 def test_beam_search_finds_the_same_beams_as_without_a_cache(
     make_student: Students, tokens: Tokens, settings: dict[str, Any]
@@ -68,6 +71,7 @@ def test_beam_search_finds_the_same_beams_as_without_a_cache(
     assert torch.equal(with_cache, generate(student, tokens(2, 9), use_cache=False, **options))
 
 
+@pytest.mark.slow
 def test_sampling_depends_only_on_the_seed(make_student: Students, tokens: Tokens) -> None:
     student = make_student(window=6)
 
@@ -82,11 +86,13 @@ def test_sampling_depends_only_on_the_seed(make_student: Students, tokens: Token
     assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.slow
 def test_prefill_in_chunks(make_student: Students, tokens: Tokens) -> None:
     student, ids = make_student(window=6, sinks=2), tokens(2, 17)
     assert torch.equal(generate(student, ids, prefill_chunk_size=5), generate(student, ids))
 
 
+@pytest.mark.slow
 def test_prefill_in_chunks_of_padding(make_student: Students, tokens: Tokens) -> None:
     student, ids = make_student(window=6, sinks=2), tokens(2, 17)
     ids[0, :11] = 0
@@ -113,6 +119,7 @@ def test_static_cache_says_the_same_or_is_refused_in_words(
         assert torch.equal(text, expected)
 
 
+@pytest.mark.slow
 def test_a_finished_row_does_not_disturb_the_others(make_student: Students, tokens: Tokens) -> None:
     student, ids = make_student(window=6), tokens(2, 9)
     first, alone = generate(student, ids[:1]), generate(student, ids[1:])

@@ -14,6 +14,7 @@ from lolcats.modeling.attention import AttentionCall
 from lolcats.training.losses import weight_cross_entropy
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("fast_interpreter")
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 FIRST, MORE = 6, 3
@@ -30,7 +31,7 @@ def decode(student: Any, ids: Tensor) -> tuple[Tensor, list[bool]]:
     return torch.cat(logits, 1), in_place
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference", "chunked", "recurrent"])
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow), "reference", "chunked", "recurrent"])
 @torch.no_grad()
 def test_a_step_is_made_the_way_that_was_asked_for(make_student: Students, tokens: Tokens, impl: str) -> None:
     ids = tokens(1, FIRST + MORE)

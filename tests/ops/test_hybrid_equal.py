@@ -20,7 +20,7 @@ from helpers import (
 )
 
 from lolcats.ops import hybrid_attention
-from lolcats.ops.hybrid import chunked
+from lolcats.ops.hybrid import chunked, scan
 
 WINDOWS = [("sliding", w) for w in (0, 1, 16, 64, 65, 300)] + [("terraced", w) for w in (1, 16, 64, 65, 300)]
 
@@ -73,6 +73,7 @@ def test_recurrent_is_the_reference_on_a_long_text(kind: str) -> None:
     check(Case(500, 64, kind, sinks=4, decay=True, groups=3, kv_heads=1, batch=1), "recurrent")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "window", "index"), [("sliding", 64, 2), ("sliding", 300, 3), ("terraced", 65, 4)])
 def test_chunked_is_the_reference_on_1000_tokens(kind: str, window: int, index: int) -> None:
     check(varied(1000, kind, window, index, kv_heads=1, size=2, value_size=2, features=2), "chunked")
@@ -80,18 +81,22 @@ def test_chunked_is_the_reference_on_1000_tokens(kind: str, window: int, index: 
 
 MANY_CHUNKS = {
     "plain": {},
-    "padding": {"attention_mask": torch.arange(2250)[None] >= 3},
-    "boundary after 2100 tokens": {"segment_ids": (torch.arange(2250)[None] >= 2100).long()},
-    "boundary between chunks": {"segment_ids": torch.arange(2250)[None] // 64 // 8},
+    "padding": {"attention_mask": torch.arange(500)[None] >= 3},
+    "boundary after 380 tokens": {"segment_ids": (torch.arange(500)[None] >= 380).long()},
+    "boundary between chunks": {"segment_ids": torch.arange(500)[None] // 64 // 3},
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", MANY_CHUNKS.values(), ids=MANY_CHUNKS.keys())
-def test_chunked_carries_over_many_chunks(options: dict[str, torch.Tensor]) -> None:
-    """More chunks than one product of the scan handles (32)."""
+@pytest.mark.parametrize("span", [chunked.CPU_SPAN, 320])
+def test_chunked_carries_over_many_chunks(
+    options: dict[str, torch.Tensor], span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More chunks than one product of the scan handles, in one span of the text and in two."""
+    monkeypatch.setattr(scan, "GROUP", 2)
+    monkeypatch.setattr(chunked, "CPU_SPAN", span)
     for decay, feature_heads in ((False, "kv"), (True, "query")):
-        case = Case(2250, 5, "sliding", 1, decay, feature_heads, 2, 1, 1, size=1, value_size=1, features=1)
+        case = Case(500, 5, "sliding", 1, decay, feature_heads, 2, 1, 1, size=1, value_size=1, features=1)
         tensors = make(case)
         want, got = (run(tensors, case, impl, **options).out for impl in ("reference", "chunked"))
         assert_same(got, want)

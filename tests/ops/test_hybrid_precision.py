@@ -128,6 +128,7 @@ def test_strong_decay_stays_finite(impl: str) -> None:
     torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @all_implementations
 def test_a_fully_padded_row_is_zero(impl: str) -> None:
     for kind, window, sinks in (("sliding", 0, 0), ("sliding", 8, 2), ("terraced", 8, 2)):

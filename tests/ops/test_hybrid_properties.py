@@ -21,6 +21,7 @@ def softmax_attention(tensors: Tensors) -> Tensor:
 WIDE = [("sliding", 70, 0), ("sliding", 300, 3), ("terraced", 35, 0), ("terraced", 70, 3), ("sliding", 1, 70)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "window", "sinks"), WIDE)
 def test_wide_window_is_softmax_attention(kind: str, window: int, sinks: int) -> None:
     """Where window and sinks hold every key, g cancels and the features count for nothing, whatever they are."""
@@ -66,6 +67,7 @@ def linear_attention(tensors: Tensors, case: Case) -> Tensor:
     return torch.stack(outputs, 2)
 
 
+@pytest.mark.slow
 @all_implementations
 @pytest.mark.parametrize("decay", [False, True])
 def test_no_window_is_linear_attention(decay: bool, impl: str) -> None:
@@ -77,6 +79,7 @@ def test_no_window_is_linear_attention(decay: bool, impl: str) -> None:
         assert_same_gradients(got, want, tensors)
 
 
+@pytest.mark.slow
 def test_zero_decay_is_no_decay() -> None:
     for feature_heads, impl in itertools.product(("query", "kv"), CPU_IMPLEMENTATIONS):
         case = Case(80, 8, sinks=1, feature_heads=feature_heads, groups=2)
@@ -85,6 +88,7 @@ def test_zero_decay_is_no_decay() -> None:
         assert_same(run(zero, case, impl).out, run(tensors, case, impl).out, impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "window"), [("sliding", 0), ("sliding", 9), ("terraced", 9)])
 def test_the_future_changes_nothing(kind: str, window: int) -> None:
     case = Case(140, window, kind, sinks=2, decay=True, groups=2, kv_heads=1, batch=1)
@@ -123,6 +127,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @all_implementations
 @pytest.mark.parametrize("numbers", RUNS.values(), ids=RUNS.keys())
 def test_segments_are_separate_calls(numbers: tuple[list[int], list[int]], impl: str) -> None:

@@ -53,6 +53,7 @@ def test_scalar_truth(kind: str, window: int, option: dict[str, float]) -> None:
             assert_same(run(tensors, case, impl).out[1], want, f"{impl} {case}")
 
 
+@pytest.mark.slow
 @options
 @windows
 def test_implementations_agree(kind: str, window: int, option: dict[str, float]) -> None:
@@ -61,6 +62,7 @@ def test_implementations_agree(kind: str, window: int, option: dict[str, float])
         check(case, make(case))
 
 
+@pytest.mark.slow
 @options
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(side: str, option: dict[str, float]) -> None:
@@ -74,6 +76,7 @@ def test_padding(side: str, option: dict[str, float]) -> None:
         assert out[~mask[:, None].expand(out.shape[:3])].abs().max() == 0
 
 
+@pytest.mark.slow
 @options
 def test_segments(option: dict[str, float]) -> None:
     ids = torch.tensor([0] * 30 + [-1] * 5 + [1] * 40)[None].expand(2, -1)
@@ -110,6 +113,7 @@ def softmax_attention(tensors: Tensors, case: Case) -> Tensor:
     return scores.softmax(-1)[..., : case.n] @ v
 
 
+@pytest.mark.slow
 @options
 @pytest.mark.parametrize(("kind", "window", "sinks"), [("sliding", 70, 0), ("terraced", 35, 3), ("sliding", 1, 70)])
 def test_wide_window_is_softmax_attention(kind: str, window: int, sinks: int, option: dict[str, float]) -> None:
@@ -159,6 +163,7 @@ def test_gradcheck(kind: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_large_scores_and_logits_do_not_overflow() -> None:
     """Scores or logits of +-1e4 in float32."""
     case = Case(100, 8, sinks=2, groups=2, learned=True)

@@ -42,6 +42,7 @@ def run_pieces(tensors: Tensors, case: Case, cuts: list[int], impls: list[str]) 
     return torch.cat(outputs, 2), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", CPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("first", CPU_IMPLEMENTATIONS)
 def test_split_is_the_full_pass(first: str, second: str) -> None:
@@ -177,6 +178,7 @@ def test_padding_in_a_later_piece(impl: str, side: str) -> None:
         assert (out[row, :, ~real] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 def test_batch_is_single(impl: str) -> None:
     for case in CASES:
@@ -205,6 +207,7 @@ def test_rows_of_a_state_can_be_reordered() -> None:
             assert_same(out[place : place + 1], want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 def test_size_does_not_depend_on_length(impl: str) -> None:
     for case in CASES:

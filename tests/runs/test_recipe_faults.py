@@ -227,6 +227,7 @@ def test_settings_of_other_versions(make_config: Make, finished: RunFolder) -> N
 # ---- files
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_made_again(make_config: Make, finished: RunFolder) -> None:
     model = finished.model / "model.safetensors"
     before, kept = model.read_bytes(), finished.results()
@@ -246,6 +247,7 @@ def test_broken_results_are_named(make_config: Make, stopped: RunFolder, content
         resumed(make_config)
 
 
+@pytest.mark.slow
 def test_results_that_were_deleted_are_measured_again(make_config: Make, stopped: RunFolder) -> None:
     stopped.results_file.unlink()
     results = resumed(make_config).results()
@@ -273,6 +275,7 @@ def test_a_run_at_work_is_left_alone(make_config: Make, stopped: RunFolder, opti
     assert {path: path.stat().st_mtime_ns for path in stopped.path.rglob("*") if path.name != ".lock"} == before
 
 
+@pytest.mark.slow
 def test_a_linked_run_is_emptied_not_replaced(make_config: Make, stopped: RunFolder, tmp_path: Path) -> None:
     elsewhere = tmp_path / "big-disk"
     stopped.path.rename(elsewhere)

@@ -56,6 +56,18 @@ def test_the_file_holds_finite_numbers_alone(tmp_path: Path) -> None:
     assert json.loads(again.text())["notes"] == {}, "what is measured anew has no note of before"
 
 
+def test_people_are_told_where_the_time_went() -> None:
+    results = Results(seconds={"transfer": 95.4, "total": 200.0})
+    assert results.time_line() == "", "a file of before does not say"
+    results.add_seconds("loading", 12.0)
+    results.add_seconds("measuring", 20.0)
+    results.add_seconds("measuring", 10.0)
+    expected = "12 s loading, 95 s transfer, 30 s measuring, 63 s validation, samples and saving; 200 s in all"
+    assert results.time_line() == f"time: {expected}"
+    results.seconds["total"] = 100.0  # a resumed run, whose stages count steps that its clock has not seen
+    assert ", 0 s validation, samples and saving; 100 s in all" in results.time_line()
+
+
 def test_what_a_later_version_wrote_is_kept(tmp_path: Path) -> None:
     later = {"version": 7, "flux": [1], "evaluation": {"tokens": 3, "flux": 1}, "memory": None}
     content = json.loads(read(tmp_path, later).text())

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lolcats import LolcatsError, RunConfig, linearize
-from lolcats.runs import steps
+from lolcats.runs import recipe, steps
 from lolcats.runs.folder import RunFolder
+from lolcats.runs.results import Results
 
 CLOCK = {"seconds", "tokens_per_second", "date"}
 
 
+@pytest.mark.slow
 def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig]) -> None:
     whole = linearize(make_config("name=whole"))
     folder = steps.prepare(make_config("name=steps"))
@@ -31,6 +34,7 @@ def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig
     )
 
 
+@pytest.mark.slow
 def test_a_step_needs_those_before_it(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"is no run: expected config\.yaml"):
         steps.transfer(tmp_path)
@@ -44,3 +48,22 @@ def test_a_step_needs_those_before_it(make_config: Callable[..., RunConfig], tmp
     with pytest.raises(LolcatsError, match=r"the step save has not been done yet, which measure goes on with"):
         steps.measure(folder)
     assert linearize(config, resume=True).results().complete
+
+
+def test_products_are_rounded_during_a_run_only(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a run lets products of float32 be rounded; what comes after it in the same process is exact again."""
+    seen: list[str] = []
+
+    def stop(*_: object) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        raise LolcatsError("stop")
+
+    monkeypatch.setattr(recipe, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(recipe, "check_impl", lambda *_: None)
+    monkeypatch.setattr(recipe, "open_run", lambda *_: Results())
+    monkeypatch.setattr(recipe, "_prepare", stop)
+    with pytest.raises(LolcatsError, match="stop"):
+        linearize(make_config())
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"

@@ -15,8 +15,8 @@ import pytest
 
 import forked
 from lolcats import LolcatsError
-from lolcats.sweep import Sweep, attached, run_sweep
-from lolcats.sweep.state import hold_job, wait_for_jobs
+from lolcats.sweep import Sweep, attached, hold_job, run_sweep
+from lolcats.sweep.runner import wait_for_jobs
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="looks at processes as POSIX has them")
 LOAD = f"""

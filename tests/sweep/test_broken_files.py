@@ -17,8 +17,8 @@ from lolcats.config import dump_config
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, check_runs, gather, load_sweep, make_plan, read_failures, run_sweep
 from lolcats.sweep import job as job_module
-from lolcats.sweep.measured import Measured
-from lolcats.sweep.state import hold_folder
+from lolcats.sweep.measure import Measured
+from lolcats.sweep.runner import hold_folder
 
 NONSENSE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"runs": 3}', b'{"runs": [1]}']
 

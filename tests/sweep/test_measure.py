@@ -17,7 +17,7 @@ from lolcats.evaluation.compare import load_variants
 from lolcats.evaluation.recall import RecallSettings, recall
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep import MEASUREMENTS, Sweep, SweepMeasurement, check_measure, make_plan, run_sweep
-from lolcats.sweep import job as job_module
+from lolcats.sweep import measure as measure_module
 from lolcats.training import Reporter
 
 RANKS = {"grid": {"finetune.rank": [2, 3]}}
@@ -44,7 +44,7 @@ def measure(task_data: Path) -> dict[str, Any]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is measured of which model, as it is measured."""
     made: list[str] = []
-    original = job_module.measure_model
+    original = measure_module.measure_model
 
     def noting(source: str, *args: Any, **kwargs: Any) -> None:
         say = kwargs.pop("say")
@@ -149,7 +149,7 @@ def test_a_trained_run_is_only_measured(
     sweep = make_sweep(**RANKS, measure=measure | {"recall": [], "teacher": False})
     with monkeypatch.context() as patch:
         patch.setattr("lolcats.evaluation.harness.model.PIECE", 1)
-        patch.setattr(job_module, "_measure_tasks", _interrupted(job_module._measure_tasks))
+        patch.setattr(measure_module, "_measure_tasks", _interrupted(measure_module._measure_tasks))
         with pytest.raises(KeyboardInterrupt):
             run_sweep(sweep, "study.yaml")
         assert measured_file(sweep).with_name("measure.json.progress").exists()
@@ -178,7 +178,7 @@ def test_measuring_that_fails_is_noted(make_sweep: Callable[..., Sweep], measure
     """The numbers of the training are in the table nevertheless, and the next call tries again."""
     sweep = make_sweep(grid={"finetune.rank": [2]}, measure=measure | {"recall": []})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_module, "load_variants", _broken)
+        patch.setattr(measure_module, "load_variants", _broken)
         table = run_sweep(sweep, "study.yaml")
     assert [(row.name, row.status) for row in [*table.runs, *table.teachers]] == [
         ("rank-2", "failed"), ("teacher", "failed")

@@ -100,6 +100,7 @@ def test_studies_load_and_can_be_planned(file: Path, model_folder: Path) -> None
     assert plan.tokens("finetune") > 0 and (plan.bytes() or 0) > 0
 
 
+@pytest.mark.slow
 def test_studies_are_those_of_the_paper() -> None:
     values = {file.stem: load_sweep(file) for file in STUDIES}
     assert set(values) == {

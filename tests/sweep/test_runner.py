@@ -20,8 +20,7 @@ from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
 from lolcats.sweep.job import Job
-from lolcats.sweep.sharing import shared_from
-from lolcats.sweep.state import hold_folder
+from lolcats.sweep.runner import hold_folder
 from lolcats.training import Reporter
 
 RANKS = {"grid": {"finetune.rank": [2, 3]}}
@@ -72,8 +71,8 @@ def test_shared_stage_one_gives_the_same_results(sweep_file: Callable[..., Path]
         assert weights(one) == weights(other)
         lines = [len(folder_of(run).metrics_file.read_text().splitlines()) for run in (one, other)]
         assert lines[0] == lines[1]
-    assert [shared_from(run.config) for run in shared.runs] == [None, *[shared.runs[0].name] * 3]
-    assert [shared_from(run.config) for run in alone.runs] == [None] * 4
+    assert [folder_of(run).origin("transfer") for run in shared.runs] == ["", *[shared.runs[0].name] * 3]
+    assert [folder_of(run).origin("transfer") for run in alone.runs] == [""] * 4
 
 
 @pytest.mark.slow
@@ -82,7 +81,7 @@ def test_stage_one_is_not_shared_where_it_differs(
 ) -> None:
     sweep = make_sweep(grid={"linearization.window": [6, 8], "seed": [0, 1]})
     run_sweep(sweep, "study.yaml")
-    assert [shared_from(run.config) for run in sweep.runs] == [None] * 4
+    assert [folder_of(run).origin("transfer") for run in sweep.runs] == [""] * 4
     assert len({weights(run) for run in sweep.runs}) == 4
 
 
@@ -105,32 +104,37 @@ def test_finished_runs_are_left_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "count"), [("transfer", 2), ("finetune", 2), ("finetune", 5)])
 def test_an_interrupted_sweep_goes_on_to_the_same_end(
-    sweep_file: Callable[..., Path], calls: list[tuple[str, int]], stage: str, count: int
+    sweep_file: Callable[..., Path], calls: list[tuple[str, int]]
 ) -> None:
     """Killed in stage 1, in stage 2, or in the second run; the work that is done again is at most one step."""
     file = sweep_file(**RANKS)
-    whole, killed = load_sweep(file, ["name=whole"]), load_sweep(file, ["name=killed"])
+    whole = load_sweep(file, ["name=whole"])
     run_sweep(whole, file)
     needed = len(calls)
-    calls.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        original = Reporter.step
-
-        def killing(self: Reporter, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            if [name for name, _ in calls].count(stage) == count:
-                raise Killed
-
-        patch.setattr(Reporter, "step", killing)
-        with pytest.raises(Killed):
+    for stage, count in (("transfer", 2), ("finetune", 2), ("finetune", 5)):
+        killed = load_sweep(file, [f"name=killed-{stage}-{count}"])
+        calls.clear()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Reporter, "step", killing(calls, stage, count))
             run_sweep(killed, file)
-    table = run_sweep(killed, file)
-    assert len(calls) == needed + 1
-    assert [row.status for row in table.runs] == ["finished", "finished"]
-    assert [comparable(run) for run in killed.runs] == [comparable(run) for run in whole.runs]
-    assert [weights(run) for run in killed.runs] == [weights(run) for run in whole.runs]
+        table = run_sweep(killed, file)
+        assert len(calls) == needed + 1
+        assert [row.status for row in table.runs] == ["finished", "finished"]
+        assert [comparable(run) for run in killed.runs] == [comparable(run) for run in whole.runs]
+        assert [weights(run) for run in killed.runs] == [weights(run) for run in whole.runs]
+
+
+def killing(calls: list[tuple[str, int]], stage: str, count: int) -> Callable[..., None]:
+    """`Reporter.step`, after which the process is killed at one of a stage's steps."""
+    original = Reporter.step
+
+    def step(self: Reporter, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if [name for name, _ in calls].count(stage) == count:
+            raise Killed
+
+    return step
 
 
 @pytest.mark.slow
@@ -176,7 +180,7 @@ def test_only_some_runs(make_sweep: Callable[..., Sweep]) -> None:
     sweep = make_sweep(grid={"finetune.rank": [2, 3, 4]})
     table = run_sweep(sweep, "study.yaml", only=["rank-[34]"])
     assert [row.status for row in table.runs] == ["new", "finished", "finished"]
-    assert shared_from(sweep.runs[2].config) == "rank-3"
+    assert folder_of(sweep.runs[2]).origin("transfer") == "rank-3"
 
 
 def test_a_folder_that_is_no_sweep_is_never_touched(make_sweep: Callable[..., Sweep]) -> None:
@@ -310,7 +314,7 @@ def test_runs_side_by_side(make_sweep: Callable[..., Sweep], monkeypatch: pytest
     run_sweep(after, "study.yaml")
     assert [row.status for row in table.runs] == ["finished", "finished", "failed"]
     assert table.runs[2].error.startswith("layers [7] cannot be linearized")
-    assert shared_from(beside.runs[1].config) == "a"
+    assert folder_of(beside.runs[1]).origin("transfer") == "a"
     for one, other in zip(beside.runs[:2], after.runs[:2], strict=True):
         assert comparable(one) == comparable(other) and weights(one) == weights(other)
     logs = sorted(path.name for path in (beside.folder / "logs").iterdir() if not path.name.startswith("."))

@@ -17,6 +17,7 @@ from lolcats.sweep.studies import what_it_is
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.mark.slow
 def test_every_run_is_done_once() -> None:
     joint = load_sweep(CONFIGS / "studies.yaml", ["runs_dir=out", "finetune.clip=0.5"])
     known = {run.name: what_it_is(run.config) for run in joint.runs}

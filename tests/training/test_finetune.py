@@ -169,6 +169,7 @@ def test_documents_and_padding(make_student: Students, packed: Callable[..., Any
         torch.testing.assert_close(together[name], (6 * alone[0][name] + 8 * alone[1][name]) / 14, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj", "up_proj"]], ids=str)
 def test_merged_is_unmerged(
     make_student: Students, training_data: TrainingData, tokens: Tokens, targets: list[str]
@@ -204,6 +205,7 @@ def test_training_learns_and_leaves_the_rest_alone(make_student: Students, train
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+@pytest.mark.slow
 def test_feature_maps_train_too_when_asked(make_student: Students, training_data: TrainingData) -> None:
     student = make_student(window=4)
     before = copy.deepcopy(student)
@@ -262,6 +264,7 @@ def test_the_teacher_is_the_same_weights_without_adapters(make_student: Students
     assert sum(isinstance(m, LinearizedAttention) for m in student.modules()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stream", "prompts", "documents"])
 def test_micro_batches_give_the_same_gradient(
     make_student: Students, packed: Callable[..., Any], tokens: Tokens, kind: str

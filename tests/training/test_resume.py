@@ -101,6 +101,7 @@ def test_resumed_is_uninterrupted(
     assert lines_of(metrics) == lines_of(tmp_path / "other.jsonl")
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_checkpoint_leaves_no_double_lines(
     make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_double_lines(
     assert steps == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_half_written_line_is_dropped(make_student: Students, training_data: TrainingData, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     with pytest.raises(Killed):
@@ -122,6 +124,7 @@ def test_a_half_written_line_is_dropped(make_student: Students, training_data: T
     assert [line["step"] for line in lines_of(metrics) if "lr" in line] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_not_trained_again(
     make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_checkpoint_of_another_length_is_refused(
         )
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(
     make_student: Students, training_data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +197,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     assert last.name in before
 
 
+@pytest.mark.slow
 def test_checkpoints_are_safetensors(make_student: Students, training_data: TrainingData, tmp_path: Path) -> None:
     transfer_run(make_student(window=4), training_data, tmp_path, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.safetensors", "last.safetensors"]

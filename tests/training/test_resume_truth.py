@@ -86,6 +86,7 @@ def test_another_window_is_refused_though_all_shapes_are_equal(
     train(make_student(window=4, impl="reference"), training_data, begun)  # another speed of the same
 
 
+@pytest.mark.slow
 def test_a_lower_rate_may_go_on_until_the_stage_is_finished(
     make_student: Students, training_data: TrainingData, begun: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_other_data_and_weights_are_refused(
         train(make_student(make_teacher(initializer_range=0.2), window=4), training_data, begun)
 
 
+@pytest.mark.slow
 def test_stage_two_goes_on_only_from_its_own_stage_one(
     make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_stage_two_goes_on_only_from_its_own_stage_one(
         finetune_lora(other, training_data, config, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_early_versions_go_on(
     make_student: Students, training_data: TrainingData, begun: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +140,7 @@ def test_checkpoints_of_early_versions_go_on(
 # ---- the best weights
 
 
+@pytest.mark.slow
 def test_best_weights_that_are_gone_are_not_replaced_by_the_last(
     make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_best_weights_that_are_gone_are_not_replaced_by_the_last(
     assert all(torch.equal(anew[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_the_last_weights_may_be_the_best(make_student: Students, training_data: TrainingData, tmp_path: Path) -> None:
     first, second = make_student(window=4), make_student(window=4)
     assert train(first, training_data, tmp_path).best_step == 6

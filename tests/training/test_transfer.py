@@ -265,6 +265,7 @@ def test_padding_does_not_count(
     torch.testing.assert_close(padded, stage.validate(plain_batch(ids[:, :12]))["loss"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_training(make_student: Students, training_data: TrainingData) -> None:
     whole, parts = make_student(window=4), make_student(window=4)
     transfer_attention(whole, training_data, config())
@@ -273,6 +274,7 @@ def test_micro_batches_give_the_same_training(make_student: Students, training_d
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_float32_parameters(make_student: Students, training_data: TrainingData) -> None:
     full, mixed = make_student(window=4), make_student(window=4)
     a = transfer_attention(full, training_data, config())
@@ -293,6 +295,7 @@ def test_a_bfloat16_model_is_trained_in_float32(
             assert not torch.equal(p, old.mixer.get_parameter(name)), name
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(make_student: Students, training_data: TrainingData) -> None:
     students = [make_student(window=4) for _ in range(3)]
     for student, seed in zip(students, (3, 3, 4), strict=True):

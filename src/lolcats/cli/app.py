@@ -14,17 +14,15 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from lolcats.cli.benchmark import benchmark
-from lolcats.cli.chat import chat
 from lolcats.cli.check import check
 from lolcats.cli.evaluate import evaluate
 from lolcats.cli.export import export
 from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describe, is_usage_error, process_prefix
-from lolcats.cli.generate import generate
+from lolcats.cli.generate import chat, generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
 from lolcats.cli.recall import recall
-from lolcats.cli.sweep import sweep
-from lolcats.cli.sweep_job import sweep_job
+from lolcats.cli.sweep import sweep, sweep_job
 from lolcats.cli.terminal import write_anything
 from lolcats.printable import printable
 from lolcats.silence import no_bars
@@ -43,7 +41,9 @@ class _Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run a verb; every one of them may meet a linearized model, which transformers must be able to load."""
         import lolcats.modeling  # noqa: F401
+        from lolcats.cli.load import silence
 
+        silence()
         return super().invoke(ctx)
 
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from lolcats.cli.options import Device, Dtype, Model, check_target, expand_path
-from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file, write_json
-from lolcats.cli.tables import console, show_number
+from lolcats.cli.options import Device, Dtype, Model, expand_path, split_words
+from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file
+from lolcats.cli.tables import console, number_table, say
 from lolcats.errors import LolcatsError
+from lolcats.files import write_json
+from lolcats.printable import show_number
 from lolcats.variants import ordered, short_label
+from lolcats.version import __version__
 
 if TYPE_CHECKING:
     from lolcats.evaluation.harness import HarnessSettings, Row, Score, Scores
@@ -62,12 +63,10 @@ def benchmark(
     json_file: JsonFile = None,
 ) -> None:
     """Benchmarks of lm-eval on a model, its controls and its teacher; goes on where it was interrupted."""
-    json_file = check_target(json_file)
-    names = list(dict.fromkeys(filter(None, (name.strip() for words in tasks for name in words.split(",")))))
-    if not names:
+    if not (names := list(dict.fromkeys(split_words(tasks)))):
         raise LolcatsError("no task; expected such as piqa,arc_easy")
     subject = find_subject(model, teacher, control)
-    from lolcats.evaluation.harness import HarnessSettings, run_benchmarks
+    from lolcats.evaluation.harness import HarnessSettings, library_versions, run_benchmarks
 
     settings = HarnessSettings(
         task_data, _read_examples(num_fewshot), _read_seeds(seeds), limit, batch_size, chat, truncate, task_code
@@ -80,7 +79,10 @@ def benchmark(
             subject.source, names, settings, **subject.keywords(device, dtype), progress_file=file, show=show
         )
     if json_file is not None:
-        _write(json_file, subject.source, subject.teacher, settings, scores)
+        about = {"model": subject.source, "teacher": subject.teacher, "date": date.today().isoformat()}
+        about |= {"settings": asdict(settings), "versions": {"lolcats": __version__} | library_versions()}
+        memory = None if scores.memory is None else scores.memory.model_dump()
+        write_json(json_file, about | asdict(scores) | {"averages": scores.averages(), "memory": memory})
     _print(out, scores, settings)
 
 
@@ -108,18 +110,16 @@ def _number(word: str, option: str, example: str) -> int:
 
 def _print(out: Console, scores: Scores, settings: HarnessSettings) -> None:
     names = ordered(scores.rows[0].scores)
-    table = Table("task", "metric", "shots", box=None, header_style="bold")
-    for name in names:
-        table.add_column(short_label(name), justify="right")
+    table = number_table(["task", "metric", "shots"], map(short_label, names))
     for row in scores.rows:
         shown = [_show(row, row.scores[name]) for name in names]
-        table.add_row(Text(row.task), Text(row.metric.removesuffix(",none")), row.examples, *shown)
+        table.add_row(row.task, row.metric.removesuffix(",none"), row.examples, *shown)
     for label, means in scores.averages().items():
         table.add_row(label, "", "", *(show_number(100 * means[name], 1) for name in names))
     out.print(table)
     out.print()
     for note in _notes(scores, settings):
-        out.print(note, markup=False, soft_wrap=True)
+        say(out, note)
     print_memory(out, scores.memory)
 
 
@@ -141,14 +141,3 @@ def _notes(scores: Scores, settings: HarnessSettings) -> Iterator[str]:
         yield f"--limit {settings.limit}: " + ", ".join(f"{row.task} {row.questions} questions" for row in scores.rows)
     for task, cut in scores.truncated.items():
         yield f"{task}: {cut:,} prompts were too long for the model and lost their beginning"
-
-
-def _write(file: Path, model: str, teacher: str | None, settings: HarnessSettings, scores: Scores) -> None:
-    from lolcats.evaluation.harness import library_versions
-    from lolcats.version import __version__
-
-    versions = {"lolcats": __version__} | library_versions()
-    content = {"model": model, "teacher": teacher, "date": date.today().isoformat(), "settings": asdict(settings)}
-    content |= {"versions": versions} | asdict(scores) | {"averages": scores.averages()}
-    content["memory"] = None if scores.memory is None else scores.memory.model_dump()
-    write_json(file, content)

@@ -9,7 +9,7 @@ import typer
 from lolcats.cli.failures import one_line
 from lolcats.cli.load import load_model
 from lolcats.cli.options import Device, Dtype, Model
-from lolcats.cli.tables import console
+from lolcats.cli.tables import console, say
 
 if TYPE_CHECKING:
     from lolcats.modeling import FamilyCheck
@@ -28,7 +28,7 @@ def check(model: Model, device: Device = "auto", dtype: Dtype = "auto") -> None:
     result = check_model(network)
     out = console()
     for line in fact_lines(result):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(out, line)
     if not result.ok:
         raise typer.Exit(1)
 

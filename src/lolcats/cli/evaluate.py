@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from lolcats.cli.load import read_results
-from lolcats.cli.options import Device, Dtype, Model, check_target
-from lolcats.cli.suite import Controls, JsonFile, Subject, Teacher, bar, find_subject, print_memory, write_json
-from lolcats.cli.tables import console, position_notes, position_table, score_table
+from lolcats.cli.options import Device, Dtype, Model
+from lolcats.cli.suite import Controls, JsonFile, Subject, Teacher, bar, find_subject, print_beyond, print_memory
+from lolcats.cli.tables import console, number_table, say, score_table
 from lolcats.errors import LolcatsError
+from lolcats.files import write_json
+from lolcats.printable import show_number
+from lolcats.variants import ordered, short_label
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
@@ -76,18 +81,16 @@ def evaluate(
     recall: Recall = None,
 ) -> None:
     """Perplexity and distance from the teacher of a model and its controls."""
-    json_file = check_target(json_file)
     subject = find_subject(model, teacher, control)
     recipe = subject.recipe
-    trained = recipe.data.sequence_length if recipe is not None else None
     if beyond is not None:
-        length, by_position = _beyond(trained, beyond, length), True
-    given = {"sources": sources, "local": _local(local), "length": length, "last": last, "max_segments": max_segments}
+        length, by_position = _beyond(subject.trained, beyond, length), True
+    given = {"sources": sources, "length": length, "last": last, "max_segments": max_segments, "local": _local(local)}
     settings = _settings(recipe, given)
     if local:
         _check_local(given["local"], settings["sources"] or (recipe.data.source_names if recipe is not None else []))
-    batch = batch_size or (recipe.evaluation.batch_size if recipe is not None else 4)
     out = console()
+    batch = batch_size or (recipe.evaluation.batch_size if recipe is not None else 4)
     scores = _measure(out, subject, settings, subject.keywords(device, dtype) | {"batch_size": batch})
     if json_file is not None:
         content = {"model": subject.source, **settings, "teacher": subject.teacher}
@@ -95,20 +98,17 @@ def evaluate(
     _print_scores(out, scores, recipe, settings["sources"], by_default=sources is None)
     print_memory(out, read_results(subject.source).memory)
     if by_position:
-        _print_positions(out, scores, settings["length"], trained)
+        _print_positions(out, scores, settings["length"], subject)
 
 
-def _measure(
-    out: Console, subject: Subject, settings: dict[str, Any], options: dict[str, Any]
-) -> dict[str, Measurement]:
+def _measure(out: Console, subject: Subject, settings: dict[str, Any], how: dict[str, Any]) -> dict[str, Measurement]:
     from lolcats.evaluation.compare import compare
 
-    recipe = subject.recipe
-    options["edges"] = [] if recipe is None else [recipe.data.sequence_length]
-    options["held_out"] = None if settings["sources"] else recipe
+    edges = [] if subject.trained is None else [subject.trained]
+    held_out = None if settings["sources"] else subject.recipe
     with bar(out, "segments") as show:
-        options["progress"] = lambda done, count: show("segments", done, count)
-        return compare(subject.source, **options, **settings)
+        progress = partial(show, "segments")
+        return compare(subject.source, **settings, **how, edges=edges, held_out=held_out, progress=progress)
 
 
 def _beyond(trained: int | None, times: int, length: int | None) -> int:
@@ -119,11 +119,18 @@ def _beyond(trained: int | None, times: int, length: int | None) -> int:
     return times * trained
 
 
-def _print_positions(out: Console, scores: dict[str, Measurement], length: int, trained: int | None) -> None:
+def _print_positions(out: Console, scores: dict[str, Measurement], length: int, subject: Subject) -> None:
+    """Perplexity by the place of a token in its segment: a row a range, a column a variant."""
+    names = ordered(scores)
+    table = number_table(["tokens"], map(short_label, names))
+    for place in scores[names[0]].by_position:
+        table.add_row(place, *(show_number(scores[name].by_position.get(place, math.nan)) for name in names))
     out.print("\nperplexity by place in the text")
-    out.print(position_table({name: score.by_position for name, score in scores.items()}))
-    for note in position_notes(length, trained, next(iter(scores.values())).context):
-        out.print(note)
+    out.print(table)
+    print_beyond(out, length, subject)
+    context = next(iter(scores.values())).context
+    if context is not None and length > context:
+        out.print(f"from {context:,} tokens on: beyond the context that the pretrained model was made for")
 
 
 def _print_scores(
@@ -138,7 +145,7 @@ def _print_scores(
         names = f"the text of {', '.join(recipe.data.source_names)} that was held out from training"
     tokens = next(iter(scores.values())).tokens
     out.print(score_table({n: s.perplexity for n, s in scores.items()}, {n: s.kl for n, s in scores.items()}, recipe))
-    out.print(f"\n{tokens:,} tokens of {names}{note}", markup=False, soft_wrap=True)
+    say(out, f"\n{tokens:,} tokens of {names}{note}")
 
 
 def _settings(recipe: RunConfig | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -148,16 +155,14 @@ def _settings(recipe: RunConfig | None, given: dict[str, Any]) -> dict[str, Any]
     takes all.
     """
     chosen: dict[str, Any] = {"sources": ["python-docs"], "length": 1024, "last": None, "max_segments": MOST_SEGMENTS}
-    chosen |= {"local": {}}
+    chosen["local"] = {}
     if recipe is not None:
-        e = recipe.evaluation
-        known = {"sources": e.sources, "length": e.segment_length or recipe.data.sequence_length, "last": e.last}
-        known |= {"max_segments": e.max_segments}
-        given = given | {"local": recipe.data.local | given["local"]}
-        chosen |= known
-        if known["max_segments"] is None and given["sources"] not in (None, e.sources):
-            chosen["max_segments"] = MOST_SEGMENTS
+        e, local = recipe.evaluation, recipe.data.local | given["local"]
+        is_other = given["sources"] not in (None, e.sources)
+        chosen = {"sources": e.sources, "length": e.segment_length or recipe.data.sequence_length}
         chosen["last"] = e.last if given["length"] is None else None
+        chosen |= {"max_segments": e.max_segments or (MOST_SEGMENTS if is_other else None), "local": local}
+        given = given | {"local": local}
     return chosen | {name: value for name, value in given.items() if value}
 
 

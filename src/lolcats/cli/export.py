@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lolcats.cli.load import silence
 from lolcats.cli.options import expand_path
 from lolcats.errors import LolcatsError
 from lolcats.printable import show_bytes
@@ -49,7 +48,6 @@ def export(
     from lolcats.export.api import check_shareable
     from lolcats.export.hub import check_login, push_folder
 
-    silence()
     if push_to_hub is not None:  # before anything is written
         check_login(push_to_hub)
         check_shareable(model, base)

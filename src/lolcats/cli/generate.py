@@ -1,16 +1,21 @@
-"""`lolcats generate`: continue a text."""
+"""`lolcats generate` and `lolcats chat`: what a model writes."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lolcats.cli.load import load_model
 from lolcats.cli.options import Device, Dtype, Model, NewTokens, Seed, Temperature, TopP, sampling
 from lolcats.errors import LolcatsError
+from lolcats.models.conversation import Conversation
 from lolcats.printable import show_bytes, without_controls
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate(
@@ -25,13 +30,12 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Continue a text; speed and size of the state go to stderr."""
-    text = read_prompt() if prompt == "-" else prompt
+    text = _read_prompt() if prompt == "-" else prompt
     if not text.strip():
         raise LolcatsError("the prompt is empty; give a text to continue")
 
     from transformers import DynamicCache, set_seed
 
-    from lolcats.cli.streaming import CountingStreamer
     from lolcats.models.generation import sample
 
     network, tokenizer = load_model(model, device, dtype)
@@ -46,12 +50,69 @@ def generate(
     typer.echo(f"{streamer.tokens} tokens, {streamer.tokens_per_second:,.1f} tokens/s, {memory} of state", err=True)
 
 
-def read_prompt() -> str:
-    """Standard input as text.
+def chat(
+    model: Model,
+    max_new_tokens: NewTokens = 400,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model. /reset begins again; /exit, Ctrl-D or Ctrl-C leaves."""
+    from transformers import set_seed
 
-    Raises:
-        LolcatsError: it is not UTF-8.
-    """
+    network, tokenizer = load_model(model, device, dtype)
+    talk = Conversation(network, tokenizer, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
+    set_seed(seed)
+    prompt = "you> " if sys.stdin.isatty() else ""
+    try:
+        while (line := input(prompt).strip()) != "/exit":
+            if line == "/reset":
+                talk.reset()
+            elif line:
+                talk.reply(line, CountingStreamer(tokenizer))
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()
+    except UnicodeDecodeError as error:
+        raise LolcatsError(f"standard input is not {error.encoding} (byte {error.start}); convert it first") from error
+
+
+class CountingStreamer:
+    """Prints tokens as they come (unless `silent`), without what a terminal would obey, and counts them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, silent: bool = False) -> None:
+        from transformers import TextStreamer
+
+        def show(text: str, stream_end: bool = False) -> None:
+            if not silent:
+                print(without_controls(text), flush=True, end="\n" if stream_end else "")
+
+        self._printer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self._printer.on_finalized_text = show
+        self.tokens = -1  # the prompt comes first
+        self.start = self.first = self.latest = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        """Take the prompt at the first call, then a token a call."""
+        self.tokens += 1
+        if self.tokens > 0:
+            self.latest = time.perf_counter()
+            self.first = self.latest if self.tokens == 1 else self.first
+        self._printer.put(value)
+
+    def end(self) -> None:
+        """Print what is left."""
+        self._printer.end()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token, whose time is the prompt's."""
+        seconds = self.latest - self.first if self.tokens > 1 else self.latest - self.start
+        return max(self.tokens - 1, 1) / seconds if seconds else 0.0
+
+
+def _read_prompt() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lolcats.cli.load import find_model, read_recipe, read_results, silence
+from lolcats.cli.load import find_model, read_recipe, read_results
 from lolcats.cli.options import Model
-from lolcats.cli.tables import console, score_table, show_layers
+from lolcats.cli.tables import console, number_table, say, score_table, show_layers
 from lolcats.printable import show_bytes
 
 if TYPE_CHECKING:
@@ -25,21 +25,20 @@ def inspect(model: Model) -> None:
     """Layers, parameters, memory and measured results of a model; its weights are not read."""
     from lolcats.evaluation.facts import read_facts
 
-    silence()
     source = find_model(model)
     recipe, results = read_recipe(source), read_results(source)
     facts = read_facts(source)
     out = console()
     out.print(facts_table(facts, recipe))
     if facts.obstacle:
-        out.print(f"\ncannot be linearized: {facts.obstacle}", markup=False)
+        out.print(f"\ncannot be linearized: {facts.obstacle}")
     elif not facts.linearized:
-        out.print("\ncan be linearized: ", f"lolcats linearize {model}", sep="", markup=False, soft_wrap=True)
+        say(out, f"\ncan be linearized: lolcats linearize {model}")
     if facts.kv_rates:
-        out.print("\nmemory of one text, by its length in tokens", markup=False)
+        out.print("\nmemory of one text, by its length in tokens")
         out.print(memory_table(facts))
     if facts.memory is not None:
-        out.print(f"\n{facts.memory.line()}", markup=False)
+        out.print(f"\n{facts.memory.line()}")
         out.print(layer_table(facts.memory))
     if results.perplexity:
         print_results(out, results, recipe)
@@ -71,9 +70,7 @@ def facts_table(facts: ModelFacts, recipe: RunConfig | None) -> Table:
 
 def memory_table(facts: ModelFacts) -> Table:
     """Bytes of state against bytes of keys and values."""
-    table = Table("", box=None, header_style="bold")
-    for name in LENGTHS:
-        table.add_column(name, justify="right")
+    table = number_table([""], LENGTHS)
     table.add_row("softmax keys and values", *(show_bytes(facts.softmax_bytes(n)) for n in LENGTHS.values()))
     if facts.linearized:
         table.add_row("this model", *(show_bytes(facts.own_bytes(n)) for n in LENGTHS.values()))
@@ -83,9 +80,7 @@ def memory_table(facts: ModelFacts) -> Table:
 
 def layer_table(memory: TextMemory) -> Table:
     """A row for each run of layers with states of one size."""
-    table = Table("layers", box=None, header_style="bold")
-    for name in ("state", "KV token of the teacher", "KV tokens"):
-        table.add_column(name, justify="right")
+    table = number_table(["layers"], ["state", "KV token of the teacher", "KV tokens"])
     alike: dict[tuple[int, int, float], list[int]] = {}
     for layer in memory.layers:
         alike.setdefault((layer.bytes, layer.kv_token_bytes, layer.kv_tokens), []).append(layer.layer)
@@ -98,5 +93,5 @@ def print_results(out: Console, results: Results, recipe: RunConfig | None) -> N
     """What was measured when the model was made."""
     made = f"{results.date or '?'} on {results.device or '?'}, {results.dtype or '?'}"
     text = f"{results.evaluation.tokens or '?'} tokens in segments of {results.evaluation.length or '?'}"
-    out.print(f"\nmeasured {made}: {text}", markup=False)
+    out.print(f"\nmeasured {made}: {text}")
     out.print(score_table(results.perplexity, results.kl, recipe))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from lolcats.cli.load import silence
-from lolcats.cli.tables import console, score_table
+from lolcats.cli.suite import print_memory
+from lolcats.cli.tables import console, say, score_table
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
@@ -47,7 +47,6 @@ def linearize(
 
     from lolcats.runs.recipe import linearize as run_recipe
 
-    silence()
     out = console()
     folder = run_recipe(config, resume=resume, overwrite=overwrite, until=cast(Any, until), console=out)
     if not PartialState().is_main_process:
@@ -55,7 +54,7 @@ def linearize(
     if folder.results().complete:
         print_run(out, config, folder)
     else:
-        out.print(f"\nstopped after {until}; --resume does the rest: {folder.path}", markup=False, soft_wrap=True)
+        say(out, f"\nstopped after {until}; --resume does the rest: {folder.path}")
 
 
 def read_target(target: str, overrides: list[str]) -> RunConfig:
@@ -73,32 +72,17 @@ def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:
     results = folder.results()
     out.print()
     out.print(score_table(results.perplexity, results.kl, config))
-    if results.memory is not None:
-        out.print(f"\n{results.memory.line()}", markup=False, soft_wrap=True)
-    print_generations(out, results.generation)
-    for what, text in results.notes.items():
-        out.print(f"{what}: {text}", markup=False, soft_wrap=True)
-    out.print(f"\nmodel: {folder.model}", markup=False, soft_wrap=True)
-    out.print(f"try it: lolcats generate {show_path(folder.model)} 'Once upon a time'", markup=False, soft_wrap=True)
-    loading = f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
-    out.print(
-        f"in Python: import lolcats; from transformers import AutoModelForCausalLM; {loading}",
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def print_generations(out: Console, generation: dict[str, str]) -> None:
-    """The same prompt continued by teacher and student."""
-    if "prompt" in generation:
-        out.print(f"\n{generation['prompt']} ...", markup=False)
+    print_memory(out, results.memory)
+    if "prompt" in results.generation:
+        out.print(f"\n{results.generation['prompt']} ...")
     for name in ("teacher", "student"):
-        if name in generation:
-            out.print(f"  {name}: ... {' '.join(generation[name].split())}", markup=False)
-
-
-def show_path(path: Path) -> str:
-    """A path as one would type it in a shell."""
-    import shlex
-
-    return shlex.quote(str(path))
+        if name in results.generation:
+            out.print(f"  {name}: ... {' '.join(results.generation[name].split())}")
+    if line := results.time_line():
+        say(out, f"\n{line}")
+    for what, text in results.notes.items():
+        say(out, f"{what}: {text}")
+    say(out, f"\nmodel: {folder.model}")
+    say(out, f"try it: lolcats generate {shlex.quote(str(folder.model))} 'Once upon a time'")
+    loading = f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
+    say(out, f"in Python: import lolcats; from transformers import AutoModelForCausalLM; {loading}")

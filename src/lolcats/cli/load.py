@@ -65,7 +65,6 @@ def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, P
     from lolcats.models.teacher import load_teacher
     from lolcats.runs.artefact import RECIPE_FILE
 
-    silence()
     folder, place = find_model(source), choose_device(device)
     own = dtype == "auto" and (Path(folder) / RECIPE_FILE).is_file()
     return load_teacher(folder, dtype=None if own else choose_dtype(dtype, place), device=place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,14 +11,24 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from lolcats.cli.options import MAX_SEED, Device, Dtype, Model, check_target, expand_path
-from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file, write_json
-from lolcats.cli.tables import console
+from lolcats.cli.options import MAX_SEED, Device, Dtype, Model, check_target, split_words
+from lolcats.cli.suite import (
+    Controls,
+    JsonFile,
+    Subject,
+    Teacher,
+    bar,
+    find_subject,
+    print_beyond,
+    print_memory,
+    progress_file,
+)
+from lolcats.cli.tables import console, number_table
 from lolcats.errors import LolcatsError
+from lolcats.files import write_json
 from lolcats.variants import ordered, short_label
 
 if TYPE_CHECKING:
-    from lolcats.config import RunConfig
     from lolcats.evaluation.recall import Cell, RecallSettings
 
 Tasks = Annotated[
@@ -35,7 +46,7 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the prompts.")]
 Haystack = Annotated[str, typer.Option(metavar="SOURCE", help="Prose for the niah tasks from niah_single_2 on.")]
 Plot = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", callback=expand_path, help="Heat maps, length x depth (.png, .pdf or .svg)."),
+    typer.Option(metavar="FILE", callback=check_target, help="Heat maps, length x depth (.png, .pdf or .svg)."),
 ]
 Beyond = Annotated[bool, typer.Option("--beyond-context", help="Allow lengths beyond the model's context.")]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts at once.")]
@@ -59,16 +70,16 @@ def recall(
     json_file: JsonFile = None,
 ) -> None:
     """Recall by generation: what a model finds again in long texts; goes on where it was interrupted."""
-    json_file, plot = (check_target(file) for file in (json_file, plot))
     subject = find_subject(model, teacher, control)
     from lolcats.evaluation import recall as library
     from lolcats.evaluation.compare import load_variants
     from lolcats.evaluation.recall.plot import check_plot, plot_recall
     from lolcats.evaluation.store import AnswerStore
 
-    names = library.check_tasks(_read_tasks(tasks))
-    numbers = _read_lengths(lengths)
-    settings = library.RecallSettings(names, numbers, samples, depths, seed, haystack, beyond_context)
+    if not (words := split_words(tasks or ["passkey"])):
+        raise LolcatsError("no task is named; expected such as passkey,niah_single_1")
+    names = library.check_tasks(words)
+    settings = library.RecallSettings(names, _read_lengths(lengths), samples, depths, seed, haystack, beyond_context)
     if plot is not None:
         check_plot(plot, names)
     library.check_haystack(settings)
@@ -82,44 +93,33 @@ def recall(
         if json_file is not None:
             content = {"model": subject.source, "teacher": subject.teacher, **asdict(settings)}
             write_json(json_file, content | {"cells": [asdict(cell) for cell in cells]})
-    _print(out, cells, settings, subject.recipe)
+    _print(out, cells, settings, subject)
     print_memory(out, loaded.memory)
     if plot is not None:
         plot_recall(cells, plot, short_label)
-        out.print(f"\nheat maps: {plot}", markup=False)
-
-
-def _read_tasks(words: list[str] | None) -> list[str]:
-    names = [name.strip() for word in words or ["passkey"] for name in word.split(",") if name.strip()]
-    if not names:
-        raise LolcatsError("no task is named; expected such as passkey,niah_single_1")
-    return names
+        out.print(f"\nheat maps: {plot}")
 
 
 def _read_lengths(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = split_words([text])
     if not words or not all(word.isdecimal() and len(word) < 10 and int(word) > 0 for word in words):
         raise LolcatsError(f"--lengths must be numbers of tokens such as 512,1024,2048; got {text!r}")
     return sorted({int(word) for word in words})
 
 
-def _print(out: Console, cells: list[Cell], settings: RecallSettings, recipe: RunConfig | None) -> None:
+def _print(out: Console, cells: list[Cell], settings: RecallSettings, subject: Subject) -> None:
     out.print(_summary_table(cells))
     for task in dict.fromkeys(cell.task for cell in cells if cell.by_depth and settings.depths > 1):
         out.print(f"\n{task} by depth of the needle in %: % found")
         out.print(_depth_table([cell for cell in cells if cell.task == task]))
     out.print(f"\n% found, {settings.samples} prompts per task and length, seed {settings.seed}; greedy answers")
-    if recipe is not None and max(settings.lengths) > recipe.data.sequence_length:
-        out.print(f"from {recipe.data.sequence_length:,} tokens on: beyond the texts of the linearization")
+    print_beyond(out, max(settings.lengths), subject)
 
 
 def _summary_table(cells: list[Cell]) -> Table:
     """A row a task and length, a column a variant."""
     names = ordered(dict.fromkeys(cell.variant for cell in cells))
-    table = Table("task", box=None, header_style="bold")
-    table.add_column("tokens", justify="right")
-    for name in names:
-        table.add_column(short_label(name), justify="right")
+    table = number_table(["task"], ["tokens", *map(short_label, names)])
     score = {(cell.task, cell.length, cell.variant): cell.score for cell in cells}
     for task, length in dict.fromkeys((cell.task, cell.length) for cell in cells):
         table.add_row(task, f"{length:,}", *(f"{100 * score[task, length, name]:.1f}" for name in names))
@@ -128,11 +128,8 @@ def _summary_table(cells: list[Cell]) -> Table:
 
 def _depth_table(cells: list[Cell]) -> Table:
     """A row a variant and length, a column a range of depth."""
-    table = Table(Column("", no_wrap=True), box=None, header_style="bold")
-    table.add_column("tokens", justify="right")
-    count = len(cells[0].by_depth)
-    for number in range(count):
-        table.add_column(f"{round(100 * number / count)}-{round(100 * (number + 1) / count)}", justify="right")
+    edges = [round(100 * number / len(cells[0].by_depth)) for number in range(len(cells[0].by_depth) + 1)]
+    table = number_table([Column("", no_wrap=True)], ["tokens", *(f"{a}-{b}" for a, b in pairwise(edges))])
     for name in ordered(dict.fromkeys(cell.variant for cell in cells)):
         for cell in (cell for cell in cells if cell.variant == name):
             shown = ("-" if value is None else f"{100 * value:.0f}" for value in cell.by_depth)

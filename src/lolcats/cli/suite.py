@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lolcats.cli.load import find_model, read_recipe, silence
-from lolcats.cli.options import expand_path
+from lolcats.cli.load import find_model, read_recipe
+from lolcats.cli.options import check_target
+from lolcats.cli.tables import say
 from lolcats.errors import LolcatsError
 from lolcats.variants import CONTROLS
 
@@ -30,7 +30,7 @@ Teacher = Annotated[
 ]
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", callback=expand_path, help="Also write the numbers to this file."),
+    typer.Option("--json", metavar="FILE", callback=check_target, help="Also write the numbers to this file."),
 ]
 
 
@@ -42,6 +42,11 @@ class Subject:
     recipe: RunConfig | None
     teacher: str | None
     controls: list[str]
+
+    @property
+    def trained(self) -> int | None:
+        """Tokens of the texts of its linearization."""
+        return None if self.recipe is None else self.recipe.data.sequence_length
 
     def keywords(self, device: str, dtype: str) -> dict[str, Any]:
         """The arguments of `load_variants` beside the model."""
@@ -60,7 +65,6 @@ def find_subject(model: str, teacher: str | None, control: list[str] | None) -> 
     source = find_model(model)
     recipe = read_recipe(source)
     teacher = teacher or (None if recipe is None else recipe.model)
-    silence()
     return Subject(source, recipe, None if teacher == "none" else teacher, chosen)
 
 
@@ -70,7 +74,7 @@ def progress_file(out: Console, json_file: Path | None, *command: object) -> Pat
 
     file = default_file(*command) if json_file is None else json_file.with_name(f"{json_file.name}.progress")
     if file.exists():
-        out.print(f"going on with an evaluation that was interrupted ({file})", markup=False, soft_wrap=True)
+        say(out, f"going on with an evaluation that was interrupted ({file})")
     return file
 
 
@@ -88,24 +92,13 @@ def bar(out: Console, label: str = "") -> Iterator[Callable[[str, int, int | Non
         yield lambda name, done, count: bars.update(shown, description=name, completed=done, total=count)
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write numbers to a file, those that are not finite as null."""
-    from lolcats.files import write_text
-
-    write_text(file, json.dumps(_spell(content), indent=2, allow_nan=False) + "\n")
-
-
-def _spell(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _spell(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_spell(item) for item in value]
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    return str(value) if isinstance(value, Path) else value
-
-
 def print_memory(out: Console, memory: TextMemory | None) -> None:
     """The line under a table of numbers that says what they cost."""
     if memory is not None:
-        out.print(f"\n{memory.line()}", markup=False, soft_wrap=True)
+        say(out, f"\n{memory.line()}")
+
+
+def print_beyond(out: Console, length: int, subject: Subject) -> None:
+    """Say which lengths are beyond the texts of the training."""
+    if subject.trained is not None and length > subject.trained:
+        out.print(f"from {subject.trained:,} tokens on: beyond the texts of the linearization")

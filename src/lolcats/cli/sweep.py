@@ -1,7 +1,8 @@
-"""`lolcats sweep`: many runs from one file."""
+"""`lolcats sweep`: many runs from one file; and `lolcats sweep-job`, which its --jobs starts for each run."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,9 +10,8 @@ import typer
 from rich.console import Console
 
 from lolcats.cli.failures import describe
-from lolcats.cli.load import silence
 from lolcats.cli.sweep_tables import COST, QUALITY, print_plan, print_results, print_scores
-from lolcats.cli.tables import console
+from lolcats.cli.tables import console, say
 from lolcats.errors import LolcatsError
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ def sweep(
 
     chosen = load_sweep(config, overrides or [])
     runs = choose_runs(chosen, only) if only else chosen.runs
-    silence()
     out = console()
     if plan:
         _show_plan(out, chosen, runs, tokens_per_second, calibrate, not no_share)
@@ -132,8 +131,8 @@ def _show_results(out: Console, chosen: Sweep, gathered: Table) -> None:
     try:
         written += [file.name for file in draw_plots(gathered, chosen.folder)]
     except LolcatsError as error:
-        out.print(f"\n{error}", markup=False, soft_wrap=True)
-    out.print(f"\n{chosen.folder}: {', '.join(written)}", markup=False, soft_wrap=True)
+        say(out, f"\n{error}")
+    say(out, f"\n{chosen.folder}: {', '.join(written)}")
 
 
 def _refuse_failures(gathered: Table, names: list[str]) -> None:
@@ -145,3 +144,22 @@ def _refuse_failures(gathered: Table, names: list[str]) -> None:
         more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
         count = len(failed) if failed[0] in gathered.teachers else f"{len(failed)} of {len(names)}"
         raise LolcatsError(f"{count} runs failed: {first}{more}")
+
+
+def sweep_job(
+    config: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep that a sweep wrote down.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of one of its runs, or of a teacher.")],
+    attached: Annotated[bool, typer.Option("--attached", help="End when standard input does.")] = False,
+) -> None:
+    """Do one run of a sweep with its measurements, or measure a teacher; goes on where it was interrupted."""
+    from lolcats.sweep import do_job, find_job, hold_job, load_sweep
+    from lolcats.sweep.attached import end_with_parent
+
+    if attached:
+        end_with_parent()
+    # A shell's background jobs ignore interruptions, and so would this process: the sweep ends its jobs by one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sweep = load_sweep(config)
+    job = find_job(sweep, name)
+    with hold_job(sweep, name):
+        do_job(job, console())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lolcats.cli.tables import say
 from lolcats.cli.terminal import SafeConsole
 from lolcats.printable import show_bytes
 from lolcats.variants import NAMES, short_label
@@ -31,13 +32,7 @@ WITH_SPREAD = {"perplexity.transfer", "perplexity.student", "kl.student"}
 
 
 def print_plan(out: Console, sweep: Sweep, plan: Plan) -> None:
-    """What each run will cost, and all together."""
-    _print_plan_rows(out, plan)
-    _print_plan_totals(out, sweep, plan)
-
-
-def _print_plan_rows(out: Console, plan: Plan) -> None:
-    """A row for each run; where stage 1 is that of another run, its number stands instead of steps."""
+    """What each run will cost, and all together; where stage 1 is that of another run, its number stands for steps."""
     numbers = {run.name: f"as {number}" for number, run in enumerate(plan.runs, start=1)}
     heads = ["", "run", "", "steps 1", "tokens 1", "steps 2", "tokens 2", "time", "disk"]
     rows = []
@@ -47,9 +42,11 @@ def _print_plan_rows(out: Console, plan: Plan) -> None:
         disk = "?" if run.bytes is None else show_bytes(run.bytes)
         rows.append([str(number), run.name, run.status, *counts, show_time(run.seconds), disk])
     _print_fitted(out, heads, rows, left=3)
+    for line in _plan_totals(sweep, plan):
+        say(out, line)
 
 
-def _print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
+def _plan_totals(sweep: Sweep, plan: Plan) -> list[str]:
     """What is left of all runs together, and what the estimate rests on."""
     left = [run for run in plan.runs if run.status != "finished"]
     lines = [
@@ -68,8 +65,7 @@ def _print_plan_totals(out: Console, sweep: Sweep, plan: Plan) -> None:
         lines.append("disk: unknown, because the configuration of a model is not on this machine")
     else:
         lines.append(f"disk: {show_bytes(size)} of models and checkpoints when all is done")
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+    return lines
 
 
 def _measure_line(sweep: Sweep) -> str:
@@ -132,7 +128,7 @@ def print_scores(out: Console, results: Results) -> None:
     tasks = [name for name in results.scores if name not in recall + averages and name.count(".") == 1]
     for title, names in ("tasks, % right", averages + tasks), ("recall, % found", recall):
         if names:
-            out.print(f"\n{title}", markup=False)
+            out.print(f"\n{title}")
             shown = {name: name.removeprefix("tasks.").replace(".", " ") for name in names}
             print_results(out, results, shown, with_teachers=True)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lolcats.cli.terminal import SafeConsole
-from lolcats.variants import label, ordered, short_label
+from lolcats.variants import label, score_cells
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
@@ -24,41 +23,24 @@ def console() -> Console:
     return out if out.is_terminal else SafeConsole(width=max(out.width, MIN_WIDTH))
 
 
+def number_table(words: Iterable[str | Column], numbers: Iterable[str]) -> Table:
+    """An empty table with columns for words, then columns for numbers."""
+    return Table(*words, *(Column(name, justify="right") for name in numbers), box=None, header_style="bold")
+
+
+def say(out: Console, *parts: str) -> None:
+    """A line that a narrow terminal breaks wherever it ends, so that paths and commands in it can be copied."""
+    out.print(*parts, sep="", soft_wrap=True)
+
+
 def score_table(
     perplexity: Mapping[str, float | None], kl: Mapping[str, float | None], recipe: RunConfig | None = None
 ) -> Table:
     """Perplexity, its ratio to the teacher's, and the distance from the teacher: a row a variant."""
-    table = Table("", title_justify="left", box=None, header_style="bold")
-    for name in ("perplexity", "ratio to teacher", "KL to teacher"):
-        table.add_column(name, justify="right")
-    teacher = perplexity.get("teacher")
-    for name in ordered(perplexity):
-        value, distance = perplexity[name], kl.get(name)
-        ratio = value / teacher if value is not None and teacher else None
-        shown = None if name == "teacher" else distance
-        table.add_row(_label(name, recipe), show_number(value), show_number(ratio, 3), show_number(shown, 4))
+    table = number_table([""], ["perplexity", "ratio to teacher", "KL to teacher"])
+    for name, cells in score_cells(perplexity, kl):
+        table.add_row(_label(name, recipe), *cells)
     return table
-
-
-def position_table(by_position: Mapping[str, Mapping[str, float]]) -> Table:
-    """Perplexity by the place of a token in its segment: a row a range, a column a variant."""
-    names = ordered(by_position)
-    table = Table("tokens", box=None, header_style="bold")
-    for name in names:
-        table.add_column(short_label(name), justify="right")
-    for place in by_position[names[0]]:
-        table.add_row(place, *(show_number(by_position[name].get(place, math.nan)) for name in names))
-    return table
-
-
-def position_notes(length: int, trained: int | None, context: int | None) -> list[str]:
-    """Which ranges of a `position_table` lie beyond the texts of the training and beyond the model's context."""
-    notes = []
-    if trained is not None and length > trained:
-        notes.append(f"from {trained:,} tokens on: beyond the texts of the linearization")
-    if context is not None and length > context:
-        notes.append(f"from {context:,} tokens on: beyond the context that the pretrained model was made for")
-    return notes
 
 
 def _label(name: str, recipe: RunConfig | None) -> str:
@@ -66,13 +48,6 @@ def _label(name: str, recipe: RunConfig | None) -> str:
     if name == "student" and recipe is not None and recipe.finetune.enabled:
         return "after LoRA (student)" if recipe.finetune.method == "lora" else "after fine-tuning (student)"
     return label(name)
-
-
-def show_number(value: float | None, digits: int = 2) -> str:
-    """A number with `digits` decimals; very large ones in powers of ten, one that is not there as a dash."""
-    if value is None:
-        return "-"
-    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def show_layers(indices: list[int]) -> str:

@@ -119,6 +119,18 @@ def dotted(settings: dict[str, Any], prefix: str = "") -> list[str]:
     return [prefix + key for key in settings] + [key for name in inner for key in dotted(inner[name], name + ".")]
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"finetune": {"rank": 4}} and {"finetune.rank": 4} as {"finetune.rank": 4}."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found |= flat(value, f"{name}.")
+        elif not (value is None and name in RunConfig.model_fields):  # a section whose lines are all commented out
+            found[name] = value
+    return found
+
+
 def _likeness(key: str, other: str) -> float:
     # The last part counts again by itself: `windw` is near linearization.window although its section is missing.
     pairs = [(key, other), (key.rpartition(".")[2], other.rpartition(".")[2])]

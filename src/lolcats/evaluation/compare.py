@@ -17,8 +17,13 @@ from lolcats.data.packing import read_documents
 from lolcats.data.sources import check_source
 from lolcats.errors import DataError, LolcatsError
 from lolcats.evaluation.memory import TextMemory, text_memory
-from lolcats.evaluation.perplexity import Measurement, Variant, as_segments, measure
-from lolcats.evaluation.segments import evaluation_segments
+from lolcats.evaluation.perplexity import (
+    Measurement,
+    Variant,
+    as_segments,
+    evaluation_segments,
+    measure,
+)
 from lolcats.evaluation.variants import student_variants, teacher_variants
 from lolcats.modeling import convert, linearized_layers
 from lolcats.models.context import check_context

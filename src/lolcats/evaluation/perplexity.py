@@ -1,4 +1,4 @@
-"""Perplexity and distance from the teacher, overall and by position in the text."""
+"""Perplexity and distance from the teacher, overall and by position: of which variants, and on what text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lolcats.config import RunConfig
+from lolcats.data import PackedDataset
+from lolcats.data.packing import read_documents
+from lolcats.errors import DataError
 from lolcats.modeling.head import OutputHead
 from lolcats.models.context import context_limit
 from lolcats.models.vocabulary import check_token_ids
-from lolcats.training.losses import HEAD_CHUNK
+from lolcats.training.losses import head_chunk
 
 
 @dataclass
@@ -90,7 +95,8 @@ def measure(
         ids = segments[begin : begin + batch_size].long()
         reference = None if teacher is None else _States.of(teacher, heads, ids)
         for name, variant in variants.items():
-            loss, kl = _token_scores(_States.of(variant, heads, ids), ids, reference)
+            states = reference if reference is not None and variant is teacher else _States.of(variant, heads, ids)
+            loss, kl = _token_scores(states, ids, reference)
             sums[name].loss += loss
             sums[name].kl += kl
         if progress is not None:
@@ -129,7 +135,7 @@ def _token_scores(student: _States, ids: Tensor, teacher: _States | None) -> tup
     targets = ids[:, 1:].to(student.hidden.device)
     loss = torch.zeros(targets.shape, device=student.hidden.device)
     kl = torch.zeros_like(loss)
-    step = max(1, HEAD_CHUNK // ids.shape[0])
+    step = max(1, head_chunk(student.head, targets.device) // ids.shape[0])
     for begin in range(0, targets.shape[1], step):
         part = slice(begin, min(begin + step, targets.shape[1]))
         log_p = student.log_probabilities(part)
@@ -137,7 +143,7 @@ def _token_scores(student: _States, ids: Tensor, teacher: _States | None) -> tup
             targets[:, part]
         )
         if teacher is not None:
-            log_t = teacher.log_probabilities(part).to(log_p.device)
+            log_t = log_p if teacher is student else teacher.log_probabilities(part).to(log_p.device)
             kl[:, part] = (log_t.exp() * (log_t - log_p)).sum(-1)
     return loss.sum(0).double().cpu(), kl.sum(0).double().cpu()
 
@@ -183,3 +189,41 @@ def as_segments(ids: list[int] | Tensor, length: int) -> Tensor:
     if count == 0:
         raise ValueError(f"expected at least {length} tokens of evaluation text; got {len(stream)}")
     return stream[: count * length].view(count, length)
+
+
+def evaluation_segments(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: PackedDataset | None,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """Segments [S, L] int64: of `evaluation.sources`, or the held-out sequences where that is empty.
+
+    Args:
+        config: of the run.
+        tokenizer: of its teacher.
+        validation: the held-out sequences; not needed with sources.
+        vocabulary: tokens of the model, see `read_documents`.
+
+    Raises:
+        DataError: a source is missing, or too short for one segment.
+    """
+    e = config.evaluation
+    if not e.sources:
+        assert validation is not None
+        real = torch.from_numpy(validation.ids[validation.document >= 0]).long()  # padding is no text
+        try:
+            segments = as_segments(real, e.segment_length or validation.ids.shape[1])
+        except ValueError as error:
+            raise DataError(f"held-out text: {error}; lower evaluation.segment_length") from error
+    else:
+        length = e.segment_length or config.data.sequence_length
+        documents = read_documents(e.sources, "auto", tokenizer, local=config.data.local, vocabulary=vocabulary)
+        ids = np.concatenate([document.ids for document in documents])
+        try:
+            segments = as_segments(torch.from_numpy(ids.astype(np.int64)), length)
+        except ValueError as error:
+            raise DataError(f"{', '.join(e.sources)}: {error}; lower evaluation.segment_length") from error
+    if e.last is not None and e.last >= segments.shape[1]:
+        raise DataError(f"evaluation.last={e.last} must be less than the segment length {segments.shape[1]}")
+    return segments if e.max_segments is None else segments[: e.max_segments]

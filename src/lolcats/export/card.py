@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,8 +9,9 @@ import yaml
 
 from lolcats.config import FinetuneConfig, LinearizationConfig, RunConfig, TransferConfig
 from lolcats.export.source import is_local, last_part
+from lolcats.files import finite
 from lolcats.runs.results import Results
-from lolcats.variants import label, ordered
+from lolcats.variants import label, score_cells
 
 Format = Literal["merged", "adapter", "remote-code"]
 
@@ -143,21 +143,8 @@ def measured(results: Results) -> str:
     lines = [f"On {e.segments or '?'} segments of {e.length or '?'} tokens, {counted} counted. KL is the "
              "divergence of the predictions from the teacher's, in nats a token.", "",
              "| | perplexity | ratio to teacher | KL to teacher |", "|---|---:|---:|---:|"]  # fmt: skip
-    teacher = perplexity.get("teacher")
-    for row in ordered(perplexity):
-        value, distance = perplexity[row], None if row == "teacher" else results.kl.get(row)
-        ratio = None if value is None or not teacher else value / teacher
+    for row, cells in score_cells(finite(perplexity), finite(results.kl)):
         name = "**this model**" if row == "student" else label(row, "this model")
-        lines.append(f"| {name} | {_number(value, 2)} | {_number(ratio, 3)} | {_number(distance, 4)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     memory = "" if results.memory is None else f"\n\nIts {results.memory.line()}."
     return "\n".join(lines) + memory
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _number(value: Any, digits: int) -> str:
-    if not _finite(value):
-        return "-"
-    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"

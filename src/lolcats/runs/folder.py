@@ -2,7 +2,7 @@
 
 runs/NAME/config.yaml       the settings, complete
           metrics.jsonl     a line a step
-          checkpoints/STAGE/{last,best}.safetensors
+          checkpoints/STAGE/{last,best}.safetensors; copied_from.txt where they are another run's
           results.json      what was measured
           model/            the artefact
           .lock             held by the process that works on the run
@@ -25,12 +25,14 @@ from lolcats.config import RunConfig, dump_config, load_config
 from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import LolcatsError
-from lolcats.files import hold, remove_leftovers_in, write_text
+from lolcats.files import atomic_file, hold, remove_leftovers_in, write_text
 from lolcats.models.folder import expand
 from lolcats.runs.results import Results, read_results
 from lolcats.training.checkpoint import read_metadata
 
 STAGES = ("transfer", "finetune")
+CHECKPOINTS = ("best.safetensors", "last.safetensors")
+"""`last` is copied last: with it a stage counts as begun, and everything else is there by then."""
 
 
 class RunFolder:
@@ -164,6 +166,35 @@ class RunFolder:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
+    def steps_done(self, stage: str) -> int:
+        """Steps of a stage that are in its last checkpoint; raises as `stage_state` does."""
+        file = self.checkpoints(stage) / "last.safetensors"
+        step = read_metadata(file).get("step") if file.exists() else 0
+        if not isinstance(step, int):
+            raise LolcatsError(f"{file} does not say at which step it was written; delete it to start this stage anew")
+        return step
+
+    def origin(self, stage: str) -> str:
+        """Name of the run that the checkpoints of a stage were copied from, "" where they are its own."""
+        file = self.checkpoints(stage) / "copied_from.txt"
+        try:
+            return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise LolcatsError(
+                f"cannot read {file} ({error}); delete it: it says whose checkpoints these are"
+            ) from error
+
+    def copy_stage(self, stage: str, source: RunFolder) -> None:
+        """Take the checkpoints and metrics of another run's finished stage, as if it had been done here."""
+        folder, before = self.checkpoints(stage), source.checkpoints(stage)
+        lines = source.metrics_file.read_bytes().splitlines() if source.metrics_file.exists() else []
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "copied_from.txt", (source.origin(stage) or source.path.name) + "\n")
+        write_text(self.metrics_file, "".join(f"{line.decode()}\n" for line in lines if _is_of(line, stage)))
+        for file in CHECKPOINTS:
+            with atomic_file(folder / file) as temporary:
+                shutil.copyfile(before / file, temporary)
+
     def results(self) -> Results:
         """What was measured so far.
 
@@ -257,3 +288,11 @@ class RunFolder:
         metadata = read_metadata(file)
         state = "finished" if metadata["step"] == metadata.get("steps") else "begun"
         return state, metadata.get("settings") or {}
+
+
+def _is_of(line: bytes, stage: str) -> bool:
+    """Whether a line of metrics is whole, and of a stage; a run that was killed may have left half a line."""
+    try:
+        return json.loads(line)["stage"] == stage
+    except (ValueError, TypeError, LookupError):
+        return False

@@ -16,9 +16,8 @@ from lolcats.config import RunConfig
 from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
-from lolcats.evaluation import Measurement, Variant, measure, student_variants, teacher_variants
+from lolcats.evaluation import Measurement, Variant, evaluation_segments, measure, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
-from lolcats.evaluation.segments import evaluation_segments
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
@@ -31,7 +30,7 @@ from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Best, Results
-from lolcats.runs.state import Run, add_facts, open_run
+from lolcats.runs.state import Run, add_facts, open_run, timed
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
@@ -75,7 +74,11 @@ def linearize(
         results = from_main_process(accelerator, lambda: open_run(folder, config, device, held, resume, overwrite))
         if results is None:
             return folder
+        if device.type == "cuda":
+            held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
         run = _prepare(config, folder, accelerator, device, console, results, started)
+        results.add_seconds("loading", time.perf_counter() - started)
         for name, step in zip(STEPS, (measure_teacher, transfer, finetune, save, measure_student), strict=True):
             step(run)
             if name == until:
@@ -83,7 +86,8 @@ def linearize(
         run.count_seconds()
         if run.results.complete:
             on_main_process(accelerator, lambda: save_results(folder.model, run.results))
-        run.write_results()
+        # With no more seconds than there are in the model's folder.
+        on_main_process(accelerator, lambda: folder.write_results(run.results))
     return folder
 
 
@@ -97,8 +101,6 @@ def _prepare(
     started: float,
 ) -> Run:
     set_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
     dtype = getattr(torch, results.dtype or "")
     model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
     check_supported(model)  # before the text is read, which may take long
@@ -150,7 +152,6 @@ def measure_teacher(run: Run) -> None:
         )
     with attention_mode(run.model, "softmax"):
         _sample(run, "teacher")
-    run.count_seconds()
     run.write_results()
 
 
@@ -168,7 +169,6 @@ def transfer(run: Run) -> None:
         start_from_text(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results.perplexity:
         _record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
-        run.count_seconds()
         run.write_results()
 
 
@@ -249,15 +249,9 @@ def _slow_backward(run: Run) -> bool:
 def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
     autocast = torch.bfloat16 if next(run.model.parameters()).dtype == torch.bfloat16 else None
     result = train(
-        stage,
-        config,
-        run.data,
-        run.folder.checkpoints(stage.name),
-        run.reporter,
-        accelerator=run.accelerator,
-        seed=run.config.seed,
-        autocast=autocast,
-    )
+        stage, config, run.data, run.folder.checkpoints(stage.name), run.reporter, accelerator=run.accelerator,
+        seed=run.config.seed, autocast=autocast,
+    )  # fmt: skip
     run.results.tokens[stage.name] = result.tokens
     run.results.tokens_per_second[stage.name] = round(result.tokens_per_second, 1)
     run.results.seconds[stage.name] = round(result.seconds, 2)
@@ -272,6 +266,7 @@ def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
     return result
 
 
+@timed("measuring")
 def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, note: str = "") -> dict[str, Measurement]:
     """Measure and put the numbers into the results; without a teacher, no distance from it.
 

@@ -17,12 +17,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement
 from lolcats.evaluation.memory import TextMemory
-from lolcats.files import read_json_object
+from lolcats.files import finite, read_json_object
 
 VERSION = 2
 RESUME = "delete it and resume: what it held is measured again"
 NOT_FINITE = {True: "infinite", False: "not a number"}
 """What a note says of a number that JSON does not have, which is null."""
+
+TIMES = {"loading": "loading", "transfer": "transfer", "finetune": "fine-tuning", "measuring": "measuring"}
+"""What the seconds of a run go to, and how people are told."""
 
 Number = float | None
 """None is a number that was not finite."""
@@ -82,6 +85,7 @@ class Results(_Section):
     """That a stage was trained on."""
     tokens_per_second: Annotated[dict[str, float], _Filled] = Field(default={})
     seconds: Annotated[dict[str, float], _Filled] = Field(default={})
+    """Of loading, of the steps of each stage, of measuring; total is more: validation, checkpoints, samples, saving."""
     generation: Annotated[dict[str, str], _Filled] = Field(default={})
     """The prompt, and what teacher and student wrote after it."""
     best: Annotated[dict[str, Best], _Filled] = Field(default={})
@@ -107,6 +111,18 @@ class Results(_Section):
         self.by_position[name] = dict(score.by_position)
         self.evaluation.tokens = score.tokens
 
+    def add_seconds(self, what: str, seconds: float) -> None:
+        """Count in time spent on `what`, beside that of runs that this one goes on with."""
+        self.seconds[what] = round(self.seconds.get(what, 0.0) + seconds, 2)
+
+    def time_line(self) -> str:
+        """Where the time went, for people; "" where the file does not say."""
+        parts = {label: self.seconds[name] for name, label in TIMES.items() if name in self.seconds}
+        if (total := self.seconds.get("total")) is None or "measuring" not in parts:
+            return ""
+        parts["validation, samples and saving"] = max(0.0, total - sum(parts.values()))
+        return f"time: {', '.join(f'{value:,.0f} s {name}' for name, value in parts.items())}; {total:,.0f} s in all"
+
     def forget_measurements(self) -> None:
         """Leave out what was measured on another text or in another way."""
         for section in (self.perplexity, self.kl, self.by_position, self.notes):
@@ -124,7 +140,7 @@ class Results(_Section):
         null = {*found, *(path for path in self.notes if _at(content, path) is None)}
         kept = {name: note for name, note in self.notes.items() if name in null or note not in NOT_FINITE.values()}
         content["notes"] = kept | found
-        return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def read_results(file: Path, then: str = RESUME) -> Results:
@@ -155,7 +171,7 @@ def _noted(content: dict[str, Any]) -> dict[str, Any]:
     """A file of version 0.1 with its infinities as null and a note on each."""
     found = dict(_not_finite(content))
     notes = content.get("notes") or {}
-    return _finite(content) | ({"notes": notes | found} if found and isinstance(notes, dict) else {})
+    return finite(content) | ({"notes": notes | found} if found and isinstance(notes, dict) else {})
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -174,11 +190,3 @@ def _at(content: Any, path: str) -> Any:
             return ""
         content = content[key]
     return content
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

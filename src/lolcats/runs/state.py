@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +27,8 @@ from lolcats.runs.results import Results
 from lolcats.training import FinetuneStage, Reporter, TrainingData
 from lolcats.training.parallel import describe, on_main_process
 
+P = ParamSpec("P")
+T = TypeVar("T")
 FORMATS = ("float32", "bfloat16", "float16")
 
 
@@ -56,7 +60,8 @@ class Run:
         self.results.seconds["total"] = round(time.perf_counter() - self.started, 2)
 
     def write_results(self) -> None:
-        """Put results.json on disk."""
+        """Put results.json on disk, with the seconds up to now."""
+        self.count_seconds()
         on_main_process(self.accelerator, lambda: self.folder.write_results(self.results))
 
     def say(self, text: str) -> None:
@@ -85,6 +90,23 @@ class Run:
             text = " ".join(describe(error).split())
             self.results.notes[what] = text
             self.say(f"{what} failed and is left out: {text}")
+
+
+def timed(what: str) -> Callable[[Callable[Concatenate[Run, P], T]], Callable[Concatenate[Run, P], T]]:
+    """Decorate a part of a run: its time is added to the seconds of `what`."""
+
+    def wrap(part: Callable[Concatenate[Run, P], T]) -> Callable[Concatenate[Run, P], T]:
+        @functools.wraps(part)
+        def measured(run: Run, *args: P.args, **kwargs: P.kwargs) -> T:
+            start = time.perf_counter()
+            try:
+                return part(run, *args, **kwargs)
+            finally:
+                run.results.add_seconds(what, time.perf_counter() - start)
+
+        return measured
+
+    return wrap
 
 
 def open_run(

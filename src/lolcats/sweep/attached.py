@@ -18,21 +18,13 @@ from typing import IO
 def start_attached(
     command: list[str], *, stdout: IO[bytes] | int, stderr: int | None = None, env: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a process that calls `end_with_parent`, in a group of its own with the processes that it will start.
-
-    Args:
-        command, stdout, stderr, env: as for `subprocess.Popen`.
-    """
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=env, start_new_session=True
-    )
+    """`subprocess.Popen` of a process that calls `end_with_parent`, in a group of its own with those that it starts."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=stdout, stderr=stderr, env=env, start_new_session=True)
 
 
 def end_with_parent() -> None:
-    """From now on, end this process and those that it started as soon as the one that started it has ended.
-
-    Standard input is empty afterwards.
-    """
+    """End this process and its own as soon as the one that started it has ended. Standard input is empty afterwards."""
     pipe = os.dup(sys.stdin.fileno())  # a copy that processes started from here do not have
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, sys.stdin.fileno())

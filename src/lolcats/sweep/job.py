@@ -1,38 +1,101 @@
-"""The parts of a sweep that can be done by themselves: a run with its measurements, and a teacher's measurements."""
+"""A sweep and its jobs: a run with its measurements, or a teacher's measurements. What is done of them, files say."""
 
 from __future__ import annotations
 
+import difflib
 import gc
 import hashlib
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.evaluation import Variant
-from lolcats.evaluation.compare import load_variants
-from lolcats.evaluation.harness.run import load_benchmarks, measure_benchmarks, require_lm_eval
-from lolcats.evaluation.recall import RecallSettings, recall
-from lolcats.evaluation.store import AnswerStore
-from lolcats.models.context import check_context
-from lolcats.models.empty import known_model
+from lolcats.files import hold
+from lolcats.runs.folder import RunFolder
 from lolcats.runs.recipe import linearize
-from lolcats.silence import quiet
-from lolcats.sweep.measure import MeasureConfig
-from lolcats.sweep.measured import Measured
-from lolcats.sweep.naming import label
-from lolcats.sweep.settings import Sweep, SweepRun
-from lolcats.sweep.state import run_status
-from lolcats.variants import VARIANTS
+from lolcats.sweep.measure import MeasureConfig, Measured, Say, measure_model
 
-Say = Callable[[str], None]
+Stage = Literal["transfer", "finetune"]
+STAGES: tuple[Stage, Stage] = ("transfer", "finetune")
+Status = Literal["new", "started", "trained", "finished"]
+"""A run that is trained has its model; some of what the section `measure` asks for is missing."""
+TRAINED = ("trained", "finished")
+"""States of a run without a step left."""
+RUN, SEED = "run", "seed"
+"""Name of the axis that the section `runs` makes, and of the one over which means are taken."""
+SWEEP_FILE = "sweep.yaml"
+AFTER_STAGE_ONE = {"name", "runs_dir", "finetune", "evaluation"}
+"""Settings that stage 1 does not read."""
+LONGEST = 40
+"""Characters of a value in a name."""
+Studies = dict[str, dict[str, str]]
+"""Study -> name of a run in it -> name of the run of the joint sweep."""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    name: str
+    """Also of its folder inside the sweep's."""
+    config: RunConfig
+    settings: dict[str, Any]
+    """Axis or swept key -> the value that this run has there; the axis `run` holds the name of its set of settings."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """What is measured of the finished student; the same for all runs of a sweep."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it is done."""
+        return RunFolder.of(self.config)
+
+    @property
+    def measured(self) -> Measured:
+        """What is known of its student."""
+        return Measured(self.folder.path / "measurements" / "measure.json")
+
+    @property
+    def stage_one(self) -> str:
+        """Text that is equal for runs with the same stage 1; "" for a run without one."""
+        if not self.config.transfer.enabled:
+            return ""
+        return json.dumps(self.config.model_dump(mode="json", exclude=AFTER_STAGE_ONE), sort_keys=True)
+
+    def status(self) -> Status:
+        """How far it is."""
+        if not self.folder.config_file.exists():
+            return "new"
+        if not self.folder.results().complete or not self.folder.has_model():
+            return "started"
+        return "trained" if self.measured.missing(self.measure) else "finished"
+
+    def steps(self, stage: Stage) -> int:
+        """All steps of a stage."""
+        settings = getattr(self.config, stage)
+        return settings.steps(self.config.data.sequence_length) if settings.enabled else 0
+
+    def steps_done(self, stage: Stage) -> int:
+        """Steps of a stage that need not be done again; all of them if the run is finished."""
+        if self.folder.results().complete:
+            return self.steps(stage)
+        return self.folder.steps_done(stage)
+
+    def do(self, console: Console | None) -> None:
+        """Linearize, then measure the student."""
+        if self.status() not in TRAINED:
+            linearize(self.config, resume=True, console=console)
+            _release_memory()
+        where = {"teacher": self.config.model, "device": self.config.device}
+        measure_model(str(self.folder.model), self.measured, self.measure, say=speaker(console), **where)
 
 
 @dataclass(frozen=True)
@@ -44,26 +107,68 @@ class SweepTeacher:
     """Of one of its runs."""
     measure: MeasureConfig
     file: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of a run; a teacher has none, and no stage 1."""
+    stage_one = ""
 
     @property
-    def is_finished(self) -> bool:
-        """Whether nothing is missing."""
-        return Measured(self.file).is_complete(self.measure)
+    def measured(self) -> Measured:
+        """What is known of it."""
+        return Measured(self.file)
+
+    def status(self) -> Status:
+        """How much is measured."""
+        if not self.measured.missing(self.measure):
+            return "finished"
+        return "started" if self.measured.scores(self.measure) else "new"
+
+    def do(self, console: Console | None) -> None:
+        """Measure it."""
+        where = {"device": self.config.device, "dtype": self.config.dtype}
+        measure_model(self.config.model, self.measured, self.measure, say=speaker(console), **where)
 
 
 Job = SweepRun | SweepTeacher
 
 
-def sweep_teachers(sweep: Sweep, runs: Sequence[SweepRun] | None = None) -> list[SweepTeacher]:
-    """The teachers to be measured, one for each model and number format; "teacher" where there is one alone.
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its file says."""
 
-    Args:
-        runs: only those of these runs.
-    """
+    name: str
+    folder: Path
+    axes: dict[str, list[Any]]
+    """Axis -> its values, in the order of the file."""
+    keys: list[str]
+    """Keys of the configuration in which runs differ, in the order of the file; `run` is not among them."""
+    runs: list[SweepRun]
+    text: str
+    """The sweep as YAML that needs no other file and no overrides."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    studies: Studies = field(default_factory=dict)
+    """Of a sweep that joins others."""
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what belongs to processes: their output and locks, and the sweep as they read it."""
+        return self.folder / "logs"
+
+    def lock(self, name: str) -> Path:
+        """The file that is held while a job is done."""
+        return self.logs / f".{name}.lock"
+
+    def jobs(self, runs: Sequence[SweepRun] | None = None) -> list[Job]:
+        """The teachers to be measured, and the runs: all, or only some with their teachers."""
+        chosen = self.runs if runs is None else runs
+        return [*sweep_teachers(self, chosen), *chosen]
+
+
+def sweep_teachers(sweep: Sweep, runs: Sequence[SweepRun]) -> list[SweepTeacher]:
+    """The teachers of `runs`, one for each model and number format; "teacher" where the whole sweep has one alone."""
     if not (sweep.measure.teacher and sweep.measure.anything):
         return []
     configs = {(run.config.model, run.config.dtype): run.config for run in reversed(sweep.runs)}
-    wanted = {(run.config.model, run.config.dtype) for run in (sweep.runs if runs is None else runs)}
+    wanted = {(run.config.model, run.config.dtype) for run in runs}
     teachers = []
     measure = sweep.measure.model_copy(update={"controls": []})
     for (model, dtype), config in reversed(configs.items()):
@@ -76,15 +181,26 @@ def sweep_teachers(sweep: Sweep, runs: Sequence[SweepRun] | None = None) -> list
 
 
 def find_job(sweep: Sweep, name: str) -> Job:
-    """The run or teacher of a name.
-
-    Raises:
-        LolcatsError: there is none.
-    """
-    for job in [*sweep.runs, *sweep_teachers(sweep)]:
+    """The run or teacher of a name, or an error if there is none."""
+    for job in sweep.jobs():
         if job.name == name:
             return job
     raise LolcatsError(f"{name}: neither a run nor a teacher of {sweep.name}; its runs are in {sweep.folder}")
+
+
+def choose_runs(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
+    """The runs whose names match one of the patterns (`*`, `?`, `[...]` as in a shell), in the order of the sweep.
+
+    A pattern that no name matches is an error, which gives the nearest name.
+    """
+    names = [run.name for run in sweep.runs]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, 1, 0.6)
+            more = ", ..." if len(names) > 4 else ""
+            hint = f"did you mean {near[0]}?" if near else f"its runs are {', '.join(names[:4])}{more}"
+            raise LolcatsError(f"{pattern}: no run of {sweep.name} has this name; {hint}")
+    return [run for run in sweep.runs if any(fnmatchcase(run.name, pattern) for pattern in patterns)]
 
 
 def do_job(job: Job, console: Console | None) -> None:
@@ -93,113 +209,44 @@ def do_job(job: Job, console: Console | None) -> None:
     Raises:
         LolcatsError: see `linearize` and `measure_model`.
     """
+    try:
+        job.do(console)
+    finally:
+        _release_memory()
+
+
+def hold_job(sweep: Sweep, name: str) -> AbstractContextManager[None]:
+    """Keep other processes from a run or teacher that this one does for a sweep; see `hold`."""
+    return hold(sweep.lock(name), f"another process works on {name} of the sweep in {sweep.folder}")
+
+
+def is_finished(job: Job) -> bool:
+    """Whether nothing of a job is left to do. One whose files cannot be read is not: whoever does it says why."""
+    try:
+        return job.status() == "finished"
+    except LolcatsError:
+        return False
+
+
+def speaker(console: Console | None) -> Say:
+    """What shows lines as they are; of no console, nothing."""
 
     def say(text: str) -> None:
         if console is not None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    config = job.config
-    try:
-        if isinstance(job, SweepTeacher):
-            where = {"device": config.device, "dtype": config.dtype}
-            measure_model(config.model, Measured(job.file), job.measure, **where, say=say)
-        else:
-            folder = linearize(config, resume=True, console=console)
-            _release_memory()
-            where = {"teacher": config.model, "device": config.device}
-            measure_model(str(folder.model), Measured.of_run(folder), job.measure, **where, say=say)
-    finally:
-        _release_memory()
+    return say
 
 
-def check_measure(sweep: Sweep, *, fetch: bool = True) -> None:
-    """See that everything can be measured before anything is trained.
-
-    Args:
-        fetch: also get what is on the hub; else tasks are looked up by name, where lm-eval is installed.
-
-    Raises:
-        LolcatsError: lm-eval is missing, a task or its data cannot be had, or a length is beyond a model's context.
-    """
-    measure = sweep.measure
-    if measure.tasks and (fetch or importlib.util.find_spec("lm_eval")):
-        require_lm_eval()
-        from lolcats.evaluation.harness.catalog import catalog
-
-        with quiet():
-            if fetch or measure.task_data is not None:
-                load_benchmarks(measure.tasks, measure.harness_settings())
-            else:
-                catalog().check(measure.tasks)
-    for source in dict.fromkeys(run.config.model for run in sweep.runs) if measure.recall else ():
-        if (model := known_model(source)) is not None:
-            check_context(model, max(measure.lengths), "measure.lengths: a prompt", beyond=False)
-
-
-def measure_model(
-    source: str,
-    measured: Measured,
-    measure: MeasureConfig,
-    *,
-    teacher: str | None = None,
-    device: str,
-    dtype: str = "auto",
-    say: Say,
-) -> None:
-    """Measure what is missing of a student or a teacher, and keep it; an interruption loses one batch at most.
-
-    Args:
-        source: the linearized model, or a pretrained one.
-        measured: where the numbers go; answers to an unfinished task are kept beside it.
-        teacher: of a linearized model, for the controls that have its weights.
-        device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
-        say: where progress is shown.
-
-    Raises:
-        LolcatsError: a task or its data cannot be had, or does not fit the model.
-    """
-    if measured.is_complete(measure):
-        return
-    needed = any(row.weights == "teacher" for row in VARIANTS if row.name in measure.controls)
-    said: set[str] = set()
-
-    def show(label: str, done: int, count: int | None) -> None:
-        if label not in said:
-            said.add(label)
-            say(f"measuring: {label}")
-
-    with _full_precision(), AnswerStore(measured.file.with_name(f"{measured.file.name}.progress")) as store:
-        before = teacher if needed else None
-        loaded = load_variants(source, teacher=before, controls=measure.controls, device=device, dtype=dtype)
-        name = "student" if "student" in loaded.variants else "teacher"
-        if measured.missing_tasks(measure):
-            modes = {key: mode for key, mode in loaded.variants.items() if key == name or key != "teacher"}
-            _measure_tasks(modes, loaded.tokenizer, measured, measure, store, show)
-        missing = measured.missing_cells(measure)
-        for task in dict.fromkeys(task for task, _ in missing):
-            asked = RecallSettings([task], [n for other, n in missing if other == task], measure.samples)
-            how = {"batch_size": measure.batch_size, "store": store, "report": show}
-            for cell in recall({name: loaded.variants[name]}, loaded.tokenizer, asked, **how):
-                measured.add_cell(measure, cell)
-    for column, score in measured.columns(measure).items():
-        say(f"{name:<14} {column} " + ("-" if score.value is None else f"{score.value:.4f}"))
-
-
-def _measure_tasks(
-    modes: dict[str, Variant],
-    tokenizer: PreTrainedTokenizerBase,
-    measured: Measured,
-    measure: MeasureConfig,
-    store: AnswerStore,
-    show: Callable[[str, int, int | None], None],
-) -> None:
-    require_lm_eval()
-    settings, missing = measure.harness_settings(), measured.missing_tasks(measure)
-    with quiet():
-        for benchmark in load_benchmarks(measure.tasks, settings):  # all of them, because num_fewshot may name any
-            if benchmark.name in missing:
-                scores = measure_benchmarks(modes, tokenizer, [benchmark], settings, store, show)
-                measured.add_task(benchmark.name, measure, scores)
+def label(value: Any) -> str:
+    """A value as part of a file's name."""
+    if type(value) is int and value >= 10_000 and value % 100 == 0:
+        millions = value >= 1_000_000 and value % 10_000 == 0
+        return f"{value / 1e6:g}M" if millions else f"{value / 1e3:g}k" if value < 100_000_000 else str(value)
+    text = ".".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-") or "-"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 9]}-{digest}"
 
 
 def _release_memory() -> None:
@@ -207,22 +254,3 @@ def _release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Training may have let products of float32 be rounded; measuring alone does not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def is_finished(job: Job) -> bool:
-    """Whether nothing of a job is left to do. One whose files cannot be read is not: whoever does it says why."""
-    try:
-        return job.is_finished if isinstance(job, SweepTeacher) else run_status(job) == "finished"
-    except LolcatsError:
-        return False

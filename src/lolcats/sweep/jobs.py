@@ -10,20 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 
+from lolcats.errors import LolcatsError
 from lolcats.files import write_text
+from lolcats.runs.folder import CHECKPOINTS
 from lolcats.sweep.attached import finish, start_attached
-from lolcats.sweep.job import Job, SweepTeacher, is_finished
-from lolcats.sweep.settings import Sweep
-from lolcats.sweep.sharing import stage_one, stage_one_is_done, take_stage_one
-from lolcats.sweep.state import SWEEP_FILE
+from lolcats.sweep.job import SWEEP_FILE, Job, Sweep, SweepRun, is_finished
+from lolcats.sweep.measure import Say
 
 POLL_SECONDS = 0.2
 NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ended by signal 9")
@@ -40,17 +39,11 @@ class _Process:
     log: Path
     begin: int
     """Bytes of the log that are from earlier calls."""
-    started: float
+    started: float = field(default_factory=time.monotonic)
 
 
 def run_jobs(
-    sweep: Sweep,
-    todo: Sequence[Job],
-    jobs: int,
-    *,
-    share: bool,
-    ended: Callable[[Job, str], None],
-    say: Callable[[str], None],
+    sweep: Sweep, todo: Sequence[Job], jobs: int, *, share: bool, ended: Callable[[Job, str], None], say: Say
 ) -> None:
     """Do `todo`, `jobs` at a time; several GPUs are taken in turn. An interruption ends all processes.
 
@@ -62,81 +55,80 @@ def run_jobs(
         ended: called with each job that ended and its error in one line ("" for none).
         say: where progress is shown.
     """
-    logs = sweep.folder / "logs"
-    logs.mkdir(exist_ok=True)
-    write_text(logs / SWEEP_FILE, sweep.text)  # the file that was given may lack the overrides
-    pool = _Pool(sweep, jobs, share, ended, say, list(todo))
-    with _termination_interrupts():
-        try:
-            while pool.waiting or pool.running:
-                pool.collect()
-                pool.fill()
-                time.sleep(POLL_SECONDS)
-        finally:
-            _stop(pool.running)
+    sweep.logs.mkdir(exist_ok=True)
+    write_text(sweep.logs / SWEEP_FILE, sweep.text)  # the file that was given may lack the overrides
+    waiting, at_once = list(todo), jobs
+    running: list[_Process] = []
+    try:
+        while waiting or running:
+            for process in [process for process in running if process.process.poll() is not None]:
+                job, beside = process.job, len(running) > 1
+                running.remove(process)
+                error = _end(process)
+                seconds, left = time.monotonic() - process.started, len(waiting) + len(running)
+                say(f"{job.name} ended after {seconds:,.0f} s; {left} left")
+                if beside and at_once > 1 and any(words in error for words in NO_MEMORY):
+                    at_once -= 1
+                    waiting.append(job)
+                    say(f"{job.name} ran out of memory and is tried again; {at_once} jobs at a time now")
+                else:
+                    ended(job, error)
+            while len(running) < at_once and (job := _next(waiting, [p.job for p in running], share)):
+                waiting.remove(job)
+                slot = min(set(range(jobs)) - {process.slot for process in running})
+                running.append(_start(job, sweep, slot, jobs, share, say))
+            time.sleep(POLL_SECONDS)
+    finally:
+        _stop(running)
 
 
-@dataclass
-class _Pool:
-    sweep: Sweep
-    slots: int
-    share: bool
-    ended: Callable[[Job, str], None]
-    say: Callable[[str], None]
-    waiting: list[Job]
-    running: list[_Process] = field(default_factory=list)
+def take_stage_one(job: Job, runs: Sequence[SweepRun]) -> str:
+    """Copy the finished stage 1 of another of `runs` into a run that has not begun its own.
 
-    def __post_init__(self) -> None:
-        self.at_once = self.slots
+    Stage 1 is done once for all runs whose settings differ only in what comes after it. Their results are those that
+    they would have had alone, but for the clock.
 
-    def collect(self) -> None:
-        """See which processes have ended."""
-        for process in [process for process in self.running if process.process.poll() is not None]:
-            beside = len(self.running) > 1
-            self.running.remove(process)
-            finish(process.process)
-            seconds = time.monotonic() - process.started
-            self.say(f"{process.job.name} ended after {seconds:,.0f} s; {len(self.waiting) + len(self.running)} left")
-            error = _error(process)
-            if beside and self.at_once > 1 and any(words in error for words in NO_MEMORY):
-                self.at_once -= 1
-                self.waiting.append(process.job)
-                self.say(f"{process.job.name} ran out of memory and is tried again; {self.at_once} jobs at a time now")
-            else:
-                self.ended(process.job, error)
+    Returns:
+        The name of the run that the checkpoints are from, "" if nothing was copied.
+    """
+    if not isinstance(job, SweepRun) or not job.stage_one or job.folder.results().complete:
+        return ""
+    if (job.folder.checkpoints("transfer") / "last.safetensors").exists():
+        return ""
+    for other in runs:
+        if other.name != job.name and other.stage_one == job.stage_one and _stage_one_is_done(other):
+            job.folder.prepare(job.config, resume=True)
+            job.folder.copy_stage("transfer", other.folder)
+            return other.name
+    return ""
 
-    def fill(self) -> None:
-        """Start as many processes as there may be."""
-        while len(self.running) < self.at_once and (job := _next(self.waiting, self._jobs(), self.share)):
-            self.waiting.remove(job)
-            slot = min(set(range(self.slots)) - {process.slot for process in self.running})
-            self.running.append(_start(job, self.sweep, slot, self.slots, self.share, self.say))
 
-    def _jobs(self) -> list[Job]:
-        return [process.job for process in self.running]
+def _stage_one_is_done(run: SweepRun) -> bool:
+    """Whether stage 1 of a run is finished, and its checkpoints are there."""
+    try:
+        done = run.steps_done("transfer")
+    except LolcatsError:  # a broken file is the business of the run that made it
+        return False
+    return done == run.steps("transfer") and all((run.folder.checkpoints("transfer") / f).exists() for f in CHECKPOINTS)
 
 
 def _next(waiting: Sequence[Job], running: Sequence[Job], share: bool) -> Job | None:
     """The first job that need not wait for the stage 1 of one that is running."""
-    busy = {_stage_one(job) for job in running if share and not stage_one_is_done(job.config)} - {""}
-    return next((job for job in waiting if _stage_one(job) not in busy), None)
+    runs = [job for job in running if isinstance(job, SweepRun)] if share else []
+    busy = {run.stage_one for run in runs if not _stage_one_is_done(run)} - {""}
+    return next((job for job in waiting if job.stage_one not in busy), None)
 
 
-def _stage_one(job: Job) -> str:
-    return "" if isinstance(job, SweepTeacher) else stage_one(job.config)
-
-
-def _start(job: Job, sweep: Sweep, slot: int, jobs: int, share: bool, say: Callable[[str], None]) -> _Process:
-    origin = take_stage_one(job, sweep.runs) if share and not isinstance(job, SweepTeacher) else None
-    logs = sweep.folder / "logs"
-    log = logs / f"{job.name}.log"
-    command = [sys.executable, "-m", "lolcats.cli", "sweep-job", str(logs / SWEEP_FILE), job.name, "--attached"]
+def _start(job: Job, sweep: Sweep, slot: int, jobs: int, share: bool, say: Say) -> _Process:
+    origin = take_stage_one(job, sweep.runs) if share else ""
+    log = sweep.logs / f"{job.name}.log"
+    command = [sys.executable, "-m", "lolcats.cli", "sweep-job", str(sweep.logs / SWEEP_FILE), job.name, "--attached"]
     note = f", stage 1 is that of {origin}" if origin else ""
     say(f"{job.name} runs (log: {log}{note})")
     with log.open("ab") as file:
         begin = file.tell()
         process = start_attached(command, env=_environment(slot, jobs), stdout=file, stderr=subprocess.STDOUT)
-    return _Process(job, process, slot, log, begin, time.monotonic())
+    return _Process(job, process, slot, log, begin)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
@@ -149,8 +141,9 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
     return env
 
 
-def _error(process: _Process) -> str:
-    """Why a process ended, "" if its job is finished."""
+def _end(process: _Process) -> str:
+    """Forget a process that has ended; returns why it did, "" if its job is finished."""
+    finish(process.process)
     if is_finished(process.job):
         return ""
     lines = process.log.read_bytes()[process.begin :].decode(errors="replace").splitlines()
@@ -169,21 +162,3 @@ def _stop(running: Sequence[_Process]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.process.wait(max(0.1, deadline - time.monotonic()))
         finish(process.process)
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM end the sweep as Ctrl-C does, so that no process is left behind on a GPU."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

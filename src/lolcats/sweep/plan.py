@@ -1,38 +1,33 @@
 """What a sweep will cost: runs, steps and tokens of each stage, time, and disk.
 
-Nothing is run for it, and no weights are read: bytes on disk come from the shapes of a model alone.
+No weights are read: bytes on disk come from the shapes of a model alone. Nothing is run but, if it is asked for, a few
+steps in a folder that is deleted afterwards (`calibrate`).
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.modeling.attention import added_parameters
-from lolcats.modeling.convert import check_supported
-from lolcats.modeling.install import install
-from lolcats.models.device import choose_device, choose_dtype
+from lolcats.files import read_json_lines
+from lolcats.models.device import choose_device
 from lolcats.models.empty import known_model
-from lolcats.runs.folder import RunFolder
-from lolcats.sweep.settings import Sweep, SweepRun
-from lolcats.sweep.sharing import groups, shared_from
-from lolcats.sweep.state import run_status, steps_done
-from lolcats.training.finetune import lora_targets
+from lolcats.runs.artefact import disk_bytes
+from lolcats.runs.recipe import linearize
+from lolcats.sweep.job import STAGES, TRAINED, Stage, Sweep, SweepRun
+from lolcats.training.graphs import EAGER_STEPS
 
-Stage = Literal["transfer", "finetune"]
-STAGES: tuple[Stage, Stage] = ("transfer", "finetune")
-DONE = ("trained", "finished")
-"""States of a run without a step left."""
-ADAMW = 3
-"""A checkpoint to go on from holds parameters and two moments; the best one parameters alone. All are float32."""
+WARM_UP, MEASURED = EAGER_STEPS + 1, 4
+"""Steps of a calibration: slow ones, in which kernels are compiled and graphs recorded, and those whose time counts."""
+CPU_WARM_UP, CPU_MEASURED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,8 @@ class Speed:
     """A run's seconds beside its stages: loading, measuring, saving; None if unknown."""
 
     def seconds(self, tokens: dict[Stage, int]) -> float:
-        """Time of training on so many tokens."""
-        return tokens["transfer"] / self.transfer + tokens["finetune"] / self.finetune
+        """Time of training on so many tokens, and of what comes beside it."""
+        return tokens["transfer"] / self.transfer + tokens["finetune"] / self.finetune + (self.other_seconds or 0.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class PlannedRun:
     tokens: dict[Stage, int]
     """That are still to be trained on."""
     seconds: float | None
-    bytes: int | None
+    bytes: int | None = None
     problem: str = ""
     """Why the run would fail, as far as the shapes of its model tell."""
 
@@ -101,107 +96,104 @@ def make_plan(
         share: whether a stage 1 that runs have in common is done once.
     """
     speed = speed or measured_speed(sweep)
-    disk = DiskEstimate()
+    models = functools.cache(known_model)
     runs = sweep.runs if runs is None else runs
     origins = _origins(runs) if share else {}
-    return Plan([_planned(run, origins.get(run.name, ""), speed, disk) for run in runs], speed)
+    return Plan([_planned(run, origins.get(run.name, ""), speed, models) for run in runs], speed)
 
 
 def measured_speed(sweep: Sweep) -> Speed | None:
     """Median tokens/s of the sweep's finished runs, None where a stage was never measured."""
-    found: dict[str, list[float]] = {"transfer": [], "finetune": [], "other": []}
-    names = []
-    for run in [run for run in sweep.runs if run_status(run) in DONE]:
-        results = RunFolder.of(run.config).results()
-        speeds, seconds = results.tokens_per_second, results.seconds
-        if not (total := seconds.get("total")):
+    found: dict[str, list[float]] = {"transfer": [], "finetune": []}
+    other = []
+    for run in [run for run in sweep.runs if run.status() in TRAINED]:
+        results = run.folder.results()
+        if not (total := results.seconds.get("total")):
             continue
-        names.append(run.name)
         for stage in STAGES:
-            found[stage] += [speed] if (speed := speeds.get(stage)) else []
-        own = [stage for stage in STAGES if not (stage == "transfer" and shared_from(run.config))]
-        found["other"].append(total - sum(seconds.get(stage) or 0.0 for stage in own))
+            found[stage] += [speed] if (speed := results.tokens_per_second.get(stage)) else []
+        own = [stage for stage in STAGES if not (stage == "transfer" and run.folder.origin("transfer"))]
+        other.append(total - sum(results.seconds.get(stage) or 0.0 for stage in own))
     needed = [stage for stage in STAGES if any(getattr(run.config, stage).enabled for run in sweep.runs)]
-    if not names or not all(found[stage] for stage in needed):
+    if not other or not all(found[stage] for stage in needed):
         return None
     transfer, finetune = (statistics.median(found[stage]) if found[stage] else 1.0 for stage in STAGES)
-    source = f"measured in {len(names)} finished {'run' if len(names) == 1 else 'runs'}"
-    return Speed(transfer, finetune, source, max(0.0, statistics.median(found["other"])))
+    source = f"measured in {len(other)} finished {'run' if len(other) == 1 else 'runs'}"
+    return Speed(transfer, finetune, source, max(0.0, statistics.median(other)))
+
+
+def calibrate(runs: Sequence[SweepRun]) -> Speed:
+    """Tokens/s of the first of `runs` in which both stages are on (or else of the first with each stage).
+
+    Raises:
+        LolcatsError: the run cannot be made, with the reason.
+    """
+    both = [run for run in runs if run.config.transfer.enabled and run.config.finetune.enabled]
+    chosen = both[:1] or [run for stage in STAGES for run in runs if getattr(run.config, stage).enabled][:2]
+    if not chosen:
+        raise LolcatsError("no run of this sweep trains anything: there is no speed to measure")
+    speeds: dict[str, float] = {}
+    for run in chosen:
+        speeds = _measure_speeds(run.config) | speeds
+    names = ", ".join(run.name for run in chosen)
+    return Speed(speeds.get("transfer", 1.0), speeds.get("finetune", 1.0), f"measured in a few steps of {names}")
+
+
+def _measure_speeds(config: RunConfig) -> dict[str, float]:
+    """Tokens/s of the stages that are on."""
+    on_gpu = choose_device(config.device).type == "cuda"
+    warm_up, measured = (WARM_UP, MEASURED) if on_gpu else (CPU_WARM_UP, CPU_MEASURED)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = linearize(_short(config, warm_up + measured, folder)).metrics_file
+        with metrics.open("rb") as raw:
+            steps = [line for line, _ in read_json_lines(str(metrics), raw) if "tokens_per_second" in line]
+    speeds = {}
+    for stage in STAGES:
+        # The time since the stage began is tokens / (tokens/s); the difference of two leaves the warm-up out.
+        own = [line for line in steps if line["stage"] == stage]
+        clock = [(line["tokens"], line["tokens"] / line["tokens_per_second"]) for line in own]
+        if len(clock) > 1:
+            (tokens, seconds), (first_tokens, first_seconds) = clock[-1], clock[-1 - measured]
+            speeds[stage] = (tokens - first_tokens) / (seconds - first_seconds)
+    return speeds
+
+
+def _short(config: RunConfig, steps: int, folder: str) -> RunConfig:
+    """The same run with a few steps, just as much text, and hardly any evaluation."""
+    settings: dict[str, Any] = config.model_dump(mode="json")
+    length = config.data.sequence_length
+    for stage in STAGES:
+        settings[stage]["tokens"] = steps * length * settings[stage]["batch_size"]
+        settings[stage]["validate_every"] = settings[stage]["checkpoint_every"] = steps
+    enough = (2 + steps * max(settings[stage]["batch_size"] for stage in STAGES)) * length
+    settings["data"] |= {"validation_sequences": 1, "max_tokens": min(enough, config.data.max_tokens or enough)}
+    settings["evaluation"] = {"max_segments": 1, "controls": [], "segment_length": None}
+    return RunConfig.model_validate(settings | {"runs_dir": folder, "name": "calibration"})
 
 
 def _origins(runs: Sequence[SweepRun]) -> dict[str, str]:
-    """Name of a run -> name of the run whose stage 1 it will use: the one of its group that is furthest."""
-    origins: dict[str, str] = {}
-    for group in groups(runs):
-        first = max(group, key=lambda run: steps_done(run.config, "transfer"))  # the first of equals
-        for run in group:
-            started = steps_done(run.config, "transfer") > 0
-            if run is not first and not started:
-                origins[run.name] = first.name
-    return origins
+    """Name of a run -> name of the run whose stage 1 it will use: the one of those with the same that is furthest."""
+    sharing = [run for run in runs if run.stage_one]
+    done = {run.name: run.steps_done("transfer") for run in sharing}
+    first: dict[str, str] = {}
+    for run in sorted(sharing, key=lambda run: -done[run.name]):  # of equals the first stays first
+        first.setdefault(run.stage_one, run.name)
+    origins = {run.name: first[run.stage_one] for run in sharing}
+    return {name: origin for name, origin in origins.items() if name != origin and not done[name]}
 
 
-def _planned(run: SweepRun, origin: str, speed: Speed | None, disk: DiskEstimate) -> PlannedRun:
-    config = run.config
-    done = run_status(run) in DONE
-    origin = origin or shared_from(config) or ""
-    steps: dict[Stage, int] = {stage: _steps(config, stage) for stage in STAGES}
-    if origin:
-        steps["transfer"] = 0
-    left: dict[Stage, int] = {s: max(0, steps[s] - steps_done(config, s)) * _tokens_a_step(config, s) for s in STAGES}
-    seconds = None if speed is None else 0.0 if done else speed.seconds(left) + (speed.other_seconds or 0.0)
-    planned = PlannedRun(run.name, run_status(run), origin, steps, left, seconds, None)
+def _planned(
+    run: SweepRun, origin: str, speed: Speed | None, models: Callable[[str], PreTrainedModel | None]
+) -> PlannedRun:
+    config, status = run.config, run.status()
+    origin = origin or run.folder.origin("transfer")
+    steps: dict[Stage, int] = {s: 0 if origin and s == "transfer" else run.steps(s) for s in STAGES}
+    size = {stage: getattr(config, stage).batch_size * config.data.sequence_length for stage in STAGES}
+    left: dict[Stage, int] = {s: max(0, steps[s] - run.steps_done(s)) * size[s] for s in STAGES}
+    seconds = None if speed is None else 0.0 if status in TRAINED else speed.seconds(left)
+    planned = PlannedRun(run.name, status, origin, steps, left, seconds)
     try:
-        return replace(planned, bytes=disk.bytes(config))
+        teacher = models(config.model)
+        return planned if teacher is None else replace(planned, bytes=disk_bytes(teacher, config))
     except LolcatsError as error:
         return replace(planned, problem=str(error))
-
-
-def _steps(config: RunConfig, stage: Stage) -> int:
-    settings = getattr(config, stage)
-    return settings.steps(config.data.sequence_length) if settings.enabled else 0
-
-
-def _tokens_a_step(config: RunConfig, stage: Stage) -> int:
-    return getattr(config, stage).batch_size * config.data.sequence_length
-
-
-@dataclass
-class DiskEstimate:
-    """Sizes of runs; a model's shapes are made once."""
-
-    _models: dict[str, PreTrainedModel | None] = field(default_factory=dict)
-
-    def bytes(self, config: RunConfig) -> int | None:
-        """Model and checkpoints of a finished run; None where the model's configuration is not at hand.
-
-        Raises:
-            LolcatsError: the model cannot be linearized with these settings.
-        """
-        if config.model not in self._models:
-            self._models[config.model] = known_model(config.model)
-        teacher = self._models[config.model]
-        return None if teacher is None else _run_bytes(teacher, config)
-
-
-def _run_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
-    dtype = choose_dtype(config.dtype, choose_device(config.device))
-    check_supported(teacher)
-    with torch.device("meta"):
-        model = copy.deepcopy(teacher)
-        install(model, config.linearization)
-    added = sum(p.numel() for p in added_parameters(model).values())
-    weights = sum(p.numel() for p in model.parameters()) - added
-    trained = [added] if config.transfer.enabled else []
-    fine = config.finetune
-    if fine.enabled and fine.method == "lora":
-        trained.append(_lora_parameters(model, config) + (added if fine.train_feature_maps else 0))
-    elif fine.enabled:
-        trained.append(weights + (added if fine.train_feature_maps else 0))
-    width = 4 if fine.enabled and fine.method == "full" else dtype.itemsize  # full fine-tuning leaves float32 weights
-    return weights * width + 4 * added + 4 * (ADAMW + 1) * sum(trained)
-
-
-def _lora_parameters(model: PreTrainedModel, config: RunConfig) -> int:
-    shapes = [model.get_submodule(name).weight.shape for name in lora_targets(model, config.finetune.targets)]
-    return sum(config.finetune.rank * sum(shape) for shape in shapes)  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.errors import LolcatsError
-from lolcats.sweep.results import SEED, Row, Table, show_value
+from lolcats.sweep.job import RUN, SEED
+from lolcats.sweep.results import Row, Table, show_value
 from lolcats.variants import short_label
 
 DRAWN = ("training_free", "transfer", "student", "window_only")
@@ -19,7 +20,6 @@ MOST_LINES = 10
 LOG_RATIO = 4.0
 """Values this far apart are drawn on a logarithmic scale."""
 MISSING = 'plots need matplotlib: pip install "lolcats[report]"'
-_Series = tuple[str, str, list[Any], list[float], list[float]]  # label, colour, places on the axis, values, SDs
 
 
 def draw_plots(table: Table, folder: Path) -> list[Path]:
@@ -44,11 +44,10 @@ def draw_plots(table: Table, folder: Path) -> list[Path]:
             continue
         figure = figures.Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        _panel(left, table, rows, axis, values, "perplexity")
-        _panel(right, table, rows, axis, values, "kl")
-        figure.suptitle(
-            f"{table.name}: {axis}" + (" (mean and SD over seeds)" if table.means and not only_seeds else "")
-        )
+        _draw(left, table, rows, axis, values, "perplexity")
+        _draw(right, table, rows, axis, values, "kl")
+        seeds = " (mean and SD over seeds)" if table.means and not only_seeds else ""
+        figure.suptitle(f"{table.name}: {axis}{seeds}")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         files.append(folder / f"plot-{re.sub(r'[^A-Za-z0-9._-]', '-', axis)}.png")
@@ -59,76 +58,52 @@ def draw_plots(table: Table, folder: Path) -> list[Path]:
     return files
 
 
-def _panel(axes: Any, table: Table, rows: Sequence[Row], axis: str, values: Sequence[Any], section: str) -> None:
-    """Draw one quantity."""
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values) and axis != SEED
+def _draw(axes: Any, table: Table, rows: Sequence[Row], axis: str, values: list[Any], section: str) -> None:
+    """Draw one quantity: lines along an axis of numbers, else groups of bars, one for each value."""
     others = [name for name in table.shown_axes if name != axis]
-    series = _by_setting(rows, axis, others, section) if others else _by_variant(rows, axis, section)
+    lines = _lines(rows, axis, others, section)
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values) and axis != SEED
+    width = 0.8 / max(1, len(lines))
+    for number, (label, (color, points)) in enumerate(lines.items()):
+        places, means, spreads = zip(*points, strict=True)
+        look = {"yerr": spreads if any(spreads) else None, "capsize": 3, "label": label, "color": color}
+        if numeric:
+            axes.errorbar(places, means, marker="o", **look)
+        else:
+            shift = (number - (len(lines) - 1) / 2) * width
+            axes.bar([values.index(place) + shift for place in places], means, width, **look)
+    names = [show_value(value) or "none" for value in values]
     if numeric:
-        for label, color, places, means, spreads in series:
-            bars = spreads if any(spreads) else None
-            axes.errorbar(places, means, bars, marker="o", capsize=3, label=label, color=color)
         if min(values) > 0 and max(values) / min(values) >= LOG_RATIO:
             axes.set_xscale("log")
-        axes.set_xticks(values, [show_value(value) for value in values], rotation=30 if len(values) > 6 else 0)
+        axes.set_xticks(values, names, rotation=30 if len(values) > 6 else 0)
         axes.minorticks_off()
     else:
-        _bars(axes, series, values)
-    teacher = [row.columns.get("perplexity.teacher") for row in rows]
-    known = [value for value in teacher if value is not None]
+        crowded = sum(map(len, names)) > 40
+        axes.set_xticks(range(len(values)), names, **({"rotation": 30, "ha": "right"} if crowded else {}))
+    known = [value for row in rows if (value := row.columns.get("perplexity.teacher")) is not None]
     if section == "perplexity" and known and max(known) < 1.1 * min(known):
         axes.axhline(sum(known) / len(known), color="black", linestyle="--", linewidth=1, label="teacher")
-    numbers = [value for *_, means, _ in series for value in means if value > 0]
+    numbers = [mean for _, points in lines.values() for _, mean, _ in points if mean > 0]
     if numbers and max(numbers) / min(numbers) >= LOG_RATIO:
         axes.set_yscale("log")
-    axes.set_xlabel(axis)
     whose = " of the student" if others else ""
+    axes.set_xlabel(axis)
     axes.set_ylabel(f"KL{whose} to the teacher, nats a token" if section == "kl" else f"perplexity{whose}")
     axes.grid(alpha=0.3)
 
 
-def _by_variant(rows: Sequence[Row], axis: str, section: str) -> list[_Series]:
-    lines = [_series(short_label(name), i, rows, axis, f"{section}.{name}") for i, name in enumerate(DRAWN)]
-    return [line for line in lines if line is not None]
-
-
-def _by_setting(rows: Sequence[Row], axis: str, others: Sequence[str], section: str) -> list[_Series]:
-    """The student's lines, one for each point of the other axes."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        label = ", ".join(f"{_short(name)} {show_value(row.settings[name])}".strip() for name in others)
-        groups.setdefault(label, []).append(row)
-    chosen = enumerate(list(groups.items())[:MOST_LINES])
-    lines = [_series(label, i, group, axis, f"{section}.student") for i, (label, group) in chosen]
-    return [line for line in lines if line is not None]
-
-
-def _short(axis: str) -> str:
-    return "" if axis == "run" else axis.rpartition(".")[2]
-
-
-def _series(label: str, number: int, rows: Sequence[Row], axis: str, column: str) -> _Series | None:
-    found = [(row.settings[axis], row.columns[column], row.spread.get(column)) for row in rows if _known(row, column)]
-    if not found:
-        return None
-    places, means = [value for value, _, _ in found], [float(mean or 0) for _, mean, _ in found]
-    return label, f"C{number}", places, means, [spread or 0.0 for *_, spread in found]
-
-
-def _known(row: Row, column: str) -> bool:
-    value = row.columns.get(column)
-    return value is not None and math.isfinite(value)
-
-
-def _bars(axes: Any, series: Sequence[_Series], values: Sequence[Any]) -> None:
-    """Groups of bars, one group for each value."""
-    width = 0.8 / max(1, len(series))
-    for number, (label, color, places, means, spreads) in enumerate(series):
-        shift = (number - (len(series) - 1) / 2) * width
-        positions = [list(values).index(place) + shift for place in places]
-        bars = spreads if any(spreads) else None
-        axes.bar(positions, means, width, yerr=bars, capsize=3, label=label, color=color)
-    names = [show_value(value) or "none" for value in values]
-    crowded = sum(map(len, names)) > 40
-    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if crowded else {}
-    axes.set_xticks(range(len(values)), names, **slant)
+def _lines(
+    rows: Sequence[Row], axis: str, others: Sequence[str], section: str
+) -> dict[str, tuple[str, list[tuple[Any, float, float]]]]:
+    """Label -> colour and (place on the axis, value, SD) of a variant, or of the student with other settings."""
+    found: dict[str, list[tuple[Any, float, float]]] = {}
+    for column in [f"{section}.{name}" for name in (("student",) if others else DRAWN)]:
+        for row in rows:
+            words = [(other.rpartition(".")[2] * (other != RUN), show_value(row.settings[other])) for other in others]
+            label = ", ".join(" ".join(pair).strip() for pair in words) or short_label(column.partition(".")[2])
+            points, value = found.setdefault(label, []), row.columns.get(column)
+            if value is not None and math.isfinite(value):
+                points.append((row.settings[axis], value, row.spread.get(column) or 0.0))
+    chosen = list(found.items())[:MOST_LINES]
+    return {label: (f"C{number}", points) for number, (label, points) in enumerate(chosen) if points}

@@ -1,4 +1,8 @@
-"""The results of all runs in one table: results.json, results.csv and results.md in the sweep's folder."""
+"""What is known of all runs, in one table: results.json, results.csv and results.md in the sweep's folder.
+
+The columns of a finished run are made by functions with a name (`SweepMeasurement`): to add one, put it into
+`MEASUREMENTS`, or pass a list of your own to `run_sweep`. What the section `measure` asks for comes after them.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,67 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import read_json_object, write_text
 from lolcats.runs.folder import RunFolder
-from lolcats.sweep.job import SweepTeacher, is_finished, sweep_teachers
-from lolcats.sweep.measured import (
-    MEASUREMENTS,
-    Columns,
-    Measured,
-    ScoreColumn,
-    SweepMeasurement,
-    measure_run,
-)
-from lolcats.sweep.settings import RUN, Sweep, SweepRun
-from lolcats.sweep.sharing import shared_from
-from lolcats.sweep.state import run_status
-from lolcats.sweep.studies import Studies
+from lolcats.runs.results import finite
+from lolcats.sweep.job import RUN, SEED, TRAINED, Job, Studies, Sweep, SweepRun, is_finished, sweep_teachers
+from lolcats.sweep.measure import AGAIN
 from lolcats.variants import NAMES
 
-SEED = "seed"
+SECTIONS = ("perplexity", "kl", "tokens_per_second", "seconds", "memory")
+"""Of columns, in order; those of the section `measure` come after them, and then all others."""
+ANEW = "delete it: the table is made anew"
+Columns = dict[str, float | None]
+"""Name of a column, such as perplexity.student -> value; None where there is no finite number."""
+
+
+@dataclass(frozen=True)
+class SweepMeasurement:
+    """Something to know of every run.
+
+    Args:
+        name: also of the file in which the columns are kept.
+        measure: makes the columns of a finished run.
+        kept: whether they are written to RUN/measurements/NAME.json, and read from it the next time.
+    """
+
+    name: str
+    measure: Callable[[RunConfig, RunFolder], Columns]
+    kept: bool = True
+
+    def columns(self, run: SweepRun) -> Columns:
+        """Of a finished run; what was kept is not measured again."""
+        file = run.folder.path / "measurements" / f"{self.name}.json"
+        if self.kept and file.exists():
+            kept = read_json_object(file, AGAIN)
+            if not all(isinstance(value, float | int | None) for value in kept.values()):
+                raise LolcatsError(f"{file} holds something that is not a number; {AGAIN}")
+            return kept
+        new = finite(self.measure(run.config, run.folder))
+        if self.kept:
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, json.dumps(new, indent=2) + "\n")
+        return new
+
+
+def run_results(config: RunConfig, folder: RunFolder) -> Columns:
+    """The columns of results.json: perplexity, KL, tokens/s, seconds, and the memory of a text."""
+    results = folder.results()
+    found = {section: getattr(results, section) for section in SECTIONS if section != "memory"}
+    if results.memory is not None:
+        found["memory"] = {"bytes": results.memory.bytes, "kv_tokens": results.memory.kv_tokens}
+    columns = {f"{section}.{name}": value for section, part in found.items() for name, value in part.items()}
+    columns.pop("kl.teacher", None)
+    return columns
+
+
+MEASUREMENTS: tuple[SweepMeasurement, ...] = (SweepMeasurement("results", run_results, kept=False),)
 
 
 @dataclass
@@ -77,17 +119,19 @@ class Table:
 
     def columns(self) -> list[str]:
         """All columns with numbers, in order."""
-        found = dict.fromkeys(name for row in [*self.runs, *self.teachers] for name in row.columns)
-        return sorted(found, key=self.place)
+        return self.ordered(name for row in [*self.runs, *self.teachers] for name in row.columns)
 
-    def place(self, column: str) -> tuple[int, int, str]:
-        """Where a column stands."""
-        section, _, name = column.partition(".")
-        sections = ("perplexity", "kl", "tokens_per_second", "seconds", "memory")
-        if column in self.scores:
-            return len(sections), list(self.scores).index(column), ""
-        first = sections.index(section) if section in sections else len(sections) + 1
-        return first, NAMES.index(name) if name in NAMES else len(NAMES), column if name not in NAMES else ""
+    def ordered(self, columns: Iterable[str]) -> list[str]:
+        """Columns in the order of the table, each once."""
+
+        def place(column: str) -> tuple[int, int, str]:
+            section, _, name = column.partition(".")
+            if column in self.scores:
+                return len(SECTIONS), list(self.scores).index(column), ""
+            first = SECTIONS.index(section) if section in SECTIONS else len(SECTIONS) + 1
+            return (first, NAMES.index(name), "") if name in NAMES else (first, len(NAMES), column)
+
+        return sorted(dict.fromkeys(columns), key=place)
 
 
 def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement] = MEASUREMENTS) -> Table:
@@ -97,30 +141,28 @@ def gather(sweep: Sweep, failures: Mapping[str, str], measurements: Sequence[Swe
         failures: name of a run -> its error in one line.
         measurements: what to know of finished runs; those that are missing are made now.
     """
-    scores: dict[str, ScoreColumn] = {}
-    runs = [_row(sweep, run, failures, measurements, scores) for run in sweep.runs]
-    teachers = [_teacher_row(teacher, failures, scores) for teacher in sweep_teachers(sweep)]
-    shares = {name: score.is_share for name, score in scores.items()}
-    means = _means(sweep, runs) if SEED in sweep.axes else []
-    return Table(sweep.name, sweep.axes, runs, means, teachers, shares, sweep.studies)
+    scores: dict[str, bool] = {}
+    runs = [_row(run, failures, measurements, scores) for run in sweep.runs]
+    teachers = [_row(job, failures, (), scores) for job in sweep_teachers(sweep, sweep.runs)]
+    return Table(sweep.name, sweep.axes, runs, _means(sweep, runs), teachers, scores, sweep.studies)
 
 
 def read_failures(sweep: Sweep) -> dict[str, str]:
     """The errors that an earlier call of the sweep wrote down, of runs and teachers that are still not finished."""
     file = sweep.folder / "results.json"
-    content = read_json_object(file, "delete it: the table is made anew")
-    left = {job.name for job in [*sweep.runs, *sweep_teachers(sweep)] if not is_finished(job)}
+    content = read_json_object(file, ANEW)
+    left = {job.name for job in sweep.jobs() if not is_finished(job)}
     try:
         rows = [*content.get("runs", []), *content.get("teachers", [])]
         return {row["name"]: str(row["error"]) for row in rows if row["error"] and row["name"] in left}
     except (TypeError, LookupError) as error:
-        raise LolcatsError(f"{file} is not the table of a sweep; delete it: the table is made anew") from error
+        raise LolcatsError(f"{file} is not the table of a sweep; {ANEW}") from error
 
 
 def write_table(sweep: Sweep, table: Table) -> None:
     """Replace results.json, results.csv and results.md, and means.csv where there are seeds."""
-    content = {"name": table.name, "axes": table.axes, "runs": [vars(row) for row in table.runs]}
-    content |= {"means": [vars(row) for row in table.means], "teachers": [vars(row) for row in table.teachers]}
+    rows = {part: [vars(row) for row in getattr(table, part)] for part in ("runs", "means", "teachers")}
+    content = {"name": table.name, "axes": table.axes, **rows}
     write_text(sweep.folder / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text(sweep.folder / "results.csv", to_csv(table, [*table.runs, *table.teachers]))
     if table.means:
@@ -130,8 +172,7 @@ def write_table(sweep: Sweep, table: Table) -> None:
 
 def to_csv(table: Table, rows: Sequence[Row]) -> str:
     """A line a row; standard deviations are columns of their own."""
-    columns = table.columns()
-    spread = sorted({name for row in rows for name in row.spread}, key=table.place)
+    columns, spread = table.columns(), table.ordered(name for row in rows for name in row.spread)
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -147,17 +188,14 @@ def to_markdown(table: Table) -> str:
     """Swept settings and all numbers, rounded; means with their standard deviation, then the single runs."""
     parts = [f"# {table.name}"]
     if table.means:
-        parts += [
-            "Mean and standard deviation over seeds",
-            _markdown_rows(table, [*table.means, *table.teachers], table.shown_axes),
-            "Runs",
-        ]
+        means = _markdown_rows(table, table.means, table.shown_axes)
+        parts += ["Mean and standard deviation over seeds", means, "Runs"]
+    known = {row.name: row for row in table.runs}
     for study, names in table.studies.items():
-        known = {row.name: row for row in table.runs}
         rows = [replace(known[there], settings={RUN: name}) for name, there in names.items()]
-        parts += [f"## {study}", _markdown_rows(table, [*rows, *table.teachers], [RUN])]
+        parts += [f"## {study}", _markdown_rows(table, rows, [RUN])]
     if not table.studies:
-        parts.append(_markdown_rows(table, [*table.runs, *table.teachers], list(table.axes)))
+        parts.append(_markdown_rows(table, table.runs, list(table.axes)))
     parts += [f"* {row.name}: {row.error}" for row in [*table.runs, *table.teachers] if row.error]
     return "\n\n".join(parts) + "\n"
 
@@ -183,50 +221,33 @@ def axis_cells(row: Row, axes: Sequence[str], nothing: str = "") -> list[str]:
 
 
 def _row(
-    sweep: Sweep,
-    run: SweepRun,
-    failures: Mapping[str, str],
-    measurements: Sequence[SweepMeasurement],
-    scores: dict[str, ScoreColumn],
+    job: Job, failures: Mapping[str, str], measurements: Sequence[SweepMeasurement], scores: dict[str, bool]
 ) -> Row:
-    """The row of a run; `scores` is given what is known of the section `measure`."""
-    keys = [*([RUN] if RUN in sweep.axes else []), *sweep.keys]
-    row = Row(run.name, "new", {key: run.value(key) for key in keys})
+    """The row of a job; `scores` is given what is known of the section `measure`."""
+    row, run = Row(job.name, "new", job.settings), job if isinstance(job, SweepRun) else None
     try:
-        row.shared = shared_from(run.config) or ""
-        row.status = run_status(run)
-        if row.status in ("trained", "finished"):
-            found = Measured.of_run(RunFolder.of(run.config)).columns(run.measure)
-            scores |= found
-            row.columns = measure_run(run.config, measurements) | {name: score.value for name, score in found.items()}
+        row.shared = run.folder.origin("transfer") if run else ""
+        row.status = job.status()
+        if row.status in TRAINED or not run:
+            found = job.measured.scores(job.measure)
+            scores |= {name: score.is_share for name, score in found.items()}
+            parts: list[Columns] = [measurement.columns(run) for measurement in measurements] if run else []
+            parts.append({name: score.value for name, score in found.items()})
+            row.columns = {name: value for part in parts for name, value in part.items()}
     except LolcatsError as error:  # a broken file of one run is no reason to keep the others from the table
         row.status, row.error, row.columns = "failed", " ".join(str(error).split()), {}
-    if row.status != "finished" and run.name in failures:
-        row.status, row.error = "failed", failures[run.name]
-    return row
-
-
-def _teacher_row(teacher: SweepTeacher, failures: Mapping[str, str], scores: dict[str, ScoreColumn]) -> Row:
-    row = Row(teacher.name, "new", {})
-    try:
-        found = Measured(teacher.file).columns(teacher.measure)
-        scores |= found
-        row.status = "finished" if teacher.is_finished else "started" if found else "new"
-        row.columns = {name: score.value for name, score in found.items()}
-    except LolcatsError as error:
-        row.status, row.error = "failed", " ".join(str(error).split())
-    if row.status != "finished" and teacher.name in failures:
-        row.status, row.error = "failed", failures[teacher.name]
+    if row.status != "finished" and job.name in failures:
+        row.status, row.error = "failed", failures[job.name]
     return row
 
 
 def _means(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
-    """A row for each point of the axes other than `seed`."""
+    """A row for each point of the axes other than `seed`, if that is one."""
     groups: dict[str, list[Row]] = {}
     for run, row in zip(sweep.runs, rows, strict=True):
-        point = {axis: value for axis, value in run.point.items() if axis != SEED}
+        point = [run.settings[axis] for axis in sweep.axes if axis != SEED]
         groups.setdefault(json.dumps(point), []).append(row)
-    return [_mean(group) for group in groups.values()]
+    return [_mean(group) for group in groups.values()] if SEED in sweep.axes else []
 
 
 def _mean(group: Sequence[Row]) -> Row:
@@ -235,8 +256,7 @@ def _mean(group: Sequence[Row]) -> Row:
     name = "_".join(part for part in group[0].name.split("_") if not part.startswith(f"{SEED}-"))
     mean = Row(name, f"{len(finished)}/{len(group)} seeds", settings)
     for column in dict.fromkeys(column for row in finished for column in row.columns):
-        values = [row.columns.get(column) for row in finished]
-        numbers = [value for value in values if value is not None]
+        numbers = [value for row in finished if (value := row.columns.get(column)) is not None]
         whole = len(numbers) == len(finished)  # a mean that leaves out an infinite perplexity would say too little
         mean.columns[column] = statistics.fmean(numbers) if whole else None
         if whole and len(numbers) > 1:
@@ -244,11 +264,12 @@ def _mean(group: Sequence[Row]) -> Row:
     return mean
 
 
-def _markdown_rows(table: Table, rows: Sequence[Row], axes: Sequence[str]) -> str:
+def _markdown_rows(table: Table, students: Sequence[Row], axes: Sequence[str]) -> str:
+    """Rows of students, and then those of the teachers."""
     columns = [name for name in table.columns() if not name.startswith("seconds.") or name == "seconds.total"]
     head = [*axes, "status", *(name.replace(".", " ").replace("_", " ") for name in columns)]
     lines = [head, ["---"] * (len(axes) + 1) + ["---:"] * len(columns)]
-    for row in rows:
+    for row in [*students, *table.teachers]:
         numbers = [show_number(row.columns.get(name), row.spread.get(name)) for name in columns]
         lines.append([*axis_cells(row, axes), row.status, *numbers])
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

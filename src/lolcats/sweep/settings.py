@@ -7,63 +7,30 @@ collected into one message.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lolcats.config import RunConfig, dump_config, load_config, merged, parse_overrides
+from lolcats.config import RunConfig, dump_config, flat, load_config, merged, parse_overrides
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.data import local_names
 from lolcats.errors import ConfigError
-from lolcats.sweep.measure import MeasureConfig, read_measure
-from lolcats.sweep.naming import NAME, run_name
-from lolcats.sweep.studies import PLACE, Studies, combine, fitting, flat
+from lolcats.sweep.job import RUN, Studies, Sweep, SweepRun, label
+from lolcats.sweep.measure import read_measure
+from lolcats.sweep.studies import PLACE, combine, fitting
 
 MAX_RUNS = 256
 """Most runs of one sweep: a grid grows faster than one thinks."""
-RUN = "run"
-"""Name of the axis that `runs` makes."""
 KEYS = ("name", "base", "settings", "grid", "runs", "measure", "studies")
-
-
-@dataclass(frozen=True)
-class SweepRun:
-    """One run of a sweep."""
-
-    name: str
-    """Also of its folder inside the sweep's."""
-    config: RunConfig
-    point: dict[str, Any]
-    """Axis -> the value that this run has there; the axis `run` holds the name of its set of settings."""
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    """What is measured of the finished student; the same for all runs of a sweep."""
-
-    def value(self, key: str) -> Any:
-        """The value of a key of the configuration, such as finetune.rank; of the axis `run` its name."""
-        return self.point[RUN] if key == RUN else read_key(self.config, key)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep as its file says."""
-
-    name: str
-    folder: Path
-    axes: dict[str, list[Any]]
-    """Axis -> its values, in the order of the file."""
-    keys: list[str]
-    """Keys of the configuration in which runs differ, in the order of the file; `run` is not among them."""
-    runs: list[SweepRun]
-    text: str
-    """The sweep as YAML that needs no other file and no overrides."""
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    studies: Studies = field(default_factory=dict)
-    """Of a sweep that joins others: study -> name of a run in it -> name of the run here."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LETTERS = "letters, digits, '.', '_' and '-'"
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -78,43 +45,28 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         ConfigError: no such file, broken YAML, or wrong settings; all of these in one message, a line each.
     """
     file = Path(path).expanduser()
-    content, overrides, studies = _joined(file, _read(file), overrides)
+    content, overrides = _joined(file, _read(file), overrides)
     given = parse_overrides(overrides)
     content = merged(content, {"measure": given.pop("measure")} if "measure" in given else {})
     parts = _Parts(file, content, flat(given))
-    runs = [] if parts.too_many else _build_runs(parts)
+    runs = _build_runs(parts)
     if parts.problems:
-        lines = "\n".join(f"  {problem}" for problem in parts.problems)
-        raise ConfigError(f"the sweep {file} cannot be used:\n{lines}")
-    axes = {axis: list({_text(run.point[axis]): run.point[axis] for run in runs}.values()) for axis in parts.axes()}
-    text = _resolved(parts, studies)
-    return Sweep(parts.name, Path(runs[0].config.runs_dir), axes, parts.keys(), runs, text, parts.measure, studies)
+        raise _unusable(file, *parts.problems)
+    axes = {axis: list({_text(run.settings[axis]): run.settings[axis] for run in runs}.values()) for axis in parts.axes}
+    folder = Path(runs[0].config.runs_dir)
+    return Sweep(parts.name, folder, axes, parts.keys, runs, write_yaml(parts.content()), parts.measure, parts.studies)
 
 
-def _joined(
-    file: Path, content: dict[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], Sequence[str], Studies]:
-    """A file that names other sweep files as one that has their runs, the overrides of the whole, and what is whose."""
-    named = content.pop("studies", None)
-    if isinstance(named, dict):  # a joint sweep that was written down
-        return content, overrides, named
-    if named is None:
-        return content, overrides, {}
+def _joined(file: Path, content: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], Sequence[str]]:
+    """A file that names other sweep files as one with their runs, which says whose they are; overrides of the whole."""
+    named = content.get("studies")
+    if isinstance(named, dict | None):  # with a dictionary a joint sweep that was written down
+        return content, overrides
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-        raise ConfigError(
-            f"the sweep {file} cannot be used:\n  studies: expected a list of sweep files (got {named!r:.60})"
-        )
+        raise _unusable(file, f"studies: expected a list of sweep files (got {named!r:.60})")
     files = [file.parent / name for name in named]
-    content, studies = combine([load_sweep(path, fitting(_read(path), overrides)) for path in files], content)
-    return content, [text for text in overrides if text.partition("=")[0] in PLACE], studies
-
-
-def read_key(config: RunConfig, key: str) -> Any:
-    """The value at a dotted key, as YAML and JSON have it."""
-    value: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        value = value[part]
-    return value
+    content = combine([load_sweep(path, fitting(_read(path), overrides)) for path in files], content)
+    return content, [text for text in overrides if text.partition("=")[0] in PLACE]
 
 
 class _Parts:
@@ -123,36 +75,32 @@ class _Parts:
     def __init__(self, file: Path, content: dict[str, Any], given: dict[str, Any]) -> None:
         self.file = file
         self.problems = [_unknown(key) for key in content if key not in KEYS]
-        self.base_settings = self._read_base(content.get("base", "recommended"))
-        self.settings = flat(self._mapping(content, "settings"))
-        if "name" in self.settings:
+        self.settings = self._read_base(content.get("base", "recommended"))
+        own = flat(self._mapping(content, "settings"))
+        if "name" in own:
             self.problems.append("settings.name: a run gets its name from the sweep, whose own stands at the top")
         self.name = str(given.pop("name", content.get("name", file.stem)))
         if not NAME.fullmatch(self.name):
-            self.problems.append(f"name: expected letters, digits, '.', '_' and '-' (got {self.name!r})")
+            self.problems.append(f"name: expected {LETTERS} (got {self.name!r})")
         axes = {key: self._axis(key, values) for key, values in flat(self._mapping(content, "grid")).items()}
         self.grid = {key: values for key, values in axes.items() if values}
         self.sets = self._read_runs(content.get("runs"))
         if not content.get("grid") and not content.get("runs"):
             self.problems.append("nothing to run: give grid (key: [values]) or runs (a list of named settings)")
+        self.axes = ([RUN] if self.sets else []) + list(self.grid)
+        self.keys = list(dict.fromkeys([*(key for chosen in self.sets.values() for key in chosen), *self.grid]))
         self._check_overlaps(given)
-        self.settings |= given
+        self.settings |= own | given
         self.measure = read_measure(content.get("measure"), self.problems)
-        self.too_many = self._check_size()
+        self.studies: Studies = content.get("studies") or {}
 
-    def axes(self) -> list[str]:
-        """Names of the axes."""
-        return ([RUN] if self.sets else []) + list(self.grid)
-
-    def keys(self) -> list[str]:
-        """Keys of the configuration that `runs` and `grid` set."""
-        return list(dict.fromkeys([*(key for _, chosen in self.sets for key in chosen), *self.grid]))
-
-    def points(self) -> Iterator[tuple[str | None, dict[str, Any], dict[str, Any]]]:
-        """(name of the set of settings, settings of it, settings of the grid) of each run."""
-        for name, chosen in self.sets or [(None, {})]:
-            for values in itertools.product(*self.grid.values()):
-                yield name, chosen, dict(zip(self.grid, values, strict=True))
+    def content(self) -> dict[str, Any]:
+        """The sweep file without its base, which has become settings."""
+        sets = [{"name": name, **chosen} for name, chosen in self.sets.items()]
+        measure = self.measure.model_dump(mode="json") if self.measure.anything else {}
+        parts = {"grid": self.grid, "runs": sets, "measure": measure, "studies": self.studies}
+        filled = {key: part for key, part in parts.items() if part}
+        return {"name": self.name, "base": None, "settings": self.settings, **filled}
 
     def _read_base(self, base: object) -> dict[str, Any]:
         """All settings of the base but its name."""
@@ -172,75 +120,85 @@ class _Parts:
         return {}
 
     def _axis(self, key: str, values: object) -> list[Any]:
-        if not isinstance(values, list):
-            self.problems.append(f"grid.{key}: expected a list of values (got {values!r:.60}); one value: [{values}]")
-        elif not values:
+        if values == []:
             self.problems.append(f"grid.{key}: no values; give at least one, or leave the key out")
-        else:
-            return values
-        return []
+        elif not isinstance(values, list):
+            self.problems.append(f"grid.{key}: expected a list of values (got {values!r:.60}); one value: [{values}]")
+        return values if isinstance(values, list) else []
 
-    def _read_runs(self, runs: object) -> list[tuple[str, dict[str, Any]]]:
+    def _read_runs(self, runs: object) -> dict[str, dict[str, Any]]:
+        """Name -> settings."""
         if not isinstance(runs, list | None):
             self.problems.append(f"runs: expected a list of settings, each with a name (got {runs!r:.60})")
-            return []
-        sets: list[tuple[str, dict[str, Any]]] = []
+            return {}
+        sets: dict[str, dict[str, Any]] = {}
         for number, item in enumerate(runs or [], start=1):
             name = item.get("name") if isinstance(item, dict) else None
             if name is None or not NAME.fullmatch(str(name)):
-                what = "of letters, digits, '.', '_' and '-'" if name is not None else "and settings"
+                what = "and settings" if name is None else f"of {LETTERS}"
                 self.problems.append(f"runs, item {number}: expected a name {what} (got {item!r:.80})")
-            elif name in [other for other, _ in sets]:
+            elif str(name) in sets:
                 self.problems.append(f"runs, item {number}: the name {name} is taken; each run needs its own")
             else:
-                sets.append((str(name), flat({key: value for key, value in item.items() if key != "name"})))
+                sets[str(name)] = flat({key: value for key, value in item.items() if key != "name"})
         return sets
 
     def _check_overlaps(self, given: dict[str, Any]) -> None:
-        for key in {"name", "runs_dir"} & set(self.keys()):
-            self.problems.append(f"{key}: cannot be swept; folders are named by the sweep")
-        listed = {key for _, chosen in self.sets for key in chosen}
-        for key in [key for key in self.grid if key in listed]:
-            self.problems.append(f"{key}: is in grid and in runs; a key can be swept in one of them")
-        for key in [key for key in given if key in self.keys()]:
-            self.problems.append(f"override {key}: the sweep itself sets this key; change it in the file")
-
-    def _check_size(self) -> bool:
-        sizes = [len(self.sets)] * bool(self.sets) + [len(values) for values in self.grid.values()]
-        count = 1
-        for size in sizes:
-            count *= size
-        if count > MAX_RUNS:
-            product = " x ".join(map(str, sizes))
-            self.problems.append(f"{product} = {count:,} runs; a sweep has at most {MAX_RUNS}: split it")
-        return count > MAX_RUNS
+        listed = {key for chosen in self.sets.values() for key in chosen}
+        for key in self.keys:
+            if key in ("name", "runs_dir"):
+                self.problems.append(f"{key}: cannot be swept; folders are named by the sweep")
+            if key in self.grid and key in listed:
+                self.problems.append(f"{key}: is in grid and in runs; a key can be swept in one of them")
+            if key in given:
+                self.problems.append(f"override {key}: the sweep itself sets this key; change it in the file")
 
 
 def _build_runs(parts: _Parts) -> list[SweepRun]:
     """All runs whose settings can be used; the problems of the others go to those of the file."""
+    sizes = [len(part) for part in [parts.sets, *parts.grid.values()] if part]
+    if (count := math.prod(sizes)) > MAX_RUNS:
+        product = " x ".join(map(str, sizes))
+        parts.problems.append(f"{product} = {count:,} runs; a sweep has at most {MAX_RUNS}: split it")
+        return []
     runs: list[SweepRun] = []
     problems: dict[str, list[str]] = {}
-    count = 0
-    for name, chosen, point in parts.points():
-        count += 1
-        settings = parts.base_settings | parts.settings | chosen | point
+    sets: list[tuple[str | None, dict[str, Any]]] = [*parts.sets.items()] or [(None, {})]
+    for (name, chosen), values in itertools.product(sets, itertools.product(*parts.grid.values())):
+        point = dict(zip(parts.grid, values, strict=True))
+        settings = parts.settings | chosen | point
         try:
             config = load_config(None, [f"{key}={_text(value)}" for key, value in settings.items()])
         except ConfigError as error:
             for line in str(error).splitlines()[1:]:
-                problems.setdefault(line.strip(), []).append(run_name(name, point))
+                problems.setdefault(line.strip(), []).append(_run_name(name, point))
             continue
-        point = {key: read_key(config, key) for key in point}  # 1e6 has become 1000000
-        config.name = run_name(name, point)
+        read = {key: _value(config, key) for key in parts.keys}  # 1e6 has become 1000000
+        config.name = _run_name(name, {key: read[key] for key in point})
         config.runs_dir = str(Path(config.runs_dir) / parts.name)
-        runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | point, parts.measure))
+        runs.append(SweepRun(config.name, config, ({} if name is None else {RUN: name}) | read, parts.measure))
     _share_local(runs)
-    for name in sorted({run.name for run in runs if [other.name for other in runs].count(run.name) > 1}):
-        problems[f"two runs are called {name}: values that look the same; name them in runs"] = []
-    if parts.measure.teacher and parts.measure.anything and "teacher" in [run.name for run in runs]:
-        problems["a run cannot be called teacher: the table has a row of that name; give it another one"] = []
-    parts.problems += [_at(line, names, count) for line, names in problems.items()]
+    names = [run.name for run in runs]
+    parts.problems += [line + _where(bad, count) for line, bad in problems.items()]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        parts.problems.append(f"two runs are called {name}: values that look the same; name them in runs")
+    if parts.measure.teacher and parts.measure.anything and "teacher" in names:
+        parts.problems.append("a run cannot be called teacher: the table has a row of that name; give it another one")
     return runs
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """What a configuration has at a dotted key, as YAML and JSON spell it."""
+    return functools.reduce(lambda section, part: section[part], key.split("."), config.model_dump(mode="json"))
+
+
+def _run_name(name: str | None, point: dict[str, Any]) -> str:
+    """The name of a run, and of its folder: that of its set of settings, and the values of the axes."""
+    last = [key.rpartition(".")[2] for key in point]
+    words = [] if name is None else [name]
+    for key, short in zip(point, last, strict=True):
+        words.append(f"{short if last.count(short) == 1 else key}-{label(point[key])}")
+    return "_".join(words) or "run"  # without an axis the file is refused anyway
 
 
 def _share_local(runs: Sequence[SweepRun]) -> None:
@@ -251,11 +209,10 @@ def _share_local(runs: Sequence[SweepRun]) -> None:
         run.config.data.local = {name: copy for name, copy in run.config.data.local.items() if name not in foreign}
 
 
-def _at(line: str, names: list[str], count: int) -> str:
-    if not names or len(names) == count:
-        return line
+def _where(names: list[str], count: int) -> str:
+    """Which of `count` runs a problem is of, if not of all."""
     more = f" and {len(names) - 2} others" if len(names) > 3 else ""
-    return f"{line} (in {', '.join(names[:2] if more else names)}{more})"
+    return "" if len(names) == count else f" (in {', '.join(names[:2] if more else names)}{more})"
 
 
 def _unknown(key: str) -> str:
@@ -263,7 +220,11 @@ def _unknown(key: str) -> str:
     near = difflib.get_close_matches(str(key), KEYS, 1, 0.7)
     if not near and (key in keys or str(key).split(".")[0] in RunConfig.model_fields):
         return f"{key}: is a key of a run; put it under settings"
-    return f"{key}: unknown key; did you mean {near[0]}?" if near else f"{key}: unknown key; expected {', '.join(KEYS)}"
+    return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"expected {', '.join(KEYS)}")
+
+
+def _unusable(file: Path, *problems: str) -> ConfigError:
+    return ConfigError(f"the sweep {file} cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -281,18 +242,3 @@ def _read(file: Path) -> dict[str, Any]:
 def _text(value: Any) -> str:
     """A value as YAML on one line."""
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _resolved(parts: _Parts, studies: Studies) -> str:
-    """The sweep file without its base, which becomes settings."""
-    settings = parts.base_settings | parts.settings
-    content: dict[str, Any] = {"name": parts.name, "base": None, "settings": settings}
-    if parts.grid:
-        content["grid"] = parts.grid
-    if parts.sets:
-        content["runs"] = [{"name": name, **chosen} for name, chosen in parts.sets]
-    if parts.measure.anything:
-        content["measure"] = parts.measure.model_dump(mode="json")
-    if studies:
-        content["studies"] = studies
-    return write_yaml(content)

@@ -4,63 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from lolcats.config import RunConfig, load_config
-from lolcats.sweep.measure import MeasureConfig
+from lolcats.config import RunConfig, flat, load_config
+from lolcats.sweep.job import Studies, Sweep
 
 JOINED = ("tasks", "recall", "controls")
 """What is measured of all runs if it is measured in one study; the rest of `measure` is that of the first study."""
 PLACE = ("name", "runs_dir")
 """Keys that say where a run is, not what it is."""
-Studies = dict[str, dict[str, str]]
-"""Study -> name of a run in it -> name of the run of the joint sweep."""
-
-
-class StudyRun(Protocol):
-    """What is read here of a run of a sweep."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def config(self) -> RunConfig: ...
-
-
-class Study(Protocol):
-    """What is read here of a sweep."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def runs(self) -> Sequence[StudyRun]: ...
-
-    @property
-    def measure(self) -> MeasureConfig: ...
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"finetune": {"rank": 4}} and {"finetune.rank": 4} as {"finetune.rank": 4}."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            found |= flat(value, f"{name}.")
-        elif not (value is None and name in RunConfig.model_fields):  # a section whose lines are all commented out
-            found[name] = value
-    return found
 
 
 def what_it_is(config: RunConfig) -> dict[str, Any]:
     """The settings of a run by which it is told from others; without a first stage its settings do not matter."""
     off = not config.transfer.enabled
-    settings = flat(config.model_dump(mode="json"))
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in PLACE and not (off and key.startswith("transfer.") and key != "transfer.enabled")
-    }
+    settings = flat(config.model_dump(mode="json", exclude={*PLACE}))
+    unread = {key for key in settings if off and key.startswith("transfer.") and key != "transfer.enabled"}
+    return {key: value for key, value in settings.items() if key not in unread}
 
 
 def fitting(study: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -71,8 +31,8 @@ def fitting(study: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if text.partition("=")[0] not in own]
 
 
-def combine(sweeps: Sequence[Study], content: dict[str, Any]) -> tuple[dict[str, Any], Studies]:
-    """The content of one sweep file with all distinct runs, and which run of it each run of a study is.
+def combine(sweeps: Sequence[Sweep], content: dict[str, Any]) -> dict[str, Any]:
+    """The content of one sweep file with all distinct runs, which says which of them each run of a study is.
 
     Args:
         sweeps: the studies.
@@ -89,4 +49,4 @@ def combine(sweeps: Sequence[Study], content: dict[str, Any]) -> tuple[dict[str,
             studies.setdefault(sweep.name, {})[run.name] = joint["name"]
     measures = [sweep.measure.model_dump(mode="json") for sweep in sweeps]
     joined = {key: list(dict.fromkeys(name for measure in measures for name in measure[key])) for key in JOINED}
-    return {"measure": {**measures[0], **joined}, **content, "runs": list(runs.values())}, studies
+    return {"measure": {**measures[0], **joined}, **content, "runs": list(runs.values()), "studies": studies}

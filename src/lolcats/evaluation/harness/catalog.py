@@ -1,6 +1,6 @@
 """The tasks that lm-eval knows: which names exist, what contains what, and where each task's data come from.
 
-lm-eval's index of them is kept on disk, because building it means to read some ten thousand small files:
+What their definitions say is kept on disk, because there are some ten thousand small files of them:
 CACHE/lm-eval/STAMP.json. The stamp depends on the path, time and size of every definition, and on the version of
 lm-eval, so that a changed definition, or another lm-eval, is read anew.
 """
@@ -15,15 +15,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval.tasks
 import lm_eval.utils
 from jinja2.sandbox import SandboxedEnvironment
-from lm_eval.tasks import TaskManager, manager
-from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks import TaskManager, _index
 
 from lolcats.errors import LolcatsError
 from lolcats.files import cache_root, write_bytes
@@ -132,73 +130,53 @@ def _names(members: object) -> Iterator[str]:
 
 
 def task_manager() -> TaskManager:
-    """lm-eval's own, from the cache where it is there. A cache that cannot be read or written does not matter."""
+    """lm-eval's own, its definitions from the cache. One that cannot be read or written does not matter."""
     root = Path(lm_eval.tasks.__file__).parent
     file = cache_root() / "lm-eval" / f"{_stamp(root)}.json"
-    try:
-        index = _decode(json.loads(file.read_bytes()), root)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        made = TaskManager()
-        _keep(file, made.task_index, root)
-        return made
-    return _from_index(index)
+    known, found = _read(file), {}
+    original = _index.load_yaml
 
+    def load(path: Path, **options: Any) -> dict[str, Any]:
+        name = path.relative_to(root).as_posix()
+        found[name] = known[name] if name in known else original(path, **options)
+        return found[name]
 
-def _from_index(index: dict[str, Entry]) -> TaskManager:
-    """lm-eval's manager, with an index in place of the one that it would build."""
-    original = manager.TaskIndex
-    manager.TaskIndex = lambda: SimpleNamespace(build=lambda paths: index)  # type: ignore[assignment, misc]
+    _index.load_yaml = load
     try:
-        return TaskManager()
+        manager = TaskManager()
     finally:
-        manager.TaskIndex = original  # type: ignore[misc]
+        _index.load_yaml = original
+    if not known:
+        _keep(file, found)
+    return manager
 
 
 def _stamp(root: Path) -> str:
-    digest = hashlib.sha256(f"{importlib.metadata.version('lm_eval')} json 1".encode())
-    for entry in _definitions(str(root)):
-        status = entry.stat()
-        digest.update(f"{entry.path} {status.st_mtime_ns} {status.st_size}\n".encode())
+    digest = hashlib.sha256(f"{importlib.metadata.version('lm_eval')} json 2".encode())
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for path in (os.path.join(folder, name) for name in sorted(names) if name.endswith(".yaml")):
+            status = os.stat(path)
+            digest.update(f"{path} {status.st_mtime_ns} {status.st_size}\n".encode())
     return digest.hexdigest()[:20]
 
 
-def _definitions(folder: str) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _definitions(entry.path)
-            elif entry.name.endswith(".yaml"):
-                yield entry
-
-
-def _encode(index: dict[str, Entry], root: Path) -> list[Any]:
-    """An entry as [name, kind, path under `root`, settings, tags]."""
-    return [
-        [e.name, e.kind.name, e.yaml_path and e.yaml_path.relative_to(root).as_posix(), e.cfg, sorted(e.tags)]
-        for e in index.values()
-    ]
-
-
-def _decode(entries: list[Any], root: Path) -> dict[str, Entry]:
-    """Undo `_encode`; raises ValueError, LookupError, TypeError or AttributeError where that did not write it."""
-    index: dict[str, Entry] = {}
-    for name, kind, path, settings, tags in entries:
-        if not isinstance(name, str) or not isinstance(settings, dict | None):
-            raise TypeError("not an entry")
-        if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
-            raise ValueError("a definition that is not lm-eval's")  # whose code would be run
-        index[name] = Entry(name, Kind[kind], None if path is None else root / path, settings, set(tags))
-    return index
-
-
-def _keep(file: Path, index: dict[str, Entry], root: Path) -> None:
-    """Write the file in place of that of another stamp, if JSON can hold the index."""
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """Path of a definition -> what it says; empty where that is not what the file holds."""
     try:
-        content = json.dumps(_encode(index, root))
-        if _decode(json.loads(content), root) != index:
-            return
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_whole = isinstance(content, dict) and all(isinstance(settings, dict) for settings in content.values())
+    return content if is_whole else {}
+
+
+def _keep(file: Path, found: dict[str, dict[str, Any]]) -> None:
+    """Write the file in place of that of another stamp, with what JSON gives back as it was."""
+    try:
+        content = {name: settings for name, settings in found.items() if json.loads(json.dumps(settings)) == settings}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, content.encode())
+        write_bytes(file, json.dumps(content).encode())
         for old in [*file.parent.glob("*.json"), *file.parent.glob("*.pickle")]:  # pickle: of version 0.1.0
             if old != file:
                 old.unlink(missing_ok=True)

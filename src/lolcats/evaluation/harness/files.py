@@ -7,12 +7,8 @@ else, from prompts to metrics, is the task's own.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lolcats.errors import DataError
 from lolcats.evaluation.harness.catalog import Catalog, Source
 from lolcats.files import read_json_lines
+from lolcats.identity import digest
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 Row = dict[str, Any]
@@ -46,25 +43,20 @@ class TaskFile:
     @cached_property
     def digest(self) -> str:
         """A hash of what is in it."""
-        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+        return digest(self.rows)
 
     @cached_property
-    def _places(self) -> dict[str, dict[str, list[int]]]:
-        """field -> value, in plain letters -> numbers of the rows; for fields of text, fewest values first."""
-        fields: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for number, row in enumerate(self.rows):
+    def subjects(self) -> dict[str, list[Row]]:
+        """A text in plain letters -> the rows that have it in a field; of several fields, the one with fewest texts."""
+        fields: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in self.rows:
             for field, value in row.items():
                 if isinstance(value, str):
-                    fields[field][_plain(value)].append(number)
-        return dict(sorted(fields.items(), key=lambda item: len(item[1])))
-
-    def rows_of(self, names: list[str]) -> list[Row] | None:
-        """The rows that belong to a subject called by one of `names`, likeliest first; None if no field holds one."""
-        for name in map(_plain, names):
-            for values in self._places.values():
-                if name in values:
-                    return [self.rows[number] for number in values[name]]
-        return None
+                    fields[field][_plain(value)].append(row)
+        found: dict[str, list[Row]] = {}
+        for texts in sorted(fields.values(), key=len, reverse=True):
+            found |= texts
+        return found
 
 
 class TaskFiles:
@@ -87,28 +79,11 @@ class TaskFiles:
         """The file that was asked for last, for messages."""
         self._files: dict[Path, TaskFile] = {}
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, a task that is built takes its data from here."""
-        original = ConfigurableTask.download
-
-        def download(task: ConfigurableTask, *_: object, **__: object) -> None:
-            task.dataset = LocalSplits(self, task)
-
-        ConfigurableTask.download = download  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            ConfigurableTask.download = original  # type: ignore[method-assign]
-
     def find(self, name: str, split: str) -> TaskFile | None:
         """The file of a task or group, None where there is none."""
-        for ending in ENDINGS:
-            path = self.folder / f"{name}_{split}{ending}"
+        for path in (self.folder / f"{name}_{split}{ending}" for ending in ENDINGS):
             if path.is_file():
-                if path not in self._files:
-                    self._files[path] = TaskFile(path)
-                self.last = self._files[path]
+                self.last = self._files[path] = self._files.get(path) or TaskFile(path)
                 return self.last
         return None
 
@@ -142,13 +117,13 @@ class TaskFiles:
         sources = {self.catalog.source(leaf) for leaf in self.catalog.leaves(group)}
         if len(sources) == 1:  # one data set for all, which the tasks divide by themselves
             return file.rows
-        rows = file.rows_of([name for name in names if name])
-        if rows is None:
-            raise DataError(
-                f"{file.path}: no field, such as subject, says {names[0] or names[1]!r}, so the rows of {task} cannot "
-                f"be told from those of the others in {group}; add one, or give a file for each task"
-            )
-        return rows
+        for name in filter(None, names):  # likeliest first
+            if _plain(name) in file.subjects:
+                return file.subjects[_plain(name)]
+        raise DataError(
+            f"{file.path}: no field, such as subject, says {names[0] or names[1]!r}, so the rows of {task} cannot "
+            f"be told from those of the others in {group}; add one, or give a file for each task"
+        )
 
 
 class LocalSplits(dict[str, Dataset]):

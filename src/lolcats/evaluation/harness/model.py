@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.errors import LolcatsError
@@ -21,7 +20,7 @@ from lolcats.identity import key_of
 
 Base: Any = HFLM  # the decorator that registers it hides its type
 PIECE = 16
-"""Batches that are computed before their answers are kept."""
+"""Batches that are scored before their answers are kept."""
 TokenRequest = tuple[Any, list[int], list[int]]
 """Texts (or None), tokens of the context, tokens of the continuation."""
 
@@ -61,11 +60,9 @@ class ResumableLM(Base):
         self.truncated = 0
         """Requests of the task at work whose context was cut."""
 
-    @contextmanager
-    def at_work_on(self, task: str, show: Callable[[int, int | None], None]) -> Iterator[None]:
-        """Inside, requests belong to `task`; `show` is called with (requests done, all or None if not known)."""
+    def begin(self, task: str, show: Callable[[int, int | None], None]) -> None:
+        """From now on requests belong to `task`; `show` is called with (requests done, all or None if not known)."""
         self._task, self._show, self.truncated = task, show, 0
-        yield
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See `lm_eval.api.model.LM`."""
@@ -78,30 +75,36 @@ class ResumableLM(Base):
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """See `lm_eval.api.model.LM`. Sampled texts are not kept: they are another draw each time."""
+        """See `lm_eval.api.model.LM`."""
         self._start(len(requests))
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        self._check_room(requests, lengths)
-        alike: dict[str, list[int]] = defaultdict(list)
-        for place, request in enumerate(requests):
-            alike[json.dumps(request.args[1], sort_keys=True)].append(place)
-        answers: list[str] = [""] * len(requests)
-        for settings, places in alike.items():
-            # HFLM's order: longest first, so that its batches are the same in pieces.
-            places.sort(key=lambda place: (-lengths[place], requests[place].args[0]))
-            keep = not json.loads(settings).get("do_sample")
-            for piece in _pieces(places, PIECE * int(self.batch_size)):
-                part = [requests[place] for place in piece]
-                compute = partial(self._generate, part)
-                found = self._kept([request.args for request in part], compute) if keep else compute()
-                for place, answer in zip(piece, found, strict=True):
-                    answers[place] = answer
-        return answers
+        lengths = []
+        for prompt, settings in (request.args for request in requests):
+            room = normalize_gen_kwargs(dict(settings), self.max_gen_toks).get("max_gen_toks", 0)
+            if room >= self.max_length:
+                raise LolcatsError(
+                    f"{self._task} asks for texts of {room:,} tokens and the model takes {self.max_length:,} in all"
+                )
+            lengths.append(len(self.tok_encode(prompt)) + room)
+        self._check_lengths(lengths)
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """HFLM's of a batch. Sampled texts are not kept: they are another draw each time."""
+        compute = partial(super()._model_generate, context, max_length, stop, **options)
+        if options.get("do_sample"):
+            self._count_done(len(context))
+            return compute()
+        settings = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in options.items()}
+        asked = [context.tolist(), max_length, stop, settings]
+        return torch.tensor(self._kept(asked, len(context), lambda: compute().tolist()))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        self._check_lengths(requests)
+        answer = max((len(continuation) for _, _, continuation in requests), default=0)
+        if answer > self.max_length:
+            raise LolcatsError(f"{self._task}: an answer has {answer:,} tokens and the model takes {self.max_length:,}")
+        self._check_lengths([len(context + continuation) - 1 for _, context, continuation in requests])
         shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, (_, context, continuation) in enumerate(requests):
             shared[tuple(context + continuation[:-1])].append(place)
@@ -115,13 +118,11 @@ class ResumableLM(Base):
         for groups in _pieces(sorted(shared.values(), key=order), PIECE * int(self.batch_size)):
             places = [place for group in groups for place in group]
             part = [[requests[place] for place in group] for group in groups]
-            found = self._kept([requests[place][1:] for place in places], partial(self._score, part))
+            asked = [requests[place][1:] for place in places]
+            found = self._kept(asked, len(asked), partial(self._score, part))
             for place, (score, greedy) in zip(places, found, strict=True):
                 answers[place] = (score, greedy)
         return answers
-
-    def _generate(self, requests: list[Any]) -> list[str]:
-        return super().generate_until(requests, disable_tqdm=True)
 
     def _score(self, groups: list[list[TokenRequest]]) -> list[tuple[float, bool]]:
         """HFLM's numbers, without its four waits for the device a request and its softmax over all of the prompt.
@@ -152,46 +153,28 @@ class ResumableLM(Base):
         self._done, self._count = 0, count
         self._show(0, count)
 
-    def _kept(self, asked: list[Any], compute: Callable[[], list[Any]]) -> list[Any]:
-        """The answers to a piece: those of an earlier run, or computed now and kept."""
+    def _kept(self, asked: list[Any], count: int, compute: Callable[[], list[Any]]) -> list[Any]:
+        """The answers to `count` requests: those of an earlier run, or computed now and kept."""
         key = key_of(self.identity, self.batch_size, self.max_length, asked)
         answers = self._store.get(key)
         if answers is None:
             answers = compute()
             self._store.put(key, answers)
-        self._done += len(asked)
-        self._show(self._done, self._count)
+        self._count_done(count)
         return answers
 
-    def _check_lengths(self, requests: Sequence[TokenRequest]) -> None:
-        """HFLM drops the start of a context that does not fit, and goes on; that is said, or refused, here."""
-        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
-        answer = max((len(continuation) for _, _, continuation in requests), default=0)
-        if answer > self.max_length:
-            raise LolcatsError(f"{self._task}: an answer has {answer:,} tokens and the model takes {self.max_length:,}")
-        if longest > self.max_length + 1:
-            over = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-            self._cut(over, len(requests), longest - 1)
+    def _count_done(self, count: int) -> None:
+        self._done += count
+        self._show(self._done, self._count)
 
-    def _check_room(self, requests: list[Any], lengths: list[int]) -> None:
-        """The same for texts to go on with, which need room for what is written."""
-        over = longest = 0
-        for request, length in zip(requests, lengths, strict=True):
-            room = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks).get("max_gen_toks", 0)
-            if room >= self.max_length:
-                raise LolcatsError(
-                    f"{self._task} asks for texts of {room:,} tokens and the model takes {self.max_length:,} in all"
-                )
-            over += length + room > self.max_length
-            longest = max(longest, length + room)
-        if over:
-            self._cut(over, len(requests), longest)
-
-    def _cut(self, over: int, count: int, longest: int) -> None:
-        if not self._truncate:
+    def _check_lengths(self, lengths: list[int]) -> None:
+        """HFLM drops the start of a prompt that does not fit with its answer, and goes on; that is said, or refused."""
+        over = sum(length > self.max_length for length in lengths)
+        if over and not self._truncate:
             raise LolcatsError(
-                f"{self._task}: {over:,} of {count:,} prompts are too long, the longest with {longest:,} tokens where "
-                f"the model takes {self.max_length:,}; use fewer examples, or cut them at the left as lm-eval does",
+                f"{self._task}: {over:,} of {len(lengths):,} prompts are too long, the longest with {max(lengths):,} "
+                f"tokens where the model takes {self.max_length:,}; use fewer examples, or cut them at the left as "
+                "lm-eval does",
                 hint="truncate",
             )
         self.truncated += over

@@ -6,7 +6,6 @@ hub. A file is data until somebody says that it may do so.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from lm_eval.api.registry import metric_registry
 from lm_eval.config.group import GroupConfig
 from lm_eval.config.task import TaskConfig
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, did_you_mean
 
 STRUCTURE = {"include", "class", "task_list", "group"}
 """Keys that lm-eval reads before it makes a task."""
@@ -49,8 +48,7 @@ def check_file(path: Path, *, code: bool = False) -> None:
     known = GROUP_KEYS if "group" in content else TASK_KEYS
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), sorted(known), 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(sorted(TASK_KEYS))}"
+            hint = did_you_mean(key, known, f"expected some of {', '.join(sorted(TASK_KEYS))}")
             raise LolcatsError(f"{path}: unknown key {key!r}; {hint}")
     _check_metrics(path, content, code)
     if "group" not in content and "class" not in content:
@@ -72,12 +70,9 @@ def _check_metrics(path: Path, content: dict[str, Any], code: bool) -> None:
     for entry in () if code else listed:
         metric = str(entry["metric"])
         if entry.get("hf_evaluate") or metric not in metric_registry:
-            near = difflib.get_close_matches(metric, sorted(metric_registry), 1)
-            near_names = (
-                f"did you mean {near[0]}?" if near else f"lm-eval's own are {', '.join(sorted(metric_registry))}"
-            )
+            near = did_you_mean(metric, metric_registry, f"lm-eval's own are {', '.join(sorted(metric_registry))}")
             raise LolcatsError(
-                f"{path}: {metric!r} is no metric of lm-eval, and one of the hub is code ({ASK}); {near_names}",
+                f"{path}: {metric!r} is no metric of lm-eval, and one of the hub is code ({ASK}); {near}",
                 hint="task_code",
             )
     members = content.get("task")

@@ -18,10 +18,11 @@ import torch
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import load_variants
-from lolcats.evaluation.harness.scores import Scores, make_row
+from lolcats.evaluation.harness.scores import Scores
 from lolcats.evaluation.perplexity import Variant
 from lolcats.evaluation.store import AnswerStore
-from lolcats.identity import key_of, model_identity
+from lolcats.evaluation.variants import identities
+from lolcats.identity import key_of
 from lolcats.models.device import describe_device
 from lolcats.silence import quiet
 from lolcats.variants import CONTROLS, short_label
@@ -116,7 +117,7 @@ def load_benchmarks(tasks: Sequence[str], settings: HarnessSettings) -> list[Ben
     known.check(tasks)
     files = None if settings.task_data is None else TaskFiles(settings.task_data, known)
     names = dict.fromkeys(tasks)
-    loaded = [load_benchmark(name, known, files, settings.examples, code=settings.code) for name in names]
+    loaded = [load_benchmark(name, known, files, settings.examples, settings.code) for name in names]
     parts = {name for benchmark in loaded for task in benchmark.tasks for name in (task, *known.lineage(task))}
     if stray := set(settings.examples) - parts - {ALL}:
         names = ", ".join(sorted(stray))
@@ -136,33 +137,26 @@ def measure_benchmarks(
     from lolcats.evaluation.harness.model import ResumableLM, check_tokenizer
 
     store = store or AnswerStore()
-    first = next(iter(variants.values())).model
-    scores = Scores([], {name: {} for name in variants})
-    scores.device, scores.dtype = describe_device(first.device), str(first.dtype).removeprefix("torch.")
+    how = {"batch_size": settings.batch_size, "truncate": settings.truncate, "store": store}
     models: dict[str, ResumableLM] = {}
-    identities: dict[int, str] = {}  # of a model that has several variants, taken once
-    for name, variant in variants.items():
-        check_tokenizer(variant.model, tokenizer, chat=settings.chat)
-        if id(variant.model) not in identities:
-            identities[id(variant.model)] = model_identity(variant.model, tokenizer)
-        identity = key_of(identities[id(variant.model)], name, library_versions())
-        models[name] = ResumableLM(
-            variant.model,
-            tokenizer,
-            batch_size=settings.batch_size,
-            store=store,
-            identity=identity,
-            truncate=settings.truncate,
-        )
+    for name, identity in identities(variants, tokenizer).items():
+        model = variants[name].model
+        check_tokenizer(model, tokenizer, chat=settings.chat)
+        models[name] = ResumableLM(model, tokenizer, identity=key_of(identity, name, library_versions()), **how)
+    first = next(iter(variants.values())).model
+    place, dtype = describe_device(first.device), str(first.dtype).removeprefix("torch.")
+    scores = Scores([], {name: {} for name in variants}, device=place, dtype=dtype)
     for benchmark in benchmarks:
-        answers: dict[str, list[dict[str, Any]]] = {}
+        answers: dict[str, dict[str, Any]] = {}
         for name, variant in variants.items():
             with variant.mode():
-                answers[name] = [
-                    _run(benchmark, name, models[name], seed, settings, store, show)
+                answers[name] = {
+                    "default" if seed is None else str(seed): _run(
+                        benchmark, short_label(name), models[name], seed, settings, store, show
+                    )
                     for seed in settings.seeds or (None,)
-                ]
-        _add(scores, benchmark, answers, settings)
+                }
+        scores.add(benchmark.name, {row: benchmark.parts(row) for row in benchmark.rows}, answers)
     return scores
 
 
@@ -178,15 +172,14 @@ def _run(
     """lm-eval's results for one task, variant and seed; from an earlier run if they are there."""
     how = [settings.limit, settings.batch_size, settings.chat, settings.truncate]
     key = key_of(model.identity, benchmark.name, benchmark.digest, seed, how)
-    found = store.get(key)
-    if found is None:
-        label = f"{benchmark.name}, {short_label(variant)}" + ("" if seed is None else f", seed {seed}")
-        with model.at_work_on(benchmark.name, lambda done, count: show(label, done, count) if show else None):
-            try:
-                found = _evaluate(benchmark, model, seed, settings)
-            except (OSError, ImportError, LookupError) as error:  # a metric that lm-eval fetches when it needs it
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise LolcatsError(f"{benchmark.name} cannot be scored by lm-eval here: {reason}") from error
+    if (found := store.get(key)) is None:
+        label = f"{benchmark.name}, {variant}" + ("" if seed is None else f", seed {seed}")
+        model.begin(benchmark.name, lambda done, count: show(label, done, count) if show else None)
+        try:
+            found = _evaluate(benchmark, model, seed, settings)
+        except (OSError, ImportError, LookupError) as error:  # a metric that lm-eval fetches when it needs it
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise LolcatsError(f"{benchmark.name} cannot be scored by lm-eval here: {reason}") from error
         store.put(key, found)
     return found
 
@@ -210,20 +203,6 @@ def _evaluate(benchmark: Benchmark, model: ResumableLM, seed: int | None, settin
         )
     kept = {part: results[part] for part in ("results", "n-shot", "n-samples", "higher_is_better", "versions")}
     return json.loads(json.dumps(kept, default=float)) | {"truncated": model.truncated}
-
-
-def _add(
-    scores: Scores,
-    benchmark: Benchmark,
-    answers: dict[str, list[dict[str, Any]]],
-    settings: HarnessSettings,
-) -> None:
-    scores.rows += [make_row(row, benchmark.parts(row), answers) for row in benchmark.rows]
-    for variant, of_seeds in answers.items():
-        for seed, answer in zip(settings.seeds or ("default",), of_seeds, strict=True):
-            scores.results[variant].setdefault(str(seed), {}).update(answer["results"])
-    if cut := max(answer["truncated"] for of_seeds in answers.values() for answer in of_seeds):
-        scores.truncated[benchmark.name] = cut
 
 
 def library_versions() -> dict[str, str]:

@@ -65,6 +65,21 @@ class Scores:
     memory: TextMemory | None = None
     """Of a linearized model."""
 
+    def add(self, benchmark: str, rows: Mapping[str, Sequence[str]], answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put in what was measured of one task or group.
+
+        Args:
+            benchmark: its name.
+            rows: the results to show, each with the tasks that it sums up (itself, where it is a task).
+            answers: variant -> seed -> what lm-eval said.
+        """
+        self.rows += [_row(name, tasks, answers) for name, tasks in rows.items()]
+        for variant, of_seeds in answers.items():
+            for seed, answer in of_seeds.items():
+                self.results[variant].setdefault(seed, {}).update(answer["results"])
+        if cut := max(answer["truncated"] for of_seeds in answers.values() for answer in of_seeds.values()):
+            self.truncated[benchmark] = cut
+
     def averages(self) -> dict[str, dict[str, float]]:
         """Means over tasks, by name and variant, as in the paper: of all, and without the tasks of MMLU."""
         if len(self.rows) < 2 or not all(row.is_share for row in self.rows):
@@ -76,15 +91,9 @@ class Scores:
         return found
 
 
-def make_row(name: str, tasks: Sequence[str], answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Row:
-    """Gather one row.
-
-    Args:
-        name: of the task or group.
-        tasks: what a group is made of; of a task, itself.
-        answers: variant -> what lm-eval said, for each seed.
-    """
-    first = next(iter(answers.values()))[0]
+def _row(name: str, tasks: Sequence[str], answers: Mapping[str, Mapping[str, Any]]) -> Row:
+    by_variant = {variant: list(of_seeds.values()) for variant, of_seeds in answers.items()}
+    first = next(iter(by_variant.values()))[0]
     metric = choose_metric(name, first["results"][name])
     base, _, kind = metric.partition(",")
     row = Row(
@@ -94,13 +103,12 @@ def make_row(name: str, tasks: Sequence[str], answers: Mapping[str, Sequence[Map
         questions=sum(first["n-samples"][task]["effective"] for task in tasks),
         higher_is_better=all(first["higher_is_better"][task].get(base, True) is not False for task in tasks),
     )
-    for variant, of_seeds in answers.items():
-        values = [float(answer["results"][name][metric]) for answer in of_seeds]
+    for variant, found in by_variant.items():
+        values = [float(answer["results"][name][metric]) for answer in found]
         spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-        error = of_seeds[0]["results"][name].get(f"{base}_stderr,{kind}")
-        row.scores[variant] = Score(
-            statistics.fmean(values), spread, error if isinstance(error, int | float) else None, values
-        )
+        error = found[0]["results"][name].get(f"{base}_stderr,{kind}")
+        error = error if isinstance(error, int | float) else None
+        row.scores[variant] = Score(statistics.fmean(values), spread, error, values)
     return row
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness.catalog import Catalog
 from lolcats.evaluation.harness.files import LocalSplits, TaskFiles
 from lolcats.evaluation.harness.own_tasks import check_file
+from lolcats.identity import digest
 
 PAPER_EXAMPLES = {"mmlu": 5}
 """Examples in the prompt where neither the user nor lm-eval says how many."""
@@ -53,54 +52,44 @@ class Benchmark:
 
 
 def load_benchmark(
-    name: str,
-    catalog: Catalog,
-    files: TaskFiles | None = None,
-    examples: Mapping[str, int] | None = None,
-    *,
-    code: bool = False,
+    name: str, catalog: Catalog, files: TaskFiles | None, examples: Mapping[str, int], code: bool
 ) -> Benchmark:
     """Let lm-eval build a task or group.
 
     Args:
-        name: of lm-eval's task, group or tag, or a YAML file that defines one.
+        name: one that the catalog knows.
         catalog: which there are.
         files: local data; None lets lm-eval fetch them from the hub.
         examples: examples in the prompt, by the name of a task or group; `ALL` stands for any.
         code: whether code that a YAML file names may be run.
 
     Raises:
-        LolcatsError: there is no such task, its data cannot be had, or it needs something that is not here.
+        LolcatsError: its data cannot be had, or it needs something that is not here.
     """
-    catalog.check([name])
     if catalog.is_file(name):
         check_file(Path(name), code=code)
-    problems: list[Exception] = []
-    try:
-        with _noted_downloads(problems) if files is None else files.in_use():
+    with _data_from(files) as problems:
+        try:
             loaded = catalog.manager.load([name])
-    except LolcatsError:
-        raise
-    except Exception as error:  # from anywhere in datasets, lm-eval, or the code that defines the task
-        text = _explain(name, catalog, files, error, of_data=error in problems)
-        raise LolcatsError(text, hint="task_data" if "local files can be read" in text else None) from error
-    benchmark = Benchmark(name, loaded["tasks"], loaded.get("groups", {}), "")
-    for task_name, task in benchmark.tasks.items():
+        except LolcatsError:
+            raise
+        except Exception as error:  # from anywhere in datasets, lm-eval, or the code that defines the task
+            text = _explain(name, catalog, files, error, of_data=error in problems)
+            raise LolcatsError(text, hint="task_data" if "local files can be read" in text else None) from error
+    facts: dict[str, Any] = {}
+    for task_name, task in loaded["tasks"].items():
         _refuse_unsafe(task_name, task)
-        count = _examples(task_name, task, catalog, examples or {})
+        count = _examples(task_name, task, catalog, examples)
         if isinstance(task.dataset, LocalSplits):
             task.dataset.check(count)
         task.set_config("num_fewshot", count)
-    benchmark.digest = hashlib.sha256(
-        json.dumps({n: [_data_digests(task), task.config.num_fewshot] for n, task in benchmark.tasks.items()}).encode()
-    ).hexdigest()
-    return benchmark
+        facts[task_name] = [_data_digests(task), count]
+    return Benchmark(name, loaded["tasks"], loaded.get("groups", {}), digest(facts))
 
 
 def _examples(name: str, task: Task, catalog: Catalog, wanted: Mapping[str, int]) -> int:
-    family = [name, *catalog.lineage(name)]
-    for level in (wanted, {ALL: wanted[ALL]} if ALL in wanted else {}, PAPER_EXAMPLES):
-        for key in (*family, ALL):
+    for level in (wanted, PAPER_EXAMPLES):
+        for key in (name, *catalog.lineage(name), ALL):
             if key in level:
                 return level[key]
     return task.config.num_fewshot or 0
@@ -130,11 +119,15 @@ def _data_digests(task: Task) -> dict[str, str]:
 
 
 @contextmanager
-def _noted_downloads(problems: list[Exception]) -> Iterator[None]:
-    """Inside, what goes wrong while a task gets its data is also put into `problems`."""
+def _data_from(files: TaskFiles | None) -> Iterator[list[Exception]]:
+    """Inside, a task that is built takes its data from files, or the hub; gives what went wrong at the hub."""
     original = ConfigurableTask.download
+    problems: list[Exception] = []
 
     def download(task: ConfigurableTask, *args: Any, **options: Any) -> None:
+        if files is not None:
+            task.dataset = LocalSplits(files, task)
+            return
         try:
             original(task, *args, **options)
         except Exception as error:
@@ -143,7 +136,7 @@ def _noted_downloads(problems: list[Exception]) -> Iterator[None]:
 
     ConfigurableTask.download = download  # type: ignore[method-assign]
     try:
-        yield
+        yield problems
     finally:
         ConfigurableTask.download = original  # type: ignore[method-assign]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import cycle, islice
@@ -89,9 +90,7 @@ def fit(
     high = low + step
     while count(high) <= room:
         low, high = high, high + step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= room else (low, middle)
+    low += bisect_right(range(low + 1, high), room, key=count)
     before, question = write(low)
     return _fill(before, hay[low % len(hay)], question, tokenizer, room), low
 

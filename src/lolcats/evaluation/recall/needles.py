@@ -1,5 +1,5 @@
-"""Prompts after RULER (arXiv 2404.06654): "magic" keys whose values are said once in a long text, and variables that
-hold a value through a chain of assignments."""
+"""Prompts of the recall tasks: passkeys; and after RULER (arXiv 2404.06654) "magic" keys whose values are said once in
+a long text, and variables that hold a value through a chain of assignments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lolcats.evaluation.recall.haystack import NOISE, fit, hide
+from lolcats.data.passkey import passkey_sample
+from lolcats.evaluation.recall.haystack import NOISE, encode, fit, hide
 
 _ADJECTIVES = """
 amber ample arctic bashful bitter brave brisk calm candid clever cosmic crisp curious dapper daring dusty eager
@@ -47,65 +48,66 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class NeedleTask:
-    """Which needles, in which hay."""
+class Request:
+    """What a prompt is made of."""
 
-    prose: bool = True
-    """Hay is prose instead of repeated noise."""
-    values: str = "numbers"
-    """Or "uuids"."""
-    asked: int = 1
-    """Keys that are asked for."""
-    distractors: int = 0
-    """Other keys with values of their own."""
+    tokenizer: PreTrainedTokenizerBase
+    room: int
+    """Tokens of the prompt, without its answer."""
+    length: int
+    """The same with it."""
+    depth: float
+    """Of the needle, where there is a single one: 0 to 1. Several, and distractors, lie anywhere."""
+    rng: np.random.Generator
+    essay: Sequence[str]
+    """Sentences of prose; empty for tasks that hide in noise."""
 
 
-def needle_prompt(
-    task: NeedleTask,
-    tokenizer: PreTrainedTokenizerBase,
-    room: int,
-    depth: float,
-    rng: np.random.Generator,
-    essay: Sequence[str],
-) -> Prompt:
-    """A prompt of `room` tokens, see `fit`.
+def passkey_prompt(request: Request) -> Prompt:
+    """Whole sentences of noise, so it may have less than its tokens."""
+    sample = passkey_sample(request.rng, request.tokenizer, request.length, request.depth)
+    return Prompt(encode(request.tokenizer, sample.prompt), (sample.key,), (sample.depth,))
+
+
+def needle_prompt(request: Request, kind: str = "numbers", asked: int = 1, distractors: int = 0) -> Prompt:
+    """Values under keys.
 
     Args:
-        task: what is hidden.
-        tokenizer: counts.
-        room: tokens of the prompt.
-        depth: of the needle, where a single key is asked for (0 to 1); several keys, and distractors, lie anywhere.
-        rng: where keys, values and other depths come from.
-        essay: sentences of prose; they begin at one that is drawn.
+        request: the text; it begins at a sentence of its prose that is drawn.
+        kind: of values: numbers or uuids.
+        asked: keys that are asked for.
+        distractors: other keys with values of their own.
 
     Raises:
         DataError: there is no room for the needles and one sentence.
     """
-    keys = _keys(rng, task.asked + task.distractors)
-    values = [_value(rng, task.values) for _ in keys]
-    depths = [depth if task.asked == 1 else float(rng.random()), *(float(d) for d in rng.random(len(keys) - 1))]
-    needles = [
-        f"One of the special magic {task.values} for {key} is: {value}."
-        for key, value in zip(keys, values, strict=True)
-    ]
-    start = int(rng.integers(len(essay))) if task.prose else 0
-    hay = [*essay[start:], *essay[:start]] if task.prose else NOISE
-    opening, question = _frame(task, keys[: task.asked])
+    rng = request.rng
+    keys = _keys(rng, asked + distractors)
+    values = [_value(rng, kind) for _ in keys]
+    depths = [request.depth if asked == 1 else float(rng.random()), *map(float, rng.random(len(keys) - 1))]
+    needles = [f"One of the special magic {kind} for {key} is: {v}." for key, v in zip(keys, values, strict=True)]
+    start = int(rng.integers(len(request.essay))) if request.essay else 0
+    hay = [*request.essay[start:], *request.essay[:start]] or NOISE
+    opening, question = _frame(kind, keys[:asked])
 
     def write(sentences: int) -> tuple[str, str]:
         return f"{opening}\n{hide(hay, sentences, needles, depths)}", question
 
-    ids, sentences = fit(write, hay, tokenizer, room)
-    reached = tuple(round(d * sentences) / sentences for d in depths[: task.asked])
-    return Prompt(ids, tuple(values[: task.asked]), reached)
+    ids, sentences = fit(write, hay, request.tokenizer, request.room)
+    return Prompt(ids, tuple(values[:asked]), _reached(depths[:asked], sentences))
 
 
-def _frame(task: NeedleTask, asked: Sequence[str]) -> tuple[str, str]:
+def _reached(depths: Sequence[float], sentences: int) -> tuple[float, ...]:
+    """Needles stand between sentences."""
+    return tuple(round(depth * sentences) / sentences for depth in depths)
+
+
+def _frame(kind: str, asked: Sequence[str]) -> tuple[str, str]:
     """What stands before and after the hay; the end is the beginning of the answer."""
-    one = task.asked == 1
-    what = f"special magic {task.values[:-1] if one else task.values}"
+    one = len(asked) == 1
+    what = f"special magic {kind[:-1] if one else kind}"
     names = asked[0] if one else f"{', '.join(asked[:-1])}, and {asked[-1]}"
-    opening = f"A few special magic {task.values} are hidden in this text. Memorize them for the question at its end."
+    opening = f"A few special magic {kind} are hidden in this text. Memorize them for the question at its end."
     asking = f"What {'is' if one else 'are all'} the {what} for {names} in the text above?"
     return opening, f"{asking} The {what} for {names} in the text above {'is' if one else 'are'}"
 
@@ -122,22 +124,15 @@ def _value(rng: np.random.Generator, kind: str) -> str:
     return str(rng.integers(10**6, 10**7))
 
 
-def tracking_prompt(
-    tokenizer: PreTrainedTokenizerBase, room: int, rng: np.random.Generator, hops: int = HOPS
-) -> Prompt:
-    """A solved short example, then a chain hidden in noise: `room` tokens, see `fit`.
-
-    Args:
-        tokenizer: counts.
-        room: tokens of the prompt.
-        rng: where names, the value and the depths come from. The links of the chain come in their order.
-        hops: links after the first.
+def tracking_prompt(request: Request) -> Prompt:
+    """A solved short example, then a chain hidden in noise; its links come in their order.
 
     Raises:
         DataError: there is no room for the example and the chain.
     """
-    names, value = _names(rng, hops + 1, letters=5), str(rng.integers(10_000, 100_000))
-    other, known = _names(rng, hops + 1, letters=3), str(rng.integers(10_000, 100_000))
+    rng = request.rng
+    names, value = _names(rng, HOPS + 1, letters=5), str(rng.integers(10_000, 100_000))
+    other, known = _names(rng, HOPS + 1, letters=3), str(rng.integers(10_000, 100_000))
     example = "\n".join(_assignments(other, known, _EXAMPLE_SENTENCES, _depths(rng, len(other))))
     depths = _depths(rng, len(names))
 
@@ -145,8 +140,8 @@ def tracking_prompt(
         text, question = _assignments(names, value, sentences, depths)
         return f"{example} {', '.join(other)}\n\n{text}", question
 
-    ids, sentences = fit(write, NOISE, tokenizer, room, least=len(names))
-    return Prompt(ids, tuple(names), tuple(round(d * sentences) / sentences for d in depths))
+    ids, sentences = fit(write, NOISE, request.tokenizer, request.room, least=len(names))
+    return Prompt(ids, tuple(names), _reached(depths, sentences))
 
 
 def _assignments(names: Sequence[str], value: str, sentences: int, depths: Sequence[float]) -> tuple[str, str]:

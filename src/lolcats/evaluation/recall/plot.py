@@ -60,9 +60,10 @@ def _draw(cells: Sequence[Cell], file: Path, label: Callable[[str], str]) -> Non
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  (an extra)
 
     tasks, variants = (list(dict.fromkeys(getattr(c, name) for c in cells)) for name in ("task", "variant"))
-    lengths = sorted({cell.length for cell in cells})
+    lengths, depths = sorted({cell.length for cell in cells}), len(cells[0].by_depth)
+    edges = [round(100 * i / depths) for i in range(depths + 1)]
     known = {(cell.task, cell.variant, cell.length): cell.by_depth for cell in cells}
-    size = (1.2 + 2.0 * len(variants), 0.9 + len(tasks) * (0.9 + 0.22 * len(cells[0].by_depth)))
+    size = (1.2 + 2.0 * len(variants), 0.9 + len(tasks) * (0.9 + 0.22 * depths))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(tasks), len(variants), squeeze=False)
@@ -75,11 +76,12 @@ def _draw(cells: Sequence[Cell], file: Path, label: Callable[[str], str]) -> Non
                 panels[row, column].set_title(label(variant), fontsize=8)
             panels[row, column].set_yticks([])
         panels[row, 0].set_ylabel(f"{task}\ndepth of the needle, %")
-        panels[row, 0].set_yticks(*_depth_names(len(cells[0].by_depth)))
+        panels[row, 0].set_yticks(range(depths), [f"{a}-{b}" for a, b in pairwise(edges)])
     figure.supxlabel("tokens of prompt and answer", fontsize=8)
     assert image is not None
     figure.colorbar(image, ax=panels, label="found, %", shrink=0.8, aspect=30)
-    _save(figure, file)
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, dpi=200, format=file.suffix.removeprefix("."))
 
 
 def _panel(panel: Any, columns: list[list[float | None]]) -> Any:
@@ -94,13 +96,3 @@ def _panel(panel: Any, columns: list[list[float | None]]) -> Any:
             color = "white" if value < 100 * _DARK else "black"
             panel.text(length, depth, f"{value:.0f}", ha="center", va="center", color=color, fontsize=6)
     return image
-
-
-def _depth_names(depths: int) -> tuple[range, list[str]]:
-    edges = [round(100 * i / depths) for i in range(depths + 1)]
-    return range(depths), [f"{a}-{b}" for a, b in pairwise(edges)]
-
-
-def _save(figure: Any, file: Path) -> None:
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, dpi=200, format=file.suffix.removeprefix("."))

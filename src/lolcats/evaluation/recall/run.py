@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from lolcats.errors import LolcatsError
@@ -16,23 +15,14 @@ from lolcats.evaluation.recall.haystack import essay
 from lolcats.evaluation.recall.needles import Prompt
 from lolcats.evaluation.recall.tasks import TASKS, check_tasks, depth_range, make_prompts
 from lolcats.evaluation.store import AnswerStore
-from lolcats.identity import key_of, model_identity
+from lolcats.evaluation.variants import identities
+from lolcats.identity import key_of
 from lolcats.models.context import check_context, context_limit, ends_there
 from lolcats.models.generation import own_settings
 from lolcats.models.vocabulary import check_token_ids
 from lolcats.variants import short_label
 
 Settled = Callable[[str, Sequence[str]], bool]
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
-"""Whatever a model's generation settings say: a penalty for repetition would punish the right answer."""
 
 
 @dataclass
@@ -93,16 +83,15 @@ def recall(
     tasks = check_recall(settings, next(iter(variants.values())).model, tokenizer)
     assert tokenizer is not None
     store = store or AnswerStore()
-    models = {id(variant.model): variant.model for variant in variants.values()}
-    identities = {place: model_identity(model, tokenizer) for place, model in models.items()}
+    known = identities(variants, tokenizer)
     columns = [(task, length) for task in tasks for length in sorted(set(settings.lengths))]
     cells: dict[tuple[str, str, int], Cell] = {}
     for task, length in sorted(columns, key=lambda column: column[1]):  # short texts first: something to see soon
-        prompts = _prompts(settings, task, length, tokenizer)
+        prompts = _prompts(settings, task, length, tokenizer, settings.samples)
         asked = key_of([[prompt.ids, prompt.answers] for prompt in prompts], settings.depths)
         for name, variant in variants.items():
             report(f"{short_label(name)}, {task}, {length:,} tokens", len(cells), len(columns) * len(variants))
-            key = key_of("recall", identities[id(variant.model)], name, task, asked)
+            key = key_of("recall", known[name], name, task, asked)
             if (found := store.get(key)) is None:
                 found = _ask(variant, tokenizer, task, prompts, settings.depths, batch_size)
                 store.put(key, found)
@@ -123,8 +112,9 @@ def check_recall(
         raise LolcatsError("the model has no tokenizer, which recall tasks need; save one into its folder")
     check_context(model, max(settings.lengths), "a prompt", beyond=settings.beyond_context)
     for task in tasks:
-        for prompt in _prompts(settings, task, min(settings.lengths), tokenizer, samples=1):
-            _check_vocabulary(prompt, model)
+        (prompt,) = _prompts(settings, task, min(settings.lengths), tokenizer, samples=1)
+        if (highest := max(prompt.ids)) >= (size := model.get_input_embeddings().weight.shape[0]):  # type: ignore
+            raise LolcatsError(f"the tokenizer gives token {highest} and the model has {size}; it is another model's")
     return tasks
 
 
@@ -138,24 +128,12 @@ def check_haystack(settings: RecallSettings) -> None:
         essay(settings.haystack)
 
 
-def _check_vocabulary(prompt: Prompt, model: PreTrainedModel) -> None:
-    if (highest := max(prompt.ids)) >= (size := model.get_input_embeddings().weight.shape[0]):  # type: ignore[arg-type]
-        raise LolcatsError(f"the tokenizer gives token {highest} and the model has {size}; it is another model's")
-
-
 def _prompts(
-    settings: RecallSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase, samples: int | None = None
+    settings: RecallSettings, task: str, length: int, tokenizer: PreTrainedTokenizerBase, samples: int
 ) -> list[Prompt]:
+    how = {"samples": samples, "depths": settings.depths, "seed": settings.seed}
     prose = essay(settings.haystack) if TASKS[task].prose else ()
-    return make_prompts(
-        task,
-        tokenizer,
-        length,
-        samples=settings.samples if samples is None else samples,
-        depths=settings.depths,
-        seed=settings.seed,
-        essay=prose,
-    )
+    return make_prompts(task, tokenizer, length, essay=prose, **how)
 
 
 def _ask(
@@ -187,13 +165,14 @@ def _by_depth(scores: list[float], depths: int) -> Iterator[float | None]:
         yield sum(part) / len(part) if part else None
 
 
+@dataclass
 class _Settled(StoppingCriteria):
     """Ends a row as soon as its score can no longer change: the tokens that follow would be thrown away."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], width: int, settled: Settled
-    ) -> None:
-        self.tokenizer, self.prompts, self.width, self.settled = tokenizer, prompts, width, settled
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt]
+    width: int
+    settled: Settled
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
@@ -243,28 +222,19 @@ def _write(
     new_tokens: int,
     settled: Settled,
 ) -> list[str]:
-    ids, mask = _left_padded([prompt.ids for prompt in batch], _filler(tokenizer))
-    stop = _Settled(tokenizer, batch, ids.shape[1], settled)
+    filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    width = max(len(prompt.ids) for prompt in batch)
+    missing = [width - len(prompt.ids) for prompt in batch]
+    ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(missing, batch, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in missing])
     check_token_ids(ids, model, "the prompt")
+    # A penalty for repetition, which a model's own settings may ask for, would punish the right answer.
     with own_settings(model, tokenizer, {}):
         written = cast(Any, model).generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=new_tokens,
-            pad_token_id=_filler(tokenizer),
-            stopping_criteria=StoppingCriteriaList([stop]),
-            **GREEDY,
+            pad_token_id=filler,
+            stopping_criteria=StoppingCriteriaList([_Settled(tokenizer, batch, width, settled)]),
         )
-    return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-
-
-def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, int64 [rows, longest]."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    return tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)

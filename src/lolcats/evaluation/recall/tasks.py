@@ -12,10 +12,9 @@ from functools import partial
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lolcats.data.passkey import DIGITS, passkey_sample
+from lolcats.data.passkey import DIGITS
 from lolcats.errors import DataError, LolcatsError
-from lolcats.evaluation.recall.haystack import encode
-from lolcats.evaluation.recall.needles import NeedleTask, Prompt, needle_prompt, tracking_prompt
+from lolcats.evaluation.recall.needles import Prompt, Request, needle_prompt, passkey_prompt, tracking_prompt
 
 
 def share_found(output: str, answers: Sequence[str]) -> float:
@@ -38,70 +37,31 @@ def _all_found(output: str, answers: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One prompt of a task."""
-
-    tokenizer: PreTrainedTokenizerBase
-    length: int
-    """Tokens of the prompt and the room for its answer."""
-    depth: float
-    rng: np.random.Generator
-    essay: Sequence[str]
-    """Sentences of prose; empty for tasks without."""
-
-
-@dataclass(frozen=True)
 class RecallTask:
-    """A task.
+    """A task."""
 
-    Attributes:
-        about: what it asks, for people.
-        write: makes a prompt.
-        new_tokens: most tokens of an answer.
-        score: of (output, answers), 0 to 1.
-        settled: whether more output cannot change the score.
-        by_depth: there is one needle, at the depth that was asked for.
-        prose: the hay is prose.
-    """
-
-    about: str
     write: Callable[[Request], Prompt]
     new_tokens: int
+    """Most tokens of an answer."""
     score: Callable[[str, Sequence[str]], float] = share_found
+    """Of (output, answers), 0 to 1."""
     settled: Callable[[str, Sequence[str]], bool] = _all_found
+    """Whether more output cannot change the score."""
     by_depth: bool = True
-    prose: bool = False
-
-
-def _passkey(request: Request) -> Prompt:
-    sample = passkey_sample(request.rng, request.tokenizer, request.length, request.depth)
-    return Prompt(encode(request.tokenizer, sample.prompt), (sample.key,), (sample.depth,))
-
-
-def _needle(task: NeedleTask, request: Request) -> Prompt:
-    room = request.length - _NEEDLE_TOKENS
-    return needle_prompt(task, request.tokenizer, room, request.depth, request.rng, request.essay)
-
-
-def _tracking(request: Request) -> Prompt:
-    return tracking_prompt(request.tokenizer, request.length - _TRACKING_TOKENS, request.rng)
-
-
-def _needle_task(about: str, task: NeedleTask) -> RecallTask:
-    return RecallTask(about, partial(_needle, task), _NEEDLE_TOKENS, by_depth=task.asked == 1, prose=task.prose)
+    """There is one needle, at the depth that was asked for."""
+    prose: bool = True
+    """The hay is prose."""
 
 
 _NEEDLE_TOKENS, _TRACKING_TOKENS = 128, 30  # RULER's
 TASKS = {
-    "passkey": RecallTask(
-        f"a number of {DIGITS} digits in repeated noise", _passkey, DIGITS + 5, first_number, _number_ended
-    ),
-    "niah_single_1": _needle_task("a number under a key, in repeated noise", NeedleTask(prose=False)),
-    "niah_single_2": _needle_task("a number under a key, in prose", NeedleTask()),
-    "niah_single_3": _needle_task("a UUID under a key, in prose", NeedleTask(values="uuids")),
-    "niah_multikey": _needle_task("one of four numbers under four keys, in prose", NeedleTask(distractors=3)),
-    "niah_multiquery": _needle_task("all four numbers under four keys, in prose", NeedleTask(asked=4)),
-    "vt": RecallTask("the five variables of a chain of assignments", _tracking, _TRACKING_TOKENS, by_depth=False),
+    "passkey": RecallTask(passkey_prompt, DIGITS + 5, first_number, _number_ended, prose=False),
+    "niah_single_1": RecallTask(needle_prompt, _NEEDLE_TOKENS, prose=False),
+    "niah_single_2": RecallTask(needle_prompt, _NEEDLE_TOKENS),
+    "niah_single_3": RecallTask(partial(needle_prompt, kind="uuids"), _NEEDLE_TOKENS),
+    "niah_multikey": RecallTask(partial(needle_prompt, distractors=3), _NEEDLE_TOKENS),
+    "niah_multiquery": RecallTask(partial(needle_prompt, asked=4), _NEEDLE_TOKENS, by_depth=False),
+    "vt": RecallTask(tracking_prompt, _TRACKING_TOKENS, by_depth=False, prose=False),
 }
 """In the order of the story; by name."""
 
@@ -139,17 +99,18 @@ def make_prompts(
         samples: prompts; they are spread evenly over the depths, the first at the beginning of the text.
         depths: equal ranges of depth; inside its range a needle lies anywhere.
         seed: of keys, values and depths.
-        essay: see `Request`.
+        essay: sentences of prose, for tasks that hide needles in it.
 
     Raises:
         LolcatsError: the length has no room for the prompt.
     """
-    prompts = []
+    task, prompts = TASKS[name], []
     for index in range(samples):
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), length, index])
         depth = (depth_range(index, samples, depths) + float(rng.random())) / depths
+        hay = essay if task.prose else ()
         try:
-            prompts.append(TASKS[name].write(Request(tokenizer, length, depth, rng, essay)))
+            prompts.append(task.write(Request(tokenizer, length - task.new_tokens, length, depth, rng, hay)))
         except DataError as error:
             raise LolcatsError(f"{name} cannot be asked in {length} tokens: {error}") from error
     return prompts

