@@ -28,6 +28,7 @@ class VariantInfo(NamedTuple):
 VARIANTS = (
     VariantInfo("teacher", "teacher (softmax)", "softmax", "teacher"),
     VariantInfo("training_free", "window + sinks, nothing trained", "window_only", "teacher", True),
+    VariantInfo("equal_window", "window of the same memory, nothing trained", "equal_window", "teacher", True),
     VariantInfo("transfer", "after attention transfer", "full", "stage 1"),
     VariantInfo("student", "{student}", "full", "student"),
     VariantInfo("window_only", "{student} without its linear half", "window_only", "student", True),
@@ -39,6 +40,7 @@ NAMES = tuple(variant.name for variant in VARIANTS)
 _controls = [variant for variant in VARIANTS if variant.is_control]
 CONTROLS = tuple(variant.name for variant in sorted(_controls, key=lambda variant: variant.weights != "student"))
 """Names of the controls: modes of the student, then what needs the teacher."""
+TEACHER_CONTROLS = tuple(variant.name for variant in _controls if variant.weights == "teacher")
 
 
 def ordered(names: Iterable[str]) -> list[str]:

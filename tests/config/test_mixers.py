@@ -47,8 +47,8 @@ def test_the_mixer_chooses_the_class() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mixer=hybird", r"linearization.mixer: unknown mixer; expected .* one of: hybrid \(got 'hybird'\)"),
-        ("mixer=3", r"linearization.mixer: unknown mixer; expected .* one of: hybrid \(got 3\)"),
+        ("mixer=hybird", r"linearization.mixer: unknown mixer; expected .* one of: blend, hybrid \(got 'hybird'\)"),
+        ("mixer=3", r"linearization.mixer: unknown mixer; expected .* one of: blend, hybrid \(got 3\)"),
         ("windw=4", r"linearization.windw: unknown key; did you mean linearization.window\?"),
         ("window=-1", r"linearization.window: Input should be greater than or equal to 0 \(got -1\)"),
     ],

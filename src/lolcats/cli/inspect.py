@@ -79,13 +79,16 @@ def memory_table(facts: ModelFacts) -> Table:
 
 
 def layer_table(memory: TextMemory) -> Table:
-    """A row for each run of layers with states of one size."""
-    table = number_table(["layers"], ["state", "KV token of the teacher", "KV tokens"])
-    alike: dict[tuple[int, int, float], list[int]] = {}
+    """A row for each run of layers with states of one size, and what is in them in KV tokens."""
+    parts = list(dict.fromkeys(part for layer in memory.layers for part in layer.parts))
+    table = number_table(["layers"], ["bytes", "KV token of the teacher", "KV tokens", *parts])
+    alike: dict[tuple[str, ...], list[int]] = {}
     for layer in memory.layers:
-        alike.setdefault((layer.bytes, layer.kv_token_bytes, layer.kv_tokens), []).append(layer.layer)
-    for (held, token, tokens), layers in alike.items():
-        table.add_row(show_layers(layers), show_bytes(held), show_bytes(token), f"{tokens:,.1f}")
+        split = [f"{layer.parts[part]:,.1f}" if part in layer.parts else "-" for part in parts]
+        row = (show_bytes(layer.bytes), show_bytes(layer.kv_token_bytes), f"{layer.kv_tokens:,.1f}", *split)
+        alike.setdefault(row, []).append(layer.layer)
+    for row, layers in alike.items():
+        table.add_row(show_layers(layers), *row)
     return table
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetPydanticSchema, 
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
-from lolcats.config.fields import Near, Section, Width
+from lolcats.config.fields import Near, Positive, Section, Width
 
 DEFAULT = "hybrid"
 """The mixer of settings that name none, as all of version 0.1."""
@@ -116,6 +116,9 @@ class KeptConfig(Section):
 
     pairs: Near = 0  # for each key head
     score: Literal["learned", "self_recall", "recency", "random", "oracle"] = "learned"
+    fade: Positive | None = (
+        None  # tokens after which a score has fallen behind newer ones by a factor of e; null: never
+    )
     mix: Annotated[float, Field(ge=0, le=1)] = 1.0  # learned: weight of the largest attention, the rest is the sum's
 
 

@@ -16,6 +16,10 @@ from lolcats.modeling import LinearizedAttention, linearized_layers
 from lolcats.printable import show_bytes
 
 
+PARTS = {"sinks": ("sinks",), "window": ("window", "ring"), "kept": ("kept",)}
+"""Part of a state -> words of which one is in the names of its tensors; all others are "state"."""
+
+
 class LayerMemory(BaseModel):
     """One linearized layer."""
 
@@ -27,6 +31,8 @@ class LayerMemory(BaseModel):
     kv_token_bytes: int
     """What the teacher keeps there for one token."""
     kv_tokens: float
+    parts: dict[str, float] = {}
+    """What they are for, in KV tokens: "sinks", "window", "kept" (pairs that left the window), "state"."""
 
 
 class TextMemory(BaseModel):
@@ -41,9 +47,13 @@ class TextMemory(BaseModel):
 
     def line(self) -> str:
         """The sums in words."""
+        whole = sum(layer.kv_token_bytes for layer in self.layers)
+        names = dict.fromkeys(part for layer in self.layers for part in layer.parts)
+        sums = {n: sum(layer.parts.get(n, 0) * layer.kv_token_bytes for layer in self.layers) / whole for n in names}
+        split = ", ".join(f"{name} {tokens:,.1f}" for name, tokens in sums.items())
         return (
             f"memory of a text: {show_bytes(self.bytes)} in {len(self.layers)} linearized layers, as much as "
-            f"{self.kv_tokens:,.1f} KV tokens of the teacher"
+            f"{self.kv_tokens:,.1f} KV tokens of the teacher" + (f" ({split})" if split else "")
         )
 
 
@@ -66,6 +76,13 @@ def together(layers: Iterable[LayerMemory]) -> TextMemory:
 
 
 def _layer_memory(layer: LinearizedAttention, dtype: torch.dtype) -> LayerMemory:
-    sizes, held = layer.mixer.sizes, layer.mixer.state_spec(dtype).nbytes
+    sizes, spec = layer.mixer.sizes, layer.mixer.state_spec(dtype)
     token = sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * dtype.itemsize
-    return LayerMemory(layer=layer.layer_idx, bytes=held, kv_token_bytes=token, kv_tokens=round(held / token, 2))
+    parts: dict[str, int] = {}
+    for name, tensor_bytes in zip(spec.names, spec.sizes, strict=True):
+        part = next((p for p, words in PARTS.items() if set(words) & set(name.split("."))), "state")
+        parts[part] = parts.get(part, 0) + tensor_bytes
+    return LayerMemory(
+        layer=layer.layer_idx, bytes=spec.nbytes, kv_token_bytes=token, kv_tokens=round(spec.nbytes / token, 2),
+        parts={part: round(parts[part] / token, 2) for part in (*PARTS, "state") if parts.get(part)},
+    )  # fmt: skip

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lolcats.evaluation.perplexity import Variant
 from lolcats.identity import model_identity
 from lolcats.modeling import attention_mode, linearized_layers
-from lolcats.variants import VARIANTS
+from lolcats.modeling.attention import COMMON_MODES
+from lolcats.variants import TEACHER_CONTROLS, VARIANTS
 
 Enter = Callable[[], AbstractContextManager[object]]
 
@@ -22,7 +23,7 @@ def student_variants(model: PreTrainedModel, controls: Collection[str]) -> dict[
 
 
 def teacher_variants(
-    model: PreTrainedModel, plain: Enter = nullcontext, controls: Collection[str] = ("training_free",)
+    model: PreTrainedModel, plain: Enter = nullcontext, controls: Collection[str] = TEACHER_CONTROLS
 ) -> dict[str, Variant]:
     """The teacher and those of `controls` that are modes of all its mixers.
 
@@ -37,7 +38,9 @@ def teacher_variants(
 def _variants(
     model: PreTrainedModel, weights: Literal["teacher", "student"], controls: Collection[str], plain: Enter
 ) -> dict[str, Variant]:
-    possible = [layer.mixer.modes for layer in linearized_layers(model)]  # a mixer may have other halves, or none
+    possible = [
+        (*COMMON_MODES, *layer.mixer.modes) for layer in linearized_layers(model)
+    ]  # a mixer may have other halves, or none
     return {
         row.name: Variant(model, _mode(model, row.mode, plain))
         for row in VARIANTS

@@ -1,6 +1,7 @@
 """Layers that take the place of softmax attention. They know tensors only: no transformers, no configuration."""
 
 from lolcats.mixers.base import Call, Mixer, Sizes, State, StateSpec, map_state, state_bytes, state_tensors
+from lolcats.mixers.blend import equal_window
 from lolcats.mixers.registry import MIXERS, build_mixer
 from lolcats.mixers.rotation import Rotation
 
@@ -13,6 +14,7 @@ __all__ = [
     "State",
     "StateSpec",
     "build_mixer",
+    "equal_window",
     "map_state",
     "state_bytes",
     "state_tensors",

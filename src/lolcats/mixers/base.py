@@ -119,8 +119,13 @@ class StateSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Size in bytes, which does not depend on the length of the text."""
-        counts = (torch.Size(shape).numel() for shape in self.shapes)
-        return sum(count * dtype.itemsize for count, dtype in zip(counts, self.dtypes, strict=True))
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each tensor."""
+        pairs = zip(self.shapes, self.dtypes, strict=True)
+        return tuple(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in pairs)
 
     @classmethod
     def of(cls, state: Any) -> StateSpec:

@@ -38,6 +38,10 @@ SCORED_ROWS = 1
 """Texts of a batch from which the learned score learns: what it learns from is quadratic in their length."""
 
 
+WINDOW_SINKS = 4
+"""First tokens that a plain window keeps: without them it falls apart (arXiv 2309.17453)."""
+
+
 class BlendState(NamedTuple):
     """What the layer keeps of earlier tokens."""
 
@@ -61,6 +65,7 @@ class BlendMixer(Mixer):
         score: name of the score of kept pairs.
         learned: the module of a learned one.
         rotate_far: give the far half q and k as they are after rotary embedding.
+        fade: tokens after which a score has fallen by 1 against those of newer keys, or None.
     """
 
     needs_rotation: ClassVar[bool] = True
@@ -74,10 +79,11 @@ class BlendMixer(Mixer):
         score: str,
         learned: LearnedScore | None,
         rotate_far: bool,
+        fade: int | None = None,
     ) -> None:
         super().__init__(sizes, impl)
         self.settings, self.far, self.score_name, self.score = near, far, score, learned
-        self.rotate_far, self.near_alone = rotate_far, far is None
+        self.rotate_far, self.fade, self.near_alone = rotate_far, fade, far is None
         alone = ("near_only",) if far is not None and near.pairs else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.share: nn.Linear | None = None
@@ -110,7 +116,7 @@ class BlendMixer(Mixer):
         if kept["pairs"] and kept["score"] == "learned":
             learned = LearnedScore(sizes, kept["mix"])
         spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)
-        return cls(sizes, impl, spec, half, kept["score"], learned, rotate_far)
+        return cls(sizes, impl, spec, half, kept["score"], learned, rotate_far, kept["fade"])
 
     def forward(
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
@@ -192,19 +198,26 @@ class BlendMixer(Mixer):
         rows, kv_heads, n = call.k.shape[:3]
         if mode in ("window_only", "linear_only", "no_attention"):
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
+        start = 0 if state is None else state.length[:, None]
+        position = (start + torch.arange(n, device=k.device)).expand(rows, n)
+        score = self._fresh_scores(call, k, state, position)
+        # What fades does so at one rate, so it is the same to let what comes later start higher.
+        return score if self.fade is None else score + (position / self.fade)[:, None]
+
+    def _fresh_scores(self, call: Call, k: Tensor, state: BlendState | None, position: Tensor) -> Tensor:
+        """The scores [B, KV, N] of keys before any of them fades; position [B, N] is that in the text."""
         if self.score_name == "learned":
             assert self.score is not None
             return self.score(call.hidden, k, call.v)
         if self.score_name == "self_recall":
             assert self.far is not None
-            return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
+            error = self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
+            return error.clamp_min(1e-9).log()
         if self.score_name == "oracle":
             return self._oracle(call, state)
-        start = 0 if state is None else state.length[:, None]
-        position = (start + torch.arange(n, device=k.device)).expand(rows, n)
         if self.score_name == "random":
-            return chance(position, kv_heads)
-        return position[:, None].expand(-1, kv_heads, -1).double()
+            return chance(position, k.shape[1])
+        return position[:, None].expand(-1, k.shape[1], -1).double()
 
     def _oracle(self, call: Call, state: BlendState | None) -> Tensor:
         if state is not None:
@@ -257,3 +270,17 @@ class BlendMixer(Mixer):
         wide.near_alone = True
         wide.settings = self.settings._replace(window=max(1, tokens), pairs=0)
         return wide
+
+
+def equal_window(mixer: Mixer, dtype: torch.dtype) -> BlendMixer:
+    """A window that keeps as many bytes of a text as a mixer does: the control that a mixer has to beat.
+
+    Args:
+        mixer: what it is compared with.
+        dtype: of keys and values.
+    """
+    sizes = mixer.sizes
+    token = sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * dtype.itemsize
+    tokens = max(1, (mixer.state_spec(dtype).nbytes - torch.int64.itemsize) // token)  # the length is kept too
+    sinks = min(WINDOW_SINKS, tokens - 1)
+    return BlendMixer(sizes, mixer.impl, NearSpec(tokens - sinks, sinks), None, "recency", None, False)

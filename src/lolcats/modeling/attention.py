@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
-from lolcats.mixers import Mixer, Rotation
+from lolcats.mixers import Mixer, Rotation, equal_window
 from lolcats.mixers.softmax import capped_softmax
 from lolcats.modeling.cache import LinearizedLayer, linearized_layer, past_of, to_device
 from lolcats.modeling.calls import refuse_unknown
@@ -28,8 +29,10 @@ from lolcats.modeling.old_names import ADDED_BY_0_1, new_name
 from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.rotary import RotaryFinder
 
-SOFTMAX, FULL = "softmax", "full"
-"""Modes of every linearized layer: its teacher, and its mixer as it is. A mixer names the others that it has."""
+SOFTMAX, FULL, EQUAL_WINDOW = "softmax", "full", "equal_window"
+"""Modes of every linearized layer: its teacher, its mixer as it is, and a plain window of the bytes of its state."""
+COMMON_MODES = (SOFTMAX, FULL, EQUAL_WINDOW)
+"""A mixer names the others that it has."""
 ALIASES = {"hybrid": FULL}
 """Names of modes in version 0.1."""
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
@@ -56,6 +59,7 @@ class LinearizedAttention(nn.Module):
         self.mode = FULL
         self.observer: Observer | None = None
         self.model_config: PretrainedConfig | None = None
+        self._window: dict[torch.dtype, Mixer] = {}
         self.rotary = RotaryFinder()
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +115,8 @@ class LinearizedAttention(nn.Module):
         if self.mode == SOFTMAX:
             return self.softmax(call)
         if cache is None:
-            return self.mixer(call, mode=self.mode)[0]
+            mixer, mode = self._acting(call)
+            return mixer(call, mode=mode)[0]
         layer = linearized_layer(cache, self.layer_idx)
         check_first_visit(handover.rotary, layer, self.layer_idx)
         return self._with_cache(call, layer)
@@ -119,9 +124,18 @@ class LinearizedAttention(nn.Module):
     def _with_cache(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
         if layer.state is not None:
             layer.state = to_device(layer.state, call.q.device)
-        out, state = self.mixer(call, layer.state, keep=True, mode=self.mode)
+        mixer, mode = self._acting(call)
+        out, state = mixer(call, layer.state, keep=True, mode=mode)
         layer.advance(state, call.q.shape[2], whole=call.padding is None and call.segments is None)
         return out
+
+    def _acting(self, call: AttentionCall) -> tuple[Mixer, str]:
+        """What computes the present mode, and in which of its own."""
+        if self.mode != EQUAL_WINDOW:
+            return self.mixer, self.mode
+        if call.k.dtype not in self._window:
+            self._window[call.k.dtype] = equal_window(self.mixer, call.k.dtype)
+        return self._window[call.k.dtype], FULL
 
     def softmax(self, call: AttentionCall) -> Tensor:
         """What the teacher computes: exact attention, O(N) memory."""
@@ -194,16 +208,16 @@ def attention_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
     Args:
         model: a linearized model.
-        mode: "softmax" is the teacher, "full" (or "hybrid") the layer itself; the others are controls, which the mixer
-            of the layers names (`Mixer.modes`).
+        mode: "softmax" is the teacher, "full" (or "hybrid") the layer itself, "equal_window" a plain window that takes
+            the bytes of its state; the others are controls, which the mixer of the layers names (`Mixer.modes`).
 
     Raises:
         LolcatsError: a layer has no such mode.
     """
     layers, mode = linearized_layers(model), ALIASES.get(mode, mode)
     for layer in layers:
-        if mode not in (SOFTMAX, *layer.mixer.modes):
-            raise LolcatsError(f"expected a mode of {SOFTMAX}, {', '.join(layer.mixer.modes)}; got {mode!r}")
+        if mode not in (known := dict.fromkeys((*COMMON_MODES, *layer.mixer.modes))):
+            raise LolcatsError(f"expected a mode of {', '.join(known)}; got {mode!r}")
     before = [layer.mode for layer in layers]
     try:
         for layer in layers:
