@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 import torch
-
 from compile_kernels import compile_launch  # puts the package there
+
 from lolcats.ops.near.kernels import launch
 from lolcats.ops.near.types import NearSpec
 

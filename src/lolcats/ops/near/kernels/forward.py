@@ -3,7 +3,7 @@
 Algorithm: softmax over the slots of the block (sinks and kept pairs, gathered through pointers), then over the row of
 keys that are in a window or leave it within the block (tiles.py says which query sees which), tile by tile with a
 running row maximum, as in flash attention. A learned sink is where maximum and denominator begin. With SAVE the
-logarithm of the denominator, to the base of two, is kept for the backward pass; plus infinity where a query sees nothing.
+logarithm of the denominator, to the base of two, is kept for the backward pass; infinity where a query sees nothing.
 
 Shapes: q, out [B, H, N, D or Dv]; k, v [B, KV, N, .]; before [B, KV, blocks, P]; until [B, KV, P + N]; held rows
 [B, KV, w + P + s, .].
