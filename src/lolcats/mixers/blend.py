@@ -151,7 +151,7 @@ class BlendMixer(Mixer):
         else:
             result = near_attention(
                 call.q, call.k, call.v, spec, score=score, lengths=lengths, sink_logits=call.sink_logits,
-                initial_state=near, return_state=keep, impl="reference" if self.impl == "reference" else "auto",
+                initial_state=near, return_state=keep, impl=self.near_impl,
             )  # fmt: skip
             y, near = result
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
@@ -163,6 +163,11 @@ class BlendMixer(Mixer):
             return y, None
         assert near is not None
         return y, BlendState(near, far)
+
+    @property
+    def near_impl(self) -> str:
+        """Of near attention, whose forms in torch are but two."""
+        return "chunked" if self.impl in ("recurrent", "compiled") else self.impl
 
     def _join(self, near: Tensor, far: Tensor, hidden: Tensor, mode: str) -> Tensor:
         if mode in NOT_FAR:

@@ -80,10 +80,11 @@ def _choose(
     """The kernels where they are asked for, or where they can run on a GPU; None for the form in torch."""
     if impl == "chunked" or (impl == "auto" and (not q.is_cuda or torch.compiler.is_compiling())):
         return None
-    launch = _launch()
-    reason = "it needs the package triton" if launch is None else launch.refusal(q, k, v, has_state, sink_logits)
-    if reason is None:
-        return launch.kernel_near
+    launch, reason = _launch(), "it needs the package triton, which is not installed here"
+    if launch is not None:
+        reason = launch.refusal(q, k, v, has_state, sink_logits)
+        if reason is None:
+            return launch.kernel_near
     if impl == "triton":
         raise ValueError(f"impl 'triton' cannot run this call: {reason}; use impl 'auto'")
     return None

@@ -78,24 +78,30 @@ def block_near(
     """
     batch, _, n, _ = q.shape
     count = torch.full((batch,), n, device=q.device) if lengths is None else lengths
-    before = empty_near_state(k, v, spec) if state is None else state
-    marks = _line_up_scores(score, before, spec, n)
-    block = BLOCK if kernels else min(BLOCK, n)
+    before = empty_near_state(k, v, spec) if state is None and (return_state or not kernels) else state
+    marks = _line_up_scores(score, k, v, before, spec)
     chosen = None
-    if before.kept is not None:
-        chosen = select_pairs(before.kept.score, _leaving(marks, spec, count, n), block)
-    if kernels:
-        out = kernels(q, k, v, spec, chosen, lengths, sink_logits, state)
-        if not return_state:
-            return NearOutput(out, None)
-        keys = _line_up(k, v, marks, before, spec)
-        return NearOutput(out, _final_state(keys, before, chosen, spec, count))
+    if spec.pairs:
+        block = BLOCK if kernels else min(BLOCK, n)
+        chosen = select_pairs(_held_scores(k, v, before, spec), _leaving(marks, spec, count, n), block)
+    out = kernels(q, k, v, spec, chosen, lengths, sink_logits, state) if kernels else None
+    if out is not None and not return_state:
+        return NearOutput(out, None)
+    assert before is not None
     keys = _line_up(k, v, marks, before, spec)
-    out = _attend_blocks(q, keys, before.kept, chosen, spec, sink_logits, before.length, block)
-    if lengths is not None:
-        real = torch.arange(n, device=q.device) < count[:, None]
-        out = torch.where(real[:, None, :, None], out, 0.0)
+    if out is None:
+        out = _attend_blocks(q, keys, before.kept, chosen, spec, sink_logits, before.length, min(BLOCK, n))
+        if lengths is not None:
+            real = torch.arange(n, device=q.device) < count[:, None]
+            out = torch.where(real[:, None, :, None], out, 0.0)
     return NearOutput(out, _final_state(keys, before, chosen, spec, count) if return_state else None)
+
+
+def _held_scores(k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) -> Tensor:
+    """Scores [B, KV, P] of the pairs that are kept before the call."""
+    if state is None or state.kept is None:
+        return torch.full((*k.shape[:2], spec.pairs), EMPTY, dtype=accumulation_dtype(k, v), device=k.device)
+    return state.kept.score
 
 
 def _ring_order(state: NearState, spec: NearSpec) -> Tensor:
@@ -103,13 +109,17 @@ def _ring_order(state: NearState, spec: NearSpec) -> Tensor:
     return (state.length[:, None] + torch.arange(spec.window, device=state.length.device)) % spec.window
 
 
-def _line_up_scores(score: Tensor | None, state: NearState, spec: NearSpec, n: int) -> _Marks:
-    """Scores and positions of the ring of the state, then of n new tokens."""
-    position = state.length[:, None] + torch.arange(-spec.window, n, device=state.length.device)
+def _line_up_scores(score: Tensor | None, k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) -> _Marks:
+    """Scores and positions of the ring of the state, then of the new tokens; without a state the ring is empty."""
+    position = torch.arange(-spec.window, k.shape[2], device=k.device)
+    if state is None:
+        position = position.expand(k.shape[0], -1)
+        score = None if score is None else nnf.pad(score.to(accumulation_dtype(k, v)), (spec.window, 0))
+        return _Marks(score, position)
     held = state.ring.score
     if held is not None and score is not None:
         score = torch.cat([take_tokens(held, _ring_order(state, spec)), score.to(held.dtype)], 2)
-    return _Marks(score, position)
+    return _Marks(score, state.length[:, None] + position)
 
 
 def _line_up(k: Tensor, v: Tensor, marks: _Marks, state: NearState, spec: NearSpec) -> _Keys:

@@ -23,6 +23,10 @@ BLOCK = 128
 LARGEST = 128
 """Largest D and Dv."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BY_QUERIES = {"ROWS": 128, "KEYS": 64, "STAGES": 2, "num_warps": 8}
+BY_KEYS = {"ROWS": 64, "KEYS": 64, "STAGES": 2, "num_warps": 4}
+WIDE = {"ROWS": 64, "KEYS": 64, "STAGES": 1, "num_warps": 4}
+"""Queries and keys of a tile, and tiles on their way; wide numbers, float32, take twice the shared memory."""
 COLUMNS = 16
 """Columns of a program of `add_slots`: these add up one block after the other, so many of them run at once."""
 
@@ -112,14 +116,14 @@ class Plan:
         }
 
     def by_queries(self) -> dict[str, int]:
-        """How programs that stand for queries are cut: float32 takes twice the shared memory."""
-        if self.dtype == torch.float32:
-            return {"ROWS": 64, "KEYS": 64, "STAGES": 1, "num_warps": 4}
-        return {"ROWS": 128, "KEYS": 64, "STAGES": 2, "num_warps": 8}
+        """How programs that stand for queries are cut."""
+        return WIDE if self.dtype == torch.float32 else BY_QUERIES
 
     def by_keys(self) -> dict[str, int]:
-        """How programs that stand for keys are cut."""
-        return {"ROWS": 64, "KEYS": 64, "STAGES": 1 if self.dtype == torch.float32 else 2, "num_warps": 4}
+        """How programs that stand for keys are cut: large heads need the registers of more threads."""
+        if self.dtype == torch.float32:
+            return WIDE
+        return BY_KEYS | ({"num_warps": 8} if max(self.d, self.dv) > 64 else {})
 
     @property
     def scale(self) -> float:
