@@ -140,12 +140,13 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x = [t.float() for t in make(case, torch.float32)[0]]
     state = near_attention(x[0], x[1], x[2], case.spec, return_state=True, impl="chunked").state
     wide = [torch.zeros(1, 1, 4, 130, device=DEVICE)] * 3
-    for (q, k, v), options, message in (
+    calls: list[tuple[list[Tensor], dict[str, Any], str]] = [
         (x, {"impl": "fast"}, "impl 'auto', 'triton', 'chunked', 'reference'; got 'fast'"),
         ([t.double() for t in x], {"impl": "triton"}, r"cannot run this call: it takes bfloat16.*; use impl 'auto'"),
         (wide, {"impl": "triton"}, "head sizes up to 128; got D 130, Dv 130"),
         ([t.requires_grad_() for t in x], {"impl": "triton", "initial_state": state}, "no gradient after a state"),
-    ):
+    ]
+    for (q, k, v), options, message in calls:
         with pytest.raises(ValueError, match=message):
             near_attention(q, k, v, case.spec, **options)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
