@@ -1,6 +1,6 @@
 """Compile the kernels of near attention as `compile_kernels.py` does: python compile_near.py DTYPE SIZE CALL.
 
-CALL is "plain" (whole texts, forward and backward) or "state" (what comes after a state, with padding).
+CALL is "plain" (whole texts, forward and backward) or "state" (what comes after a state, with padding, and a step).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from compile_kernels import compile_launch  # puts the package there
 
-from lolcats.ops.near.kernels import launch
+from lolcats.ops.near.blocks import empty_near_state
+from lolcats.ops.near.kernels import decode, launch
 from lolcats.ops.near.types import NearSpec
 
 
@@ -23,7 +24,8 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
         del grid
         return lambda *arguments, **named: problems.append(compile_launch(kernel, arguments, named))
 
-    launch.on = on  # type: ignore[attr-defined]
+    for module in (launch, decode):
+        module.on = on  # type: ignore[attr-defined]
     batch, heads, kv_heads, n = 2, 9, 3, 700
     q, k = (torch.empty(batch, n, h, size, dtype=dtype).transpose(1, 2) for h in (heads, kv_heads))
     with_state = call == "state"
@@ -38,7 +40,11 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
         context = launch.Context(before, until, lengths, lengths, held, held)
     x = launch.Operands(q, k, k, torch.empty(heads) if with_state else None)
     saved = launch.run_forward(plan, x, context, not with_state)
-    if not with_state:
+    if with_state:
+        state = empty_near_state(k, k, spec)
+        q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)
+        decode.decode_step(q, k, k, state, spec, score, lengths, x.sink_logits, lengths)
+    else:
         launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
     return [problem for problem in problems if problem]
 

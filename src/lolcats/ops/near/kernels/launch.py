@@ -175,13 +175,14 @@ def kernel_near(
         if until is not None and kept is not None:
             until[:, :, : spec.pairs].masked_fill_(kept.score <= EMPTY, 0)
     context = Context(before, until, lengths, start, held_k, held_v)
-    with _device(v):
+    with device_of(v):
         out = _Near.apply(spec, context, q, k, v, sink_logits)
     assert isinstance(out, Tensor)
     return out
 
 
-def _device(x: Tensor) -> AbstractContextManager[Any]:
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of x the one on which kernels are launched."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -202,7 +203,7 @@ class _Near(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         x, saved, context = Operands(*tensors[:4]), Saved(*tensors[4:6]), Context(*tensors[6:])
-        with _device(x.v):
+        with device_of(x.v):
             return None, None, *run_backward(ctx.plan, x, context, saved, grad_outputs[0], ctx.needs_input_grad[5])
 
 
