@@ -158,47 +158,61 @@ def slot_gradients(
 
 
 @triton.jit
+def load_block(
+    part, before, block, column, count, size: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Tokens [SLOTS] of the slots of a block, -1 where there is none, and some columns of what the block gives them."""
+    slot = tl.arange(0, SLOTS)
+    filled = tl.where(block * C < count, filled_slots(block * C, WINDOW, SINKS, PAIRS, False), 0)
+    token = slot
+    if PAIRS > 0:
+        pair = slot - SINKS
+        index = tl.load(before + block * PAIRS + pair, mask=(pair >= 0) & (slot < filled), other=0)
+        token = tl.where(pair >= 0, index - (PAIRS + WINDOW), token)
+        token = tl.where((pair >= 0) & (token < SINKS), -1, token)
+    token = tl.where((slot < filled) & (token < count), token, -1)
+    at = tl.cast(block, tl.int64) * (SINKS + PAIRS) * size + slot[:, None] * size + column
+    return token, tl.load(part + at, mask=(token >= 0)[:, None] & (column < size), other=0.0)
+
+
+@triton.jit
 def add_blocks(
-    part, total, before, until, column0, count, tokens, size: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr,
-    C: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    part, total, before, column, count, size: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add some columns of `part` [blocks, s + P, size] to `total` [N, size], block by block."""
-    column = (column0 + tl.arange(0, COLUMNS))[None, :]
+    token, x = load_block(part, before, 0, column, count, size, WINDOW, SINKS, PAIRS, C, SLOTS)
     for block in range(0, (count + C - 1) // C):
-        filled = filled_slots(block * C, WINDOW, SINKS, PAIRS, False)
-        for slot0 in range(0, filled, KEYS):  # no key is in two slots of a block
-            slot = slot0 + tl.arange(0, KEYS)
-            code, since, limit = slot_keys(before + block * PAIRS, until, slot, 0, count, WINDOW, SINKS, PAIRS, False)
-            mask = ((slot < filled) & (limit > 0) & (code < count))[:, None] & (column < size)
-            x = tl.load(part + (block * (SINKS + PAIRS) + slot).to(tl.int64)[:, None] * size + column, mask=mask)
-            place = total + code.to(tl.int64)[:, None] * size + column
-            tl.store(place, tl.load(place, mask=mask) + x.to(tl.float32), mask=mask)
+        following, y = load_block(part, before, block + 1, column, count, size, WINDOW, SINKS, PAIRS, C, SLOTS)
+        place = total + token.to(tl.int64)[:, None] * size + column
+        mask = (token >= 0)[:, None] & (column < size)
+        tl.store(place, tl.load(place, mask=mask, other=0.0) + x.to(tl.float32), mask=mask)  # no key has two slots
         tl.debug_barrier()  # the next block may add to the same keys, by other threads
+        token = following
+        x = y
 
 
 @triton.jit
 def add_slots(
-    part_k, part_v, before, until, lengths, total_k, total_v, tokens, blocks, KV_HEADS: tl.constexpr,
+    part_k, part_v, before, lengths, total_k, total_v, tokens, blocks, KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (COLUMNS of keys or values, batch x key heads, 2: keys and values)."""
-    column0 = tl.program_id(0) * COLUMNS
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     kv_row = tl.program_id(1).to(tl.int64)
     count, offset = read_text(lengths, lengths, kv_row // KV_HEADS, tokens, HAS_LENGTHS, False)
     before += kv_row * blocks * PAIRS
-    until += kv_row * (PAIRS + tokens)
-    at = kv_row * blocks * (SINKS + PAIRS)
+    part = kv_row * blocks * (SINKS + PAIRS)
+    total = kv_row * tokens
     if tl.program_id(2) == 0:
         add_blocks(
-            part_k + at * D, total_k + kv_row * tokens * D, before, until, column0, count, tokens, D,
-            WINDOW, SINKS, PAIRS, C, KEYS, COLUMNS,
+            part_k + part * D, total_k + total * D, before, column, count, D, WINDOW, SINKS, PAIRS, C, SLOTS
         )  # fmt: skip
     else:
         add_blocks(
-            part_v + at * DV, total_v + kv_row * tokens * DV, before, until, column0, count, tokens, DV,
-            WINDOW, SINKS, PAIRS, C, KEYS, COLUMNS,
+            part_v + part * DV, total_v + total * DV, before, column, count, DV, WINDOW, SINKS, PAIRS, C, SLOTS
         )  # fmt: skip
 
 

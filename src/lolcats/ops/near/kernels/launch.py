@@ -267,9 +267,10 @@ def _slot_totals(
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, p.blocks, p.scale,
         **p.sizes(), **padding, **cut,
     )  # fmt: skip
+    slots = padded(p.slots)
     on(add_slots, (triton.cdiv(max(p.d, p.dv), COLUMNS), rows, 2))(
-        *parts, before, until, lengths, *totals, p.tokens, p.blocks, KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
-        **p.visible(), **padding, KEYS=min(256, padded(p.slots)), COLUMNS=COLUMNS, num_warps=4,
+        *parts, before, lengths, *totals, p.tokens, p.blocks, KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
+        **p.visible(), **padding, SLOTS=slots, COLUMNS=COLUMNS, num_warps=min(16, max(4, slots // 64)), num_stages=1,
     )  # fmt: skip
     return totals[0], totals[1]
 
