@@ -90,7 +90,7 @@ SMALL = [
     pytest.param(
         Case(140, NearSpec(5, 7, 70, softcap=3.0), 2, 2, lengths=(140, 50), levels=3), "reference", id="padding"
     ),
-    pytest.param(Case(300, NearSpec(50, 3, 20)), "chunked", id="three blocks"),
+    pytest.param(Case(300, NearSpec(63, 3, 100)), "chunked", id="three blocks"),
     pytest.param(Case(257, NearSpec(1, 0, 5), groups=1, size=70, value_size=65), "chunked", id="a window of one"),
     pytest.param(Case(135, NearSpec(200, 4, 5, scale=0.7), groups=1), "chunked", id="a window over all"),
 ]
