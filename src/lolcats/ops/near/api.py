@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,15 +64,22 @@ def near_attention(
         return block_near(q, k, v, spec, score, lengths, sink_logits, initial_state, return_state, kernels)
 
 
+class _Launch(NamedTuple):
+    """The functions of `kernels.launch` that are called here."""
+
+    near: Kernels
+    refusal: Callable[..., str | None]
+
+
 @functools.cache
-def _launch() -> Any:
-    """The module of the kernels, or None where Triton is not installed."""
+def _launch() -> _Launch | None:
+    """The kernels, or None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.near.kernels import launch
+    from lolcats.ops.near.kernels.launch import kernel_near, refusal
 
-    return launch
+    return _Launch(kernel_near, refusal)
 
 
 def _choose(
@@ -84,7 +92,7 @@ def _choose(
     if launch is not None:
         reason = launch.refusal(q, k, v, has_state, sink_logits)
         if reason is None:
-            return launch.kernel_near
+            return launch.near
     if impl == "triton":
         raise ValueError(f"impl 'triton' cannot run this call: {reason}; use impl 'auto'")
     return None
