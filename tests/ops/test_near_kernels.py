@@ -132,7 +132,7 @@ def test_what_comes_after_a_state(spec: NearSpec, cut: int, n: int) -> None:
         tensors = [t for field in rest.state[:3] if field is not None for t in field if t is not None]
         results.append([first.out, rest.out, *tensors])
     for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_the_step_in_torch(spec: NearSpec, start: int, end: int) -> None:
             active = ((torch.arange(3, device=DEVICE) + i) % 3)[:, None].repeat(1, 4)[:, -1]
         want, plain = x.step(i, plain, spec, active=active, impl="chunked")
         got, fused = x.step(i, fused, spec, active=active, impl="triton", donate=True)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         assert_same(fused, plain)
     assert addresses == [t.data_ptr() for t in fused.tensors()]
 
@@ -114,7 +114,7 @@ def test_a_pool_of_states(impl: str) -> None:
         before = pool.map(lambda t: t.clone())
         got, same = x.step(i, pool, spec, impl=impl, state_indices=indices)
         assert same is pool
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         others = [row for row in range(6) if row not in indices.tolist()]
         for held, old in zip(pool.tensors(), before.tensors(), strict=True):
             assert torch.equal(held[others], old[others])

@@ -52,7 +52,8 @@ def near_step(
         ValueError: "triton" cannot run the step; the message says why.
     """
     decode = None
-    if impl == "triton" or (impl == "auto" and q.is_cuda and not torch.is_grad_enabled()):
+    eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if impl == "triton" or (impl == "auto" and eager):
         decode = _kernel(impl, q, k, v, state, state_indices, sink_logits)
     if decode is not None:
         if state_indices is None:
