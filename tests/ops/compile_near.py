@@ -1,6 +1,6 @@
 """Compile the kernels of near attention as `compile_kernels.py` does: python compile_near.py DTYPE SIZE CALL.
 
-CALL is "plain" (whole texts, forward and backward) or "state" (what comes after a state, with padding, and a step).
+CALL is "plain" (whole texts, forward and backward, and a step) or "state" (what comes after a state, with padding).
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
         context = launch.Context(before, until, lengths, lengths, held, held)
     x = launch.Operands(q, k, k, torch.empty(heads) if with_state else None)
     saved = launch.run_forward(plan, x, context, not with_state)
-    if with_state:
+    if not with_state:
+        launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
         state = empty_near_state(k, k, spec)
         q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)
-        decode.decode_step(q, k, k, state, spec, score, lengths, x.sink_logits, lengths)
-    else:
-        launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
+        decode.decode_step(q, k, k, state, spec, score, lengths, torch.empty(heads), lengths)
     return [problem for problem in problems if problem]
 
 
