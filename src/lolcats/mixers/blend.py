@@ -122,13 +122,32 @@ class BlendMixer(Mixer):
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
     ) -> tuple[Tensor, BlendState | None]:
         """See `Mixer.forward`."""
+        return self._run(call, state, keep, mode)
+
+    def step(
+        self, call: Call, state: BlendState, *, slots: Tensor | None = None, mode: str = "full"
+    ) -> tuple[Tensor, BlendState]:
+        """See `Mixer.step`."""
+        if slots is None:
+            return super().step(call, state, mode=mode)
+        far = None if state.far is None else map_state(state.far, lambda t: t.index_select(0, slots))
+        out, new = self._run(call, BlendState(state.near, far), True, mode, slots)
+        if state.far is not None and new is not None and new.far is not None:
+            for held, rows in zip(state.far, new.far, strict=True):
+                held.index_copy_(0, slots, rows.to(held.dtype))
+        return out, state
+
+    def _run(
+        self, call: Call, state: BlendState | None, keep: bool, mode: str, slots: Tensor | None = None
+    ) -> tuple[Tensor, BlendState | None]:
+        """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
         q, k = self._for_far(call)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
         if texts is not None:
             assert state is None or call.segments is None, "packed texts start without a state"
             call = rows_of(call, texts)
             q, k = texts.take(q), texts.take(k)
-        out, new = self._rows(call, q, k, None if texts is None else texts.lengths, state, keep, mode)
+        out, new = self._rows(call, q, k, None if texts is None else texts.lengths, state, keep, mode, slots)
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -144,20 +163,22 @@ class BlendMixer(Mixer):
         state: BlendState | None,
         keep: bool,
         mode: str,
+        slots: Tensor | None,
     ) -> tuple[Tensor, BlendState | None]:
         """A text in each row, padding on the right only; q and k are those of the far half."""
         spec = self.settings._replace(scale=call.scale, softcap=call.softcap)
-        score = self._scores(call, k, state, mode)
+        score = self._scores(call, k, state, mode, slots)
         near = None if state is None else state.near
         far = None if state is None else state.far
         if state is not None and keep and call.q.shape[2] == 1:
             y, near = near_step(
-                call.q, call.k, call.v, state.near, spec, score=score, active=lengths, sink_logits=call.sink_logits
-            )
+                call.q, call.k, call.v, state.near, spec, score=score, active=lengths, sink_logits=call.sink_logits,
+                state_indices=slots, donate=True, impl=self.near_impl,
+            )  # fmt: skip
         else:
             result = near_attention(
                 call.q, call.k, call.v, spec, score=score, lengths=lengths, sink_logits=call.sink_logits,
-                initial_state=near, return_state=keep, impl="reference" if self.impl == "reference" else "auto",
+                initial_state=near, return_state=keep, impl=self.near_impl,
             )  # fmt: skip
             y, near = result
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
@@ -169,6 +190,11 @@ class BlendMixer(Mixer):
             return y, None
         assert near is not None
         return y, BlendState(near, far)
+
+    @property
+    def near_impl(self) -> str:
+        """Of near attention. Its kernels are asked for by name: they have not been timed on a GPU yet."""
+        return self.impl if self.impl in ("triton", "reference") else "chunked"
 
     def _join(self, near: Tensor, far: Tensor, hidden: Tensor, mode: str) -> Tensor:
         if mode in NOT_FAR:
@@ -191,14 +217,18 @@ class BlendMixer(Mixer):
         return call.unrotated()
 
     @torch.no_grad()
-    def _scores(self, call: Call, k: Tensor, state: BlendState | None, mode: str) -> Tensor | None:
+    def _scores(
+        self, call: Call, k: Tensor, state: BlendState | None, mode: str, slots: Tensor | None
+    ) -> Tensor | None:
         """The score [B, KV, N] of each key, None without kept pairs."""
         if not self.settings.pairs:
             return None
         rows, kv_heads, n = call.k.shape[:3]
         if mode in ("window_only", "linear_only", "no_attention"):
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
-        start = 0 if state is None else state.length[:, None]
+        start: Tensor | int = 0
+        if state is not None:
+            start = (state.length if slots is None else state.length[slots])[:, None]
         position = (start + torch.arange(n, device=k.device)).expand(rows, n)
         score = self._fresh_scores(call, k, state, position)
         # What fades does so at one rate, so it is the same to let what comes later start higher.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.checks import expect
-from lolcats.ops.near.blocks import block_near, empty_near_state
+from lolcats.ops.near.blocks import Kernels, block_near
 from lolcats.ops.near.reference import reference_near
 from lolcats.ops.near.types import NearOutput, NearSpec, NearState
+
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 
 
 def near_attention(
@@ -37,7 +44,9 @@ def near_attention(
         sink_logits: [H] learned sinks without a value (gpt-oss), or None.
         initial_state: the `state` of an earlier call on the tokens before these.
         return_state: also return the state after the last real token of each row.
-        impl: "reference" (literal, whole texts only), or "chunked" and "auto" (blocks; linear in N).
+        impl: "reference" (literal, whole texts only), "chunked" (blocks in torch; linear in N), "triton" (kernels, on
+            CUDA devices) or "auto": "triton" where it can run the call and nothing is being compiled, else "chunked".
+            The kernels give no gradient to a call that goes on from a state.
 
     Returns:
         The output [B, H, N, Dv] in the dtype of v, 0 at padding, and the state.
@@ -46,13 +55,47 @@ def near_attention(
         ValueError: a shape, a number or a name that does not fit.
     """
     _check(q, k, v, spec, score, lengths, sink_logits)
-    expect(impl in ("auto", "chunked", "reference"), "impl 'auto', 'chunked' or 'reference'", repr(impl))
+    expect(impl in IMPLEMENTATIONS, f"impl {', '.join(map(repr, IMPLEMENTATIONS))}", repr(impl))
     with torch.autocast(q.device.type, enabled=False):
         if impl == "reference":
             expect(initial_state is None and not return_state, "the reference without states", "a state")
             return reference_near(q, k, v, spec, score, lengths, sink_logits)
-        state = initial_state or empty_near_state(k, v, spec)
-        return block_near(q, k, v, spec, score, lengths, sink_logits, state, return_state)
+        kernels = _choose(impl, q, k, v, initial_state is not None, sink_logits)
+        return block_near(q, k, v, spec, score, lengths, sink_logits, initial_state, return_state, kernels)
+
+
+class _Launch(NamedTuple):
+    """The functions of `kernels.launch` that are called here."""
+
+    near: Kernels
+    refusal: Callable[..., str | None]
+
+
+@functools.cache
+def _launch() -> _Launch | None:
+    """The kernels, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.near.kernels.launch import kernel_near, refusal
+
+    return _Launch(kernel_near, refusal)
+
+
+def _choose(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, has_state: bool, sink_logits: Tensor | None
+) -> Kernels | None:  # fmt: skip
+    """The kernels where they are asked for, or where they can run on a GPU; None for the form in torch."""
+    if impl == "chunked" or (impl == "auto" and (not q.is_cuda or torch.compiler.is_compiling())):
+        return None
+    launch, reason = _launch(), "it needs the package triton, which is not installed here"
+    if launch is not None:
+        reason = launch.refusal(q, k, v, has_state, sink_logits)
+        if reason is None:
+            return launch.near
+    if impl == "triton":
+        raise ValueError(f"impl 'triton' cannot run this call: {reason}; use impl 'auto'")
+    return None
 
 
 def _check(

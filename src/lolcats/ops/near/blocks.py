@@ -9,7 +9,7 @@ So the key that leaves with query i is number i, and the window of query i ends 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as nnf
@@ -22,7 +22,32 @@ from lolcats.ops.near.types import KeptPairs, NearOutput, NearRing, NearSpec, Ne
 from lolcats.ops.types import SinkKeys, accumulation_dtype
 
 BLOCK = 128
-"""Queries of a block."""
+"""Queries of a block; the kernels have the same."""
+
+
+class Kernels(Protocol):
+    """Computes the outputs of a call; see `kernels.launch.kernel_near`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: NearSpec,
+        chosen: Selection | None,
+        lengths: Tensor | None,
+        sink_logits: Tensor | None,
+        state: NearState | None,
+    ) -> Tensor:
+        """[B, H, N, Dv], 0 at padding."""
+        ...
+
+
+class _Marks(NamedTuple):
+    """What chooses the kept pairs."""
+
+    score: Tensor | None  # [B, KV, w + N]
+    position: Tensor  # [B, w + N], negative in empty slots
 
 
 class _Keys(NamedTuple):
@@ -43,33 +68,65 @@ def block_near(
     score: Tensor | None,
     lengths: Tensor | None,
     sink_logits: Tensor | None,
-    state: NearState,
+    state: NearState | None,
     return_state: bool,
+    kernels: Kernels | None = None,
 ) -> NearOutput:
-    """Near attention from a state; arguments as checked by `near_attention`."""
+    """Near attention from a state; arguments as checked by `near_attention`.
+
+    With `kernels`, which have a block of `BLOCK` queries too, the keys are lined up only where a state is asked for.
+    """
     batch, _, n, _ = q.shape
     count = torch.full((batch,), n, device=q.device) if lengths is None else lengths
-    keys = _line_up(k, v, score, state, spec)
-    block = min(BLOCK, n)
+    before = empty_near_state(k, v, spec) if state is None and (return_state or not kernels) else state
+    marks = _line_up_scores(score, k, v, before, spec)
     chosen = None
-    if state.kept is not None:
-        chosen = select_pairs(state.kept.score, _leaving(keys, spec, count, n), block)
-    out = _attend_blocks(q, keys, state.kept, chosen, spec, sink_logits, state.length, block)
-    if lengths is not None:
-        real = torch.arange(n, device=q.device) < count[:, None]
-        out = torch.where(real[:, None, :, None], out, 0.0)
-    return NearOutput(out, _final_state(keys, state, chosen, spec, count) if return_state else None)
+    if spec.pairs:
+        block = BLOCK if kernels else min(BLOCK, n)
+        chosen = select_pairs(_held_scores(k, v, before, spec), _leaving(marks, spec, count, n), block)
+    out = kernels(q, k, v, spec, chosen, lengths, sink_logits, state) if kernels else None
+    if out is not None and not return_state:
+        return NearOutput(out, None)
+    assert before is not None
+    keys = _line_up(k, v, marks, before, spec)
+    if out is None:
+        out = _attend_blocks(q, keys, before.kept, chosen, spec, sink_logits, before.length, min(BLOCK, n))
+        if lengths is not None:
+            real = torch.arange(n, device=q.device) < count[:, None]
+            out = torch.where(real[:, None, :, None], out, 0.0)
+    return NearOutput(out, _final_state(keys, before, chosen, spec, count) if return_state else None)
 
 
-def _line_up(k: Tensor, v: Tensor, score: Tensor | None, state: NearState, spec: NearSpec) -> _Keys:
+def _held_scores(k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) -> Tensor:
+    """Scores [B, KV, P] of the pairs that are kept before the call."""
+    if state is None or state.kept is None:
+        return torch.full((*k.shape[:2], spec.pairs), EMPTY, dtype=accumulation_dtype(k, v), device=k.device)
+    return state.kept.score
+
+
+def _ring_order(state: NearState, spec: NearSpec) -> Tensor:
+    """Slots [B, w] of the ring, the oldest first."""
+    return (state.length[:, None] + torch.arange(spec.window, device=state.length.device)) % spec.window
+
+
+def _line_up_scores(score: Tensor | None, k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) -> _Marks:
+    """Scores and positions of the ring of the state, then of the new tokens; without a state the ring is empty."""
+    position = torch.arange(-spec.window, k.shape[2], device=k.device)
+    if state is None:
+        position = position.expand(k.shape[0], -1)
+        score = None if score is None else nnf.pad(score.to(accumulation_dtype(k, v)), (spec.window, 0))
+        return _Marks(score, position)
+    held = state.ring.score
+    if held is not None and score is not None:
+        score = torch.cat([take_tokens(held, _ring_order(state, spec)), score.to(held.dtype)], 2)
+    return _Marks(score, state.length[:, None] + position)
+
+
+def _line_up(k: Tensor, v: Tensor, marks: _Marks, state: NearState, spec: NearSpec) -> _Keys:
     """The ring of the state before the new tokens, and the sinks."""
-    n, w = k.shape[2], spec.window
+    n, slots = k.shape[2], _ring_order(state, spec)
     start = state.length[:, None]
-    slots = (start + torch.arange(w, device=k.device)) % w
     ring_k, ring_v = (take_tokens(x, slots).to(new.dtype) for x, new in ((state.ring.k, k), (state.ring.v, v)))
-    position = start + torch.arange(-w, n, device=k.device)
-    if state.ring.score is not None and score is not None:
-        score = torch.cat([take_tokens(state.ring.score, slots), score.to(state.ring.score.dtype)], 2)
     sinks = state.sinks
     if sinks is not None:
         wanted = torch.arange(spec.sinks, device=k.device) - start
@@ -78,10 +135,10 @@ def _line_up(k: Tensor, v: Tensor, score: Tensor | None, state: NearState, spec:
             torch.where(is_new[:, None, :, None], take_tokens(new, index), old.to(new.dtype))
             for new, old in ((k, sinks.k), (v, sinks.v))
         ))  # fmt: skip
-    return _Keys(torch.cat([ring_k, k], 2), torch.cat([ring_v, v], 2), score, position, sinks)
+    return _Keys(torch.cat([ring_k, k], 2), torch.cat([ring_v, v], 2), *marks, sinks)
 
 
-def _leaving(keys: _Keys, spec: NearSpec, count: Tensor, n: int) -> Tensor:
+def _leaving(keys: _Keys | _Marks, spec: NearSpec, count: Tensor, n: int) -> Tensor:
     """Score [B, KV, N] of the key that leaves with each query; `EMPTY` where it is a sink, or the query is padding."""
     assert keys.score is not None
     real = torch.arange(n, device=count.device) < count[:, None]

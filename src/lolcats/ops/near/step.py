@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,20 +25,87 @@ def near_step(
     score: Tensor | None = None,
     active: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    donate: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, NearState]:
     """One token of each text.
 
     Args:
         q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv].
-        state: of B texts.
+        state: of B texts; with `state_indices` a pool of states of more texts.
         spec: as in `near_attention`.
         score: [B, KV, 1], with kept pairs.
         active: [B], 0 for rows whose token is padding: their output is 0, their state stays.
         sink_logits: [H] or None.
+        state_indices: [B] int32 or int64, the row of the pool that belongs to each text, each at most once. Only these
+            rows are read, and they are changed in place. -1 is a row without a text: its output is 0.
+        donate: the caller has no more use for `state`, so that its memory may become that of the new one. The kernel
+            then works in place; else it works on a copy.
+        impl: "triton" is the kernel; "auto" is the kernel on a GPU where it can run, in code that keeps no gradients;
+            every other name is the step in torch.
 
     Returns:
-        The output [B, H, 1, Dv] and the new state, a new one.
+        The output [B, H, 1, Dv] and the new state; with `state_indices` the pool itself.
+
+    Raises:
+        ValueError: "triton" cannot run the step; the message says why.
     """
+    decode = None
+    eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if impl == "triton" or (impl == "auto" and eager):
+        decode = _kernel(impl, q, k, v, state, state_indices, sink_logits)
+    if decode is not None:
+        if state_indices is None:
+            state = state.map(lambda t: t.contiguous() if donate else t.clone(memory_format=torch.contiguous_format))
+        return decode(q, k, v, state, spec, score, active, sink_logits, state_indices), state
+    if state_indices is None:
+        return _torch_step(q, k, v, state, spec, score, active, sink_logits)
+    held = state_indices >= 0
+    rows = state.map(lambda t: t.index_select(0, state_indices.clamp_min(0)))
+    active = held if active is None else held & (active > 0)
+    out, new = _torch_step(q, k, v, rows, spec, score, active, sink_logits)
+    at = state_indices[held]
+    with torch.no_grad():
+        for old, changed in zip(state.tensors(), new.tensors(), strict=True):
+            old[at] = changed[held].to(old.dtype)
+    return out, state
+
+
+def _kernel(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: NearState,
+    state_indices: Tensor | None,
+    sink_logits: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """The kernel of a step, or None where it cannot run and is not asked for by name."""
+    reason = "it needs the package triton, which is not installed here"
+    if importlib.util.find_spec("triton") is not None:
+        # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+        from lolcats.ops.near.kernels.decode import decode_step, step_refusal
+
+        reason = step_refusal(q, k, v, state, state_indices is not None, sink_logits)
+        if reason is None:
+            return decode_step
+    if impl == "triton":
+        raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
+    return None
+
+
+def _torch_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: NearState,
+    spec: NearSpec,
+    score: Tensor | None,
+    active: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, NearState]:
+    """`near_step` of a batch, which makes a new state."""
     kept = _keep_leaving(state, spec)
     start, w = state.length, spec.window
     slot = torch.arange(w, device=k.device) == (start % w)[:, None]

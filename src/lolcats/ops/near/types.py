@@ -5,7 +5,8 @@ Legend: B texts, KV key/value heads, D key size, Dv value size, w window, P kept
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -61,6 +62,22 @@ class NearState(NamedTuple):
     kept: KeptPairs | None
     length: Tensor
     """[B] int64: tokens seen of each text."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> NearState:
+        """The state with `change` applied to every tensor."""
+
+        def over(*tensors: Tensor | None) -> list[Any]:
+            return [x if x is None else change(x) for x in tensors]
+
+        ring = NearRing(*over(*self.ring))
+        sinks = None if self.sinks is None else SinkKeys(*over(*self.sinks))
+        kept = None if self.kept is None else KeptPairs(*over(*self.kept))
+        return NearState(ring, sinks, kept, change(self.length))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in one order."""
+        parts = [*self.ring, *(self.sinks or ()), *(self.kept or ()), self.length]
+        return [x for x in parts if x is not None]
 
 
 class NearOutput(NamedTuple):

@@ -5,6 +5,9 @@ the best of all and never go. So a pair's slot is the number of others that beat
 how many arrivals do. Each block leaves the next order in memory, which is also what the caller wants of it.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton's language is not Python: its types are not what a checker of Python takes them for.
+
 from __future__ import annotations
 
 import os

@@ -1,0 +1,160 @@
+"""Pieces that the kernels of near attention share: which keys a block of queries may see, and their tiles.
+
+A *block* is C queries that share one list of *slots*: the s sinks, then the pairs that are kept when the block begins
+(`Selection.before`), best first. All other keys that its queries see are in a row: from the first that leaves within
+the block (or is in a window) to the last query. Which query sees which follows from numbers, so there are no masks in
+memory: a slot is seen by the queries `since` <= i < `limit`, a key of the row by `window_visible`.
+
+Tokens are counted from the first new one. Keys of a state lie in one tensor of `held` rows: the ring (w rows, the token
+at position p in row p mod w), the kept pairs (P), the sinks (s). A *code* says where a key is: token t is t, row r of
+what is held is -1 - r.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
+# Triton's language is not Python: its types are not what a checker of Python takes them for.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lolcats.ops.hybrid.kernels.tiles import LOG2E, cap, times_slope
+
+
+@triton.jit
+def read_text(lengths, start, batch, tokens, HAS_LENGTHS: tl.constexpr, HAS_STATE: tl.constexpr):
+    """New tokens of a text, and the position of the first."""
+    count = tokens
+    offset = tokens * 0
+    if HAS_LENGTHS:
+        count = tl.load(lengths + batch).to(tl.int32)
+    if HAS_STATE:
+        offset = tl.load(start + batch).to(tl.int32)
+    return count, offset
+
+
+@triton.jit
+def filled_slots(begin, WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, HAS_STATE: tl.constexpr):
+    """How many slots of a block may hold something. No more pairs are kept than have left, and these come first."""
+    if HAS_STATE:
+        filled = begin * 0 + SINKS + PAIRS
+    else:
+        filled = SINKS + tl.minimum(tl.maximum(begin - WINDOW - SINKS, 0), PAIRS)
+    return filled
+
+
+@triton.jit
+def row_begin(
+    first, begin, WINDOW: tl.constexpr, PAIRS: tl.constexpr, HAS_STATE: tl.constexpr
+):  # fmt: skip
+    """The first key of the row that queries from `first` on, in the block that begins at `begin`, see."""
+    low = begin - WINDOW if PAIRS > 0 else first - WINDOW + 1
+    if not HAS_STATE:
+        low = tl.maximum(low, 0)
+    return low
+
+
+@triton.jit
+def held_code(token, offset, WINDOW: tl.constexpr):
+    """Code of a key of the row: a new token, or one in the ring."""
+    slot = tl.maximum(token + offset, 0) % WINDOW
+    return tl.where(token < 0, -1 - slot, token)
+
+
+@triton.jit
+def slot_keys(
+    before,
+    until,
+    slot,
+    offset,
+    count,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+):
+    """`code`, `since` and `limit` of slots; a limit of 0 where nothing is."""
+    is_sink = slot < SINKS
+    since = tl.where(is_sink, slot - offset, 0)
+    limit = tl.where(is_sink, count, 0)
+    code = since
+    if HAS_STATE:
+        code = tl.where(is_sink & (since < 0), -1 - (WINDOW + PAIRS + slot), code)
+    if PAIRS > 0:
+        kept = (slot >= SINKS) & (slot < SINKS + PAIRS)
+        index = tl.load(before + slot - SINKS, mask=kept, other=0)
+        end = tl.load(until + index, mask=kept, other=0)
+        token = index - (PAIRS + WINDOW)
+        real = (index >= PAIRS) & (token + offset >= SINKS)
+        source = token
+        if HAS_STATE:
+            real = real | (index < PAIRS)
+            source = tl.where(index < PAIRS, -1 - (WINDOW + index), held_code(token, offset, WINDOW))
+        limit = tl.where(kept & real, end, limit)
+        code = tl.where(kept, source, code)
+    return code, since, limit
+
+
+@triton.jit
+def slots_visible(query, since, limit, count):
+    """Which query sees which slot; broadcasts."""
+    return (query >= since) & (query < limit) & (query < count)
+
+
+@triton.jit
+def row_limits(until, token, tokens, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
+    """The query from which on a key of the row is not kept; 0 where it is not known to leave."""
+    limit = token * 0
+    if PAIRS > 0:
+        inside = (token + WINDOW >= 0) & (token + WINDOW < tokens)
+        limit = tl.load(until + (PAIRS + WINDOW) + token, mask=inside, other=0)
+    return limit
+
+
+@triton.jit
+def window_visible(
+    query, token, limit, offset, count, WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """Which query sees which key of the row: in its window, or left and kept; broadcasts."""
+    distance = query - token
+    near = distance < WINDOW
+    if PAIRS > 0:
+        near = near | (query < limit)
+    return near & (distance >= 0) & (token + offset >= SINKS) & (query < count)
+
+
+@triton.jit
+def load_keys(
+    new, stride, held, code, count, size: tl.constexpr, block: tl.constexpr, HAS_STATE: tl.constexpr
+):  # fmt: skip
+    """Keys or values at `code` as a tile of `block` columns; zeros where there are none."""
+    column = tl.arange(0, block)
+    mask = ((code >= 0) & (code < count))[:, None]
+    if size % block != 0:
+        mask = mask & (column < size)[None, :]
+    tile = tl.load(new + code.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    if HAS_STATE:
+        mask = (code < 0)[:, None]
+        if size % block != 0:
+            mask = mask & (column < size)[None, :]
+        old = tl.load(held + (-1 - code)[:, None] * size + column[None, :], mask=mask, other=0.0)
+        tile = tl.where((code < 0)[:, None], old, tile)
+    return tile
+
+
+@triton.jit
+def capped(products, scale, SOFTCAP: tl.constexpr):
+    """Scores in units of log(2): powers of two are what the hardware has."""
+    if SOFTCAP > 0:
+        s = cap(products * scale, SOFTCAP) * LOG2E
+    else:
+        s = products * (scale * LOG2E)
+    return s
+
+
+@triton.jit
+def slope(ds, s, scale, SOFTCAP: tl.constexpr):
+    """Gradient of the products from that of the scores s, which `capped` has made."""
+    return times_slope(ds, s * (1.0 / LOG2E), SOFTCAP) * scale

@@ -1,0 +1,149 @@
+"""The kernel's step of near attention is the step in torch, outputs and states, also on a GPU; and pools of states."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+class Texts(NamedTuple):
+    """Tokens of three texts, as many as one asks for, and learned sinks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    score: Tensor
+    logits: Tensor
+
+    def step(self, i: int, state: NearState, spec: NearSpec, **options: Any) -> tuple[Tensor, NearState]:
+        q, k, v, score = (x[:, :, i : i + 1] for x in self[:4])
+        options["score"] = score if spec.pairs else None
+        options["sink_logits"] = self.logits if spec.softcap else None
+        return near_step(q, k, v, state, spec, **options)
+
+
+def texts(n: int) -> Texts:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(3, *shape, generator=generator).to(DEVICE)
+
+    logits = torch.linspace(-1, 1, 2, device=DEVICE)
+    return Texts(random(2, n, 20), random(1, n, 20), random(1, n, 17), random(1, n), logits)
+
+
+def begun(x: Texts, n: int, spec: NearSpec) -> NearState:
+    """The state after n tokens of each text."""
+    if n == 0:
+        return empty_near_state(x.k, x.v, spec)
+    score, logits = x.score[:, :, :n] if spec.pairs else None, x.logits if spec.softcap else None
+    q, k, v = (t[:, :, :n] for t in x[:3])
+    state = near_attention(
+        q, k, v, spec, score=score, sink_logits=logits, return_state=True, impl="chunked"
+    ).state  # fmt: skip
+    assert state is not None
+    return state
+
+
+def assert_same(got: NearState, want: NearState) -> None:
+    """Equal but for the order of kept pairs."""
+    for a, b in zip(_ordered(got), _ordered(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def _ordered(state: NearState) -> list[Tensor]:
+    if state.kept is None:
+        return state.tensors()
+    score, order = state.kept.score.sort(-1)
+    k, v = (x.gather(2, order[..., None].expand_as(x)) for x in state.kept[:2])
+    filled = (score > -torch.inf)[..., None]
+    return [*state._replace(kept=None).tensors(), score, k * filled, v * filled]
+
+
+CASES = [
+    (NearSpec(3, 2, 3), 0, 10),
+    (NearSpec(1, 0, 2, softcap=2.0), 0, 4),
+    (NearSpec(70, 2, 130), 230, 234),
+    (NearSpec(4, 6, softcap=1.0), 3, 8),
+]
+
+
+@pytest.mark.parametrize(("spec", "start", "end"), CASES, ids=str)
+@torch.no_grad()
+def test_the_step_in_torch(spec: NearSpec, start: int, end: int) -> None:
+    """At some steps, in some rows, there is padding."""
+    x = texts(end)
+    plain = begun(x, start, spec)
+    fused = plain.map(lambda t: t.clone())
+    addresses = [t.data_ptr() for t in fused.tensors()]
+    for i in range(start, end):
+        active = None
+        if i % 2:  # as the model gives it: a column of a wider mask
+            active = ((torch.arange(3, device=DEVICE) + i) % 3)[:, None].repeat(1, 4)[:, -1]
+        want, plain = x.step(i, plain, spec, active=active, impl="chunked")
+        got, fused = x.step(i, fused, spec, active=active, impl="triton", donate=True)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        assert_same(fused, plain)
+    assert addresses == [t.data_ptr() for t in fused.tensors()]
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+@torch.no_grad()
+def test_a_pool_of_states(impl: str) -> None:
+    """Rows of a pool of six, in any order, are stepped as a batch is; no other row is touched, nor read."""
+    spec, x = NearSpec(4, 2, 3), texts(16)
+    plain = begun(x, 8, spec)
+    pool = plain.map(lambda t: torch.full_like(torch.cat([t, t]), 7))
+    places = torch.tensor([4, 1, 2], device=DEVICE)
+    for held, rows in zip(pool.tensors(), plain.tensors(), strict=True):
+        held[places] = rows
+    for i in range(8, 16):
+        pauses = i % 4  # 3: none
+        indices = torch.where(torch.arange(3, device=DEVICE) == pauses, -1, places)
+        indices = indices.to((torch.int32, torch.int64)[i // 4 % 2])
+        want, plain = x.step(i, plain, spec, active=indices >= 0, impl="chunked")
+        before = pool.map(lambda t: t.clone())
+        got, same = x.step(i, pool, spec, impl=impl, state_indices=indices)
+        assert same is pool
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        others = [row for row in range(6) if row not in indices.tolist()]
+        for held, old in zip(pool.tensors(), before.tensors(), strict=True):
+            assert torch.equal(held[others], old[others])
+        assert_same(pool.map(lambda t: t[places]), plain)
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+@torch.no_grad()
+def test_a_state_that_is_not_given_away_stays(impl: str) -> None:
+    spec, x = NearSpec(3, 1, 2), texts(7)
+    state = begun(x, 6, spec)
+    before = state.map(lambda t: t.clone())
+    first, new = x.step(6, state, spec, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
+    again, _ = x.step(6, state, spec, impl=impl)
+    assert torch.equal(first, again) and new.length.tolist() == [7, 7, 7]
+
+
+def test_refused() -> None:
+    spec, x = NearSpec(3, 1, 2), texts(2)
+    state = begun(x, 1, spec)
+    pool = state.map(lambda t: torch.stack([t, t], -1)[..., 0])
+    exact = state._replace(kept=state.kept and state.kept._replace(score=state.kept.score.double()))
+    calls: list[tuple[Texts, NearState, dict[str, Any], str]] = [
+        (x._replace(q=x.q.half()), state, {}, "queries and values of one dtype"),
+        (x._replace(k=x.k.clone().requires_grad_()), state, {}, "no gradients; decode under"),
+        (x, exact, {}, "scores of float32 in the state; got torch.float64"),
+        (x, pool, {"state_indices": torch.arange(3, device=DEVICE)}, "a pool of contiguous tensors; use impl 'auto'"),
+    ]
+    for tokens, held, options, message in calls:
+        with pytest.raises(ValueError, match=message):
+            tokens.step(1, held, spec, impl="triton", **options)
