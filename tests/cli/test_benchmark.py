@@ -18,7 +18,7 @@ from tiny import SENTENCE
 
 from .conftest import Run
 
-VARIANTS = ["teacher", "training_free", "student", "window_only", "linear_only", "no_attention"]
+VARIANTS = ["teacher", "training_free", "equal_window", "student", "window_only", "linear_only", "no_attention"]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: 
     content = json.loads(Path("x.json").read_text())
     assert content["length"] == 32 and content["teacher"].endswith("teacher")
     assert list(content["scores"]) == [
-        "teacher", "training_free", "student", "window_only", "linear_only", "no_attention"
+        "teacher", "training_free", "equal_window", "student", "window_only", "linear_only", "no_attention"
     ]  # fmt: skip
     assert content["scores"]["teacher"]["kl"] == 0
 
@@ -134,7 +134,7 @@ def test_evaluate_without_a_teacher(cli: Run, place: Path, finished: Path) -> No
     """Nothing to compare with: no ratio, no distance, no training-free control."""
     words = ["--sources", place / "text.txt", "--control", "none", "--teacher", "none", "--max-segments", "2"]
     answer = cli("evaluate", finished, *words, "--length", "16")
-    assert answer.code == 0 and "teacher (softmax)" not in answer.out and "window" not in answer.out
+    assert answer.code == 0 and "teacher (softmax)" not in answer.out and "nothing trained" not in answer.out
     assert "30 tokens" in answer.out
 
 

@@ -39,7 +39,7 @@ def test_controls_are_the_modes_of_every_mixer(make_student: Students, monkeypat
     assert list(student_variants(student, CONTROLS)) == ["student", "window_only", "linear_only", "no_attention"]
     monkeypatch.setattr(linearized_layers(student)[0].mixer, "modes", ("full", "no_attention"), raising=False)
     assert list(student_variants(student, CONTROLS)) == ["student", "no_attention"]
-    assert list(teacher_variants(student, controls=CONTROLS)) == ["teacher"]
+    assert list(teacher_variants(student, controls=CONTROLS)) == ["teacher", "equal_window"]
 
 
 @pytest.mark.parametrize(("window", "sinks", "kind"), [(5, 0, "sliding"), (5, 3, "sliding"), (4, 2, "terraced")])
@@ -102,7 +102,7 @@ def test_variants_switch_modes_and_back(teacher: Any, make_student: Students, to
         assert got[name].perplexity == pytest.approx(alone[name].perplexity, rel=1e-4)
         assert got[name].kl == pytest.approx(alone[name].kl, rel=1e-3, abs=1e-6)
     assert got["training_free"] == got["window_only"]  # nothing is trained here
-    assert len({score.loss for score in got.values()}) == 5
+    assert len({score.loss for score in got.values()}) == 6
 
 
 def test_the_teacher_side_switches_adapters_off(teacher: Any, make_student: Students, tokens: Tokens) -> None:

@@ -30,6 +30,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     "blend": [
         {"window": 4, "sinks": 2, "kept": {"pairs": 3}},
         {"window": 3, "far": "none", "kept": {"pairs": 2, "fade": 5}},
+        {"window": 4, "sinks": 1, "far": "none", "kept": {"pairs": 3}, "bits": 8},
         {"window": 5, "kept": {"pairs": 2, "score": "self_recall"}, "state_heads": "query", "decay": "fixed"},
         {"window": 2, "sinks": 1, "kept": {"pairs": 4, "score": "random"}, "decay": "none", "rotate_far": True},
         {"window": 1, "feature_map": "elu", "kept": {"pairs": 2, "score": "recency"}},
@@ -291,6 +292,8 @@ def test_slots_are_rows_of_a_pool(name: str, settings: dict[str, Any]) -> None:
 
 
 def test_gradients_are_those_of_the_function(name: str, settings: dict[str, Any]) -> None:
+    if settings.get("bits", 16) < 16:
+        pytest.skip("rounding has no derivative: its gradient is that of no rounding")
     mixer, call = make(name, settings), make_call(1, 8)
     names = [n for n, _ in mixer.named_parameters()]
     leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v, call.hidden)]

@@ -135,12 +135,13 @@ class BlendConfig(LinearizationConfig):
     feature_size: Width | None = None  # f, the width of the learned matrix; None is the head size
     state_heads: Literal["query", "kv"] = "kv"  # one far state per query head, or one per key/value head
     decay: Literal["none", "fixed", "gate"] = "gate"  # of the far half; gate: depends on the layer's input
-    start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half is the teacher's
+    bits: Literal[16, 8, 4] = 16  # of the numbers of stored pairs: window, sinks and kept pairs
+    start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the range of keys in few bits
 
     @property
     def starts_from_text(self) -> bool:
-        """Whether the start is the matched one, and there is a far half."""
-        return self.start == "matched" and self.far != "none"
+        """Whether the start is the matched one, and there is something to match."""
+        return self.start == "matched" and (self.far != "none" or self.bits < 16)
 
     def without_text(self) -> Self:
         """The same layers with the plain start."""
@@ -149,7 +150,7 @@ class BlendConfig(LinearizationConfig):
     def facts(self) -> dict[str, str]:
         """Near half, kept pairs and far half."""
         return {
-            "near": f"window of {self.window} tokens and {self.sinks} sinks",
+            "near": f"window of {self.window} tokens and {self.sinks} sinks, {self.bits} bits",
             "kept": f"{self.kept.pairs} pairs a key head, score {self.kept.score}" if self.kept.pairs else "no pairs",
             "far": "none" if self.far == "none" else f"{self.far}, one state a {self.state_heads} head",
         }

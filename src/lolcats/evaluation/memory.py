@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from lolcats.modeling import LinearizedAttention, linearized_layers
 from lolcats.printable import show_bytes
 
-
 PARTS = {"sinks": ("sinks",), "window": ("window", "ring"), "kept": ("kept",)}
 """Part of a state -> words of which one is in the names of its tensors; all others are "state"."""
 

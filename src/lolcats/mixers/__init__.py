@@ -1,9 +1,9 @@
 """Layers that take the place of softmax attention. They know tensors only: no transformers, no configuration."""
 
 from lolcats.mixers.base import Call, Mixer, Sizes, State, StateSpec, map_state, state_bytes, state_tensors
-from lolcats.mixers.blend import equal_window
 from lolcats.mixers.registry import MIXERS, build_mixer
 from lolcats.mixers.rotation import Rotation
+from lolcats.mixers.window import equal_window
 
 __all__ = [
     "MIXERS",

@@ -30,16 +30,15 @@ from lolcats.mixers.softmax import softmax_weights
 from lolcats.mixers.texts import find_texts, rows_of
 from lolcats.ops import LinearState
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
+from lolcats.ops.near.quantize import PairCodec, key_range
 from lolcats.ops.near.selection import EMPTY
 
+WIDEST_KEY = 16.0
+"""Range of a key's channel before anything is known of it."""
 NOT_FAR = ("near_only", "window_only", "no_attention")
 """Modes that leave the far half out."""
 SCORED_ROWS = 1
 """Texts of a batch from which the learned score learns: what it learns from is quadratic in their length."""
-
-
-WINDOW_SINKS = 4
-"""First tokens that a plain window keeps: without them it falls apart (arXiv 2309.17453)."""
 
 
 class BlendState(NamedTuple):
@@ -66,6 +65,7 @@ class BlendMixer(Mixer):
         learned: the module of a learned one.
         rotate_far: give the far half q and k as they are after rotary embedding.
         fade: tokens after which a score has fallen by 1 against those of newer keys, or None.
+        bits: of the stored pairs' numbers: 16 (as they are), 8 or 4.
     """
 
     needs_rotation: ClassVar[bool] = True
@@ -80,12 +80,20 @@ class BlendMixer(Mixer):
         learned: LearnedScore | None,
         rotate_far: bool,
         fade: int | None = None,
+        bits: int = 16,
     ) -> None:
         super().__init__(sizes, impl)
         self.settings, self.far, self.score_name, self.score = near, far, score, learned
         self.rotate_far, self.fade, self.near_alone = rotate_far, fade, far is None
         alone = ("near_only",) if far is not None and near.pairs else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
+        self.bits = bits
+        self.key_low = self.key_high = None
+        if bits < 16:  # until the start from text sets them
+            self.key_low, self.key_high = (
+                nn.Parameter(torch.full((sizes.kv_heads, sizes.head_dim), end, dtype=torch.float32))
+                for end in (-WIDEST_KEY, WIDEST_KEY)
+            )
         self.share: nn.Linear | None = None
         if far is not None:
             self.share = nn.Linear(sizes.hidden_size, sizes.heads, dtype=torch.float32)
@@ -107,6 +115,7 @@ class BlendMixer(Mixer):
         feature_size: int | None,
         state_heads: str,
         decay: str,
+        bits: int,
     ) -> BlendMixer:
         """The layer from the values of its settings."""
         half = None
@@ -116,7 +125,7 @@ class BlendMixer(Mixer):
         if kept["pairs"] and kept["score"] == "learned":
             learned = LearnedScore(sizes, kept["mix"])
         spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)
-        return cls(sizes, impl, spec, half, kept["score"], learned, rotate_far, kept["fade"])
+        return cls(sizes, impl, spec, half, kept["score"], learned, rotate_far, kept["fade"], bits)
 
     def forward(
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
@@ -173,12 +182,12 @@ class BlendMixer(Mixer):
         if state is not None and keep and call.q.shape[2] == 1:
             y, near = near_step(
                 call.q, call.k, call.v, state.near, spec, score=score, active=lengths, sink_logits=call.sink_logits,
-                state_indices=slots, donate=True, impl=self.near_impl,
+                state_indices=slots, donate=True, codec=self.codec, impl=self.near_impl,
             )  # fmt: skip
         else:
             result = near_attention(
                 call.q, call.k, call.v, spec, score=score, lengths=lengths, sink_logits=call.sink_logits,
-                initial_state=near, return_state=keep, impl=self.near_impl,
+                initial_state=near, return_state=keep, codec=self.codec, impl=self.near_impl,
             )  # fmt: skip
             y, near = result
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
@@ -190,6 +199,13 @@ class BlendMixer(Mixer):
             return y, None
         assert near is not None
         return y, BlendState(near, far)
+
+    @property
+    def codec(self) -> PairCodec | None:
+        """How pairs are stored, None as they are."""
+        if self.bits == 16 or self.key_low is None or self.key_high is None:
+            return None
+        return PairCodec(self.bits, self.key_low, self.key_high)
 
     @property
     def near_impl(self) -> str:
@@ -273,12 +289,19 @@ class BlendMixer(Mixer):
         k, v = (
             torch.zeros(rows, s.kv_heads, 1, size, dtype=dtype, device=device) for size in (s.head_dim, s.value_dim)
         )
+        near = empty_near_state(k, v, self.settings)
         far = None if self.far is None else self.far.empty_state(rows, dtype, device)
-        return BlendState(empty_near_state(k, v, self.settings), far)
+        return BlendState(near if self.codec is None else self.codec.encode_state(near), far)
 
     @torch.no_grad()
     def start(self, call: Call, teacher: Tensor) -> None:
-        """Give each head's share the mean attention that the teacher spends outside sinks and window."""
+        """Give each head's share the mean attention that the teacher spends outside sinks and window.
+
+        Where pairs are stored in fewer bits, also find the range of each channel of the keys.
+        """
+        if self.key_low is not None and self.key_high is not None:
+            for held, found in zip((self.key_low, self.key_high), key_range(call.k, self.bits), strict=True):
+                held.copy_(found)
         if self.share is None:
             return
         n, device = call.q.shape[2], call.q.device
@@ -297,20 +320,6 @@ class BlendMixer(Mixer):
     def widened(self, tokens: int) -> BlendMixer:
         """The layer with a window over the whole text and without its far half."""
         wide = copy.copy(self)
-        wide.near_alone = True
+        wide.near_alone, wide.bits = True, 16
         wide.settings = self.settings._replace(window=max(1, tokens), pairs=0)
         return wide
-
-
-def equal_window(mixer: Mixer, dtype: torch.dtype) -> BlendMixer:
-    """A window that keeps as many bytes of a text as a mixer does: the control that a mixer has to beat.
-
-    Args:
-        mixer: what it is compared with.
-        dtype: of keys and values.
-    """
-    sizes = mixer.sizes
-    token = sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * dtype.itemsize
-    tokens = max(1, (mixer.state_spec(dtype).nbytes - torch.int64.itemsize) // token)  # the length is kept too
-    sinks = min(WINDOW_SINKS, tokens - 1)
-    return BlendMixer(sizes, mixer.impl, NearSpec(tokens - sinks, sinks), None, "recency", None, False)

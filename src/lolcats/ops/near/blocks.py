@@ -71,10 +71,13 @@ def block_near(
     state: NearState | None,
     return_state: bool,
     kernels: Kernels | None = None,
+    stored: tuple[Tensor, Tensor, NearState] | None = None,
 ) -> NearOutput:
     """Near attention from a state; arguments as checked by `near_attention`.
 
     With `kernels`, which have a block of `BLOCK` queries too, the keys are lined up only where a state is asked for.
+    Where pairs are stored in another form than attention sees them in, `stored` is k, v and `state` in that form, of
+    which the new state is made.
     """
     batch, _, n, _ = q.shape
     count = torch.full((batch,), n, device=q.device) if lengths is None else lengths
@@ -85,16 +88,18 @@ def block_near(
         block = BLOCK if kernels else min(BLOCK, n)
         chosen = select_pairs(_held_scores(k, v, before, spec), _leaving(marks, spec, count, n), block)
     out = kernels(q, k, v, spec, chosen, lengths, sink_logits, state) if kernels else None
-    if out is not None and not return_state:
-        return NearOutput(out, None)
-    assert before is not None
-    keys = _line_up(k, v, marks, before, spec)
     if out is None:
+        assert before is not None
+        keys = _line_up(k, v, marks, before, spec)
         out = _attend_blocks(q, keys, before.kept, chosen, spec, sink_logits, before.length, min(BLOCK, n))
         if lengths is not None:
             real = torch.arange(n, device=q.device) < count[:, None]
             out = torch.where(real[:, None, :, None], out, 0.0)
-    return NearOutput(out, _final_state(keys, before, chosen, spec, count) if return_state else None)
+    if not return_state:
+        return NearOutput(out, None)
+    held_k, held_v, before = stored or (k, v, before)
+    assert before is not None
+    return NearOutput(out, _final_state(_line_up(held_k, held_v, marks, before, spec), before, chosen, spec, count))
 
 
 def _held_scores(k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) -> Tensor:

@@ -1,17 +1,21 @@
 """Window and kept pairs in 8 or 4 bits: keys by channel, values by token.
 
-A key's channel c is one of 2^b numbers evenly spaced from low_c to high_c, which belong to the layer; a token's value is
-one of 2^b numbers from the least to the largest of its channels, which are stored with it, as float16. (Keys have
-channels that are large in every token, values do not: KIVI, arXiv 2402.02750, KVQuant, arXiv 2401.18079.) Attention sees
-rounded pairs everywhere, so a text is the same read at once and token by token.
+A key's channel c is one of 2^b numbers evenly spaced from low_c to high_c, which belong to the layer; a token's value
+is one of 2^b numbers from the least to the largest of its channels, which are stored with it, as float16. (Keys have
+channels that are large in every token, values do not: KIVI, arXiv 2402.02750, KVQuant, arXiv 2401.18079.) Attention
+sees rounded pairs everywhere, so a text is the same read at once and token by token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lolcats.ops.near.types import KeptPairs, NearRing, NearState
+from lolcats.ops.types import SinkKeys
 
 BITS = (4, 8)
 SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6)
@@ -50,7 +54,7 @@ class PairCodec(NamedTuple):
 
     @torch.no_grad()
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes of keys [B, KV, N, D b / 8] and of values [B, KV, N, Dv b / 8 + 4], whose last four are low and step."""
+        """Bytes of keys [B, KV, N, D b/8] and values [B, KV, N, Dv b/8 + 4], the last four of which are the range."""
         low, step = self._range(k)
         keys = self._pack(((_wide(k) - low) / step).clamp(0, self.levels).round())
         low, step = self._spread(v)
@@ -66,6 +70,14 @@ class PairCodec(NamedTuple):
         low, step = values[..., -4:].contiguous().view(torch.float16).to(low.dtype).unbind(-1)
         v = low[..., None] + self._unpack(values[..., :-4]).to(low.dtype) * step[..., None]
         return k.to(dtype), v.to(dtype)
+
+    def encode_state(self, state: NearState) -> NearState:
+        """The state with its pairs as bytes."""
+        return _with_pairs(state, self.encode)
+
+    def decode_state(self, state: NearState, dtype: torch.dtype) -> NearState:
+        """The state with its pairs in `dtype`."""
+        return _with_pairs(state, lambda k, v: self.decode(k, v, dtype))
 
     def _range(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Least number and step of each channel, [KV, 1, D]."""
@@ -103,6 +115,17 @@ def key_range(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     errors = torch.stack([(t.round_keys(flat[None])[0] - flat).square().mean(1) for t in tried])
     best = torch.tensor(SHRINKS, device=k.device)[errors.argmin(0)]
     return middle - half * best, middle + half * best
+
+
+def _with_pairs(state: NearState, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> NearState:
+    """The state with all its keys and values changed."""
+    ring, sinks, kept = state.ring, state.sinks, state.kept
+    return NearState(
+        NearRing(*change(ring.k, ring.v), ring.score),
+        None if sinks is None else SinkKeys(*change(sinks.k, sinks.v)),
+        None if kept is None else KeptPairs(*change(kept.k, kept.v), kept.score),
+        state.length,
+    )
 
 
 def _wide(x: Tensor) -> Tensor:

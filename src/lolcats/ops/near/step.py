@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.hybrid.layout import take_tokens
 from lolcats.ops.near.attend import attend
+from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.selection import EMPTY
 from lolcats.ops.near.types import KeptPairs, NearRing, NearSpec, NearState
 from lolcats.ops.types import SinkKeys
@@ -27,6 +29,7 @@ def near_step(
     sink_logits: Tensor | None = None,
     state_indices: Tensor | None = None,
     donate: bool = False,
+    codec: PairCodec | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, NearState]:
     """One token of each text.
@@ -42,6 +45,7 @@ def near_step(
             rows are read, and they are changed in place. -1 is a row without a text: its output is 0.
         donate: the caller has no more use for `state`, so that its memory may become that of the new one. The kernel
             then works in place; else it works on a copy.
+        codec: of the pairs in the state, as in `near_attention`; the step is then the one in torch.
         impl: "triton" is the kernel; "auto" is the kernel on a GPU where it can run, in code that keeps no gradients;
             every other name is the step in torch.
 
@@ -52,19 +56,22 @@ def near_step(
         ValueError: "triton" cannot run the step; the message says why.
     """
     decode = None
+    if codec is not None:
+        expect(impl != "triton", "the step in torch for pairs in fewer bits (impl 'auto')", repr(impl))
+        k, v = codec.encode(k, v)
     eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if impl == "triton" or (impl == "auto" and eager):
+    if codec is None and (impl == "triton" or (impl == "auto" and eager)):
         decode = _kernel(impl, q, k, v, state, state_indices, sink_logits)
     if decode is not None:
         if state_indices is None:
             state = state.map(lambda t: t.contiguous() if donate else t.clone(memory_format=torch.contiguous_format))
         return decode(q, k, v, state, spec, score, active, sink_logits, state_indices), state
     if state_indices is None:
-        return _torch_step(q, k, v, state, spec, score, active, sink_logits)
+        return _torch_step(q, k, v, state, spec, score, active, sink_logits, codec)
     held = state_indices >= 0
     rows = state.map(lambda t: t.index_select(0, state_indices.clamp_min(0)))
     active = held if active is None else held & (active > 0)
-    out, new = _torch_step(q, k, v, rows, spec, score, active, sink_logits)
+    out, new = _torch_step(q, k, v, rows, spec, score, active, sink_logits, codec)
     at = state_indices[held]
     with torch.no_grad():
         for old, changed in zip(state.tensors(), new.tensors(), strict=True):
@@ -104,6 +111,7 @@ def _torch_step(
     score: Tensor | None,
     active: Tensor | None,
     sink_logits: Tensor | None,
+    codec: PairCodec | None,
 ) -> tuple[Tensor, NearState]:
     """`near_step` of a batch, which makes a new state."""
     kept = _keep_leaving(state, spec)
@@ -115,7 +123,7 @@ def _torch_step(
         place = torch.arange(spec.sinks, device=k.device) == start[:, None]
         sinks = SinkKeys(*(_put(old, new, place) for old, new in zip(sinks, (k, v), strict=True)))  # type: ignore[arg-type]
     new = NearState(ring, sinks, kept, start + 1)
-    out = _see(q, new, spec, sink_logits)
+    out = _see(q, new if codec is None else codec.decode_state(new, q.dtype), spec, sink_logits)
     if active is None:
         return out, new
     is_real = active > 0
