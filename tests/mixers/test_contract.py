@@ -29,10 +29,11 @@ TABLE: dict[str, list[dict[str, Any]]] = {
     ],
     "blend": [
         {"window": 4, "sinks": 2, "kept": {"pairs": 3}},
-        {"window": 3, "far": "none", "kept": {"pairs": 2, "fade": 5}},
+        {"window": 3, "far": "none", "kept": {"pairs": 2, "fade": 50}},
         {"window": 4, "sinks": 1, "far": "none", "kept": {"pairs": 3}, "bits": 8},
         {"window": 5, "kept": {"pairs": 2, "score": "self_recall"}, "state_heads": "query", "decay": "fixed"},
         {"window": 2, "sinks": 1, "kept": {"pairs": 4, "score": "random"}, "decay": "none", "rotate_far": True},
+        *({"window": 3, "far": far} for far in ("simple_gla", "mamba2", "gla", "hgrn2", "delta", "gated_delta", "kda")),
         {"window": 1, "feature_map": "elu", "kept": {"pairs": 2, "score": "recency"}},
     ],
 }

@@ -129,12 +129,14 @@ class BlendConfig(LinearizationConfig):
     window: Annotated[int, Field(ge=1, le=2**17)] = 256  # tokens with exact softmax attention
     sinks: Near = 4  # first tokens of the text that always keep softmax attention
     kept: KeptConfig = Field(default_factory=KeptConfig)
-    far: Literal["linear", "none"] = "linear"
+    far: Literal["linear", "none", "simple_gla", "mamba2", "gla", "hgrn2", "delta", "gated_delta", "kda"] = "linear"
     rotate_far: bool = False  # give the far half q and k after rotary embedding
     feature_map: Literal["hedgehog", "t2r", "elu", "relu", "exp_dim"] = "hedgehog"
     feature_size: Width | None = None  # f, the width of the learned matrix; None is the head size
     state_heads: Literal["query", "kv"] = "kv"  # one far state per query head, or one per key/value head
-    decay: Literal["none", "fixed", "gate"] = "gate"  # of the far half; gate: depends on the layer's input
+    decay: Literal["none", "fixed", "gate"] = (
+        "gate"  # of the far half (delta has none); gate: depends on the layer's input
+    )
     bits: Literal[16, 8, 4] = 16  # of the numbers of stored pairs: window, sinks and kept pairs
     start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the range of keys in few bits
 
@@ -157,6 +159,8 @@ class BlendConfig(LinearizationConfig):
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
+        if self.decay == "none" and self.far not in ("linear", "none", "delta"):
+            raise ValueError(f"far {self.far} has a decay; set decay to fixed or gate")
         if self.kept.pairs and self.kept.score == "self_recall" and self.far == "none":
             raise ValueError(
                 "kept.score self_recall is the error of the far half, and far is none; choose another score"

@@ -22,13 +22,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lolcats.errors import LolcatsError
-from lolcats.mixers.base import Call, Mixer, Sizes, map_state
-from lolcats.mixers.far import LinearFar
-from lolcats.mixers.scores import LearnedScore, attention_given, chance
+from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
+from lolcats.mixers.far import FarHalf, LinearFar
+from lolcats.mixers.recurrent import RecurrentFar
+from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.softmax import softmax_weights
 from lolcats.mixers.texts import find_texts, rows_of
-from lolcats.ops import LinearState
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
 from lolcats.ops.near.quantize import PairCodec, key_range
 from lolcats.ops.near.selection import EMPTY
@@ -45,7 +44,8 @@ class BlendState(NamedTuple):
     """What the layer keeps of earlier tokens."""
 
     near: NearState
-    far: LinearState | None
+    far: Any
+    """Of the far half, None without."""
 
     @property
     def length(self) -> Tensor:
@@ -61,10 +61,8 @@ class BlendMixer(Mixer):
         impl: implementation of the operations.
         near: window, sinks and number of kept pairs (the scale comes with each call).
         far: the far half, or None.
-        score: name of the score of kept pairs.
-        learned: the module of a learned one.
+        score: of kept pairs, None without.
         rotate_far: give the far half q and k as they are after rotary embedding.
-        fade: tokens after which a score has fallen by 1 against those of newer keys, or None.
         bits: of the stored pairs' numbers: 16 (as they are), 8 or 4.
     """
 
@@ -75,16 +73,14 @@ class BlendMixer(Mixer):
         sizes: Sizes,
         impl: str,
         near: NearSpec,
-        far: LinearFar | None,
-        score: str,
-        learned: LearnedScore | None,
-        rotate_far: bool,
-        fade: int | None = None,
+        far: FarHalf | None,
+        score: KeyScores | None,
+        rotate_far: bool = False,
         bits: int = 16,
     ) -> None:
         super().__init__(sizes, impl)
-        self.settings, self.far, self.score_name, self.score = near, far, score, learned
-        self.rotate_far, self.fade, self.near_alone = rotate_far, fade, far is None
+        self.settings, self.far, self.score = near, far, score
+        self.rotate_far, self.near_alone = rotate_far, far is None
         alone = ("near_only",) if far is not None and near.pairs else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.bits = bits
@@ -118,14 +114,14 @@ class BlendMixer(Mixer):
         bits: int,
     ) -> BlendMixer:
         """The layer from the values of its settings."""
-        half = None
+        half: FarHalf | None = None
         if far == "linear":
             half = LinearFar(sizes, feature_map, feature_size, state_heads, decay, impl)
-        learned = None
-        if kept["pairs"] and kept["score"] == "learned":
-            learned = LearnedScore(sizes, kept["mix"])
+        elif far != "none":
+            half = RecurrentFar(sizes, far, feature_size, state_heads, decay == "gate", impl)
+        score = KeyScores(sizes, kept["score"], kept["mix"], kept["fade"]) if kept["pairs"] else None
         spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)
-        return cls(sizes, impl, spec, half, kept["score"], learned, rotate_far, kept["fade"], bits)
+        return cls(sizes, impl, spec, half, score, rotate_far, bits)
 
     def forward(
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
@@ -142,7 +138,7 @@ class BlendMixer(Mixer):
         far = None if state.far is None else map_state(state.far, lambda t: t.index_select(0, slots))
         out, new = self._run(call, BlendState(state.near, far), True, mode, slots)
         if state.far is not None and new is not None and new.far is not None:
-            for held, rows in zip(state.far, new.far, strict=True):
+            for held, rows in zip(state_tensors(state.far), state_tensors(new.far), strict=True):
                 held.index_copy_(0, slots, rows.to(held.dtype))
         return out, state
 
@@ -185,11 +181,10 @@ class BlendMixer(Mixer):
                 state_indices=slots, donate=True, codec=self.codec, impl=self.near_impl,
             )  # fmt: skip
         else:
-            result = near_attention(
+            y, near = near_attention(
                 call.q, call.k, call.v, spec, score=score, lengths=lengths, sink_logits=call.sink_logits,
                 initial_state=near, return_state=keep, codec=self.codec, impl=self.near_impl,
             )  # fmt: skip
-            y, near = result
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
             y_far, far = self.far(q, k, call.v, call.hidden, call.padding, far, keep)
             y = self._join(y, y_far, call.hidden, mode)
@@ -237,7 +232,7 @@ class BlendMixer(Mixer):
         self, call: Call, k: Tensor, state: BlendState | None, mode: str, slots: Tensor | None
     ) -> Tensor | None:
         """The score [B, KV, N] of each key, None without kept pairs."""
-        if not self.settings.pairs:
+        if self.score is None or not self.settings.pairs:
             return None
         rows, kv_heads, n = call.k.shape[:3]
         if mode in ("window_only", "linear_only", "no_attention"):
@@ -246,42 +241,22 @@ class BlendMixer(Mixer):
         if state is not None:
             start = (state.length if slots is None else state.length[slots])[:, None]
         position = (start + torch.arange(n, device=k.device)).expand(rows, n)
-        score = self._fresh_scores(call, k, state, position)
-        # What fades does so at one rate, so it is the same to let what comes later start higher.
-        return score if self.fade is None else score + (position / self.fade)[:, None]
 
-    def _fresh_scores(self, call: Call, k: Tensor, state: BlendState | None, position: Tensor) -> Tensor:
-        """The scores [B, KV, N] of keys before any of them fades; position [B, N] is that in the text."""
-        if self.score_name == "learned":
-            assert self.score is not None
-            return self.score(call.hidden, k, call.v)
-        if self.score_name == "self_recall":
+        def recall() -> Tensor:
             assert self.far is not None
-            error = self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
-            return error.clamp_min(1e-9).log()
-        if self.score_name == "oracle":
-            return self._oracle(call, state)
-        if self.score_name == "random":
-            return chance(position, k.shape[1])
-        return position[:, None].expand(-1, k.shape[1], -1).double()
+            return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
 
-    def _oracle(self, call: Call, state: BlendState | None) -> Tensor:
-        if state is not None:
-            raise LolcatsError(
-                "kept.score: oracle looks at the rest of the text, so it is for measuring whole texts at once; "
-                "choose another score to generate"
-            )
-        return attention_given(call, self.settings.window)[..., 0]
+        return self.score(call, k, position, self.settings.window, recall)
 
     def side_loss(self, call: Call) -> Tensor | None:
-        """The error of the learned score, from `SCORED_ROWS` texts of the batch."""
+        """The error of a learned score, from `SCORED_ROWS` texts of the batch; padded and packed ones teach nothing."""
         if self.score is None or call.segments is not None or call.padding is not None:
             return None
         rows = slice(0, SCORED_ROWS)
         _, k = self._for_far(call)
         few = Call(call.q[rows], call.k[rows], call.v[rows], call.hidden[rows], call.scale, softcap=call.softcap,
                    sink_logits=call.sink_logits)  # fmt: skip
-        return self.score.loss(few.hidden, k[rows], few.v, attention_given(few, self.settings.window))
+        return self.score.loss(few, k[rows], self.settings.window)
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
         """See `Mixer.empty_state`."""

@@ -1,52 +1,49 @@
 """The far half of `blend`: linear attention over all keys of a text, with decays.
 
-Its state decays by a factor for each token and head, whose logarithm is -softplus(w.x + b) of the layer's input x. At
-the start w = 0, and the time constants of the heads are spread over `SHORTEST` to `LONGEST` tokens, so that the layer
-has both a short and a long memory, and nothing in it grows with the length of a text.
+It is a mean of values, so nothing in it grows with the length of a text.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from lolcats.mixers.base import Sizes
+from lolcats.mixers.decay import Decay
 from lolcats.mixers.feature_maps import build_feature_map, map_weights
 from lolcats.ops import HybridSpec, HybridState, LinearState, WindowRing, hybrid_attention, resolve_impl
 
-SHORTEST, LONGEST = 64.0, 8192.0
-"""Time constants in tokens."""
 PLAIN = HybridSpec(window=0)
 """`hybrid_attention` without a softmax half is linear attention."""
 
 
-class Decay(nn.Module):
-    """Log of the decay of each head at each token.
+class FarHalf(nn.Module):
+    """A layer over all keys of a text with a state of constant size: what `blend` knows of its far half."""
 
-    Args:
-        heads: number of decays.
-        hidden_size: d_model.
-        reads: whether it depends on the layer's input; else it is one number a head.
-    """
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: Any, keep: bool
+    ) -> tuple[Tensor, Any]:
+        """Output [B, H, N, Dv] and, with `keep`, the state after the last real token.
 
-    def __init__(self, heads: int, hidden_size: int, reads: bool) -> None:
-        super().__init__()
-        constants = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), heads, dtype=torch.float32)
-        self.bias = nn.Parameter(torch.log(torch.expm1(1 / constants)))
-        self.weight = nn.Parameter(torch.zeros(heads, hidden_size, dtype=torch.float32)) if reads else None
+        Args:
+            q: [B, H, N, D]; k: [B, KV, N, D]; v: [B, KV, N, Dv]; hidden: [B, N, d_model].
+            real: [B, N] bool or None, padding on the right.
+            state: of the tokens before, or None.
+        """
+        raise NotImplementedError
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, N, d_model] -> [B, heads, N], below 0."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            if self.weight is None:
-                return -nnf.softplus(self.bias)[None, :, None].expand(len(hidden), -1, hidden.shape[1])
-            return -nnf.softplus(nnf.linear(hidden.to(self.weight.dtype), self.weight, self.bias)).transpose(1, 2)
+    def recall(self, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: Any) -> Tensor:
+        """Relative squared error [B, KV, N] with which the state after each token gives its own value for its key."""
+        raise NotImplementedError
+
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """Before any token; float32, in a model of float64 float64."""
+        raise NotImplementedError
 
 
-class LinearFar(nn.Module):
+class LinearFar(FarHalf):
     """Normalised linear attention: y_i = phi(q_i) S_i / (phi(q_i) z_i), S and z the decayed sums up to token i.
 
     Args:
@@ -77,13 +74,7 @@ class LinearFar(nn.Module):
         state: LinearState | None,
         keep: bool,
     ) -> tuple[Tensor, LinearState | None]:
-        """Output [B, H, N, Dv] and, with `keep`, the state after the last real token.
-
-        Args:
-            q: [B, H, N, D]; k: [B, KV, N, D]; v: [B, KV, N, Dv]; hidden: [B, N, d_model].
-            real: [B, N] bool or None, padding on the right.
-            state: of the tokens before.
-        """
+        """See `FarHalf.forward`."""
         features = map_weights(self.phi_q, self.phi_k, None) or (self.phi_q(q), self.phi_k(k))
         result = hybrid_attention(
             q, k, v, features, torch.zeros(self.sizes.heads, device=q.device), PLAIN,
@@ -93,7 +84,7 @@ class LinearFar(nn.Module):
         return result.out, None if result.state is None else self._to_keep(result.state.linear)
 
     def recall(self, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: LinearState | None) -> Tensor:
-        """Relative squared error [B, KV, N] with which the state after each token gives its own value for its key."""
+        """See `FarHalf.recall`."""
         heads, groups = self.sizes.heads, self.sizes.heads // self.sizes.kv_heads
         phi = self.phi_k(k)
         as_queries = phi.repeat_interleave(heads // phi.shape[1], 1)
@@ -107,7 +98,7 @@ class LinearFar(nn.Module):
         return error.unflatten(1, (self.sizes.kv_heads, groups)).mean(2)
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> LinearState:
-        """Before any token; float32, in a model of float64 float64."""
+        """See `FarHalf.empty_state`."""
         shape = rows, self._kept_heads, self.phi_k.features
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return LinearState(

@@ -11,10 +11,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from lolcats.errors import LolcatsError
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.softmax import softmax_with_sinks
 from lolcats.ops.hybrid.scores import cap_scores
@@ -65,6 +68,59 @@ class LearnedScore(nn.Module):
         judged = max(1, given.shape[2] - UNJUDGED)
         error = self.guess(hidden, k, v) - given.to(self.read_hidden.weight.dtype)
         return error[:, :, :judged].square().mean()
+
+
+class KeyScores(nn.Module):
+    """The score of a layer's keys.
+
+    Args:
+        sizes: of what arrives at the layer.
+        name: a name of the table.
+        mix: see `LearnedScore`.
+        fade: tokens after which a score has fallen by 1 against those of newer keys, or None.
+    """
+
+    def __init__(self, sizes: Sizes, name: str, mix: float, fade: int | None) -> None:
+        super().__init__()
+        self.name, self.fade = name, fade
+        self.network = LearnedScore(sizes, mix) if name == "learned" else None
+
+    def forward(self, call: Call, k: Tensor, position: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor:
+        """The score [B, KV, N] of each key of a call.
+
+        Args:
+            call: the tokens; a text in each row.
+            k: [B, KV, N, D], keys before their rotation.
+            position: [B, N], of the tokens in their text.
+            window: of the layer.
+            recall: the error [B, KV, N] of the far half.
+        """
+        score = self._fresh(call, k, position, window, recall)
+        # What fades does so at one rate, so it is the same to let what comes later start higher.
+        return score if self.fade is None else score + (position / self.fade)[:, None]
+
+    def _fresh(self, call: Call, k: Tensor, position: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor:
+        if self.name == "learned":
+            assert self.network is not None
+            return self.network(call.hidden, k, call.v)
+        if self.name == "self_recall":
+            return recall().clamp_min(1e-9).log()
+        if self.name == "random":
+            return chance(position, k.shape[1])
+        if self.name == "oracle":
+            if bool((position[:, 0] > 0).any()):
+                raise LolcatsError(
+                    "kept.score: oracle looks at the rest of the text, so it is for measuring whole texts at once; "
+                    "choose another score to generate"
+                )
+            return attention_given(call, window)[..., 0]
+        return position[:, None].expand(-1, k.shape[1], -1).double()
+
+    def loss(self, call: Call, k: Tensor, window: int) -> Tensor | None:
+        """The error of a learned score on whole texts, None of another."""
+        return (
+            None if self.network is None else self.network.loss(call.hidden, k, call.v, attention_given(call, window))
+        )
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def equal_window(mixer: Mixer, dtype: torch.dtype) -> BlendMixer:
     """
     sizes, stored = mixer.sizes, mixer if isinstance(mixer, BlendMixer) else None
     bits = 16 if stored is None else stored.bits
-    window = BlendMixer(sizes, mixer.impl, NearSpec(1), None, "recency", None, False, bits=bits)
+    window = BlendMixer(sizes, mixer.impl, NearSpec(1), None, None, bits=bits)
     if stored is not None:  # the very ranges, not copies
         window.key_low, window.key_high = stored.key_low, stored.key_high
     one = window.state_spec(dtype).nbytes
