@@ -224,6 +224,8 @@ class HybridMixer(Mixer):
         return hybrid_attention(call.q, call.k, call.v, features, factor, spec, log_decay=log_decay, **options)
 
     def _whole(self, call: Call, mode: str) -> Tensor:
+        if mode == "no_attention":
+            return call.v.new_zeros(*call.q.shape[:3], call.v.shape[3])
         return _silenced(self._attend(call, mode, segment_ids=call.segments, **self._options(call)).out, mode)
 
     def _part(self, call: Call, state: HybridState | None, keep: bool, mode: str) -> tuple[Tensor, HybridState | None]:
