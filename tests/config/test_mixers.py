@@ -75,3 +75,29 @@ def test_settings_of_0_1_are_those_of_today() -> None:
     assert differences(with_defaults(old), today) == {}
     known, unknown = known_settings({"linearization": {"window": 5, "later": 1}}, RunConfig)
     assert known == {"linearization": {"window": 5}} and unknown == ["linearization.later"]
+
+
+def test_another_layer_begins_from_its_own_defaults() -> None:
+    """Of the recipe's layer only what every layer has is left; what is given beside the mixer counts."""
+    config = load_config("recommended", ["linearization.mixer=blend", "linearization.kept.pairs=7"])
+    assert config.linearization == LinearizationConfig(mixer="blend", kept={"pairs": 7})
+    back = load_config("blend", ["linearization.mixer=hybrid", "linearization.layers=[1]"])
+    assert back.linearization == LinearizationConfig(layers=[1])
+    same = load_config("blend", ["linearization.mixer=blend"])
+    assert same.linearization.model_dump()["kept"]["pairs"] == 256
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("kept.pair=3", r"linearization.kept.pair: unknown key; did you mean linearization.kept.pairs\?"),
+        ("kept.score=best", r"linearization.kept.score: Input should be 'learned', .* \(got 'best'\)"),
+        ("kept.score=self_recall", "kept.score self_recall is the error of the far half, and far is none"),
+        ("window_kind=terraced", "linearization.window_kind: unknown key"),
+        ("bits=5", r"linearization.bits: Input should be 16, 8 or 4 \(got 5\)"),
+        ("window=0", "linearization.window: Input should be greater than or equal to 1"),
+    ],
+)
+def test_settings_that_blend_cannot_have(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("blend", [f"linearization.{word}"])

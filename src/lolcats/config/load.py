@@ -20,6 +20,10 @@ from lolcats.errors import ConfigError
 from lolcats.printable import MOST_PROBLEMS, shorten
 
 
+LAYER = "linearization"
+"""The section that says what the layers are."""
+
+
 def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Build the settings of a run from a file or a shipped recipe, then apply overrides.
 
@@ -36,8 +40,8 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
         settings = merged(settings, parse_overrides(overrides))
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        valid = [key for key in dotted(RunConfig().model_dump()) if not key.startswith("linearization.")]
-        valid += _layer_keys(settings.get("linearization")) + [f"data.sources.{k}" for k in SourceConfig.model_fields]
+        valid = [key for key in dotted(RunConfig().model_dump()) if not key.startswith(f"{LAYER}.")]
+        valid += _layer_keys(settings.get(LAYER)) + [f"data.sources.{k}" for k in SourceConfig.model_fields]
         lines = "\n".join(f"  {line}" for line in explain(error, valid))
         raise ConfigError(f"the configuration {path_or_recipe or 'given'} cannot be used:\n{lines}") from error
 
@@ -57,7 +61,7 @@ def check_linearization(settings: object, source: str = "config.json") -> Linear
 
 def _layer_keys(settings: object) -> list[str]:
     """The keys that a section `linearization` may have, which depend on its mixer."""
-    return [f"linearization.{key}" for key in mixer_settings(settings).model_fields]
+    return [f"{LAYER}.{key}" for key in dotted(mixer_settings(settings)().model_dump())]
 
 
 def dump_config(config: RunConfig) -> str:
@@ -92,9 +96,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `new`, section by section."""
+    """`base` with the values of `new`, section by section; of a layer that `new` replaces by another little is left."""
+    if mixer_settings(base.get(LAYER)) is not mixer_settings({**_section(base), **_section(new)}):
+        base = base | {LAYER: {key: value for key, value in _section(base).items() if key in ("layers", "impl")}}
     nested = [key for key in new if isinstance(new[key], dict) and isinstance(base.get(key), dict)]
     return base | new | {key: merged(base[key], new[key]) for key in nested}
+
+
+def _section(settings: dict[str, Any]) -> dict[str, Any]:
+    section = settings.get(LAYER)
+    return section if isinstance(section, dict) else {}
 
 
 def _read_settings(path_or_recipe: str | Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, evaluation_segments, measure, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
+from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.modules import attention_modules, choose_layers
@@ -159,6 +160,9 @@ def transfer(run: Run) -> None:
     """Stage 1."""
     config = run.config.transfer
     if not config.enabled:
+        return
+    if not added_parameters(run.model):
+        run.say("transfer: these layers have nothing to learn by themselves, so there is no first stage")
         return
     run.use_compiled(config.compile)
     stage = TransferStage(run.model, config)
