@@ -46,6 +46,7 @@ def test_names_that_look_like_numbers_survive_a_dump(name, load_text):
 def test_paper_recipe_is_the_papers():
     config = load_config("paper")
     layer = config.linearization
+    assert isinstance(layer, HybridConfig)
     assert (layer.window_kind, layer.window, layer.sinks, layer.feature_size, layer.start) == (
         "terraced", 64, 0, 32, "paper"
     )  # fmt: skip

@@ -12,6 +12,8 @@ from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attenti
 from lolcats.ops.near.blocks import BLOCK
 from lolcats.ops.near.selection import select_pairs
 
+near: Any = near_attention  # of which tests unpack lists of tensors
+step: Any = near_step
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 SPECS = [
     NearSpec(window=4, sinks=2, pairs=3),
@@ -47,7 +49,7 @@ def steps(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, spec: NearSpec,
     outputs = []
     for i in range(q.shape[2]):
         one = [x[:, :, i : i + 1] for x in (q, k, v)]
-        out, state = near_step(*one, state, spec, score=part(score, i, i + 1), sink_logits=logits(spec))
+        out, state = step(*one, state, spec, score=part(score, i, i + 1), sink_logits=logits(spec))
         outputs.append(out)
     return torch.cat(outputs, 2), state
 
@@ -61,7 +63,7 @@ def test_blocks_are_the_definition(spec: NearSpec, n: int) -> None:
     seed = torch.randn(q.shape[0], 4, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     results = []
     for impl in ("reference", "chunked"):
-        out = near_attention(q, k, v, spec, score=marks(spec, score), sink_logits=logits(spec), impl=impl).out
+        out = near(q, k, v, spec, score=marks(spec, score), sink_logits=logits(spec), impl=impl).out
         results.append((out, *torch.autograd.grad((out * seed).sum(), (q, k, v))))
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, **EXACT)
@@ -73,11 +75,11 @@ def test_cut_anywhere_and_step_by_step(spec: NearSpec) -> None:
     n = BLOCK + 30
     q, k, v, score = tensors(n)
     marked, extra = marks(spec, score), {"sink_logits": logits(spec)}
-    whole = near_attention(q, k, v, spec, score=marked, return_state=True, **extra)
+    whole = near(q, k, v, spec, score=marked, return_state=True, **extra)
     for cut in (1, 3, 40, BLOCK, n - 1):
-        first = near_attention(*(x[:, :, :cut] for x in (q, k, v)), spec, score=part(marked, 0, cut),
+        first = near(*(x[:, :, :cut] for x in (q, k, v)), spec, score=part(marked, 0, cut),
                                return_state=True, **extra)  # fmt: skip
-        rest = near_attention(*(x[:, :, cut:] for x in (q, k, v)), spec, score=part(marked, cut, n),
+        rest = near(*(x[:, :, cut:] for x in (q, k, v)), spec, score=part(marked, cut, n),
                               initial_state=first.state, return_state=True, **extra)  # fmt: skip
         torch.testing.assert_close(torch.cat([first.out, rest.out], 2), whole.out, **EXACT)
         same(rest.state, whole.state)
@@ -111,13 +113,13 @@ def test_padding_on_the_right(spec: NearSpec) -> None:
     n, lengths = 150, torch.tensor([150, 0, 1, 139])
     q, k, v, score = tensors(n, batch=4)
     marked, extra = marks(spec, score), {"sink_logits": logits(spec)}
-    padded = near_attention(q, k, v, spec, score=marked, lengths=lengths, return_state=True, **extra)
+    padded = near(q, k, v, spec, score=marked, lengths=lengths, return_state=True, **extra)
     assert padded.state is not None and padded.state.length.tolist() == lengths.tolist()
     assert padded.out.isfinite().all()
     for row, end in enumerate(lengths.tolist()):
         assert not padded.out[row, :, end:].any()
         if end:
-            alone = near_attention(
+            alone = near(
                 *(x[row : row + 1, :, :end] for x in (q, k, v)), spec,
                 score=None if marked is None else marked[row : row + 1, :, :end], return_state=True, **extra,
             )  # fmt: skip
@@ -125,12 +127,9 @@ def test_padding_on_the_right(spec: NearSpec) -> None:
             later = tensors(9, batch=4, seed=3)
             outs = []
             for state, rows in ((padded.state, slice(row, row + 1)), (alone.state, slice(0, 1))):
-                one = NearState(*(
-                    None if field is None else field[rows] if isinstance(field, Tensor)
-                    else type(field)(*(None if t is None else t[rows] for t in field)) for field in state
-                ))  # type: ignore[arg-type]  # fmt: skip
+                one = state.map(lambda t, rows=rows: t[rows])
                 x = [t[row : row + 1] for t in later]
-                outs.append(near_attention(*x[:3], spec, score=marks(spec, x[3]), initial_state=one, **extra).out)
+                outs.append(near(*x[:3], spec, score=marks(spec, x[3]), initial_state=one, **extra).out)
             torch.testing.assert_close(*outs, **EXACT)
 
 
@@ -140,7 +139,7 @@ def test_a_row_without_a_token_steps_over_it() -> None:
     q, k, v, score = tensors(20)
     _, state = steps(q, k, v, score, spec, empty_near_state(k, v, spec))
     one = [x[:, :, :1] for x in tensors(1, seed=4)]
-    out, after = near_step(*one[:3], state, spec, score=one[3], active=torch.tensor([1, 0]))
+    out, after = step(*one[:3], state, spec, score=one[3], active=torch.tensor([1, 0]))
     assert not out[1].any() and after.length.tolist() == [21, 20]
     assert after.kept is not None and state.kept is not None and torch.equal(after.kept.k[1], state.kept.k[1])
 
@@ -171,15 +170,15 @@ def test_the_kernel_of_the_selection(pairs: int, n: int, block: int, levels: int
 def test_gradients() -> None:
     q, k, v, score = tensors(9, batch=1)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *x: near_attention(*x, SPECS[0], score=score).out, inputs)
+    assert torch.autograd.gradcheck(lambda *x: near(*x, SPECS[0], score=score).out, inputs)
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
     spec = NearSpec(window=64, pairs=8)
     exact = tensors(300, batch=1)
     short = [x.to(torch.bfloat16) for x in exact[:3]]
-    want = near_attention(*(x.double() for x in short), spec, score=exact[3]).out
-    got = near_attention(*short, spec, score=exact[3]).out
+    want = near(*(x.double() for x in short), spec, score=exact[3]).out
+    got = near(*short, spec, score=exact[3]).out
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2**-8)
 
@@ -195,4 +194,4 @@ def test_refusals() -> None:
     ):
         arguments: dict[str, Any] = {"spec": SPECS[0], "score": score, **change}
         with pytest.raises(ValueError, match=message):
-            near_attention(q, k, v, **arguments)
+            near(q, k, v, **arguments)

@@ -41,7 +41,7 @@ def test_errors_are_those_of_the_bits(bits: int, error: float) -> None:
 def test_gradients_pass() -> None:
     k, v = pairs()
     low, high = (x.requires_grad_() for x in key_range(k, 4))
-    k.requires_grad_(), v.requires_grad_()
+    k, v = k.requires_grad_(), v.requires_grad_()
     codec = PairCodec(4, low, high)
     (codec.round_keys(k).sum() + codec.round_values(v).sum()).backward()
     assert k.grad is not None and v.grad is not None and low.grad is not None and high.grad is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,12 @@ def blend(make_config: Callable[..., RunConfig], *overrides: str) -> RunConfig:
     """The settings of a short run; those of the other layer are dropped with its section."""
     config = make_config()
     words = dict(word.split("=", 1) for word in (*BLEND, *overrides))
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     for name, value in words.items():
         if name.startswith("linearization."):
             section, keys = settings, name.removeprefix("linearization.").split(".")
             for key in keys[:-1]:
-                section = section.setdefault(key, {})  # type: ignore[assignment]
+                section = section.setdefault(key, {})
             section[keys[-1]] = json.loads(value) if value[0].isdigit() else value
     return RunConfig.model_validate(config.model_dump() | {"linearization": settings})
 

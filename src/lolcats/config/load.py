@@ -19,7 +19,6 @@ from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import ConfigError
 from lolcats.printable import MOST_PROBLEMS, shorten
 
-
 LAYER = "linearization"
 """The section that says what the layers are."""
 
