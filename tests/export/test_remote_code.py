@@ -110,6 +110,12 @@ def gpt2() -> PreTrainedModel:
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gemma": gemma, "gpt2": gpt2}
 RUNS = {
     "plain": [],
+    "kept": [
+        "linearization.mixer=blend",
+        "linearization.kept.pairs=5",
+        "linearization.far=gated_delta",
+        "linearization.bits=8",
+    ],
     "gate": ["linearization.decay=gate", "linearization.state_heads=kv", "finetune.train_feature_maps=true"],
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,27 +14,11 @@ from lolcats.config import RunConfig
 from lolcats.evaluation.memory import text_memory
 from lolcats.modeling import linearized_layers
 
-BLEND = ("linearization.mixer=blend", "linearization.window=6", "linearization.sinks=1", "linearization.start=matched")
-
-
-def blend(make_config: Callable[..., RunConfig], *overrides: str) -> RunConfig:
-    """The settings of a short run; those of the other layer are dropped with its section."""
-    config = make_config()
-    words = dict(word.split("=", 1) for word in (*BLEND, *overrides))
-    settings: dict[str, Any] = {}
-    for name, value in words.items():
-        if name.startswith("linearization."):
-            section, keys = settings, name.removeprefix("linearization.").split(".")
-            for key in keys[:-1]:
-                section = section.setdefault(key, {})
-            section[keys[-1]] = json.loads(value) if value[0].isdigit() else value
-    return RunConfig.model_validate(config.model_dump() | {"linearization": settings})
-
 
 @pytest.mark.slow
 def test_a_run_with_kept_pairs(make_config: Callable[..., RunConfig]) -> None:
     """The score is trained beside the transfer, and the model reads a prompt as it was trained to."""
-    folder = linearize(blend(make_config, "linearization.kept.pairs=5", "linearization.bits=8"))
+    folder = linearize(make_config("linearization.mixer=blend", "linearization.kept.pairs=5", "linearization.bits=8"))
     results = folder.results()
     assert {"teacher", "equal_window", "transfer", "student", "linear_only"} <= set(results.perplexity)
     assert results.memory is not None and set(results.memory.layers[0].parts) == {"sinks", "window", "kept", "state"}
@@ -55,10 +38,8 @@ def test_a_run_with_kept_pairs(make_config: Callable[..., RunConfig]) -> None:
 
 
 @pytest.mark.slow
-def test_a_plain_window_has_no_first_stage(
-    make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = linearize(blend(make_config, "linearization.far=none"))
+def test_a_plain_window_has_no_first_stage(make_config: Callable[..., RunConfig]) -> None:
+    folder = linearize(make_config("linearization.mixer=blend", "linearization.far=none"))
     results = folder.results()
     assert "transfer" not in results.perplexity and "linear_only" not in results.perplexity
     assert results.perplexity["student"] != results.perplexity["training_free"]  # LoRA has changed something

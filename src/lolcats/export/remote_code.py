@@ -19,6 +19,8 @@ import re
 from pathlib import Path
 from typing import cast
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lolcats.config.mixers import DEFAULT
@@ -101,16 +103,20 @@ def registry_source(mixer: str) -> str:
     )
 
 
+def _default(info: FieldInfo) -> str:
+    """The default of a setting as code."""
+    value = info.get_default(call_default_factory=True)
+    value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return f"field(default_factory=lambda: {value!r})" if isinstance(value, dict | list) else repr(value)
+
+
 def settings_source(mixer: str) -> str:
     """The names of `STAND_INS`: a plain class with the fields and defaults of the mixer's settings."""
     kind = SETTINGS_OF[mixer]
-    fields = "".join(
-        f"    {name}: Any = {field.get_default(call_default_factory=True)!r}\n"
-        for name, field in kind.model_fields.items()
-    )
+    fields = "".join(f"    {name}: Any = {_default(info)}\n" for name, info in kind.model_fields.items())
     return f'''"""The settings of linearized layers, as config.json holds them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
