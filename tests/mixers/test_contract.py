@@ -28,7 +28,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"window": 5, "sinks": 1, "feature_map": "elu"},
     ],
     "blend": [
-        {"window": 4, "sinks": 2, "kept": {"pairs": 3}},
+        {"window": 4, "sinks": 2, "kept": {"pairs": 3, "mix": 0.5, "recall_error": True}},
         {"window": 3, "far": "none", "kept": {"pairs": 2, "fade": 50}},
         {"window": 4, "sinks": 1, "far": "none", "kept": {"pairs": 3}, "bits": 8},
         {"window": 5, "kept": {"pairs": 2, "score": "self_recall"}, "state_heads": "query", "decay": "fixed"},

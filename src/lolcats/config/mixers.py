@@ -119,7 +119,8 @@ class KeptConfig(Section):
     fade: Positive | None = (
         None  # tokens after which a score has fallen behind newer ones by a factor of e; null: never
     )
-    mix: Annotated[float, Field(ge=0, le=1)] = 1.0  # learned: weight of the largest attention, the rest is the sum's
+    mix: Annotated[float, Field(ge=0, le=1)] = 1.0  # weight of the largest attention, the rest is the sum's
+    recall_error: bool = False  # learned: read also how badly the far half recalls a value
 
 
 class BlendConfig(LinearizationConfig):
@@ -161,6 +162,8 @@ class BlendConfig(LinearizationConfig):
     def _check_parts(self) -> Self:
         if self.decay == "none" and self.far not in ("linear", "none", "delta"):
             raise ValueError(f"far {self.far} has a decay; set decay to fixed or gate")
+        if self.kept.pairs and self.kept.score == "learned" and self.kept.recall_error and self.far == "none":
+            raise ValueError("kept.recall_error is the error of the far half, and far is none; set it to false")
         if self.kept.pairs and self.kept.score == "self_recall" and self.far == "none":
             raise ValueError(
                 "kept.score self_recall is the error of the far half, and far is none; choose another score"

@@ -17,6 +17,7 @@ y_near is softmax attention over sinks, window and kept pairs (`lolcats.ops.near
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -119,7 +120,8 @@ class BlendMixer(Mixer):
             half = LinearFar(sizes, feature_map, feature_size, state_heads, decay, impl)
         elif far != "none":
             half = RecurrentFar(sizes, far, feature_size, state_heads, decay == "gate", impl)
-        score = KeyScores(sizes, kept["score"], kept["mix"], kept["fade"]) if kept["pairs"] else None
+        rules = {name: kept[name] for name in ("mix", "fade", "recall_error")}
+        score = KeyScores(sizes, kept["score"], **rules) if kept["pairs"] else None
         spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)
         return cls(sizes, impl, spec, half, score, rotate_far, bits)
 
@@ -241,12 +243,12 @@ class BlendMixer(Mixer):
         if state is not None:
             start = (state.length if slots is None else state.length[slots])[:, None]
         position = (start + torch.arange(n, device=k.device)).expand(rows, n)
+        return self.score(call, k, position, self.settings.window, partial(self._recall, k, call, state))
 
-        def recall() -> Tensor:
-            assert self.far is not None
-            return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
-
-        return self.score(call, k, position, self.settings.window, recall)
+    def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:
+        """The error [B, KV, N] with which the far half recalls the values of a call."""
+        assert self.far is not None
+        return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
 
     def side_loss(self, call: Call) -> Tensor | None:
         """The error of a learned score, from `SCORED_ROWS` texts of the batch; padded and packed ones teach nothing."""
@@ -256,7 +258,7 @@ class BlendMixer(Mixer):
         _, k = self._for_far(call)
         few = Call(call.q[rows], call.k[rows], call.v[rows], call.hidden[rows], call.scale, softcap=call.softcap,
                    sink_logits=call.sink_logits)  # fmt: skip
-        return self.score.loss(few, k[rows], self.settings.window)
+        return self.score.loss(few, k[rows], self.settings.window, partial(self._recall, k[rows], few, None))
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
         """See `Mixer.empty_state`."""

@@ -38,36 +38,35 @@ class LearnedScore(nn.Module):
 
     Args:
         sizes: of what arrives at the layer.
-        mix: weight of the largest in the score, 0 to 1; the rest is the sum's.
+        reads_error: whether it reads, beside input, key and value, how badly the far half recalls the value.
     """
 
-    def __init__(self, sizes: Sizes, mix: float) -> None:
+    def __init__(self, sizes: Sizes, reads_error: bool) -> None:
         super().__init__()
-        self.kv_heads, self.mix = sizes.kv_heads, mix
+        self.kv_heads, self.reads_error = sizes.kv_heads, reads_error
         self.read_hidden = nn.Linear(sizes.hidden_size, HIDDEN_WIDTH, dtype=torch.float32)
-        self.read_pair = nn.Linear(sizes.head_dim + sizes.value_dim, PAIR_WIDTH, dtype=torch.float32)
+        pair = sizes.head_dim + sizes.value_dim + int(reads_error)
+        self.read_pair = nn.Linear(pair, PAIR_WIDTH, dtype=torch.float32)
         self.from_hidden = nn.Linear(HIDDEN_WIDTH, 2 * sizes.kv_heads, dtype=torch.float32)
         self.from_pair = nn.Linear(PAIR_WIDTH, 2, bias=False, dtype=torch.float32)
 
-    def guess(self, hidden: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Both numbers [B, KV, N, 2] for input [B, N, d_model] and pairs [B, KV, N, .], k before its rotation."""
+    def forward(self, hidden: Tensor, k: Tensor, v: Tensor, error: Tensor | None) -> Tensor:
+        """Both numbers [B, KV, N, 2].
+
+        Args:
+            hidden: the layer's input [B, N, d_model].
+            k: [B, KV, N, D], before their rotation; v: [B, KV, N, Dv].
+            error: log of the error [B, KV, N] of recalling v, where it is read.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = self.read_hidden.weight.dtype
             normed = nnf.layer_norm(hidden.to(dtype), hidden.shape[-1:])
             from_hidden = self.from_hidden(nnf.gelu(self.read_hidden(normed)))
-            from_pair = self.from_pair(nnf.gelu(self.read_pair(torch.cat([k.to(dtype), v.to(dtype)], -1))))
+            pair = [k.to(dtype), v.to(dtype)]
+            if error is not None:
+                pair.append(error[..., None].to(dtype))
+            from_pair = self.from_pair(nnf.gelu(self.read_pair(torch.cat(pair, -1))))
             return from_hidden.unflatten(-1, (self.kv_heads, 2)).transpose(1, 2) + from_pair
-
-    def forward(self, hidden: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The score [B, KV, N]."""
-        largest, summed = self.guess(hidden, k, v).unbind(-1)
-        return self.mix * largest + (1 - self.mix) * summed
-
-    def loss(self, hidden: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
-        """Mean squared error against the teacher's attention `given` [B, KV, N, 2], see `attention_given`."""
-        judged = max(1, given.shape[2] - UNJUDGED)
-        error = self.guess(hidden, k, v) - given.to(self.read_hidden.weight.dtype)
-        return error[:, :, :judged].square().mean()
 
 
 class KeyScores(nn.Module):
@@ -76,14 +75,15 @@ class KeyScores(nn.Module):
     Args:
         sizes: of what arrives at the layer.
         name: a name of the table.
-        mix: see `LearnedScore`.
+        mix: of "learned" and "oracle": weight of the largest attention, 0 to 1; the rest is the sum's.
         fade: tokens after which a score has fallen by 1 against those of newer keys, or None.
+        recall_error: of "learned": whether it reads the error of the far half.
     """
 
-    def __init__(self, sizes: Sizes, name: str, mix: float, fade: int | None) -> None:
+    def __init__(self, sizes: Sizes, name: str, mix: float, fade: int | None, recall_error: bool) -> None:
         super().__init__()
-        self.name, self.fade = name, fade
-        self.network = LearnedScore(sizes, mix) if name == "learned" else None
+        self.name, self.mix, self.fade = name, mix, fade
+        self.network = LearnedScore(sizes, recall_error) if name == "learned" else None
 
     def forward(self, call: Call, k: Tensor, position: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor:
         """The score [B, KV, N] of each key of a call.
@@ -93,18 +93,17 @@ class KeyScores(nn.Module):
             k: [B, KV, N, D], keys before their rotation.
             position: [B, N], of the tokens in their text.
             window: of the layer.
-            recall: the error [B, KV, N] of the far half.
+            recall: makes the error [B, KV, N] of the far half.
         """
         score = self._fresh(call, k, position, window, recall)
         # What fades does so at one rate, so it is the same to let what comes later start higher.
         return score if self.fade is None else score + (position / self.fade)[:, None]
 
     def _fresh(self, call: Call, k: Tensor, position: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor:
-        if self.name == "learned":
-            assert self.network is not None
-            return self.network(call.hidden, k, call.v)
+        if self.network is not None:
+            return self._mixed(self.network(call.hidden, k, call.v, self._error(recall)))
         if self.name == "self_recall":
-            return recall().clamp_min(1e-9).log()
+            return _log_error(recall)
         if self.name == "random":
             return chance(position, k.shape[1])
         if self.name == "oracle":
@@ -113,14 +112,31 @@ class KeyScores(nn.Module):
                     "kept.score: oracle looks at the rest of the text, so it is for measuring whole texts at once; "
                     "choose another score to generate"
                 )
-            return attention_given(call, window)[..., 0]
+            return self._mixed(attention_given(call, window))
         return position[:, None].expand(-1, k.shape[1], -1).double()
 
-    def loss(self, call: Call, k: Tensor, window: int) -> Tensor | None:
-        """The error of a learned score on whole texts, None of another."""
-        return (
-            None if self.network is None else self.network.loss(call.hidden, k, call.v, attention_given(call, window))
-        )
+    def _mixed(self, numbers: Tensor) -> Tensor:
+        """One score of the logs of the largest and of the summed attention, [B, KV, N, 2]."""
+        largest, summed = numbers.unbind(-1)
+        return self.mix * largest + (1 - self.mix) * summed
+
+    def _error(self, recall: Callable[[], Tensor]) -> Tensor | None:
+        """What the network reads of the far half; the far half learns nothing by it."""
+        reads = self.network is not None and self.network.reads_error
+        return _log_error(recall).detach() if reads else None
+
+    def loss(self, call: Call, k: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor | None:
+        """Mean squared error of a learned score on whole texts, against the teacher's attention; None of another."""
+        if self.network is None:
+            return None
+        given = attention_given(call, window)
+        judged = max(1, given.shape[2] - UNJUDGED)
+        error = self.network(call.hidden, k, call.v, self._error(recall)) - given
+        return error[:, :, :judged].square().mean()
+
+
+def _log_error(recall: Callable[[], Tensor]) -> Tensor:
+    return recall().clamp_min(1e-9).log()
 
 
 @torch.no_grad()
