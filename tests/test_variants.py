@@ -21,7 +21,7 @@ def test_names_are_in_the_order_of_the_story() -> None:
 
 def test_controls_are_those_of_the_settings_and_of_earlier_versions() -> None:
     """In the order that config.yaml of version 0.1 has."""
-    assert CONTROLS == ("window_only", "linear_only", "no_attention", "training_free", "equal_window")
+    assert CONTROLS == ("near_only", "window_only", "linear_only", "no_attention", "training_free", "equal_window")
     assert EvaluationConfig().controls == list(CONTROLS)
 
 

@@ -31,6 +31,7 @@ VARIANTS = (
     VariantInfo("equal_window", "window of the same memory, nothing trained", "equal_window", "teacher", True),
     VariantInfo("transfer", "after attention transfer", "full", "stage 1"),
     VariantInfo("student", "{student}", "full", "student"),
+    VariantInfo("near_only", "{student} without its far half", "near_only", "student", True),
     VariantInfo("window_only", "{student} without its linear half", "window_only", "student", True),
     VariantInfo("linear_only", "{student} without its softmax half", "linear_only", "student", True),
     VariantInfo("no_attention", "{student} without attention", "no_attention", "student", True),

@@ -20,7 +20,7 @@ def test_a_run_with_kept_pairs(make_config: Callable[..., RunConfig]) -> None:
     """The score is trained beside the transfer, and the model reads a prompt as it was trained to."""
     folder = linearize(make_config("linearization.mixer=blend", "linearization.kept.pairs=5", "linearization.bits=8"))
     results = folder.results()
-    assert {"teacher", "equal_window", "transfer", "student", "linear_only"} <= set(results.perplexity)
+    assert {"teacher", "equal_window", "transfer", "student", "near_only", "linear_only"} <= set(results.perplexity)
     assert results.memory is not None and set(results.memory.layers[0].parts) == {"sinks", "window", "kept", "state"}
     model = AutoModelForCausalLM.from_pretrained(folder.model).eval()
     found = text_memory(model)

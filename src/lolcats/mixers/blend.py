@@ -175,8 +175,7 @@ class BlendMixer(Mixer):
         """A text in each row, padding on the right only; q and k are those of the far half."""
         spec = self.settings._replace(scale=call.scale, softcap=call.softcap)
         score = self._scores(call, k, state, mode, slots)
-        near = None if state is None else state.near
-        far = None if state is None else state.far
+        near, far = (None, None) if state is None else state
         if state is not None and keep and call.q.shape[2] == 1:
             y, near = near_step(
                 call.q, call.k, call.v, state.near, spec, score=score, active=lengths, sink_logits=call.sink_logits,
@@ -192,10 +191,7 @@ class BlendMixer(Mixer):
             y = self._join(y, y_far, call.hidden, mode)
         if mode == "no_attention":
             y = torch.zeros_like(y)
-        if not keep:
-            return y, None
-        assert near is not None
-        return y, BlendState(near, far)
+        return y, BlendState(near, far) if keep and near is not None else None
 
     @property
     def codec(self) -> PairCodec | None:
