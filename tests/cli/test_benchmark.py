@@ -60,7 +60,7 @@ def test_a_table_of_tasks_and_variants(cli: Run, data: Path, finished: Path, mon
     words = ["piqa,winogrande", "--task-data", data, "--limit", 5, "--seeds", "0,1", "--json", "x.json"]
     answer = cli("benchmark", finished, *words, "--chat")
     assert answer.code == 0 and answer.err == ""
-    for part in ("piqa", "winogrande", "average", "linear only", "over 2 seeds", "--limit 5: piqa 5 questions"):
+    for part in ("piqa", "winogrande", "average", "linear", "attention", "over 2 seeds", "--limit 5: piqa 5 questions"):
         assert part in answer.out, answer.out
     content = json.loads(Path("x.json").read_text())
     assert [row["task"] for row in content["rows"]] == ["piqa", "winogrande"]

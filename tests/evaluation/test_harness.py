@@ -16,7 +16,7 @@ from lolcats.evaluation.store import AnswerStore
 from .conftest import DATA, choices, directly, run, sentence
 
 pytestmark = pytest.mark.usefixtures("one_process")
-VARIANTS = ["teacher", "training_free", "student", "window_only", "linear_only", "no_attention"]
+VARIANTS = ["teacher", "training_free", "equal_window", "student", "window_only", "linear_only", "no_attention"]
 
 
 @pytest.mark.slow

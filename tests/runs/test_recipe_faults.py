@@ -100,7 +100,7 @@ def test_a_failure_for_show_is_a_note(make_config: Make, monkeypatch: pytest.Mon
     folder = linearize(make_config())
     results = folder.results()
     assert results.complete is True and folder.has_model()
-    assert set(results.perplexity) == {"teacher", "student", "window_only", "linear_only"}
+    assert set(results.perplexity) == {"teacher", "equal_window", "student", "window_only", "linear_only"}
     assert results.notes["measurement of no_attention"] == "ZeroDivisionError: of a control"
     assert {"sample of the student", "sample of the teacher", "measurement of transfer"} <= set(results.notes)
     assert read_results(folder.model / "lolcats_results.json") == results

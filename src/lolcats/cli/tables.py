@@ -24,8 +24,9 @@ def console() -> Console:
 
 
 def number_table(words: Iterable[str | Column], numbers: Iterable[str]) -> Table:
-    """An empty table with columns for words, then columns for numbers."""
-    return Table(*words, *(Column(name, justify="right") for name in numbers), box=None, header_style="bold")
+    """An empty table with columns for words, then columns for numbers, whose headers break between words only."""
+    columns = (Column(n, justify="right", min_width=max(map(len, n.split()), default=0)) for n in numbers)
+    return Table(*words, *columns, box=None, header_style="bold")
 
 
 def say(out: Console, *parts: str) -> None:
