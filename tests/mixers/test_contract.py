@@ -46,6 +46,7 @@ EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 def make(name: str, settings: dict[str, Any], move: float = 0.3) -> Mixer:
     """A mixer in float64, its parameters away from their start."""
     values = LinearizationConfig(mixer=name, **settings).values()
+    torch.manual_seed(0)  # networks start at random
     mixer = build_mixer(name, SIZES, **values).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -214,6 +215,8 @@ def test_the_state_is_what_it_says_however_long_the_text(
 @torch.no_grad()
 def test_sums_are_float32_in_bfloat16(name: str, settings: dict[str, Any]) -> None:
     """The error is that of rounding the output, however long the text: at once, in parts and in steps."""
+    if settings.get("bits", 16) < 16:
+        pytest.skip("a number between two steps may be rounded to either, which costs more than rounding the output")
     mixer = make(name, settings)
     call = make_call(1, 300, torch.bfloat16)
     exact = replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), hidden=call.hidden.double())
