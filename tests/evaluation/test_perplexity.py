@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lolcats.evaluation import Variant, as_segments, measure
+from lolcats.evaluation import Variant, as_segments, measure, perplexity
 from lolcats.evaluation.perplexity import position_buckets
 
 Students = Callable[..., Any]
@@ -36,7 +36,7 @@ def test_perplexity_is_the_naive_one(
     last: int | None,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr("lolcats.training.losses.HEAD_CHUNK", chunk)
+    monkeypatch.setattr(perplexity, "HEAD_CHUNK", chunk)
     student, segments = make_student(window=5), tokens(5, 24)
     got = measure({"x": Variant(student)}, segments, last=last, batch_size=batch_size)["x"]
     losses = token_losses(student, segments)[:, -(last or 23) :]

@@ -321,6 +321,19 @@ def test_stage_1_reaches_the_mixer_alone(
         assert (p.grad is not None) == (parameter_name in added) == p.requires_grad, parameter_name
 
 
+def test_stage_1_reaches_all_of_it_where_texts_are_packed(
+    name: str, settings: dict[str, Any], make_student: Callable[..., Any], tokens: Callable[..., Tensor]
+) -> None:
+    """What learns from one text alone, as a learned score does, learns from one of these."""
+    student, ids = make_student(mixer=name, **settings), tokens()
+    documents = torch.tensor([[0] * 5 + [1] * 19, [0] * 20 + [-1] * 4])
+    index = torch.arange(24).expand(2, -1)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), documents, torch.where(documents == 1, index - 5, index))
+    stage = TransferStage(student, TransferConfig(tokens=48, compile=False))
+    stage.backward(batch, 1.0)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in stage.parameters().values())
+
+
 @torch.no_grad()
 def test_saved_and_loaded_is_the_same(
     name: str,

@@ -75,16 +75,6 @@ def test_logits_are_made_a_chunk_at_a_time(
     assert max(sizes) == 5
 
 
-def test_a_cpu_makes_few_logits_at_a_time(teacher: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = OutputHead(teacher)
-    assert losses.head_chunk(head, torch.device("cpu")) == losses.HEAD_CHUNK, "of a small vocabulary"
-    monkeypatch.setattr(head, "vocabulary", 49_152)
-    assert losses.head_chunk(head, torch.device("cpu")) == 85
-    assert losses.head_chunk(head, torch.device("cuda")) == losses.HEAD_CHUNK
-    monkeypatch.setattr(head, "vocabulary", 1 << 30)
-    assert losses.head_chunk(head, torch.device("cpu")) == 1
-
-
 def test_without_a_counted_token_the_loss_is_zero(teacher: LlamaForCausalLM) -> None:
     teacher.requires_grad_(False)
     hidden = torch.randn(1, 4, 36, requires_grad=True)

@@ -21,7 +21,7 @@ from lolcats.errors import DataError
 from lolcats.modeling.head import OutputHead
 from lolcats.models.context import context_limit
 from lolcats.models.vocabulary import check_token_ids
-from lolcats.training.losses import head_chunk
+from lolcats.training.losses import HEAD_CHUNK
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _token_scores(student: _States, ids: Tensor, teacher: _States | None) -> tup
     targets = ids[:, 1:].to(student.hidden.device)
     loss = torch.zeros(targets.shape, device=student.hidden.device)
     kl = torch.zeros_like(loss)
-    step = max(1, head_chunk(student.head, targets.device) // ids.shape[0])
+    step = max(1, HEAD_CHUNK // ids.shape[0])
     for begin in range(0, targets.shape[1], step):
         part = slice(begin, min(begin + step, targets.shape[1]))
         log_p = student.log_probabilities(part)

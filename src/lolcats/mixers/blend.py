@@ -17,6 +17,7 @@ y_near is softmax attention over sinks, window and kept pairs (`lolcats.ops.near
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,7 +29,7 @@ from lolcats.mixers.far import FarHalf, LinearFar
 from lolcats.mixers.recurrent import RecurrentFar
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.softmax import softmax_weights
-from lolcats.mixers.texts import find_texts, rows_of
+from lolcats.mixers.texts import find_texts, one_row, rows_of
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
 from lolcats.ops.near.quantize import PairCodec, key_range
 from lolcats.ops.near.selection import EMPTY
@@ -37,8 +38,6 @@ WIDEST_KEY = 16.0
 """Range of a key's channel before anything is known of it."""
 NOT_FAR = ("near_only", "window_only", "no_attention")
 """Modes that leave the far half out."""
-SCORED_ROWS = 1
-"""Texts of a batch from which the learned score learns: what it learns from is quadratic in their length."""
 
 
 class BlendState(NamedTuple):
@@ -247,14 +246,17 @@ class BlendMixer(Mixer):
         return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
 
     def side_loss(self, call: Call) -> Tensor | None:
-        """The error of a learned score, from `SCORED_ROWS` texts of the batch; padded and packed ones teach nothing."""
-        if self.score is None or call.segments is not None or call.padding is not None:
+        """The error of a learned score, from the first text of the batch; of packed or padded ones from the longest."""
+        if self.score is None:
             return None
-        rows = slice(0, SCORED_ROWS)
         _, k = self._for_far(call)
-        few = Call(call.q[rows], call.k[rows], call.v[rows], call.hidden[rows], call.scale, softcap=call.softcap,
-                   sink_logits=call.sink_logits)  # fmt: skip
-        return self.score.loss(few, k[rows], self.settings.window, partial(self._recall, k[rows], few, None))
+        texts = find_texts(call.padding, call.segments)
+        if texts is None:
+            few, k = one_row(call, 0), k[:1]
+        else:
+            one = texts.longest()
+            few, k = replace(rows_of(call, one), padding=None), one.take(k)
+        return self.score.loss(few, k, self.settings.window, partial(self._recall, k, few, None))
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
         """See `Mixer.empty_state`."""
@@ -285,9 +287,7 @@ class BlendMixer(Mixer):
             return
         total = torch.zeros(self.sizes.heads, device=device)
         for row in range(call.q.shape[0]):
-            one = Call(call.q[row : row + 1], call.k[row : row + 1], call.v[row : row + 1], call.hidden[row : row + 1],
-                       call.scale, softcap=call.softcap, sink_logits=call.sink_logits)  # fmt: skip
-            total += (softmax_weights(one)[0] * far).sum(-1)[:, queries].mean(-1)
+            total += (softmax_weights(one_row(call, row))[0] * far).sum(-1)[:, queries].mean(-1)
         self.share.bias.copy_((total / call.q.shape[0]).clamp(1e-4, 1 - 1e-4).logit())
 
     def widened(self, tokens: int) -> BlendMixer:

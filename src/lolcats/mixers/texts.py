@@ -30,6 +30,12 @@ class TextRows(NamedTuple):
         """x [B, h, N, d] -> [T, h, L, d]."""
         return x.transpose(1, 2)[self.row[:, None], self.token].transpose(1, 2)
 
+    def longest(self) -> TextRows:
+        """The longest text alone."""
+        at = self.lengths.argmax()[None]
+        token = self.token[at, : int(self.lengths[at])]
+        return TextRows(self.row[at], token, self.lengths[at], torch.zeros_like(at))
+
     def put_back(self, y: Tensor, tokens: int) -> Tensor:
         """y [T, h, L, d] -> [B, h, N, d], 0 where no text is."""
         real = torch.arange(y.shape[2], device=y.device) < self.lengths[:, None]
@@ -68,10 +74,14 @@ def _packed(segments: Tensor) -> TextRows:
     return TextRows(row, token.clamp(max=segments.shape[1] - 1), lengths, last)
 
 
-def rows_of(call: Call, texts: TextRows | None) -> Call:
+def one_row(call: Call, row: int) -> Call:
+    """One row of texts without padding; the rotation is left out."""
+    tensors = {name: getattr(call, name)[row : row + 1] for name in ("q", "k", "v", "hidden")}
+    return replace(call, **tensors, padding=None, segments=None, rotation=None)
+
+
+def rows_of(call: Call, texts: TextRows) -> Call:
     """The call with a text in each row and padding on the right only; the rotation is left out."""
-    if texts is None:
-        return call
     q, k, v = (texts.take(x) for x in (call.q, call.k, call.v))
     hidden = texts.take(call.hidden[:, None])[:, 0]
     real = torch.arange(q.shape[2], device=q.device) < texts.lengths[:, None]

@@ -73,7 +73,6 @@ class OutputHead:
         """Find the decoder, and how the family's logits come from its hidden states."""
         name = type(self.model).__name__
         self.decoder, output, logits = _watch(self.model)
-        self.vocabulary = logits.shape[-1]
         self._output_type = type(output)
         hidden = output.last_hidden_state
         self._alone = self._runs_alone(hidden)

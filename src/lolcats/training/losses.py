@@ -15,15 +15,6 @@ from lolcats.modeling.head import OutputHead
 
 HEAD_CHUNK = 2048
 """Tokens whose logits are in memory at once: 2048 x 49,152 float32 logits are 0.4 GB."""
-CPU_LOGITS = 1 << 22
-"""Logits that a CPU works on at once, float32 16 MB: more fall out of its caches, and get memory anew at each turn."""
-
-
-def head_chunk(head: OutputHead, device: torch.device) -> int:
-    """Tokens whose logits are made at once."""
-    if device.type != "cpu":
-        return HEAD_CHUNK
-    return max(1, min(HEAD_CHUNK, CPU_LOGITS // head.vocabulary))
 
 
 def output_error(student: Tensor, teacher: Tensor, document: Tensor | None) -> Tensor:
@@ -130,9 +121,8 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(2, device=rows.device)
         needs_grad = rows.requires_grad
         gradient = torch.zeros_like(rows) if needs_grad else None
-        step = head_chunk(head, rows.device)
-        for begin in range(0, rows.shape[0], step):
-            part = slice(begin, begin + step)
+        for begin in range(0, rows.shape[0], HEAD_CHUNK):
+            part = slice(begin, begin + HEAD_CHUNK)
             chunk = rows[part].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
                 reference = None if teacher is None else teacher._replace(hidden=teacher.hidden[part])

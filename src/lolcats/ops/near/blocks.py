@@ -9,7 +9,8 @@ So the key that leaves with query i is number i, and the window of query i ends 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -25,22 +26,8 @@ BLOCK = 128
 """Queries of a block; the kernels have the same."""
 
 
-class Kernels(Protocol):
-    """Computes the outputs of a call; see `kernels.launch.kernel_near`."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        spec: NearSpec,
-        chosen: Selection | None,
-        lengths: Tensor | None,
-        sink_logits: Tensor | None,
-        state: NearState | None,
-    ) -> Tensor:
-        """[B, H, N, Dv], 0 at padding."""
-        ...
+Kernels = Callable[..., Tensor]
+"""Computes the outputs of a call: `kernels.launch.kernel_near`."""
 
 
 class _Marks(NamedTuple):
