@@ -5,15 +5,15 @@ Legend: B batch, H query heads, KV key heads, N tokens, D key size, Dv value siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers.rotation import Rotation
+from lolcats.ops.types import map_state, state_tensors
 
 
 class Sizes(NamedTuple):
@@ -75,25 +75,6 @@ class State(Protocol):
     def length(self) -> Tensor:
         """[B] int64: tokens that the state stands for in each row, padding not counted."""
         ...
-
-
-S = TypeVar("S")
-
-
-def map_state(state: S, fn: Callable[[Tensor], Tensor]) -> S:
-    """The state with `fn` applied to each of its tensors."""
-    value: Any = state
-    if value is None or isinstance(value, Tensor):
-        new: Any = None if value is None else fn(value)
-        return new
-    return type(value)(*(map_state(part, fn) for part in value))
-
-
-def state_tensors(state: Any) -> list[Tensor]:
-    """Every tensor of a state, in a fixed order."""
-    found: list[Tensor] = []
-    map_state(state, lambda t: (found.append(t), t)[1])
-    return found
 
 
 def state_names(state: Any, prefix: str = "") -> list[str]:

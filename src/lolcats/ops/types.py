@@ -9,10 +9,28 @@ R ring slots (`window` when sliding, `2 * window` when terraced), s sinks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+S = TypeVar("S")
+
+
+def map_state(state: S, fn: Callable[[Tensor], Tensor]) -> S:
+    """A state, which is a tuple of tensors, of such tuples and of None, with `fn` applied to each of its tensors."""
+    value: Any = state
+    if value is None or isinstance(value, Tensor):
+        new: Any = None if value is None else fn(value)
+        return new
+    return type(value)(*(map_state(part, fn) for part in value))
+
+
+def state_tensors(state: Any) -> list[Tensor]:
+    """Every tensor of a state, in a fixed order."""
+    found: list[Tensor] = []
+    map_state(state, lambda t: (found.append(t), t)[1])
+    return found
 
 
 class HybridSpec(NamedTuple):
@@ -88,18 +106,11 @@ class HybridState(NamedTuple):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> HybridState:
         """Apply `fn` to every tensor (all have the batch as dimension 0) and return the new state."""
-        return HybridState(
-            LinearState(*(fn(t) for t in self.linear)),
-            WindowRing(*(None if t is None else fn(t) for t in self.window)),  # type: ignore[arg-type]
-            None if self.sinks is None else SinkKeys(*(fn(t) for t in self.sinks)),
-            fn(self.length),
-        )
+        return map_state(self, fn)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state, in a fixed order."""
-        found: list[Tensor] = []
-        self.map(lambda t: (found.append(t), t)[1])
-        return found
+        return state_tensors(self)
 
     @property
     def nbytes(self) -> int:

@@ -128,7 +128,8 @@ def _torch_step(
         return out, new
     is_real = active > 0
     out = torch.where(is_real[:, None, None, None], out, 0.0)
-    return out, _where(is_real, new, state)
+    before = iter(state.tensors())
+    return out, new.map(lambda t: torch.where(is_real.view(-1, *[1] * (t.ndim - 1)), t, next(before)))
 
 
 def _keep_leaving(state: NearState, spec: NearSpec) -> KeptPairs | None:
@@ -177,20 +178,3 @@ def _see(q: Tensor, state: NearState, spec: NearSpec, sink_logits: Tensor | None
     joined = torch.cat(k, 2).to(q.dtype), torch.cat(v, 2).to(q.dtype)
     out = attend(grouped, *joined, torch.cat(mask, -1)[:, :, None], spec, logits)
     return out.flatten(1, 2).to(q.dtype)
-
-
-def _where(is_real: Tensor, new: NearState, old: NearState) -> NearState:
-    """Rows of `new` where their token is real, else of `old`."""
-
-    def pick(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        if x is None or y is None:
-            return None
-        return torch.where(is_real.view(-1, *[1] * (x.ndim - 1)), x, y)
-
-    def pick_all(x: tuple[Tensor | None, ...] | None, y: tuple[Tensor | None, ...] | None) -> list[Tensor | None]:
-        return [pick(a, b) for a, b in zip(x or (), y or (), strict=True)]
-
-    ring = NearRing(*pick_all(new.ring, old.ring))  # type: ignore[arg-type]
-    sinks = None if new.sinks is None else SinkKeys(*pick_all(new.sinks, old.sinks))  # type: ignore[arg-type]
-    kept = None if new.kept is None else KeptPairs(*pick_all(new.kept, old.kept))  # type: ignore[arg-type]
-    return NearState(ring, sinks, kept, torch.where(is_real, new.length, old.length))

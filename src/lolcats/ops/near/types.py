@@ -6,11 +6,11 @@ Legend: B texts, KV key/value heads, D key size, Dv value size, w window, P kept
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lolcats.ops.types import SinkKeys
+from lolcats.ops.types import SinkKeys, map_state, state_tensors
 
 
 class NearSpec(NamedTuple):
@@ -63,21 +63,13 @@ class NearState(NamedTuple):
     length: Tensor
     """[B] int64: tokens seen of each text."""
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> NearState:
-        """The state with `change` applied to every tensor."""
-
-        def over(*tensors: Tensor | None) -> list[Any]:
-            return [x if x is None else change(x) for x in tensors]
-
-        ring = NearRing(*over(*self.ring))
-        sinks = None if self.sinks is None else SinkKeys(*over(*self.sinks))
-        kept = None if self.kept is None else KeptPairs(*over(*self.kept))
-        return NearState(ring, sinks, kept, change(self.length))
+    def map(self, fn: Callable[[Tensor], Tensor]) -> NearState:
+        """Apply `fn` to every tensor and return the new state."""
+        return map_state(self, fn)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in one order."""
-        parts = [*self.ring, *(self.sinks or ()), *(self.kept or ()), self.length]
-        return [x for x in parts if x is not None]
+        """Every tensor of the state, in a fixed order."""
+        return state_tensors(self)
 
 
 class NearOutput(NamedTuple):

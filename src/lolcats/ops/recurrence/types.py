@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lolcats.ops.types import map_state, state_tensors
+
 
 class RecurrentState(NamedTuple):
     """All that later tokens need to know of earlier ones."""
@@ -23,11 +25,11 @@ class RecurrentState(NamedTuple):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RecurrentState:
         """Apply `fn` to every tensor (all have the batch as dimension 0) and return the new state."""
-        return RecurrentState(fn(self.kv), None if self.k_sum is None else fn(self.k_sum), fn(self.length))
+        return map_state(self, fn)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state, in a fixed order."""
-        return [t for t in self if t is not None]
+        return state_tensors(self)
 
     @property
     def nbytes(self) -> int:
