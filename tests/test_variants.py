@@ -26,7 +26,7 @@ def test_controls_are_those_of_the_settings_and_of_earlier_versions() -> None:
 
 
 def test_labels() -> None:
-    assert label("window_only", "this model") == "this model without its linear half"
+    assert label("window_only", "this model") == "this model, window and sinks alone"
     assert label("student") == "student" and label("mine") == "mine"
     assert short_label("transfer") == "after transfer" and short_label("training_free") == "training free"
 

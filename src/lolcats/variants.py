@@ -32,7 +32,7 @@ VARIANTS = (
     VariantInfo("transfer", "after attention transfer", "full", "stage 1"),
     VariantInfo("student", "{student}", "full", "student"),
     VariantInfo("near_only", "{student} without its far half", "near_only", "student", True),
-    VariantInfo("window_only", "{student} without its linear half", "window_only", "student", True),
+    VariantInfo("window_only", "{student}, window and sinks alone", "window_only", "student", True),
     VariantInfo("linear_only", "{student} without its softmax half", "linear_only", "student", True),
     VariantInfo("no_attention", "{student} without attention", "no_attention", "student", True),
 )

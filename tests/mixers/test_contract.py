@@ -203,6 +203,8 @@ def test_the_state_is_what_it_says_however_long_the_text(
     mixer = make(name, settings).to(torch.float64 if dtype == torch.float64 else torch.float32)
     spec = mixer.state_spec(dtype)
     assert StateSpec.of(mixer.empty_state(3, dtype)) == spec
+    assert mixer.to_empty(device="meta").state_spec(dtype) == spec, "sizes are told of models without weights"
+    mixer = make(name, settings).to(torch.float64 if dtype == torch.float64 else torch.float32)
     assert spec.nbytes > 0 and len(set(spec.names)) == len(spec.names) == len(spec.shapes) == len(spec.dtypes)
     for tokens in (1, 3, 40):
         state = mixer(make_call(tokens=tokens, dtype=dtype), keep=True)[1]

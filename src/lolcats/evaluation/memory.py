@@ -19,6 +19,10 @@ PARTS = {"sinks": ("sinks",), "window": ("window", "ring"), "kept": ("kept",)}
 """Part of a state -> words of which one is in the names of its tensors; all others are "state"."""
 
 
+SMALLEST_PART = 0.05
+"""KV tokens below which a part is not told: the length of the text is one."""
+
+
 class LayerMemory(BaseModel):
     """One linearized layer."""
 
@@ -83,5 +87,5 @@ def _layer_memory(layer: LinearizedAttention, dtype: torch.dtype) -> LayerMemory
         parts[part] = parts.get(part, 0) + tensor_bytes
     return LayerMemory(
         layer=layer.layer_idx, bytes=spec.nbytes, kv_token_bytes=token, kv_tokens=round(spec.nbytes / token, 2),
-        parts={part: round(parts[part] / token, 2) for part in (*PARTS, "state") if parts.get(part)},
+        parts={p: round(parts[p] / token, 2) for p in (*PARTS, "state") if parts.get(p, 0) >= SMALLEST_PART * token},
     )  # fmt: skip

@@ -261,12 +261,14 @@ class BlendMixer(Mixer):
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
         """See `Mixer.empty_state`."""
         s = self.sizes
-        k, v = (
-            torch.zeros(rows, s.kv_heads, 1, size, dtype=dtype, device=device) for size in (s.head_dim, s.value_dim)
-        )
+        shape = (rows, s.kv_heads, 1)
+        k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (s.head_dim, s.value_dim))
         near = empty_near_state(k, v, self.settings)
+        if self.codec is not None:  # nobody reads these pairs, and the layer's own ranges may be on another device
+            nothing = torch.zeros(s.kv_heads, s.head_dim, device=device)
+            near = PairCodec(self.bits, nothing, nothing).encode_state(near)
         far = None if self.far is None else self.far.empty_state(rows, dtype, device)
-        return BlendState(near if self.codec is None else self.codec.encode_state(near), far)
+        return BlendState(near, far)
 
     @torch.no_grad()
     def start(self, call: Call, teacher: Tensor) -> None:
