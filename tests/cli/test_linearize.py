@@ -21,7 +21,7 @@ def test_run_shows_the_story_and_where_the_model_is(cli: Run, arguments: list[st
     """The table in its order, both generations, the folder and how to load it."""
     answer = cli(*arguments, "name=a")
     assert answer.code == 0, answer.err
-    rows = ["teacher (softmax)", "window + sinks", "after attention transfer", "after LoRA (student)", "linear half"]
+    rows = ["teacher (softmax)", "window + sinks", "after attention transfer", "after LoRA (student)", "sinks alone"]
     places = [answer.out.rindex(row) for row in rows]
     assert places == sorted(places)
     assert "ratio to teacher" in answer.out and "KL to teacher" in answer.out
