@@ -101,3 +101,14 @@ def test_another_layer_begins_from_its_own_defaults() -> None:
 def test_settings_that_blend_cannot_have(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("blend", [f"linearization.{word}"])
+
+
+def test_a_sum_that_only_grows_is_not_kept_in_bfloat16() -> None:
+    words = [f"linearization.{word}" for word in ("far=linear", "decay=none", "state_dtype=bfloat16")]
+    with pytest.raises(ConfigError, match="without decay grows with the text, which bfloat16 cannot hold; set a decay"):
+        load_config("blend", words)
+    assert (
+        load_config("blend", [words[0], words[2]])
+        .linearization.facts()["far"]
+        .endswith("one bfloat16 state per key head")
+    )

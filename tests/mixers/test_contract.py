@@ -35,6 +35,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         {"window": 2, "sinks": 1, "kept": {"pairs": 4, "score": "random"}, "decay": "none", "rotate_far": True},
         *({"window": 3, "far": far} for far in ("simple_gla", "mamba2", "gla", "hgrn2", "delta", "gated_delta", "kda")),
         {"window": 1, "feature_map": "elu", "kept": {"pairs": 2, "score": "recency"}},
+        {"window": 2, "far": "gated_delta", "state_dtype": "bfloat16"},
     ],
 }
 """Tiny settings of each mixer."""
@@ -231,7 +232,7 @@ def test_sums_are_float32_in_bfloat16(name: str, settings: dict[str, Any]) -> No
             step, state = mixer.step(part(call, slice(i, i + 1)), state)
             outs.append(step)
     error = (torch.cat(outs, 2).double() - expected).abs().max() / expected.abs().max()
-    assert float(error) < 2**-7
+    assert float(error) < (2**-6 if settings.get("state_dtype") == "bfloat16" else 2**-7)
 
 
 def test_the_start_is_finite_and_so_are_its_gradients(name: str, settings: dict[str, Any]) -> None:

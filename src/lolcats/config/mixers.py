@@ -78,7 +78,7 @@ class HybridConfig(LinearizationConfig):
     sinks: Near = 0  # first tokens of the text that always keep softmax attention
     state_heads: Literal["query", "kv"] = "query"  # one linear state per query head, or one per key/value head
     start: Literal["paper", "matched"] = "paper"
-    decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay a head
+    decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay per head
 
     @property
     def starts_from_text(self) -> bool:
@@ -138,6 +138,7 @@ class BlendConfig(LinearizationConfig):
     decay: Literal["none", "fixed", "gate"] = (
         "gate"  # of the far half (delta has none); gate: depends on the layer's input
     )
+    state_dtype: Literal["float32", "bfloat16"] = "float32"  # of the far state; it is computed with in float32
     bits: Literal[16, 8, 4] = 16  # of the numbers of stored pairs: window, sinks and kept pairs
     start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the range of keys in few bits
 
@@ -152,16 +153,19 @@ class BlendConfig(LinearizationConfig):
 
     def facts(self) -> dict[str, str]:
         """Near half, kept pairs and far half."""
+        heads = "query" if self.state_heads == "query" else "key"
         return {
             "near": f"window of {self.window} tokens and {self.sinks} sinks, {self.bits} bits",
-            "kept": f"{self.kept.pairs} pairs a key head, score {self.kept.score}" if self.kept.pairs else "no pairs",
-            "far": "none" if self.far == "none" else f"{self.far}, one state a {self.state_heads} head",
+            "kept": f"{self.kept.pairs} pairs per key head, score {self.kept.score}" if self.kept.pairs else "no pairs",
+            "far": "none" if self.far == "none" else f"{self.far}, one {self.state_dtype} state per {heads} head",
         }
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         if self.decay == "none" and self.far not in ("linear", "none", "delta"):
             raise ValueError(f"far {self.far} has a decay; set decay to fixed or gate")
+        if self.far == "linear" and self.decay == "none" and self.state_dtype == "bfloat16":
+            raise ValueError("a far state without decay grows with the text, which bfloat16 cannot hold; set a decay")
         if self.kept.pairs and self.kept.score == "learned" and self.kept.recall_error and self.far == "none":
             raise ValueError("kept.recall_error is the error of the far half, and far is none; set it to false")
         if self.kept.pairs and self.kept.score == "self_recall" and self.far == "none":

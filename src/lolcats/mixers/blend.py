@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
-from lolcats.mixers.far import FarHalf, LinearFar
+from lolcats.mixers.far import FarHalf, HalvedState, LinearFar
 from lolcats.mixers.recurrent import RecurrentFar
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.softmax import softmax_weights
@@ -111,6 +111,7 @@ class BlendMixer(Mixer):
         feature_size: int | None,
         state_heads: str,
         decay: str,
+        state_dtype: str,
         bits: int,
     ) -> BlendMixer:
         """The layer from the values of its settings."""
@@ -119,6 +120,8 @@ class BlendMixer(Mixer):
             half = LinearFar(sizes, feature_map, feature_size, state_heads, decay, impl)
         elif far != "none":
             half = RecurrentFar(sizes, far, feature_size, state_heads, decay == "gate", impl)
+        if half is not None and state_dtype == "bfloat16":
+            half = HalvedState(half)
         rules = {name: kept[name] for name in ("mix", "fade", "recall_error")}
         score = KeyScores(sizes, kept["score"], **rules) if kept["pairs"] else None
         spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)

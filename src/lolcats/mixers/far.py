@@ -14,6 +14,8 @@ from lolcats.mixers.base import Sizes
 from lolcats.mixers.decay import Decay
 from lolcats.mixers.feature_maps import build_feature_map, map_weights
 from lolcats.ops import HybridSpec, HybridState, LinearState, WindowRing, hybrid_attention, resolve_impl
+from lolcats.ops.rounding import to_bfloat16
+from lolcats.ops.types import map_state
 
 PLAIN = HybridSpec(window=0)
 """`hybrid_attention` without a softmax half is linear attention."""
@@ -41,6 +43,41 @@ class FarHalf(nn.Module):
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Any:
         """Before any token; float32, in a model of float64 float64."""
         raise NotImplementedError
+
+
+class HalvedState(FarHalf):
+    """A far half whose state is kept in bfloat16 between calls, and computed with in float32.
+
+    Args:
+        inner: the far half itself. In a model of float64 its state stays as it is.
+    """
+
+    def __init__(self, inner: FarHalf) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: Any, keep: bool
+    ) -> tuple[Tensor, Any]:
+        """See `FarHalf.forward`."""
+        out, state = self.inner(q, k, v, hidden, real, _widened(state), keep)
+        return out, _narrowed(state)
+
+    def recall(self, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: Any) -> Tensor:
+        """See `FarHalf.recall`."""
+        return self.inner.recall(k, v, hidden, real, _widened(state))
+
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """See `FarHalf.empty_state`."""
+        return _narrowed(self.inner.empty_state(rows, dtype, device))
+
+
+def _widened(state: Any) -> Any:
+    return map_state(state, lambda t: t.float() if t.dtype == torch.bfloat16 else t)
+
+
+def _narrowed(state: Any) -> Any:
+    return map_state(state, lambda t: to_bfloat16(t) if t.dtype == torch.float32 else t)
 
 
 class LinearFar(FarHalf):
