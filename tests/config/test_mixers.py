@@ -112,3 +112,10 @@ def test_a_sum_that_only_grows_is_not_kept_in_bfloat16() -> None:
         .linearization.facts()["far"]
         .endswith("one bfloat16 state per key head")
     )
+
+
+def test_a_learned_score_needs_its_stage() -> None:
+    with pytest.raises(ConfigError, match=r"kept.score learned is trained in the first stage, and transfer.enabled is"):
+        load_config("blend", ["transfer.enabled=false"])
+    for words in (["linearization.kept.score=recency"], ["linearization.kept.pairs=0"]):
+        load_config("blend", ["transfer.enabled=false", *words])

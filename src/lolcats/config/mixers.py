@@ -37,6 +37,11 @@ class LinearizationConfig(Section):
         """Whether conversion needs a batch of text, from which the layers' parameters are set."""
         return False
 
+    @property
+    def learns_in_transfer(self) -> bool:
+        """Whether a part of the layer learns in the first stage only, and is of no use without it."""
+        return False
+
     def values(self) -> dict[str, Any]:
         """The settings of the layer itself, by name."""
         return self.model_dump(exclude=set(self.around))
@@ -146,6 +151,11 @@ class BlendConfig(LinearizationConfig):
     def starts_from_text(self) -> bool:
         """Whether the start is the matched one, and there is something to match."""
         return self.start == "matched" and (self.far != "none" or self.bits < 16)
+
+    @property
+    def learns_in_transfer(self) -> bool:
+        """Whether kept pairs are chosen by a learned score."""
+        return self.kept.pairs > 0 and self.kept.score == "learned"
 
     def without_text(self) -> Self:
         """The same layers with the plain start."""

@@ -59,6 +59,15 @@ class RunConfig(Section):
             raise ValueError(f"finetune.method full cannot train weights of {self.quantization}; use lora")
         return self
 
+    @model_validator(mode="after")
+    def _check_score(self) -> Self:
+        if self.linearization.learns_in_transfer and not self.transfer.enabled:
+            raise ValueError(
+                "linearization.kept.score learned is trained in the first stage, and transfer.enabled is false; enable "
+                "it, or choose another score"
+            )
+        return self
+
     @field_validator("linearization", "data", "transfer", "finetune", "evaluation", mode="before")
     @classmethod
     def _read_empty_section(cls, value: object) -> object:
