@@ -21,7 +21,13 @@ from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, WindowRing
 
 SHARED_MEMORY = 232_448  # bytes of a block on an H100
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages")
 
 

@@ -13,6 +13,7 @@ from compile_kernels import compile_launch  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
 from lolcats.ops.near.kernels import decode, launch
+from lolcats.ops.near.quantize import BITS, PairCodec
 from lolcats.ops.near.types import NearSpec
 
 
@@ -45,6 +46,10 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
         state = empty_near_state(k, k, spec)
         q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)
         decode.decode_step(q, k, k, state, spec, score, lengths, torch.empty(heads), lengths)
+        for bits in BITS:
+            codec = PairCodec(bits, torch.zeros(kv_heads, size), torch.ones(kv_heads, size))
+            stored = codec.encode(k, k)
+            decode.decode_step(q, *stored, codec.encode_state(state), spec, score, lengths, None, lengths, codec)
     return [problem for problem in problems if problem]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
+from lolcats.ops.near.quantize import PairCodec
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,6 +95,27 @@ def test_the_step_in_torch(spec: NearSpec, start: int, end: int) -> None:
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         assert_same(fused, plain)
     assert addresses == [t.data_ptr() for t in fused.tensors()]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_pairs_in_fewer_bits(bits: int) -> None:
+    """As in torch, byte by byte; in a pool too, of which one row has no text."""
+    x = texts(14)
+    x = x._replace(v=x.v[..., :14])
+    codec = PairCodec(bits, *torch.tensor([[-2.0], [2.5]], device=DEVICE).expand(2, 20)[:, None])
+    spec = NearSpec(4, 2, 3, softcap=2.0)
+    plain = codec.encode_state(empty_near_state(x.k, x.v, spec))
+    pool = plain.map(lambda t: torch.cat([t, t]))
+    places = torch.tensor([5, 0, 3], device=DEVICE)
+    for i in range(14):
+        held = torch.arange(3, device=DEVICE) != i % 5
+        want, plain = x.step(i, plain, spec, active=held, impl="chunked", codec=codec)
+        indices = torch.where(held, places, -1)
+        got, _ = x.step(i, pool, spec, impl="triton", codec=codec, state_indices=indices)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        found = _ordered(pool.map(lambda t: t[places]))
+        assert all(torch.equal(a, b) for a, b in zip(found, _ordered(plain), strict=True))
 
 
 @pytest.mark.parametrize("impl", ["triton", "chunked"])

@@ -79,6 +79,11 @@ class PairCodec(NamedTuple):
         """The state with its pairs in `dtype`."""
         return _with_pairs(state, lambda k, v: self.decode(k, v, dtype))
 
+    def key_steps(self) -> tuple[Tensor, Tensor]:
+        """Least number and step of each channel of the keys, [KV, D] float32."""
+        low, step = self._range(torch.empty(0, dtype=torch.float32))
+        return low[:, 0], step[:, 0]
+
     def _range(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Least number and step of each channel, [KV, 1, D]."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

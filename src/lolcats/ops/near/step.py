@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.hybrid.layout import take_tokens
 from lolcats.ops.near.attend import attend
 from lolcats.ops.near.quantize import PairCodec
@@ -45,7 +44,7 @@ def near_step(
             rows are read, and they are changed in place. -1 is a row without a text: its output is 0.
         donate: the caller has no more use for `state`, so that its memory may become that of the new one. The kernel
             then works in place; else it works on a copy.
-        codec: of the pairs in the state, as in `near_attention`; the step is then the one in torch.
+        codec: of the pairs in the state, as in `near_attention`.
         impl: "triton" is the kernel; "auto" is the kernel on a GPU where it can run, in code that keeps no gradients;
             every other name is the step in torch.
 
@@ -57,15 +56,14 @@ def near_step(
     """
     decode = None
     if codec is not None:
-        expect(impl != "triton", "the step in torch for pairs in fewer bits (impl 'auto')", repr(impl))
         k, v = codec.encode(k, v)
     eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if codec is None and (impl == "triton" or (impl == "auto" and eager)):
-        decode = _kernel(impl, q, k, v, state, state_indices, sink_logits)
+    if impl == "triton" or (impl == "auto" and eager):
+        decode = _kernel(impl, q, k, v, state, state_indices, sink_logits, codec)
     if decode is not None:
         if state_indices is None:
             state = state.map(lambda t: t.contiguous() if donate else t.clone(memory_format=torch.contiguous_format))
-        return decode(q, k, v, state, spec, score, active, sink_logits, state_indices), state
+        return decode(q, k, v, state, spec, score, active, sink_logits, state_indices, codec), state
     if state_indices is None:
         return _torch_step(q, k, v, state, spec, score, active, sink_logits, codec)
     held = state_indices >= 0
@@ -87,6 +85,7 @@ def _kernel(
     state: NearState,
     state_indices: Tensor | None,
     sink_logits: Tensor | None,
+    codec: PairCodec | None,
 ) -> Callable[..., Tensor] | None:
     """The kernel of a step, or None where it cannot run and is not asked for by name."""
     reason = "it needs the package triton, which is not installed here"
@@ -94,7 +93,7 @@ def _kernel(
         # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
         from lolcats.ops.near.kernels.decode import decode_step, step_refusal
 
-        reason = step_refusal(q, k, v, state, state_indices is not None, sink_logits)
+        reason = step_refusal(q, k, v, state, state_indices is not None, sink_logits, codec)
         if reason is None:
             return decode_step
     if impl == "triton":

@@ -10,7 +10,8 @@ counts the token afterwards: all programs of a text read the length. With `indic
 text b has row indices[b], or none (-1).
 
 Shapes: q, out [B, H, D or Dv]; ring [rows, KV, w, .], kept [rows, KV, P, .], sinks [rows, KV, s, .].
-Bytes: the state once read, KV (w + P + s) (D + Dv) numbers a text.
+Bytes: the state once read, KV (w + P + s) (D + Dv) numbers per text. Numbers of 8 or 4 bits (`PairCodec`) are decoded
+in registers, and pairs move from place to place as the bytes that they are.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -30,6 +31,7 @@ from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, prec
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile
 from lolcats.ops.near.kernels.launch import device_of, refusal
 from lolcats.ops.near.kernels.tiles import capped
+from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.types import NearSpec, NearState
 
 LARGEST_PAIRS = 4096
@@ -39,21 +41,61 @@ KEYS = 64
 
 
 @triton.jit
-def load_slots(
-    base, first, count, entering, new, size: tl.constexpr, block: tl.constexpr, K: tl.constexpr
+def read_numbers(
+    base, slot, inside, width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """Slots from `first` on of [count, size] as a tile, and `new` [block] where `entering` [K]."""
-    tile = load_tile(base, size, first, count, 0, K, size, block).to(new.dtype)
-    return tl.where(entering[:, None], new[None, :], tile)
+    """What is stored in `slot` [K] of rows of `width` as a tile [K, block]; of packed numbers their codes."""
+    column = tl.arange(0, block)
+    mask = inside[:, None] & (column < size)[None, :]
+    if BITS == 4:
+        packed = tl.load(base + slot[:, None] * width + (column // 2)[None, :], mask=mask, other=0).to(tl.int32)
+        tile = (packed >> ((column % 2) * 4)[None, :]) & 15
+    else:
+        tile = tl.load(base + slot[:, None] * width + column[None, :], mask=mask, other=0)
+    return tile
+
+
+@triton.jit
+def read_float16(base, inside):
+    """The float16 whose two bytes are at `base` [K] of bytes, as float32."""
+    low = tl.load(base, mask=inside, other=0).to(tl.int16)
+    high = tl.load(base + 1, mask=inside, other=0).to(tl.int16)
+    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def read_keys(
+    base, slot, inside, least, step, like,
+    width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Keys of `slot` [K], in the dtype of `like`; least and step [block] are those of the channels."""
+    tile = read_numbers(base, slot, inside, width, size, block, BITS)
+    if BITS < 16:
+        tile = least[None, :] + tile.to(tl.float32) * step[None, :]
+    return tile.to(like.dtype)
+
+
+@triton.jit
+def read_values(
+    base, slot, inside, like, width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """Values of `slot` [K], in the dtype of `like`; least number and step of a token are its last four bytes."""
+    tile = read_numbers(base, slot, inside, width, size, block, BITS)
+    if BITS < 16:
+        ends = base + slot * width + width - 4
+        least, step = read_float16(ends, inside), read_float16(ends + 2, inside)
+        tile = least[:, None] + tile.to(tl.float32) * step[:, None]
+    return tile.to(like.dtype)
 
 
 @triton.jit
 def near_decode(
     q, k, v, score, sink_logits, active, indices, length,
-    ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, sink_k, sink_v, out,
+    ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, sink_k, sink_v, least, steps, out,
     q_b, q_h, k_b, k_h, v_b, v_h, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    BITS: tl.constexpr, WK: tl.constexpr, BWK: tl.constexpr, WV: tl.constexpr, BWV: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr,
     SOFTCAP: tl.constexpr, LEARNED: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
     PRECISION: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
@@ -66,16 +108,24 @@ def near_decode(
         return
     now = tl.load(length + text).to(tl.int32)
     own = now % WINDOW  # slot of the new token, so far of the oldest
-    dtype = v.dtype.element_ty
     pair = text * KV_HEADS + kv_head
-    d = tl.arange(0, BD)
-    column = tl.arange(0, BV)
     g = tl.arange(0, BG)
-    ring_k += pair * WINDOW * D
-    ring_v += pair * WINDOW * DV
-    k_new = tl.load(k + batch * k_b + kv_head * k_h + d, mask=d < D, other=0.0).to(dtype)
-    v_new = tl.load(v + batch * v_b + kv_head * v_h + column, mask=column < DV, other=0.0)
+    kc = tl.arange(0, BWK)
+    vc = tl.arange(0, BWV)
+    one = tl.arange(0, 1)
+    ring_k += pair * WINDOW * WK
+    ring_v += pair * WINDOW * WV
+    k += batch * k_b + kv_head * k_h
+    v += batch * v_b + kv_head * v_h
     q_tile = load_tile(q + batch * q_b + kv_head * GROUP * q_h, q_h, 0, GROUP, 0, BG, D, BD)
+    low = tl.zeros((BD,), tl.float32)
+    step = low
+    if BITS < 16:
+        channel = tl.arange(0, BD)
+        low = tl.load(least + kv_head * D + channel, mask=channel < D, other=0.0)
+        step = tl.load(steps + kv_head * D + channel, mask=channel < D, other=0.0)
+    k_new = read_keys(k, one, one < 1, low, step, q_tile, WK, D, BD, BITS)
+    v_new = read_values(v, one, one < 1, q_tile, WV, DV, BV, BITS)
     top = tl.full((BG,), -float("inf"), tl.float32)
     denominator = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BV), tl.float32)
@@ -84,16 +134,18 @@ def near_decode(
         denominator += 1.0
     if SINKS > 0:
         sink = tl.arange(0, BS)
-        sink_k += pair * SINKS * D
-        sink_v += pair * SINKS * DV
-        sk = load_slots(sink_k, 0, SINKS, sink == now, k_new, D, BD, BS)
-        sv = load_slots(sink_v, 0, SINKS, sink == now, v_new, DV, BV, BS)
+        sink_k += pair * SINKS * WK
+        sink_v += pair * SINKS * WV
+        sk = read_keys(sink_k, sink, sink < SINKS, low, step, q_tile, WK, D, BD, BITS)
+        sk = tl.where((sink == now)[:, None], k_new, sk)
+        sv = read_values(sink_v, sink, sink < SINKS, q_tile, WV, DV, BV, BITS)
+        sv = tl.where((sink == now)[:, None], v_new, sv)
         sink_scores = capped(tl.dot(q_tile, tl.trans(sk), input_precision=PRECISION), scale, SOFTCAP)
         sink_scores = tl.where(((sink <= now) & (sink < SINKS))[None, :], sink_scores, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
     if PAIRS > 0:
-        kept_k += pair * PAIRS * D
-        kept_v += pair * PAIRS * DV
+        kept_k += pair * PAIRS * WK
+        kept_v += pair * PAIRS * WV
         kept_score += pair * PAIRS
         ring_score += pair * WINDOW
         place = tl.arange(0, BP)
@@ -102,50 +154,66 @@ def near_decode(
         left = tl.load(ring_score + own)
         enters = (now - WINDOW >= SINKS) & (left > lowest)
         worst = tl.min(tl.where(marks == lowest, place, BP), 0)
-        k_left = tl.load(ring_k + own * D + d, mask=d < D, other=0.0).to(dtype)
-        v_left = tl.load(ring_v + own * DV + column, mask=column < DV, other=0.0).to(dtype)
+        k_left = read_keys(ring_k, own + one, one < 1, low, step, q_tile, WK, D, BD, BITS)
+        v_left = read_values(ring_v, own + one, one < 1, q_tile, WV, DV, BV, BITS)
         for first in tl.range(0, PAIRS, K, num_stages=STAGES):
             slot = first + tl.arange(0, K)
             entering = (slot == worst) & enters
             mark = tl.load(kept_score + slot, mask=slot < PAIRS, other=-float("inf"))
-            keys = load_slots(kept_k, first, PAIRS, entering, k_left, D, BD, K)
-            values = load_slots(kept_v, first, PAIRS, entering, v_left, DV, BV, K)
+            keys = read_keys(kept_k, slot, slot < PAIRS, low, step, q_tile, WK, D, BD, BITS)
+            keys = tl.where(entering[:, None], k_left, keys)
+            values = read_values(kept_v, slot, slot < PAIRS, q_tile, WV, DV, BV, BITS)
+            values = tl.where(entering[:, None], v_left, values)
             s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
             s = tl.where(((mark > -float("inf")) | entering)[None, :], s, -float("inf"))
             top, denominator, acc = add_softmax(top, denominator, acc, s, values, PRECISION)
     for first in tl.range(0, WINDOW, K, num_stages=STAGES):
         slot = first + tl.arange(0, K)
         position, inside = ring_positions(now, slot, WINDOW, False, WINDOW)
-        keys = load_slots(ring_k, first, WINDOW, slot == own, k_new, D, BD, K)
-        values = load_slots(ring_v, first, WINDOW, slot == own, v_new, DV, BV, K)
+        keys = read_keys(ring_k, slot, slot < WINDOW, low, step, q_tile, WK, D, BD, BITS)
+        keys = tl.where((slot == own)[:, None], k_new, keys)
+        values = read_values(ring_v, slot, slot < WINDOW, q_tile, WV, DV, BV, BITS)
+        values = tl.where((slot == own)[:, None], v_new, values)
         s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
         s = tl.where((inside & (position >= SINKS))[None, :], s, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, s, values, PRECISION)
     to = out + (batch * KV_HEADS + kv_head) * GROUP * DV
     store_tile(to, DV, 0, GROUP, 0, acc / denominator[:, None], BG, DV, BV)
 
+    k_stored = tl.load(k + kc, mask=kc < WK, other=0)
+    v_stored = tl.load(v + vc, mask=vc < WV, other=0)
+    if PAIRS > 0:
+        k_moved = tl.load(ring_k + own * WK + kc, mask=kc < WK, other=0)
+        v_moved = tl.load(ring_v + own * WV + vc, mask=vc < WV, other=0)
     tl.debug_barrier()  # all is read before anything is written
-    tl.store(ring_k + own * D + d, k_new, mask=d < D)
-    tl.store(ring_v + own * DV + column, v_new, mask=column < DV)
+    tl.store(ring_k + own * WK + kc, k_stored, mask=kc < WK)
+    tl.store(ring_v + own * WV + vc, v_stored, mask=vc < WV)
     if SINKS > 0:
-        tl.store(sink_k + now * D + d, k_new, mask=d < tl.where(now < SINKS, D, 0))
-        tl.store(sink_v + now * DV + column, v_new, mask=column < tl.where(now < SINKS, DV, 0))
+        tl.store(sink_k + now * WK + kc, k_stored, mask=kc < tl.where(now < SINKS, WK, 0))
+        tl.store(sink_v + now * WV + vc, v_stored, mask=vc < tl.where(now < SINKS, WV, 0))
     if PAIRS > 0:
         tl.store(ring_score + own, tl.load(score + batch * KV_HEADS + kv_head))
-        tl.store(kept_k + worst * D + d, k_left, mask=d < tl.where(enters, D, 0))
-        tl.store(kept_v + worst * DV + column, v_left, mask=column < tl.where(enters, DV, 0))
+        tl.store(kept_k + worst * WK + kc, k_moved, mask=kc < tl.where(enters, WK, 0))
+        tl.store(kept_v + worst * WV + vc, v_moved, mask=vc < tl.where(enters, WV, 0))
         tl.store(kept_score + worst, left, mask=enters)
 
 
 def step_refusal(
-    q: Tensor, k: Tensor, v: Tensor, state: NearState, in_pool: bool, sink_logits: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: NearState,
+    in_pool: bool,
+    sink_logits: Tensor | None,
+    codec: PairCodec | None = None,
 ) -> str | None:
     """Why `decode_step` does not take a call, or None."""
-    if (reason := refusal(q, k, v, False, sink_logits)) is not None:
+    numbers = (q, k, v) if codec is None else (q, q, q[..., :1].expand(*q.shape[:3], value_size(v, codec)))
+    if (reason := refusal(*numbers, False, sink_logits)) is not None:
         return reason
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sink_logits) if x is not None):
         return "it gives no gradients; decode under torch.no_grad()"
-    if q.dtype != v.dtype:
+    if codec is None and q.dtype != v.dtype:
         return f"it takes queries and values of one dtype; got {q.dtype} and {v.dtype}"
     if state.kept is not None:
         if state.kept.score.dtype != torch.float32:
@@ -155,6 +223,11 @@ def step_refusal(
     if in_pool and not all(t.is_contiguous() for t in state.tensors()):
         return "it needs a pool of contiguous tensors"
     return None
+
+
+def value_size(v: Tensor, codec: PairCodec | None) -> int:
+    """Dv of values as they are stored."""
+    return v.shape[3] if codec is None else (v.shape[3] - 4) * 8 // codec.bits
 
 
 def decode_step(
@@ -167,13 +240,18 @@ def decode_step(
     active: Tensor | None = None,
     sink_logits: Tensor | None = None,
     state_indices: Tensor | None = None,
+    codec: PairCodec | None = None,
 ) -> Tensor:
-    """`near_step` with contiguous tensors in `state`, which are changed in place; returns the output [B, H, 1, Dv]."""
-    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
+    """`near_step` with contiguous tensors in `state`, which are changed in place; returns the output [B, H, 1, Dv].
+
+    With a codec k and v are bytes, as it encodes them.
+    """
+    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], value_size(v, codec)
+    least, steps = (None, None) if codec is None else (x.contiguous() for x in codec.key_steps())
     ring, sinks, kept = state.ring, state.sinks, state.kept
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     make = torch.empty if active is None and state_indices is None else torch.zeros
-    out = make(batch, heads, 1, dv, dtype=v.dtype, device=v.device)
+    out = make(batch, heads, 1, dv, dtype=q.dtype, device=q.device)
     score = None if score is None else score.float().contiguous()
     # `active` is often a column of a wide mask.
     active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
@@ -181,13 +259,16 @@ def decode_step(
     with device_of(v):
         on(near_decode, (batch, kv_heads))(
             q, k, v, either(score, q), either(sink_logits, q), either(active, q), either(indices, q), state.length,
-            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q)), *(sinks or (q, q)), out,
+            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q)), *(sinks or (q, q)), either(least, q),
+            either(steps, q), out,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), spec.product_scale(size),
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=padded(heads // kv_heads), D=size,
-            BD=max(SMALLEST, padded(size)), DV=dv, BV=max(SMALLEST, padded(dv)), WINDOW=spec.window,
+            BD=max(SMALLEST, padded(size)), DV=dv, BV=max(SMALLEST, padded(dv)),
+            BITS=16 if codec is None else codec.bits, WK=k.shape[3], BWK=padded(k.shape[3]), WV=v.shape[3],
+            BWV=padded(v.shape[3]), WINDOW=spec.window,
             SINKS=spec.sinks, BS=padded(spec.sinks), PAIRS=spec.pairs, BP=padded(spec.pairs),
             SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, **flags,
-            PRECISION=precision(v.dtype), K=KEYS, STAGES=3 if v.element_size() == 2 else 1, num_warps=4,
+            PRECISION=precision(q.dtype), K=KEYS, STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
         )  # fmt: skip
         on(advance_kernel, (batch,))(state.length, either(active, q), either(indices, q), **flags, num_warps=1)
     return out
