@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lolcats.config import DataConfig
-from lolcats.data import PackedDataset, build_datasets, epoch_order
+from lolcats.data import PackedDataset, build_datasets, epoch_order, long_texts
 from lolcats.data.packing import EncodedDocument, encode, pack, read_documents, tokens_file
 from lolcats.data.sources import Record
 from lolcats.errors import DataError
@@ -285,3 +285,52 @@ def test_epoch_order_is_a_permutation_that_depends_on_everything():
     assert order.tolist() == epoch_order(50, 0, 7).tolist()
     assert order.tolist() != epoch_order(50, 1, 7).tolist()
     assert order.tolist() != epoch_order(50, 0, 8).tolist()
+
+
+# long texts
+
+
+@pytest.mark.parametrize(
+    ("packing", "follows"),
+    [
+        # 12 tokens, 13, 5, 10, in sequences of 4: the stream has them at 0-12, 12-25, 25-30, 30-40.
+        ("stream", [0, 1, 1, 0, 1, 1, 0, 0, 0, 1]),
+        # Pieces of 4, 4, 4 | 4, 4, 4, 1 | 4, 1 | 4, 4, 2; the last ones share a sequence.
+        ("documents", [0, 1, 1, 0, 1, 1, 0, 0, 0, 1]),
+    ],
+)
+def test_sequences_that_go_on_in_one_document_are_known(packing, follows):
+    packed = pack(documents(12, 13, 5, 10), 4, packing, pad_id=9)
+    assert packed.follows is not None
+    assert packed.follows.astype(int).tolist() == follows
+    for row in np.flatnonzero(packed.follows):
+        joined = packed.ids[row - 1 : row + 1].reshape(-1)
+        assert joined.tolist() == list(range(joined[0], joined[0] + 8))
+
+
+def test_long_texts_do_not_overlap():
+    packed = pack(documents(12, 13, 5, 10), 4, "stream", pad_id=9)
+    assert long_texts(packed, 3).tolist() == [0, 3]
+    assert long_texts(packed, 2).tolist() == [0, 3, 8]
+    assert long_texts(packed[1:], 2).tolist() == [0, 2, 7]
+    assert len(long_texts(packed, 4)) == 0
+
+
+def test_torn_sequences_make_no_long_texts():
+    packed = pack(documents(12, 13, 5, 10), 4, "stream", pad_id=9)
+    assert len(long_texts(packed[np.arange(10)], 2)) == len(long_texts(packed[::2], 2)) == 0
+    assert len(long_texts(PackedDataset(packed.ids, packed.loss_mask, packed.document), 2)) == 0
+
+
+def test_long_texts_of_data_on_disk_are_the_same(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
+    for packing in ("stream", "documents"):
+        here = pack(documents(*lengths), 8, packing, pad_id=9)
+        with monkeypatch.context() as patch:
+            patch.setattr("lolcats.data.packing.IN_MEMORY", 0)
+            there = pack(documents(*lengths), 8, packing, pad_id=9)
+        assert not isinstance(there.ids, np.ndarray)
+        assert long_texts(here, 3).tolist() == long_texts(there, 3).tolist() != []
+        for first in long_texts(here, 3):
+            text = here.ids[first : first + 3].reshape(-1)
+            assert np.array_equal(text, np.arange(text[0], text[0] + 24))

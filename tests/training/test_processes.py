@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lolcats import LinearizationConfig, TrainingData, convert, finetune_lora, transfer_attention
 from lolcats.config import FinetuneConfig, TransferConfig
 from lolcats.data import PackedDataset
+from tiny import TEXT, train_tokenizer
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -39,9 +40,22 @@ data = TrainingData(*sets)
 common = {"tokens": 16 * 4 * 4, "batch_size": 4, "warmup_steps": 0, "validate_every": 1}
 transfer_attention(model, data, TransferConfig(compile=False, **common))
 finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, **common))
+long = LlamaForCausalLM(LlamaConfig(
+    vocab_size=300, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, initializer_range=0.3, pad_token_id=0)).eval()
+convert(long, LinearizationConfig(window=4))
+ids = np.random.default_rng(0).integers(3, 300, (10, 160)).astype(np.int32)
+follows = np.array([0, 1, 1, 1, 0, 1, 0, 1], bool)
+sets = [PackedDataset(x, np.ones(x.shape, bool), np.zeros(x.shape, np.int32), f)
+        for x, f in ((ids[:8], follows), (ids[8:], None))]
+data = TrainingData(*sets, tokenizer=train_tokenizer([TEXT]))
+common["tokens"] *= 10
+finetune_lora(long, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, recall={"share": 0.5},
+                                         passing={"share": 0.5, "chunks": 2}, **common))
 state = PartialState()
 state.wait_for_everyone()
-weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+both = {"short": model, "long": long}
+weights = {f"{name}.{k}": v.contiguous() for name, x in both.items() for k, v in x.state_dict().items()}
 save_file(weights, f"{sys.argv[1]}/{state.num_processes}-{state.process_index}")
 state.destroy_process_group()
 """

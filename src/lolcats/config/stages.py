@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from lolcats.config.curriculum import FinetuneRecall, PassingConfig, TransferRecall
 from lolcats.config.fields import Count, Factor, Names, Positive, Rate, Rows, Section, Tokens, Width
 
 
@@ -53,6 +54,7 @@ class TransferConfig(OptimConfig):
     mse_factor: Factor = 1000.0  # weight of the error of head outputs
     xent_factor: Factor = 0.0  # weight of the cross-entropy between attention weights (memory grows with length^2)
     target: Literal["hybrid", "linear"] = "hybrid"  # which output is compared: with the window, or the linear half
+    recall: TransferRecall = Field(default_factory=TransferRecall)
 
 
 class FinetuneConfig(OptimConfig):
@@ -71,3 +73,14 @@ class FinetuneConfig(OptimConfig):
     kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits
     mask_prompt: bool = False  # count the loss only on responses
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
+    passing: PassingConfig = Field(default_factory=PassingConfig)
+    recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
+
+    @model_validator(mode="after")
+    def _check_passing(self) -> Self:
+        if self.passing.share and self.batch_size % self.passing.chunks:
+            raise ValueError(
+                f"passing.chunks {self.passing.chunks} must divide batch_size {self.batch_size}: a step reads the "
+                "same number of tokens in longer texts"
+            )
+        return self

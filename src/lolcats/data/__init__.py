@@ -5,6 +5,7 @@ from lolcats.data.build import check_sources as check_sources
 from lolcats.data.build import local_names as local_names
 from lolcats.data.packing import PackedDataset as PackedDataset
 from lolcats.data.packing import epoch_order as epoch_order
+from lolcats.data.packing import long_texts as long_texts
 from lolcats.data.passkey import PasskeySample as PasskeySample
 from lolcats.data.passkey import passkey_sample as passkey_sample
 from lolcats.data.reading import read_documents as read_documents

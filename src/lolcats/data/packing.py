@@ -29,11 +29,14 @@ class PackedDataset:
         ids: int32 token ids. Of large data all three are `Rows`, which read from disk what is asked for.
         loss_mask: bool, False on prompt tokens and padding (without prompt masking, count where `document >= 0`).
         document: int32 index of the document inside its sequence, counted from 0; -1 on padding.
+        follows: bool [S], whether a sequence goes on where the one before it ended, in one document that fills both;
+            None where that is not known.
     """
 
     ids: np.ndarray
     loss_mask: np.ndarray
     document: np.ndarray
+    follows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not fit together, with `DataError`."""
@@ -47,7 +50,10 @@ class PackedDataset:
 
     def __getitem__(self, index: slice | np.ndarray) -> PackedDataset:
         """Take some sequences, by a slice or an integer array, as a dataset of their own."""
-        return PackedDataset(self.ids[index], self.loss_mask[index], self.document[index])
+        follows = None  # neighbours in another order do not belong together
+        if self.follows is not None and isinstance(index, slice) and index.step in (None, 1):
+            follows = self.follows[index]
+        return PackedDataset(self.ids[index], self.loss_mask[index], self.document[index], follows)
 
 
 def pack(
@@ -70,7 +76,7 @@ def pack(
         raise DataError(f"data too small: {documents.tokens} tokens, need {length}; lower data.sequence_length")
     layout = _Stream(documents, length) if packing == "stream" else _Whole(documents, length)
     fields = [Rows(documents, layout, length, fill) for fill in (pad_id, False, -1)]
-    packed = PackedDataset(*(cast(np.ndarray, rows) for rows in fields))
+    packed = PackedDataset(*(cast(np.ndarray, rows) for rows in fields), follows=layout.follows())
     return packed[:] if len(packed) * length <= IN_MEMORY else packed
 
 
@@ -134,11 +140,18 @@ class _Stream:
             tokens = min(last, int(self.ends[document])) - start
             yield start - first, document, start - int(self.starts[document]), tokens, document - begin
 
+    def follows(self) -> np.ndarray:
+        """See `PackedDataset.follows`."""
+        first = np.arange(self.sequences) * self.length
+        begin = np.searchsorted(self.ends, first, "right")
+        return _goes_on(begin, begin == np.searchsorted(self.ends, first + self.length, "left"))
+
 
 class _Whole:
     """Each document in the first sequence with room for it."""
 
     def __init__(self, documents: Documents, length: int) -> None:
+        self.length = length
         pieces = -(-documents.length // length)
         self.document = np.repeat(np.arange(len(documents)), pieces)
         self.start = (np.arange(len(self.document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * length
@@ -157,6 +170,18 @@ class _Whole:
             yield column, int(self.document[index]), int(self.start[index]), tokens, number
             column += tokens
 
+    def follows(self) -> np.ndarray:
+        """See `PackedDataset.follows`; the full pieces of a document lie in a row, each in the first empty sequence."""
+        first = self.edges[:-1]
+        return _goes_on(self.document[first], self.tokens[first] == self.length)
+
+
+def _goes_on(document: np.ndarray, fills: np.ndarray) -> np.ndarray:
+    """Whether each sequence [S] and the one before it are filled by the same document."""
+    found = np.zeros(len(document), bool)
+    found[1:] = fills[1:] & fills[:-1] & (document[1:] == document[:-1])
+    return found
+
 
 def _first_fit(tokens: np.ndarray, length: int) -> np.ndarray:
     """The sequence of each piece, int64: the first with `tokens` free places left, looked for block by block."""
@@ -171,6 +196,20 @@ def _first_fit(tokens: np.ndarray, length: int) -> np.ndarray:
         most[block] = free[block].max()
         rows[index] = block * _BLOCK + place
     return rows
+
+
+def long_texts(data: PackedDataset, chunks: int) -> np.ndarray:
+    """Where sequences that go on in one document make texts of `chunks` of them.
+
+    Returns:
+        int64 [texts], the first sequence of each; none is in two texts.
+    """
+    if data.follows is None:
+        return np.zeros(0, np.int64)
+    starts = np.flatnonzero(~np.concatenate([[False], data.follows[1:]]))
+    counts = np.diff(np.append(starts, len(data))) // chunks
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts, counts) + number * chunks
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> np.ndarray:

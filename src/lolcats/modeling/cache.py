@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
@@ -106,6 +107,10 @@ class LinearizedLayer(CacheLayerMixin):
     def _map(self, fn: Any) -> None:
         if self.state is not None:
             self.state = map_state(self.state, fn)
+
+    def detach(self) -> None:
+        """Keep the state without its gradient."""
+        self._map(Tensor.detach)
 
     def offload(self) -> None:
         """Move the state to the CPU."""
@@ -245,6 +250,15 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     new = LinearizedLayer() if length is None else StaticLinearizedLayer(length)
     cache.layers[layer_idx] = new
     return new
+
+
+def detach_cache(cache: Cache) -> None:
+    """Cut what a cache holds, of layers of any kind, from the computation that it came from."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearizedLayer):
+            layer.detach()
+        else:
+            vars(layer).update(tree_map_only(Tensor, Tensor.detach, dict(vars(layer))))
 
 
 def state_bytes(cache: Cache) -> int:

@@ -35,6 +35,7 @@ from lolcats.runs.state import Run, add_facts, open_run, timed
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
+from lolcats.training.reading import check_reading
 
 Step = Literal["prepare", "transfer", "finetune", "save", "measure"]
 STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "measure"]
@@ -110,7 +111,9 @@ def _prepare(
     train_set, validation = build_datasets(
         config.data, tokenizer, config.seed, teacher=model, console=shown, others=config.evaluation.sources
     )
-    data = TrainingData(train_set, validation, keep_apart=config.data.packing == "documents")
+    data = TrainingData(train_set, validation, config.data.packing == "documents", tokenizer)
+    for stage in (config.transfer, config.finetune):
+        check_reading(stage, data, model, config.seed, accelerator.num_processes)
     segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
     notes = notes_on_data(config, len(train_set) * train_set.ids.shape[1], shown)
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)

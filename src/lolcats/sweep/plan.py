@@ -165,6 +165,7 @@ def _short(config: RunConfig, steps: int, folder: str) -> RunConfig:
     for stage in STAGES:
         settings[stage]["tokens"] = steps * length * settings[stage]["batch_size"]
         settings[stage]["validate_every"] = settings[stage]["checkpoint_every"] = steps
+    settings["finetune"]["passing"]["share"] = 0.0  # so little text has no long documents
     enough = (2 + steps * max(settings[stage]["batch_size"] for stage in STAGES)) * length
     settings["data"] |= {"validation_sequences": 1, "max_tokens": min(enough, config.data.max_tokens or enough)}
     settings["evaluation"] = {"max_segments": 1, "controls": [], "segment_length": None}

@@ -15,6 +15,7 @@ from lolcats.models.vocabulary import check_token_ids
 from lolcats.training.finetune import FinetuneStage
 from lolcats.training.loop import train
 from lolcats.training.parallel import ending_together
+from lolcats.training.reading import check_reading
 from lolcats.training.report import Reporter
 from lolcats.training.stage import Stage, TrainingData, TrainResult
 from lolcats.training.transfer import TransferStage
@@ -95,6 +96,7 @@ def _run(
 ) -> TrainResult:
     for name, dataset in (("the training text", data.train), ("the validation text", data.validation)):
         check_token_ids(dataset.ids, model, name)
+    check_reading(config, data, model, seed)
     cpu = model.device.type == "cpu"
     with ending_together(lambda: Accelerator(cpu=cpu)) as accelerator, tempfile.TemporaryDirectory() as temporary:
         return train(

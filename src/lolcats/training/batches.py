@@ -20,6 +20,10 @@ class Batch:
     loss_mask: Tensor  # [B, N] bool
     document: Tensor | None  # [B, N] int64, negative at padding
     position_ids: Tensor | None  # [B, N] int64, starting again at each document
+    chunk: int | None = None
+    """Tokens after which a long text is cut: its parts are read one by one, the state carried on detached."""
+    answers: Tensor | None = None
+    """[B, N] int64, equal numbers above 0 at the tokens of one answer; only where answers are measured."""
 
     @property
     def tokens(self) -> int:
@@ -27,8 +31,10 @@ class Batch:
         return self.input_ids.numel()
 
 
-def make_batch(data: PackedDataset, rows: np.ndarray, device: torch.device | str, keep_apart: bool) -> Batch:
-    """The sequences `rows` of `data`; `keep_apart` stops attention at document boundaries."""
+def make_batch(
+    data: PackedDataset, rows: np.ndarray, device: torch.device | str, keep_apart: bool, chunk: int | None = None
+) -> Batch:
+    """The sequences `rows` of `data`; `keep_apart` stops attention at document boundaries; `chunk` as in `Batch`."""
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x[rows])).to(device, non_blocking=True)
@@ -40,7 +46,7 @@ def make_batch(data: PackedDataset, rows: np.ndarray, device: torch.device | str
         starts = torch.ones_like(document, dtype=torch.bool)
         starts[:, 1:] = document[:, 1:] != document[:, :-1]
         position = index - torch.where(starts, index, 0).cummax(-1).values
-    return Batch(tensor(data.ids).long(), tensor(data.loss_mask), document, position)
+    return Batch(tensor(data.ids).long(), tensor(data.loss_mask), document, position, chunk)
 
 
 _order = lru_cache(maxsize=2)(epoch_order)  # of millions of sequences it takes longer than a small model's step

@@ -29,6 +29,8 @@ from lolcats.modeling.old_names import in_old_order, old_name
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
+from lolcats.training.passing import backward_in_parts
+from lolcats.training.recall import count_right
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}
 """Names of modules that choose experts: what they choose must not change by the way."""
@@ -87,12 +89,16 @@ class FinetuneStage:
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
         with self._autocast_casts():
+            if batch.chunk is not None:
+                return backward_in_parts(batch, self._labels(batch), share, self.model, self._part_loss)
             loss, parts = self._loss(batch)
         (loss * share).backward()
         return {"loss": loss.detach(), **parts}
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss and its parts."""
+        """Loss and its parts; of a batch with answers how many are right."""
+        if batch.answers is not None:
+            return count_right(self.head, batch)
         loss, parts = self._loss(batch)
         return {"loss": loss, **parts}
 
@@ -117,17 +123,29 @@ class FinetuneStage:
             "position_ids": batch.position_ids,
             "use_cache": False,
         }
-        teacher = None
-        if self.config.kl_factor > 0:
-            with torch.no_grad(), self._as_teacher():
-                teacher = TeacherStates(self._teacher_head.hidden(**inputs), self._teacher_logits)
-        hidden = self.head.hidden(**inputs)
+        hidden, teacher = self._hidden(inputs, inputs)
         c, labels = self.config, self._labels(batch)
         plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row
         if plain:
             hidden, labels = hidden[:, :-1], labels[:, :-1]
             teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[:, :-1])
         return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor, plain)
+
+    def _part_loss(
+        self, inputs: dict[str, Any], teacher_inputs: dict[str, Any], labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a part of a long text, see `backward_in_parts`."""
+        hidden, teacher = self._hidden(inputs, teacher_inputs)
+        c = self.config
+        return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor)
+
+    def _hidden(self, inputs: dict[str, Any], teacher_inputs: dict[str, Any]) -> tuple[Tensor, TeacherStates | None]:
+        """The student's last hidden states, and the teacher's where the loss asks for them."""
+        teacher = None
+        if self.config.kl_factor > 0:
+            with torch.no_grad(), self._as_teacher():
+                teacher = TeacherStates(self._teacher_head.hidden(**teacher_inputs), self._teacher_logits)
+        return self.head.hidden(**inputs), teacher
 
     def _teacher_logits(self, hidden: Tensor) -> Tensor:
         with self._as_teacher():  # a head of several layers may carry adapters

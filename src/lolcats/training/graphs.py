@@ -1,8 +1,8 @@
 """A stage whose steps are recorded once as a CUDA graph and then replayed.
 
 A step of a small model is hundreds of kernels, each of which takes Python and the driver longer to launch than the GPU
-to run. A graph launches all of them at once. Shapes must stay the same: batches of another shape, and texts that are
-kept apart, run as ever.
+to run. A graph launches all of them at once. Shapes must stay the same: batches of another shape, texts that are kept
+apart, and long ones that are read in parts, run as ever.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class GraphedStage:
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Add `share` times the gradient of the batch; return metrics."""
-        if batch.document is not None or batch.input_ids.device.type != "cuda":
+        cut = batch.document is not None or batch.chunk is not None
+        if cut or batch.input_ids.device.type != "cuda":
             return self.stage.backward(batch, share)
         recording = self._recording
         if recording is not None and recording.batch.input_ids.shape == batch.input_ids.shape:

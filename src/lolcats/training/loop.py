@@ -21,7 +21,7 @@ from torch import Tensor
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
 from lolcats.errors import LolcatsError
-from lolcats.training.batches import Batch, make_batch, step_rows
+from lolcats.training.batches import Batch, make_batch
 from lolcats.training.checkpoint import (
     load_tensors,
     parameter_tensors,
@@ -32,6 +32,7 @@ from lolcats.training.checkpoint import (
 from lolcats.training.graphs import GraphedStage
 from lolcats.training.identity import identity
 from lolcats.training.parallel import check_batch_size, check_same, from_main_process, on_main_process
+from lolcats.training.reading import Reader
 from lolcats.training.report import Reporter
 from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
@@ -86,7 +87,8 @@ class _Loop:
         self.config, self.data, self.folder = config, data, folder
         self.reporter, self.accelerator, self.seed, self.autocast = reporter, accelerator, seed, autocast
         self.length = data.train.ids.shape[1]
-        self.steps = config.steps(self.length)
+        self.reader = Reader(config, data, seed, accelerator.process_index, accelerator.num_processes)
+        self.steps = self.reader.steps
         self.parameters = stage.parameters()
         fused = accelerator.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -122,6 +124,8 @@ class _Loop:
             self.schedule.restore(self.progress.schedule)
         else:
             self._share_parameters()
+        if self.progress.gap is None and self.reader.recall is not None:
+            self.progress.gap = self.reader.recall.first_gap
         on_main_process(self.accelerator, lambda: self.reporter.resumed(self.stage.name, self.progress.step))
 
     def _share_parameters(self) -> None:
@@ -132,15 +136,14 @@ class _Loop:
 
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
-        step, device = self.progress.step, self.accelerator.device
+        step = self.progress.step
         lr = self.schedule.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        rows = step_rows(len(self.data.train), step, self.config.batch_size, self.seed)
-        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        data, rows, chunk = self.reader.read(step, self.progress.gap)
         totals: dict[str, Tensor] = {}
-        for batch, share in self._micro_batches(self.data.train, rows):
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+        for batch, share in self._micro_batches(data, rows, chunk):
+            with self._precision():
                 metrics = self.stage.backward(batch, share)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0) + value.float() * share
@@ -148,6 +151,7 @@ class _Loop:
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         values = {n: v.tolist() for n, v in totals.items()} | {"gradient_norm": float(norm)}
         self._check_finite(values, totals)
+        values |= {} if self.progress.gap is None else {"recall_gap": self.progress.gap}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -155,11 +159,14 @@ class _Loop:
         speed = self.progress.step * self.config.batch_size * self.length / self.progress.seconds
         self.reporter.step(bar, self.stage.name, self.progress.step, values, lr, speed, self._tokens())
 
-    def _micro_batches(self, data: PackedDataset, rows: np.ndarray, alone: bool = False) -> list[tuple[Batch, float]]:
+    def _micro_batches(
+        self, data: PackedDataset, rows: np.ndarray, chunk: int | None = None, alone: bool = False
+    ) -> list[tuple[Batch, float]]:
         """Batches of `rows`, each with its share of the counted tokens (of all processes, unless `alone`)."""
         device, size = self.accelerator.device, self.config.micro_batch_size or self.config.batch_size
         parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-        batches = [make_batch(data, part, device, self.data.keep_apart) for part in parts]
+        keep_apart = self.data.keep_apart and chunk is None  # a long text is one document
+        batches = [make_batch(data, part, device, keep_apart, chunk) for part in parts]
         counts = [self.stage.count(batch) for batch in batches]
         total = sum(counts)
         if self.accelerator.num_processes > 1 and not alone:
@@ -193,24 +200,39 @@ class _Loop:
                             f"{self.config.lr:g}: {name}.lr=...) and resume")  # fmt: skip
 
     def _validate(self) -> None:
-        scores = self._scores(np.arange(len(self.data.validation)))
+        scores, recall = self._scores(np.arange(len(self.data.validation))), self.reader.recall
+        if recall is not None:
+            size = self.config.micro_batch_size or self.config.batch_size
+            scores |= recall.measure(self.progress, self.accelerator.device, size, self._validate_batch)
         values = from_main_process(self.accelerator, lambda: scores)  # one opinion of what is best
         self._check_sound(values["loss"])
+        if recall is not None:
+            recall.judge(self.progress, values)
         self.schedule.observe(values["loss"])
         self.reporter.validation(self.stage.name, self.progress.step, values, self._tokens())
-        if values["loss"] < self.progress.best["loss"]:
+        if values["loss"] < self.progress.best["loss"] or self._is_first_of_passing():
             self.progress.best, self.progress.best_step = values, self.progress.step
             weights = parameter_tensors(self.parameters)
             on_main_process(self.accelerator, lambda: self.checkpoints.save_best(weights, self.progress))
 
+    def _is_first_of_passing(self) -> bool:
+        """Whether the best weights are still those before the long texts, which no validation sequence can judge."""
+        return self.progress.best_step <= self.reader.passing_start < self.progress.step
+
     def _scores(self, rows: np.ndarray) -> dict[str, Any]:
         """Metrics of sequences of the validation data."""
-        device, totals = self.accelerator.device, {}
+        totals: dict[str, Tensor] = {}
         for batch, share in self._micro_batches(self.data.validation, rows, alone=True):
-            with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                for name, value in self.stage.validate(batch).items():
-                    totals[name] = totals.get(name, 0) + value.double() * share
+            for name, value in self._validate_batch(batch).items():
+                totals[name] = totals.get(name, 0) + value.double() * share
         return {name: value.tolist() for name, value in totals.items()}
+
+    def _validate_batch(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad(), self._precision():
+            return self.stage.validate(batch)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _check_sound(self, loss: float) -> None:
         """Refuse weights that are not finite, or whose loss is not: they must not be kept as a checkpoint."""

@@ -55,7 +55,10 @@ class Reporter:
         named = {f"validation_{k}": v for k, v in values.items()}
         self._write({"stage": stage, "step": step, "tokens": tokens, **named})
         if self._progress is not None:
-            self._progress.console.print(f"{stage:<9} step {step}: validation loss {values['loss']:.4g}")
+            recall = ""
+            if "recall_accuracy" in values:
+                recall = f", {values['recall_accuracy']:.0%} of answers right within {values['recall_gap']:,} tokens"
+            self._progress.console.print(f"{stage:<9} step {step}: validation loss {values['loss']:.4g}{recall}")
 
     def resumed(self, stage: str, step: int) -> None:
         """Drop lines written after the checkpoint from which the stage goes on, and what is no line of metrics."""

@@ -33,6 +33,10 @@ class Progress:
     """State of the schedule; None at the start."""
     changes: list[str] = field(default_factory=list)
     """Settings that were changed on the way."""
+    gap: int | None = None
+    """Most tokens between a fact and its question; None where the stage asks for none."""
+    accuracy: float | None = None
+    """Share of right answers at the last validation."""
 
 
 class Checkpoints:
@@ -71,6 +75,8 @@ class Checkpoints:
         p = progress
         metadata = {"stage": self.stage, "step": p.step, "steps": self.steps, "seconds": p.seconds, "best": p.best}
         metadata |= {"best_step": p.best_step, "schedule": schedule, "seed": self.seed, "changes": p.changes}
+        if p.gap is not None:
+            metadata |= {"gap": p.gap, "accuracy": p.accuracy}
         save_tensors(self.last, tensors, {**metadata, **self.identity})
 
     def save_best(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
@@ -87,14 +93,15 @@ class Checkpoints:
         try:
             step, seconds, best_step = (metadata[key] for key in ("step", "seconds", "best_step"))
             best, schedule = dict(metadata["best"]), {k: metadata["schedule"][k] for k in ("factor", "best", "waited")}
-            numbers = [seconds, best["loss"], *schedule.values()]
+            gap, accuracy = metadata.get("gap"), metadata.get("accuracy")
+            numbers = [seconds, best["loss"], *schedule.values(), *(n for n in (gap, accuracy) if n is not None)]
             changes = [str(change) for change in metadata.get("changes", [])]
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(self.last, f"its metadata is not complete ({error})") from error
         whole = type(best_step) is int and -1 <= best_step <= self.steps and step <= self.steps
         if not whole or not all(map(is_number, numbers)):
             raise damaged(self.last, "its metadata holds odd numbers")
-        return Progress(step, seconds, best_step, best, schedule, changes)
+        return Progress(step, seconds, best_step, best, schedule, changes, gap, accuracy)
 
     def _check_identity(self, file: Path, metadata: Mapping[str, Any], step: int) -> list[str]:
         """Refuse a file of something else; what was changed and may be, in words."""

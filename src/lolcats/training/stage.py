@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from lolcats.data import PackedDataset
 from lolcats.training.batches import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Stage(Protocol):
@@ -35,7 +38,10 @@ class Stage(Protocol):
         ...
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
-        """Metrics of a batch without gradients; "loss" decides which checkpoint is best."""
+        """Metrics of a batch without gradients; "loss" decides which checkpoint is best.
+
+        Of a batch with answers (stage 2 alone) `right` and `asked`: how many are right, and how many there are.
+        """
         ...
 
     def where(self, metrics: Mapping[str, Tensor]) -> str:
@@ -51,6 +57,8 @@ class TrainingData:
     validation: PackedDataset
     keep_apart: bool = False
     """Whether attention stops at document boundaries."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of the data; only for `recall`, which writes text."""
 
 
 @dataclass

@@ -1,0 +1,36 @@
+"""What the steps of a stage read beside the sequences of the data: long texts in parts, and questions about facts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from lolcats.config.fields import Positive, Section
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PassingConfig(Section):
+    """State passing (arXiv 2507.02782): the last steps read long texts in parts, the state carried on detached."""
+
+    share: Share = 0.0  # of the stage's steps, at its end
+    chunks: Annotated[int, Field(ge=2, le=2**16)] = 4  # parts of a text, each of data.sequence_length tokens
+
+
+class RecallConfig(Section):
+    """Sequences that state facts and ask for them, many of both (arXiv 2609.16183)."""
+
+    share: Share = 0.0  # of the sequences of each step
+
+
+class TransferRecall(RecallConfig):
+    """Of stage 1."""
+
+    gap: Positive | None = None  # most tokens between a fact and its question; None is data.sequence_length
+
+
+class FinetuneRecall(RecallConfig):
+    """Of stage 2."""
+
+    gap: Positive = 64  # tokens, as above, at the start; doubled whenever 90 % of the answers are right
