@@ -39,6 +39,9 @@ data = TrainingData(*sets)
 common = {"tokens": 16 * 4 * 4, "batch_size": 4, "warmup_steps": 0, "validate_every": 1}
 transfer_attention(model, data, TransferConfig(compile=False, **common))
 finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, **common))
+windows = {"random_window": [16, 32], "window_dropout": 0.5, **common}
+transfer_attention(model, data, TransferConfig(**windows))
+finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, near_weight=0.25, **windows))
 state = PartialState()
 state.wait_for_everyone()
 weights = {k: v.contiguous() for k, v in model.state_dict().items()}

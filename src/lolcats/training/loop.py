@@ -36,6 +36,7 @@ from lolcats.training.report import Reporter
 from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
 from lolcats.training.stage import Stage, TrainingData, TrainResult
+from lolcats.training.windows import step_window
 
 LARGEST_LR = torch.finfo(torch.float32).max / 10
 """AdamW divides it by 0.1 in its first step."""
@@ -139,11 +140,12 @@ class _Loop:
         rows = step_rows(len(self.data.train), step, self.config.batch_size, self.seed)
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         totals: dict[str, Tensor] = {}
-        for batch, share in self._micro_batches(self.data.train, rows):
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                metrics = self.stage.backward(batch, share)
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0) + value.float() * share
+        with self.stage.windowed(step_window(self.config, self.seed, step, self.steps)):
+            for batch, share in self._micro_batches(self.data.train, rows):
+                with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                    metrics = self.stage.backward(batch, share)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0) + value.float() * share
         totals = self._reduce(totals)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         values = {n: v.tolist() for n, v in totals.items()} | {"gradient_norm": float(norm)}
@@ -163,8 +165,8 @@ class _Loop:
         counts = [self.stage.count(batch) for batch in batches]
         total = sum(counts)
         if self.accelerator.num_processes > 1 and not alone:
-            total = int(cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")))
-        return [(batch, count / max(1, total)) for batch, count in zip(batches, counts, strict=True)]
+            total = cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")).item()
+        return [(batch, count / (total or 1)) for batch, count in zip(batches, counts, strict=True)]
 
     def _reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up gradients and metrics over processes: only the few trained parameters, once a step."""
