@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES
+from lolcats import LolcatsError
 from lolcats.config import FinetuneConfig, TransferConfig
 from lolcats.mixers import softmax
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, halves
@@ -25,6 +27,7 @@ from lolcats.modeling import (
 from lolcats.modeling.head import OutputHead
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
+from lolcats.training.lora import lora_targets
 from lolcats.training.losses import weight_cross_entropy
 
 Builder = Callable[..., Any]
@@ -38,6 +41,7 @@ MLPS = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
 FUSED_EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}  # all MLPs are experts, whose weights are no linear layers
 
 
+LINEAR = (torch.nn.Linear, Conv1D)
 OFTEN = {"llama", "gemma2", "gpt_neox", "deepseek_v3", "gpt_oss"}  # each kind of attention; the others are `slow`
 
 
@@ -159,6 +163,39 @@ def test_stage_2_adapts_the_linear_layers(
         torch.testing.assert_close(OutputHead(student)(hidden), expected, atol=1e-5, rtol=0)
         assert stage.finish() is None
         torch.testing.assert_close(student(ids).logits, expected, atol=2e-4, rtol=0)
+
+
+def reached(student: Any, layer: LinearizedAttention, outputs: list[Tensor]) -> set[str]:
+    """Full names of the linear layers of a layer's attention on which what reached its mixer depends."""
+    own = {n: m for n, m in student.named_modules() if m in set(layer.inner.modules()) and isinstance(m, LINEAR)}
+    weights = [m.weight for m in own.values()]
+    sums = torch.stack([x.float().sum() for x in outputs]).sum()
+    grads = torch.autograd.grad(sums, weights, allow_unused=True, retain_graph=True)
+    return {n for n, grad in zip(own, grads, strict=True) if grad is not None}
+
+
+def test_no_qk_is_all_but_what_makes_queries_and_keys(
+    make_student: Builder, tokens: Tokens, teacher: Any, family: str
+) -> None:
+    """By what the queries, keys and values that reach a layer depend on, whatever the names are."""
+    student = make_student(teacher, window=5)
+    calls: list[tuple[LinearizedAttention, AttentionCall]] = []
+    for layer in linearized_layers(student):
+        layer.observer = lambda layer, call, _: calls.append((layer, call))
+    student(tokens(1, 8), use_cache=False)
+    makes_qk = {n for layer, call in calls for n in reached(student, layer, [call.q, call.k])}
+    makes_v = {n for layer, call in calls for n in reached(student, layer, [call.v])}
+    assert len(makes_qk) >= len(calls)
+    if makes_qk & makes_v:
+        with pytest.raises(
+            LolcatsError, match=r"targets no_qk: .* makes keys and values together; use a list"
+        ) as error:
+            lora_targets(student, "no_qk")
+        assert all(name.rpartition(".")[2] in str(error.value) for name in makes_qk & makes_v)
+        return
+    others = {n for n in set(lora_targets(student, "all")) - set(lora_targets(student, "no_qk")) if ".inner." not in n}
+    assert set(lora_targets(student, "no_qk")) == set(lora_targets(student, "all")) - makes_qk - others
+    assert {n.rpartition(".")[2] for n in others} <= {n.rpartition(".")[2] for n in makes_qk}
 
 
 SCORES = ["llama", "gemma2", "gpt_oss", "deepseek_v3"]  # plain, capped, with a learned sink, with small values

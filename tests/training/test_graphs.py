@@ -36,7 +36,8 @@ def make_stage(teacher: LlamaForCausalLM, name: str) -> TransferStage | Finetune
     model = convert(teacher, LinearizationConfig(window=4, sinks=1))
     if name == "transfer":
         return TransferStage(model, TransferConfig())
-    return FinetuneStage(model, FinetuneConfig(kl_factor=1.0, train_feature_maps=True))
+    weight = {"finetune": 1.0, "weighted": 0.5, "far tokens": 0.0}[name]
+    return FinetuneStage(model, FinetuneConfig(kl_factor=1.0, train_feature_maps=True, near_weight=weight))
 
 
 def make_batch(device: str, seed: int = 0) -> Batch:
@@ -44,7 +45,7 @@ def make_batch(device: str, seed: int = 0) -> Batch:
     return Batch(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
 
 
-@pytest.mark.parametrize("name", ["transfer", "finetune"])
+@pytest.mark.parametrize("name", ["transfer", "finetune", "weighted", "far tokens"])
 def test_a_step_asks_the_device_nothing(teacher: LlamaForCausalLM, name: str) -> None:
     stage = make_stage(teacher, name)
     with one_text_a_row(), Questions() as questions:
@@ -87,3 +88,21 @@ def test_replayed_steps_are_eager_steps(teacher: LlamaForCausalLM, name: str) ->
                 torch.testing.assert_close(p.grad, gradients[n], rtol=1e-3, atol=1e-5)
             p.grad = None
     assert graphed._recording is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["transfer", "finetune"])
+def test_another_window_is_not_replayed(teacher: LlamaForCausalLM, name: str) -> None:
+    graphed = GraphedStage(make_stage(teacher.to("cuda"), name))  # type: ignore[arg-type]
+    for seed in range(EAGER_STEPS + 1):
+        graphed.backward(make_batch("cuda", seed), 0.5)
+    assert graphed._recording is not None
+    batch = make_batch("cuda", 9)
+    own = [graphed.backward(batch, 0.5)["loss"] for _ in range(2)]
+    with graphed.windowed(16):
+        found = graphed.backward(batch, 0.5)["loss"]
+        with graphed.stage.windowed(16):
+            torch.testing.assert_close(found, graphed.stage.backward(batch, 0.5)["loss"])
+    torch.testing.assert_close(own[0], own[1])
+    torch.testing.assert_close(graphed.backward(batch, 0.5)["loss"], own[0])
+    assert float((found - own[0]).abs()) > 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ class Scripted:
 
     def origin(self) -> dict[str, Any]:
         return {"linearization": {}, "weights": ""}
+
+    def windowed(self, window: int | None) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def count(self, batch: Batch) -> int:
         return batch.tokens

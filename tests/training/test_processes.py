@@ -52,6 +52,9 @@ data = TrainingData(*sets, tokenizer=train_tokenizer([TEXT]))
 common["tokens"] *= 10
 finetune_lora(long, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, recall={"share": 0.5},
                                          passing={"share": 0.5, "chunks": 2}, **common))
+windows = {"random_window": [16, 32], "window_dropout": 0.5, **common}
+transfer_attention(model, data, TransferConfig(**windows))
+finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, near_weight=0.25, **windows))
 state = PartialState()
 state.wait_for_everyone()
 both = {"short": model, "long": long}

@@ -23,6 +23,7 @@ Width = Annotated[int, Field(ge=1, le=2**16)]  # of a learned matrix
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy takes
 Factor = Annotated[float, Field(ge=0, le=3e38)]  # as large as float32 goes
 Rate = Annotated[float, Field(gt=0, le=3e38)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 TemplateName = Literal["plain", "alpaca", "chat"]
 

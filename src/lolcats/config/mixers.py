@@ -42,6 +42,11 @@ class LinearizationConfig(Section):
         """Whether a part of the layer learns in the first stage only, and is of no use without it."""
         return False
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What `transfer.target` may compare."""
+        return ("full",)
+
     def values(self) -> dict[str, Any]:
         """The settings of the layer itself, by name."""
         return self.model_dump(exclude=set(self.around))
@@ -84,6 +89,11 @@ class HybridConfig(LinearizationConfig):
     state_heads: Literal["query", "kv"] = "query"  # one linear state per query head, or one per key/value head
     start: Literal["paper", "matched"] = "paper"
     decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay per head
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The output, or the linear half's."""
+        return ("full", "far")
 
     @property
     def starts_from_text(self) -> bool:
@@ -146,6 +156,11 @@ class BlendConfig(LinearizationConfig):
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # of the far state; it is computed with in float32
     bits: Literal[16, 8, 4] = 16  # of the numbers of stored pairs: window, sinks and kept pairs
     start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the range of keys in few bits
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The output, and where there is a far half its own or both parts."""
+        return ("full",) if self.far == "none" else ("full", "far", "parts")
 
     @property
     def starts_from_text(self) -> bool:

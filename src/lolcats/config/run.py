@@ -68,6 +68,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        layer, stage = self.linearization, self.transfer
+        if stage.enabled and stage.compared not in layer.targets:
+            far = ", far none" if getattr(layer, "far", None) == "none" else ""
+            raise ValueError(f"transfer.target {stage.target}: the layer {layer.mixer}{far} has none; expected one "
+                             f"of {', '.join(layer.targets)}")  # fmt: skip
+        return self
+
     @field_validator("linearization", "data", "transfer", "finetune", "evaluation", mode="before")
     @classmethod
     def _read_empty_section(cls, value: object) -> object:

@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from lolcats.config.curriculum import FinetuneRecall, PassingConfig, TransferRecall
-from lolcats.config.fields import Count, Factor, Names, Positive, Rate, Rows, Section, Tokens, Width
+from lolcats.config.fields import Count, Factor, Names, Near, Positive, Rate, Rows, Section, Share, Tokens, Width
+
+WINDOW_STEP = 16
+"""Random windows are multiples of it: kernels like few sizes."""
+TARGETS = {"hybrid": "full", "linear": "far"}
+"""Other names of `transfer.target`: those of version 0.1."""
 
 
 class OptimConfig(Section):
@@ -30,7 +35,15 @@ class OptimConfig(Section):
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # plateau multiplies lr by this ...
     plateau_patience: Count = 2  # ... after this many validations without a gain
     compile: Literal["auto"] | bool = "auto"
-    cuda_graph: bool = True  # on CUDA devices, record a step once and replay it
+    cuda_graph: bool = (
+        True  # on CUDA devices, record a step once and replay it; not with another window than the layer's
+    )
+    random_window: Annotated[list[Near], Field(min_length=2, max_length=2)] | None = None  # each step has a window of
+    # [lowest, highest] tokens, a multiple of 16; null: always the layer's own
+    window_dropout: Share | Annotated[list[Share], Field(min_length=1)] = (
+        0.0  # chance that a step has no window but the
+    )
+    # query's own key; a list has one for each of as many equal parts of the stage
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
@@ -39,6 +52,31 @@ class OptimConfig(Section):
         if self._losses and not any(getattr(self, name) for name in self._losses):
             raise ValueError(f"{' and '.join(self._losses)} are both 0; set at least one above 0")
         return self
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if self.random_window is not None and not self.windows:
+            low, high = self.random_window
+            raise ValueError(f"random_window [{low}, {high}]: expected [lowest, highest] with a multiple of "
+                             f"{WINDOW_STEP} above 0 between them")  # fmt: skip
+        if self.varies_window and self.compile is True:
+            raise ValueError("compile true makes a program for each window that random_window and window_dropout give; "
+                             "set compile to auto")  # fmt: skip
+        return self
+
+    @property
+    def windows(self) -> list[int]:
+        """What `random_window` chooses from."""
+        if self.random_window is None:
+            return []
+        low, high = self.random_window
+        return list(range(max(1, -(-low // WINDOW_STEP)) * WINDOW_STEP, high + 1, WINDOW_STEP))
+
+    @property
+    def varies_window(self) -> bool:
+        """Whether steps have other windows than the layer's own."""
+        chances = self.window_dropout if isinstance(self.window_dropout, list) else [self.window_dropout]
+        return self.random_window is not None or any(chances)
 
     def steps(self, sequence_length: int) -> int:
         """Count the optimiser steps that read `tokens` tokens in sequences of `sequence_length`, rounded up."""
@@ -53,8 +91,24 @@ class TransferConfig(OptimConfig):
     lr: Rate = 1e-2
     mse_factor: Factor = 1000.0  # weight of the error of head outputs
     xent_factor: Factor = 0.0  # weight of the cross-entropy between attention weights (memory grows with length^2)
-    target: Literal["hybrid", "linear"] = "hybrid"  # which output is compared: with the window, or the linear half
+    target: Literal["hybrid", "full", "linear", "far", "parts"] = "hybrid"  # what is compared: hybrid or full the
+    # layer's output; linear or far the far half's, with all of the teacher's; parts (blend) the far half's with the
+    # teacher's far output, and its share with the teacher's far attention
     recall: TransferRecall = Field(default_factory=TransferRecall)
+
+    @property
+    def compared(self) -> str:
+        """The target by one name: "full", "far" or "parts"."""
+        return TARGETS.get(self.target, self.target)
+
+    @model_validator(mode="after")
+    def _check_far_target(self) -> Self:
+        if self.compared == "far" and self.varies_window:
+            raise ValueError(f"target {self.target} is the far half alone, which random_window and window_dropout do "
+                             "not change; leave them out")  # fmt: skip
+        if self.compared == "parts" and self.xent_factor:
+            raise ValueError("xent_factor compares attention weights, which target parts does not; set it to 0")
+        return self
 
 
 class FinetuneConfig(OptimConfig):
@@ -67,11 +121,15 @@ class FinetuneConfig(OptimConfig):
     rank: Width = 8
     alpha: Rate = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["attention", "all"] | Names = "attention"  # linear layers in linearized attention, all, or names
+    targets: Literal["attention", "all", "no_qk"] | Names = "attention"  # linear layers in linearized attention, all,
+    # all but those that make queries and keys, or names
     train_feature_maps: bool = False
     cross_entropy_factor: Factor = 1.0  # weight of next-token cross-entropy
     kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits
     mask_prompt: bool = False  # count the loss only on responses
+    near_weight: Share = (
+        1.0  # weight in the loss of the first tokens of a text, which see all of it in window and sinks
+    )
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)

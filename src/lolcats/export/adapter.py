@@ -29,7 +29,7 @@ from lolcats.models.empty import empty_model
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.artefact import RECIPE_FILE
 from lolcats.training.checkpoint import load_tensors
-from lolcats.training.finetune import lora_config
+from lolcats.training.lora import lora_config
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

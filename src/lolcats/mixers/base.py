@@ -5,6 +5,8 @@ Legend: B batch, H query heads, KV key heads, N tokens, D key size, Dv value siz
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -116,6 +118,18 @@ class StateSpec(NamedTuple):
         return cls(tuple(state_names(state)), shapes, tuple(t.dtype for t in tensors))
 
 
+class FarParts(Protocol):
+    """A layer's far half beside the teacher's attention to the same keys."""
+
+    def direction_error(self) -> Tensor:
+        """Of what the far half gives, [B, N]."""
+        ...
+
+    def share_error(self) -> Tensor:
+        """Of how much of it the layer takes, [B, N]."""
+        ...
+
+
 class Mixer(nn.Module):
     """Base of the layers. A subclass takes `sizes` and values, and has float32 parameters of its own.
 
@@ -126,8 +140,10 @@ class Mixer(nn.Module):
 
     modes: tuple[str, ...] = ("full",)
     """What `forward` and `step` can compute: "full" is the layer itself, the others are controls."""
-    targets: ClassVar[tuple[str, ...]] = ("full",)
-    """Outputs that attention transfer can compare with the teacher's."""
+    targets: tuple[str, ...] = ("full",)
+    """What attention transfer can compare with the teacher: the outputs "full" and "far" (`target_output`), "parts"."""
+    settings: Any = None
+    """What its operation is told, with its `window` and `sinks`; None for a layer without a window."""
     needs_rotation: ClassVar[bool] = False
     """Whether it calls `Call.unrotated`."""
 
@@ -193,8 +209,28 @@ class Mixer(nn.Module):
         Called where the layer's settings say that it starts from text; there is nothing to do by default.
         """
 
+    @contextmanager
+    def windowed(self, window: int | None) -> Iterator[None]:
+        """Inside, the layer has a window of so many tokens; None: its own."""
+        own = self.settings
+        if window is not None:
+            self.settings = own._replace(window=window)
+        try:
+            yield
+        finally:
+            self.settings = own
+
+    @property
+    def near_tokens(self) -> int:
+        """The first tokens of a text, whose queries see all keys before them in window and sinks."""
+        return self.settings.window + self.settings.sinks
+
+    def parts(self, call: Call) -> FarParts:
+        """The far part of the teacher's attention and the layer's, where "parts" is one of `targets`."""
+        raise NotImplementedError
+
     def target_output(self, call: Call, target: str) -> Tensor:
-        """The output [B, H, N, Dv] that attention transfer compares with the teacher's; `target` is of `targets`."""
+        """The output [B, H, N, Dv] that attention transfer compares with the teacher's: "full" or "far"."""
         assert target == "full", target
         return self(call)[0]
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
 from lolcats.mixers.far import FarHalf, HalvedState, LinearFar
+from lolcats.mixers.parts import Parts, Share, far_attention
 from lolcats.mixers.recurrent import RecurrentFar
 from lolcats.mixers.scores import KeyScores
-from lolcats.mixers.softmax import softmax_weights
 from lolcats.mixers.texts import find_texts, one_row, rows_of
-from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
+from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
 from lolcats.ops.near.quantize import PairCodec, key_range
 from lolcats.ops.near.selection import EMPTY
 
@@ -83,6 +83,7 @@ class BlendMixer(Mixer):
         self.rotate_far, self.near_alone = rotate_far, far is None
         alone = ("near_only",) if far is not None and near.pairs else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
+        self.targets = ("full",) if far is None else ("full", "far", "parts")
         self.bits = bits
         self.key_low = self.key_high = None
         if bits < 16:  # until the start from text sets them
@@ -90,11 +91,7 @@ class BlendMixer(Mixer):
                 nn.Parameter(torch.full((sizes.kv_heads, sizes.head_dim), end, dtype=torch.float32))
                 for end in (-WIDEST_KEY, WIDEST_KEY)
             )
-        self.share: nn.Linear | None = None
-        if far is not None:
-            self.share = nn.Linear(sizes.hidden_size, sizes.heads, dtype=torch.float32)
-            nn.init.zeros_(self.share.weight)
-            nn.init.constant_(self.share.bias, -1.0)
+        self.share = None if far is None else Share(sizes)
 
     @classmethod
     def build(  # type: ignore[override]  # the names of its settings are its own
@@ -164,17 +161,13 @@ class BlendMixer(Mixer):
         return texts.put_back(out, n), new
 
     def _rows(
-        self,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        lengths: Tensor | None,
-        state: BlendState | None,
-        keep: bool,
-        mode: str,
+        self, call: Call, q: Tensor, k: Tensor, lengths: Tensor | None, state: BlendState | None, keep: bool, mode: str,
         slots: Tensor | None,
-    ) -> tuple[Tensor, BlendState | None]:
+    ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
         """A text in each row, padding on the right only; q and k are those of the far half."""
+        if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
+            held = None if state is None else state.far
+            return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
         spec = self.settings._replace(scale=call.scale, softcap=call.softcap)
         score = self._scores(call, k, state, mode, slots)
         near, far = (None, None) if state is None else state
@@ -212,14 +205,9 @@ class BlendMixer(Mixer):
             return near
         if mode == "linear_only":
             return far
-        share = self.far_share(hidden)[..., None]
-        return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
-
-    def far_share(self, hidden: Tensor) -> Tensor:
-        """lambda [B, H, N] of the layer's input [B, N, d_model], float32 (float64 for a float64 layer)."""
         assert self.share is not None
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.share(hidden.to(self.share.weight.dtype)).sigmoid().transpose(1, 2)
+        share = self.share(hidden).sigmoid()[..., None]
+        return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
 
     def _for_far(self, call: Call) -> tuple[Tensor, Tensor]:
         """q and k of the far half and of the score."""
@@ -247,6 +235,24 @@ class BlendMixer(Mixer):
         """The error [B, KV, N] with which the far half recalls the values of a call."""
         assert self.far is not None
         return self.far.recall(k, call.v, call.hidden, call.padding, None if state is None else state.far)
+
+    def target_output(self, call: Call, target: str) -> Tensor:
+        """See `Mixer.target_output`; "far" is the far half alone, which is to give the teacher's whole output."""
+        return self(call, mode="linear_only" if target == "far" else "full")[0]
+
+    def parts(self, call: Call) -> Parts:
+        """See `Mixer.parts`; near is what the layer sees: sinks, window, and the pairs that it keeps."""
+        assert self.share is not None
+        k, texts = self._for_far(call)[1], find_texts(call.padding, call.segments)
+        rows, k = (call, k) if texts is None else (rows_of(call, texts), texts.take(k))
+        score, until = self._scores(rows, k, None, "full", None), None
+        if score is not None:
+            lengths = None if texts is None else texts.lengths
+            until = kept_until(rows.k, rows.v, self.settings, score, lengths)
+        teacher = far_attention(rows, self.settings, until)
+        if texts is not None:
+            teacher = teacher.put_back(texts, call.q.shape[2])
+        return Parts(teacher, self.share(call.hidden), self.target_output(call, "far"))
 
     def side_loss(self, call: Call) -> Tensor | None:
         """The error of a learned score, from the first text of the batch; of packed or padded ones from the longest."""
@@ -284,16 +290,7 @@ class BlendMixer(Mixer):
                 held.copy_(found)
         if self.share is None:
             return
-        n, device = call.q.shape[2], call.q.device
-        position = torch.arange(n, device=device)
-        far = (position[:, None] - position >= self.settings.window) & (position >= self.settings.sinks)
-        queries = far.any(-1)
-        if not bool(queries.any()):
-            return
-        total = torch.zeros(self.sizes.heads, device=device)
-        for row in range(call.q.shape[0]):
-            total += (softmax_weights(one_row(call, row))[0] * far).sum(-1)[:, queries].mean(-1)
-        self.share.bias.copy_((total / call.q.shape[0]).clamp(1e-4, 1 - 1e-4).logit())
+        self.share.match(far_attention(call, self.settings).mass[:, :, self.near_tokens :])
 
     def widened(self, tokens: int) -> BlendMixer:
         """The layer with a window over the whole text and without its far half."""

@@ -16,7 +16,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -53,7 +53,7 @@ class HybridMixer(Mixer):
     """
 
     modes = ("full", "window_only", "linear_only", "no_attention")
-    targets: ClassVar[tuple[str, ...]] = ("full", "linear")
+    targets = ("full", "far")
 
     def __init__(
         self,
@@ -165,8 +165,8 @@ class HybridMixer(Mixer):
                 self.query_scale.copy_(scale)
 
     def target_output(self, call: Call, target: str) -> Tensor:
-        """The layer's output, or for "linear" linear attention over all keys, as if there were no window."""
-        if target == "linear":
+        """The layer's output, or for "far" linear attention over all keys, as if there were no window."""
+        if target == "far":
             return self._attend(call, "full", HybridSpec(window=0), segment_ids=call.segments).out
         return super().target_output(call, target)
 
@@ -184,6 +184,12 @@ class HybridMixer(Mixer):
             log_decay=self.log_decay(call.hidden), segment_ids=call.segments,
             impl="chunked" if self.plain_impl == "auto" else self.plain_impl, **self._options(call),
         ).out  # fmt: skip
+
+    @property
+    def near_tokens(self) -> int:
+        """See `Mixer.near_tokens`; a terraced window holds the block before that of the query too."""
+        window, kind, sinks = self.settings[:3]
+        return window * (sinks // window + 2) if kind == "terraced" else window + sinks
 
     def widened(self, tokens: int) -> HybridMixer:
         """The layer with a window over the whole text."""

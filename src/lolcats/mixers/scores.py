@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers.base import Call, Sizes
-from lolcats.mixers.softmax import softmax_with_sinks
-from lolcats.ops.hybrid.scores import cap_scores
+from lolcats.mixers.softmax import attention_blocks
 
 SCORES = ("learned", "self_recall", "recency", "random", "oracle")
 HIDDEN_WIDTH, PAIR_WIDTH = 128, 64
@@ -150,19 +149,13 @@ def attention_given(call: Call, window: int) -> Tensor:
     Returns:
         [B, KV, N, 2] float32: the largest over the queries and query heads, and the sum over queries, mean over heads.
     """
-    batch, heads, n, _ = call.q.shape
-    kv_heads = call.k.shape[1]
+    batch, kv_heads, n, _ = call.k.shape
     largest = torch.zeros(batch, kv_heads, n, device=call.q.device)
     summed = torch.zeros_like(largest)
     keys = torch.arange(n, device=call.q.device)
-    for begin in range(0, n, QUERY_BLOCK):
-        queries = keys[begin : begin + QUERY_BLOCK, None]
-        end = min(n, begin + QUERY_BLOCK)
-        q = call.q[:, :, begin:end].unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        scores = (q @ call.k[:, :, :end].mT).float() * call.scale
-        scores = cap_scores(scores, call.softcap).view(batch, heads, end - begin, end)
-        weights = softmax_with_sinks(scores.masked_fill(keys[:end] > queries, -torch.inf), call.sink_logits)
-        far = weights * (queries - keys[:end] >= window)
+    for begin, weights in attention_blocks(call, QUERY_BLOCK):
+        end = weights.shape[-1]
+        far = weights * (keys[begin:end, None] - keys[:end] >= window)
         by_key_head = far.unflatten(1, (kv_heads, -1))
         largest[:, :, :end] = torch.maximum(largest[:, :, :end], by_key_head.amax((2, 3)))
         summed[:, :, :end] += by_key_head.sum(3).mean(2)

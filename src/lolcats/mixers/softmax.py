@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,28 @@ def softmax_weights(call: Call) -> Tensor:
     keys = call.k.float().repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
     scores = cap_scores(call.q.float() @ keys.mT * call.scale, call.softcap).masked_fill(~causal, -torch.inf)
     return softmax_with_sinks(scores, call.sink_logits)
+
+
+def attention_blocks(call: Call, block: int, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The weights of the softmax over a text in each row, for `block` queries after the other.
+
+    Args:
+        call: whole texts; padding on the right only, if at all.
+        block: queries whose weights are in memory at once.
+        dtype: of the products; None is that of q and k.
+
+    Yields:
+        The first query of a block, and its weights [B, H, C, K] float32 for the K keys up to its last query.
+    """
+    q, k = (x if dtype is None else x.to(dtype) for x in (call.q, call.k))
+    keys = torch.arange(q.shape[2], device=q.device)
+    for begin in range(0, q.shape[2], block):
+        queries = keys[begin : begin + block, None]
+        end = begin + len(queries)
+        grouped = q[:, :, begin:end].unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        scores = cap_scores((grouped @ k[:, :, :end].mT).float() * call.scale, call.softcap)
+        scores = scores.view(len(q), q.shape[1], end - begin, end).masked_fill(keys[:end] > queries, -torch.inf)
+        yield begin, softmax_with_sinks(scores, call.sink_logits)
 
 
 def capped_softmax(

@@ -20,7 +20,7 @@ from lolcats.modeling.install import install
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.quantization import dequantize, dequantize_below
 from lolcats.runs.results import Results
-from lolcats.training.finetune import lora_targets
+from lolcats.training.lora import lora_targets
 
 if TYPE_CHECKING:
     from peft import PeftModel

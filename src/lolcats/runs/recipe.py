@@ -33,7 +33,7 @@ from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Best, Results
 from lolcats.runs.state import Run, add_facts, open_run, timed
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
-from lolcats.training.finetune import check_lora
+from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.training.reading import check_reading
 
@@ -171,7 +171,7 @@ def transfer(run: Run) -> None:
     stage = TransferStage(run.model, config)
     _train(run, stage, config)
     run.model.requires_grad_(False)
-    if config.target == "linear" and run.config.linearization.starts_from_text:
+    if config.compared == "far" and run.config.linearization.starts_from_text:
         # The linear half was trained by itself, which leaves its share beside the window open.
         start_from_text(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results.perplexity:
@@ -254,6 +254,8 @@ def _slow_backward(run: Run) -> bool:
 
 
 def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
+    if config.varies_window:
+        run.use_compiled(False)  # a program would be made for each window
     autocast = torch.bfloat16 if next(run.model.parameters()).dtype == torch.bfloat16 else None
     result = train(
         stage, config, run.data, run.folder.checkpoints(stage.name), run.reporter, accelerator=run.accelerator,
@@ -266,9 +268,8 @@ def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
     if result.changes:
         run.results.changes[stage.name] = result.changes
     run.say(
-        f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s "
-        f"({result.tokens_per_second:,.0f} tokens/s), "
-        f"best validation loss {result.best_loss:.4g} at step {result.best_step} of {result.steps}"
+        f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
+        f", best validation loss {result.best_loss:.4g} at step {result.best_step} of {result.steps}"
     )
     return result
 

@@ -8,35 +8,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import FinetuneConfig
-from lolcats.errors import LolcatsError
 from lolcats.identity import weights_digest
-from lolcats.modeling import LinearizedAttention, attention_mode
+from lolcats.modeling import attention_mode, linearized_layers
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.head import OutputHead
-from lolcats.modeling.hf import is_added
 from lolcats.modeling.old_names import in_old_order, old_name
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
+from lolcats.training.lora import add_lora, check_lora
 from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
 from lolcats.training.passing import backward_in_parts
 from lolcats.training.recall import count_right
-
-ROUTERS = {"router", "gate", "shared_expert_gate"}
-"""Names of modules that choose experts: what they choose must not change by the way."""
-
-MANY = 1 << 23
-"""Numbers of adapters that may be of no use, as in tiny models; more are a mistake."""
 
 
 class FinetuneStage:
@@ -82,15 +74,26 @@ class FinetuneStage:
         """The settings of the layers, and all weights as stage 1 left them."""
         return self._origin
 
-    def count(self, batch: Batch) -> int:
-        """Tokens whose loss counts in a batch."""
-        return int((self._labels(batch) != -100).sum())
+    @contextmanager
+    def windowed(self, window: int | None) -> Iterator[None]:
+        """Inside, all layers have this window; None: their own."""
+        with ExitStack() as stack:
+            for layer in linearized_layers(self.model):
+                stack.enter_context(layer.mixer.windowed(window))
+            yield
+
+    def count(self, batch: Batch) -> float:
+        """Tokens whose loss counts in a batch, or the sum of their weights."""
+        counted, weights = self._labels(batch) != -100, self._weights(batch)
+        return int(counted.sum()) if weights is None else float(weights[counted].sum())
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
         with self._autocast_casts():
             if batch.chunk is not None:
-                return backward_in_parts(batch, self._labels(batch), share, self.model, self._part_loss)
+                return backward_in_parts(
+                    batch, self._labels(batch), self._weights(batch), share, self.model, self._part_loss
+                )
             loss, parts = self._loss(batch)
         (loss * share).backward()
         return {"loss": loss.detach(), **parts}
@@ -124,20 +127,23 @@ class FinetuneStage:
             "use_cache": False,
         }
         hidden, teacher = self._hidden(inputs, inputs)
-        c, labels = self.config, self._labels(batch)
-        plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row
+        c, labels, weights = self.config, self._labels(batch), self._weights(batch)
+        plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row, and near ones
         if plain:
-            hidden, labels = hidden[:, :-1], labels[:, :-1]
-            teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[:, :-1])
-        return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor, plain)
+            part = slice(self._near_tokens if c.near_weight == 0 else 0, -1)
+            hidden, labels = hidden[:, part], labels[:, part]
+            weights = None if weights is None else weights[:, part]
+            teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[:, part])
+        factors = c.cross_entropy_factor, c.kl_factor
+        return next_token_loss(self.head, hidden, labels, teacher, *factors, all_counted=plain, weights=weights)
 
     def _part_loss(
-        self, inputs: dict[str, Any], teacher_inputs: dict[str, Any], labels: Tensor
+        self, inputs: dict[str, Any], teacher_inputs: dict[str, Any], labels: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a part of a long text, see `backward_in_parts`."""
         hidden, teacher = self._hidden(inputs, teacher_inputs)
         c = self.config
-        return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor)
+        return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor, weights=weights)
 
     def _hidden(self, inputs: dict[str, Any], teacher_inputs: dict[str, Any]) -> tuple[Tensor, TeacherStates | None]:
         """The student's last hidden states, and the teacher's where the loss asks for them."""
@@ -153,7 +159,27 @@ class FinetuneStage:
 
     def _labels(self, batch: Batch) -> Tensor:
         counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
-        return shifted_labels(batch.input_ids, counted, batch.document)
+        labels = shifted_labels(batch.input_ids, counted, batch.document)
+        return labels.masked_fill(self._near(batch), -100) if self.config.near_weight == 0 else labels
+
+    def _weights(self, batch: Batch) -> Tensor | None:
+        """Of each token [B, N] in the loss, None where all that count weigh the same."""
+        if self.config.near_weight in (0, 1):
+            return None
+        return torch.where(self._near(batch), self.config.near_weight, 1.0)
+
+    def _near(self, batch: Batch) -> Tensor:
+        """Which tokens [B, N] see their whole text in window and sinks."""
+        position = batch.position_ids
+        if position is None:
+            ids = batch.input_ids
+            position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return position < self._near_tokens
+
+    @property
+    def _near_tokens(self) -> int:
+        """Such tokens of a text, with the window that the layers have now."""
+        return max(layer.mixer.near_tokens for layer in linearized_layers(self.model))
 
     @contextmanager
     def _autocast_casts(self) -> Iterator[None]:
@@ -179,91 +205,3 @@ def _real(batch: Batch) -> Tensor:
     if batch.document is None:
         return torch.ones_like(batch.loss_mask)
     return batch.document >= 0
-
-
-def check_lora(model: PreTrainedModel, config: FinetuneConfig) -> None:
-    """See that LoRA layers can be put on the targets, before anything is trained.
-
-    Raises:
-        LolcatsError: a name in `config.targets` is no linear layer of the model, there are no targets, or a rank
-            larger than any of them could use would take much memory.
-    """
-    if config.method != "lora":
-        return
-    targets = lora_targets(model, config.targets)
-    if not targets:
-        raise LolcatsError(
-            f"finetune.targets {config.targets!r}: this model has no linear layers there; name some of "
-            f"{sorted({_last(n) for n in lora_targets(model, 'all')})}, or use finetune.method=full"
-        )
-    sides = [_sides(model.get_submodule(name)) for name in targets]
-    largest, numbers = max(map(min, sides)), config.rank * sum(map(sum, sides))
-    if config.rank > largest and numbers > MANY:
-        raise LolcatsError(
-            f"finetune.rank {config.rank} is more than the smaller side of every target, at most {largest}: "
-            f"{numbers:,} numbers of adapters for nothing; lower it"
-        )
-
-
-def _sides(layer: nn.Module) -> tuple[int, int]:
-    """Both sides of the weight of a linear layer."""
-    if isinstance(layer, nn.Linear):  # its weight may be packed
-        return layer.in_features, layer.out_features
-    rows, columns = layer.get_parameter("weight").shape
-    return rows, columns
-
-
-def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
-    """Put LoRA layers on the targets (see `lora_targets`).
-
-    Raises:
-        LolcatsError: a name in `config.targets` is no linear layer of the model.
-    """
-    lora = lora_config(model, config, lora_targets(model, config.targets))
-    adapter = get_peft_model(model, lora)
-    assert isinstance(adapter, PeftModel)
-    return adapter
-
-
-def lora_config(model: nn.Module, config: FinetuneConfig, targets: list[str]) -> LoraConfig:
-    """What peft needs to put LoRA layers on `targets`, full names of linear layers of `model`."""
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides by the rank: a float is fine
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
-        task_type="CAUSAL_LM",
-    )
-
-
-def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
-    """Full names of the linear layers that `targets` stands for.
-
-    Args:
-        targets: "attention" is every linear layer of the family inside linearized attention, "all" every linear layer
-            but the output embedding, routers of experts and what the linearization added. In a list, a name that
-            occurs inside linearized attention (q_proj) is meant there, one that does not (gate_proj) everywhere.
-    """
-    head = model.get_output_embeddings()
-    linear = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and m is not head and not is_added(n) and not ROUTERS & set(n.split("."))
-    }
-    layers = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, LinearizedAttention))
-    inside = [n for n in linear if n.startswith(layers)]
-    if targets == "attention":
-        return inside
-    if targets == "all":
-        return list(linear)
-    own = {_last(n) for n in inside}
-    missing = [t for t in targets if t not in {_last(n) for n in linear}]
-    if missing:
-        known = sorted({_last(n) for n in linear})
-        raise LolcatsError(f"finetune.targets {missing} are no linear layers of this model; it has {known}")
-    return [n for n in linear if _last(n) in targets and (_last(n) not in own or n in inside)]
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -2,7 +2,7 @@
 
 A step of a small model is hundreds of kernels, each of which takes Python and the driver longer to launch than the GPU
 to run. A graph launches all of them at once. Shapes must stay the same: batches of another shape, texts that are kept
-apart, and long ones that are read in parts, run as ever.
+apart, long ones that are read in parts, and steps with another window than the layer's own run as ever.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class GraphedStage:
         self._parameters = stage.parameters()
         self._recording: _Recording | None = None
         self._seen = 0
+        self._window: int | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained."""
@@ -73,7 +74,17 @@ class GraphedStage:
         """As the stage says."""
         return self.stage.origin()
 
-    def count(self, batch: Batch) -> int:
+    @contextmanager
+    def windowed(self, window: int | None) -> Iterator[None]:
+        """As the stage does; a recording holds the layers' own window."""
+        before, self._window = self._window, window
+        try:
+            with self.stage.windowed(window):
+                yield
+        finally:
+            self._window = before
+
+    def count(self, batch: Batch) -> float:
         """As the stage counts."""
         return self.stage.count(batch)
 
@@ -88,7 +99,7 @@ class GraphedStage:
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Add `share` times the gradient of the batch; return metrics."""
         cut = batch.document is not None or batch.chunk is not None
-        if cut or batch.input_ids.device.type != "cuda":
+        if cut or self._window is not None or batch.input_ids.device.type != "cuda":
             return self.stage.backward(batch, share)
         recording = self._recording
         if recording is not None and recording.batch.input_ids.shape == batch.input_ids.shape:

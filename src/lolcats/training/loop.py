@@ -37,6 +37,7 @@ from lolcats.training.report import Reporter
 from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
 from lolcats.training.stage import Stage, TrainingData, TrainResult
+from lolcats.training.windows import step_window
 
 LARGEST_LR = torch.finfo(torch.float32).max / 10
 """AdamW divides it by 0.1 in its first step."""
@@ -142,11 +143,12 @@ class _Loop:
             group["lr"] = lr
         data, rows, chunk = self.reader.read(step, self.progress.gap)
         totals: dict[str, Tensor] = {}
-        for batch, share in self._micro_batches(data, rows, chunk):
-            with self._precision():
-                metrics = self.stage.backward(batch, share)
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0) + value.float() * share
+        with self.stage.windowed(step_window(self.config, self.seed, step, self.steps)):
+            for batch, share in self._micro_batches(data, rows, chunk):
+                with self._precision():
+                    metrics = self.stage.backward(batch, share)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0) + value.float() * share
         totals = self._reduce(totals)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         values = {n: v.tolist() for n, v in totals.items()} | {"gradient_norm": float(norm)}
@@ -170,8 +172,8 @@ class _Loop:
         counts = [self.stage.count(batch) for batch in batches]
         total = sum(counts)
         if self.accelerator.num_processes > 1 and not alone:
-            total = int(cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")))
-        return [(batch, count / max(1, total)) for batch, count in zip(batches, counts, strict=True)]
+            total = cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")).item()
+        return [(batch, count / (total or 1)) for batch, count in zip(batches, counts, strict=True)]
 
     def _reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up gradients and metrics over processes: only the few trained parameters, once a step."""

@@ -19,10 +19,11 @@ HEAD_CHUNK = 2048
 
 def output_error(student: Tensor, teacher: Tensor, document: Tensor | None) -> Tensor:
     """Mean squared error of attention outputs [B, H, N, Dv], padding (negative `document` [B, N]) left out."""
-    return _mean_over_real((student.float() - teacher.float()).square().mean((1, 3)), document)
+    return mean_over_real((student.float() - teacher.float()).square().mean((1, 3)), document)
 
 
-def _mean_over_real(values: Tensor, document: Tensor | None) -> Tensor:
+def mean_over_real(values: Tensor, document: Tensor | None) -> Tensor:
+    """Mean of values [B, N] of tokens, padding (negative `document` [B, N]) left out."""
     if document is None:
         return values.mean()
     real = document >= 0
@@ -37,7 +38,7 @@ def weight_cross_entropy(mixer: Mixer, call: Call, document: Tensor | None) -> T
     """
     teacher, student = softmax_weights(call), mixer.attention_weights(call)
     losses = -(teacher * student.clamp_min(1e-12).log()).sum(-1).mean(1)  # [B, N]
-    return _mean_over_real(losses, document)
+    return mean_over_real(losses, document)
 
 
 class TeacherStates(NamedTuple):
@@ -57,6 +58,7 @@ def next_token_loss(
     cross_entropy_factor: float,
     kl_factor: float,
     all_counted: bool = False,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the next token and KL(teacher || student), from the last hidden states.
 
@@ -68,23 +70,27 @@ def next_token_loss(
         teacher: hidden states of the same tokens and the map that belongs to them; None without KL.
         labels: [B, N] int64, the next token of each position, -100 where it does not count.
         all_counted: the caller knows that there is no -100, so that the device need not be asked for it.
+        weights: [B, N] float32, of each position where it counts; None is 1 for all.
 
     Returns:
         The weighted sum, differentiable in `hidden` (and in the head, where it is trained), and the mean over counted
         tokens of each part by name, in nats.
     """
     rows, targets = hidden.flatten(0, 1), labels.flatten()
+    weights = None if weights is None else weights.flatten()
     teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden.flatten(0, 1))
     if not all_counted:
         counted = targets != -100
         rows, targets = rows[counted], targets[counted]
+        weights = None if weights is None else weights[counted]
         teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[counted])
     if any(p.requires_grad for p in head.parameters()):
-        parts = _loss_parts(head, rows, targets, teacher, kl_factor > 0)
+        parts = _loss_parts(head, rows, targets, teacher, kl_factor > 0, weights)
         sums = torch.stack(parts)
     else:
-        sums = cast(Tensor, _ChunkedLoss.apply(rows, head, targets, teacher, cross_entropy_factor, kl_factor))
-    cross_entropy, kl = sums / max(1, targets.numel())
+        factors = cross_entropy_factor, kl_factor
+        sums = cast(Tensor, _ChunkedLoss.apply(rows, head, targets, teacher, *factors, weights))
+    cross_entropy, kl = sums / (max(1, targets.numel()) if weights is None else weights.sum().clamp_min(1e-9))
     loss = cross_entropy_factor * cross_entropy + kl_factor * kl
     named = {"cross_entropy": cross_entropy.detach()}
     if kl_factor > 0:
@@ -93,16 +99,26 @@ def next_token_loss(
 
 
 def _loss_parts(
-    head: OutputHead, rows: Tensor, targets: Tensor, teacher: TeacherStates | None, with_kl: bool
+    head: OutputHead,
+    rows: Tensor,
+    targets: Tensor,
+    teacher: TeacherStates | None,
+    with_kl: bool,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over rows of cross-entropy and KL."""
+    """Sums over rows, times their weights, of cross-entropy and KL."""
     log_p = head(rows).log_softmax(-1)
-    cross_entropy = nnf.nll_loss(log_p, targets, reduction="sum")
+    if weights is None:
+        cross_entropy = nnf.nll_loss(log_p, targets, reduction="sum")
+    else:
+        cross_entropy = nnf.nll_loss(log_p, targets, reduction="none") @ weights
     if teacher is None or not with_kl:
         return cross_entropy, torch.zeros_like(cross_entropy)
     with torch.no_grad():
         log_t = teacher.head(teacher.hidden).log_softmax(-1)
-    return cross_entropy, nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
+    if weights is None:
+        return cross_entropy, nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
+    return cross_entropy, nnf.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1) @ weights
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -117,6 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher: TeacherStates | None,
         ce_factor: float,
         kl_factor: float,
+        weights: Tensor | None,
     ) -> Tensor:
         sums = torch.zeros(2, device=rows.device)
         needs_grad = rows.requires_grad
@@ -126,7 +143,8 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = rows[part].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
                 reference = None if teacher is None else teacher._replace(hidden=teacher.hidden[part])
-                parts = _loss_parts(head, chunk, targets[part], reference, kl_factor > 0)
+                some = None if weights is None else weights[part]
+                parts = _loss_parts(head, chunk, targets[part], reference, kl_factor > 0, some)
                 total = ce_factor * parts[0] + kl_factor * parts[1]
             if gradient is not None:
                 (gradient[part],) = torch.autograd.grad(total, chunk)
@@ -142,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         grad = grad_outputs[0]
         index = 0 if ctx.factors[0] > 0 else 1
-        return gradient * (grad[index] / ctx.factors[index]).to(gradient.dtype), None, None, None, None, None
+        return gradient * (grad[index] / ctx.factors[index]).to(gradient.dtype), *[None] * 6
 
 
 def shifted_labels(input_ids: Tensor, loss_mask: Tensor, document: Tensor | None) -> Tensor:

@@ -23,8 +23,8 @@ from lolcats.modeling.cache import detach_cache
 from lolcats.models.context import check_context, context_limit
 from lolcats.training.batches import Batch, step_rows
 
-PartLoss = Callable[[dict[str, Any], dict[str, Any], Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""Of inputs of the student, those of the teacher, and labels [B, N]: the loss, and its parts by name."""
+PartLoss = Callable[[dict[str, Any], dict[str, Any], Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+"""Of inputs of the student, those of the teacher, labels and weights [B, N]: the loss, and its parts by name."""
 
 
 class Passing:
@@ -100,13 +100,19 @@ def check_passing_context(config: FinetuneConfig, model: PreTrainedModel, length
 
 
 def backward_in_parts(
-    batch: Batch, labels: Tensor, share: float | Tensor, model: PreTrainedModel, loss_of: PartLoss
+    batch: Batch,
+    labels: Tensor,
+    weights: Tensor | None,
+    share: float | Tensor,
+    model: PreTrainedModel,
+    loss_of: PartLoss,
 ) -> dict[str, Tensor]:
     """Back-propagate `share` times the mean loss over the tokens of long texts, part by part.
 
     Args:
         batch: texts [B, chunks * N] with `chunk` = N.
         labels: [B, chunks * N], -100 where nothing counts; those at the end of a part are the first tokens of the next.
+        weights: of the tokens [B, chunks * N], None where all that count weigh the same.
         share: the weight of the whole.
         model: the student, whose config says what caches are made of.
         loss_of: of one part.
@@ -117,21 +123,28 @@ def backward_in_parts(
     assert batch.chunk is not None
     student, teacher = (DynamicCache(config=model.config) for _ in range(2))
     parts = list(zip(batch.input_ids.split(batch.chunk, 1), labels.split(batch.chunk, 1), strict=True))
-    counts = [int((own != -100).sum()) for _, own in parts]
+    heavy = [None] * len(parts) if weights is None else list(weights.split(batch.chunk, 1))
+    counts = [_counted(own, its) for (_, own), its in zip(parts, heavy, strict=True)]
     totals: dict[str, Tensor] = {}
     with _differentiable_states(model):
-        for (ids, own), count in zip(parts, counts, strict=True):
+        for (ids, own), own_weights, count in zip(parts, heavy, counts, strict=True):
             mine, its = (
                 {"input_ids": ids, "past_key_values": cache, "use_cache": True} for cache in (student, teacher)
             )
-            loss, named = loss_of(mine, its, own)
-            weight = count / max(1, sum(counts))
+            loss, named = loss_of(mine, its, own, own_weights)
+            weight = count / (sum(counts) or 1)
             if count:
                 (loss * (share * weight)).backward()
             for name, value in {"loss": loss.detach(), **named}.items():
                 totals[name] = totals.get(name, 0) + value * weight
             detach_cache(student)
     return totals
+
+
+def _counted(labels: Tensor, weights: Tensor | None) -> float:
+    """Tokens that count, by their weights."""
+    counted = labels != -100
+    return float(counted.sum() if weights is None else weights[counted].sum())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,8 +30,12 @@ class Stage(Protocol):
         """What the stage begins with, as JSON: settings of the layers, and a digest of the weights."""
         ...
 
-    def count(self, batch: Batch) -> int:
-        """Tokens over which the loss of the batch is a mean: the weight of a micro-batch in its step."""
+    def windowed(self, window: int | None) -> AbstractContextManager[None]:
+        """Inside, batches are counted and learned from with this window in all layers; None: with their own."""
+        ...
+
+    def count(self, batch: Batch) -> float:
+        """Tokens, or their weights, over which the loss of the batch is a mean: its weight in a step."""
         ...
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:

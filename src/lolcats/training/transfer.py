@@ -7,7 +7,8 @@ memory is that of one layer, however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.identity import weights_digest
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
-from lolcats.modeling.attention import ALIASES, added_parameters
+from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
-from lolcats.training.losses import output_error, weight_cross_entropy
+from lolcats.training.losses import mean_over_real, output_error, weight_cross_entropy
 
 
 class TransferStage:
@@ -44,9 +45,19 @@ class TransferStage:
             parameter.requires_grad_()
         if not self._parameters:
             raise LolcatsError("nothing to train in stage 1: expected a converted model; call lolcats.convert first")
-        self.target = ALIASES.get(config.target, config.target)
+        self.target = config.compared
+        self.window: int | None = None
         if self.target not in (targets := self.layers[0].mixer.targets):
             raise LolcatsError(f"transfer.target: expected one of {', '.join(targets)}; got {config.target!r}")
+
+    @contextmanager
+    def windowed(self, window: int | None) -> Iterator[None]:
+        """Inside, what is compared with the teacher has this window; a learned score knows the layer's own alone."""
+        before, self.window = self.window, window
+        try:
+            yield
+        finally:
+            self.window = before
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What the linearization added, in all layers."""
@@ -79,10 +90,10 @@ class TransferStage:
 
         def observe(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:
             with torch.set_grad_enabled(share is not None):
-                loss, error = self._layer_loss(layer, call, teacher, batch.document)
+                loss, *found = self._layer_loss(layer, call, teacher, batch.document)
                 if share is not None:
                     (loss * (share / len(self.layers))).backward()
-            errors.append(torch.stack([loss.detach(), error.detach()]))
+            errors.append(torch.stack([loss.detach(), *(error.detach() for error in found)]))
 
         for layer in self.layers:
             layer.observer = observe
@@ -93,17 +104,28 @@ class TransferStage:
             for layer in self.layers:
                 layer.observer = None
         stacked = torch.stack(errors)
-        return {"loss": stacked[:, 0].mean(), "mse": stacked[:, 1].mean(), "layers": stacked[:, 1]}
+        means = {name: column.mean() for name, column in zip(("loss", "mse", "share"), stacked.unbind(1), strict=False)}
+        return {**means, "layers": stacked[:, 1]}
 
     def _layer_loss(
         self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, document: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Tensor]:
+        """The loss, the error of the outputs, and for both parts that of the share."""
+        with layer.mixer.windowed(self.window):
+            loss, *errors = self._transfer_loss(layer, call, teacher, document)
+        side = layer.mixer.side_loss(call)
+        return [loss if side is None else loss + side, *errors]
+
+    def _transfer_loss(
+        self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, document: Tensor | None
+    ) -> list[Tensor]:
+        if self.target == "parts":
+            parts = layer.mixer.parts(call)
+            direction, share = (mean_over_real(x, document) for x in (parts.direction_error(), parts.share_error()))
+            return [self.config.mse_factor * direction + share, direction, share]
         student = layer.mixer.target_output(call, self.target)
         error = output_error(student, teacher, document)
         loss = self.config.mse_factor * error
         if self.config.xent_factor:
             loss = loss + self.config.xent_factor * weight_cross_entropy(layer.mixer, call, document)
-        side = layer.mixer.side_loss(call)
-        if side is not None:
-            loss = loss + side
-        return loss, error
+        return [loss, error]

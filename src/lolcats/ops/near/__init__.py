@@ -1,7 +1,7 @@
 """Softmax attention over sinks, a window and kept pairs."""
 
 from lolcats.ops.near.api import near_attention
-from lolcats.ops.near.blocks import empty_near_state
+from lolcats.ops.near.blocks import empty_near_state, kept_until
 from lolcats.ops.near.step import near_step
 from lolcats.ops.near.types import KeptPairs, NearOutput, NearRing, NearSpec, NearState
 
@@ -12,6 +12,7 @@ __all__ = [
     "NearSpec",
     "NearState",
     "empty_near_state",
+    "kept_until",
     "near_attention",
     "near_step",
 ]

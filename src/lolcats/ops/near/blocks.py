@@ -89,6 +89,21 @@ def block_near(
     return NearOutput(out, _final_state(_line_up(held_k, held_v, marks, before, spec), before, chosen, spec, count))
 
 
+@torch.no_grad()
+def kept_until(k: Tensor, v: Tensor, spec: NearSpec, score: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The query from which on each pair is not kept any more, N if there is none: [B, KV, N] int64.
+
+    Key j, which is no sink, is kept at query i exactly for j + w <= i < its number. Arguments as of `near_attention`,
+    for whole texts with `spec.pairs` > 0.
+    """
+    batch, _, n, _ = k.shape
+    count = torch.full((batch,), n, device=k.device) if lengths is None else lengths
+    marks = _line_up_scores(score, k, v, None, spec)
+    chosen = select_pairs(_held_scores(k, v, None, spec), _leaving(marks, spec, count, n), min(BLOCK, n))
+    left = chosen.until[:, :, spec.pairs + spec.window :]  # what leaves with query i is key i - w
+    return nnf.pad(left, (0, n - left.shape[2]), value=n)
+
+
 def _held_scores(k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) -> Tensor:
     """Scores [B, KV, P] of the pairs that are kept before the call."""
     if state is None or state.kept is None:
