@@ -254,6 +254,7 @@ def make_config(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable
             "transfer.validate_every=2",
             "finetune.tokens=480", "finetune.batch_size=4", "finetune.warmup_steps=1", "finetune.checkpoint_every=2",
             "finetune.validate_every=2", "finetune.lr=1e-2", "finetune.kl_factor=1", "finetune.dropout=0.1",
+            "evaluation.controls=[near_only,window_only,linear_only,no_attention,training_free,equal_window]",
         ]  # fmt: skip
         return load_config(None, [*settings, *overrides])
 

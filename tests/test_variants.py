@@ -21,7 +21,8 @@ def test_names_are_in_the_order_of_the_story() -> None:
 
 def test_controls_are_those_of_the_settings_and_of_earlier_versions() -> None:
     """In the order that config.yaml of version 0.1 has."""
-    assert CONTROLS == ("near_only", "window_only", "linear_only", "no_attention", "training_free", "equal_window")
+    of_student = ("near_only", "window_only", "linear_only", "no_attention")
+    assert (*of_student, "training_free", "equal_window", "trained_window") == CONTROLS
     assert EvaluationConfig().controls == list(CONTROLS)
 
 

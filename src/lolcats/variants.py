@@ -11,6 +11,10 @@ from typing import Literal, NamedTuple
 
 from lolcats.printable import show_number
 
+Weights = Literal["teacher", "student", "stage 1", "window"]
+TRAINED_WINDOW = "trained_window"
+"""The one control that is trained, as a step of its own; its stage and its folder are called so too."""
+
 
 class VariantInfo(NamedTuple):
     """One row of the table."""
@@ -20,8 +24,8 @@ class VariantInfo(NamedTuple):
     """For people; {student} is what the student is called there."""
     mode: str
     """Of the linearized layers while it is measured."""
-    weights: Literal["teacher", "student", "stage 1"]
-    """Whose weights run: the teacher's, the student's, or those that stage 1 left."""
+    weights: Weights
+    """Whose weights run: the teacher's, the student's, those that stage 1 left, or those of a trained window."""
     is_control: bool = False
 
 
@@ -29,6 +33,7 @@ VARIANTS = (
     VariantInfo("teacher", "teacher (softmax)", "softmax", "teacher"),
     VariantInfo("training_free", "window + sinks, nothing trained", "window_only", "teacher", True),
     VariantInfo("equal_window", "window of the same memory, nothing trained", "equal_window", "teacher", True),
+    VariantInfo(TRAINED_WINDOW, "window of the same memory, trained", "equal_window", "window", True),
     VariantInfo("transfer", "after attention transfer", "full", "stage 1"),
     VariantInfo("student", "{student}", "full", "student"),
     VariantInfo("near_only", "{student} without its far half", "near_only", "student", True),

@@ -18,7 +18,8 @@ from tiny import SENTENCE
 
 from .conftest import Run
 
-VARIANTS = ["teacher", "training_free", "equal_window", "student", "window_only", "linear_only", "no_attention"]
+OF_TEACHER = ["teacher", "training_free", "equal_window", "trained_window"]
+VARIANTS = [*OF_TEACHER, "student", "window_only", "linear_only", "no_attention"]
 
 
 @pytest.fixture(scope="module")

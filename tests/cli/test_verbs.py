@@ -38,7 +38,8 @@ def test_evaluate_gives_the_numbers_of_the_run(cli: Run, place: Path, finished: 
     content = json.loads(Path("x.json").read_text())
     assert content["length"] == 32 and content["teacher"].endswith("teacher")
     assert list(content["scores"]) == [
-        "teacher", "training_free", "equal_window", "student", "window_only", "linear_only", "no_attention"
+        "teacher", "training_free", "equal_window", "trained_window",
+        "student", "window_only", "linear_only", "no_attention",
     ]  # fmt: skip
     assert content["scores"]["teacher"]["kl"] == 0
 

@@ -16,7 +16,7 @@ from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_
 from lolcats.config import dump_config
 from lolcats.data import build_datasets
 from lolcats.evaluation import Variant, measure
-from lolcats.runs import recipe
+from lolcats.runs import parts, recipe
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results, read_results
 from lolcats.training import Reporter
@@ -167,14 +167,14 @@ def test_killed_while_measuring_is_uninterrupted(
 ) -> None:
     config = make_config()
     calls = iter(range(100))
-    original = recipe.measure
+    original = parts.measure
 
     def killing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 2:
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(recipe, "measure", killing)
+    monkeypatch.setattr(parts, "measure", killing)
     with pytest.raises(Killed):
         linearize(config)
     resumed = linearize(config, resume=True)

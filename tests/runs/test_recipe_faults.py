@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats import LolcatsError, RunConfig, linearize
 from lolcats.config import dump_config
-from lolcats.runs import recipe
+from lolcats.runs import parts, recipe
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import read_results
 from lolcats.training import Reporter
@@ -88,7 +88,7 @@ def resumed(make_config: Make, *overrides: str) -> RunFolder:
 
 @pytest.mark.slow
 def test_a_failure_for_show_is_a_note(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = recipe.measure
+    real = parts.measure
 
     def some(variants: Any, *args: Any, **kwargs: Any) -> Any:
         if {"transfer", "no_attention", "training_free"} & set(variants):
@@ -96,7 +96,7 @@ def test_a_failure_for_show_is_a_note(make_config: Make, monkeypatch: pytest.Mon
         return real(variants, *args, **kwargs)
 
     monkeypatch.setattr(recipe, "sample", lambda *_: [][0])
-    monkeypatch.setattr(recipe, "measure", some)
+    monkeypatch.setattr(parts, "measure", some)
     folder = linearize(make_config())
     results = folder.results()
     assert results.complete is True and folder.has_model()
@@ -114,7 +114,7 @@ def test_the_model_is_saved_before_it_is_measured(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(recipe, "measure", dying)
+        patch.setattr(parts, "measure", dying)
         resumed(make_config)
     saved = (stopped.model / "model.safetensors").read_bytes()
     assert stopped.has_model() and not stopped.results().complete

@@ -31,6 +31,7 @@ def test_a_grid_is_a_product(load: Callable[..., Sweep]) -> None:
     assert points == [(name, seed) for name in ("hedgehog", "t2r") for seed in (0, 1, 2)]
     assert sweep.runs[4].name == "feature_map-t2r_seed-1" and sweep.folder == Path("out/study")
     same = load_config("paper", ["linearization.feature_map=t2r", "seed=1", "runs_dir=out/study"])
+    assert same.evaluation.controls.pop() == "trained_window", "which a sweep trains where its file asks for it"
     assert sweep.runs[4].config == same.model_copy(update={"name": "feature_map-t2r_seed-1"})
 
 
@@ -52,6 +53,14 @@ def test_settings_overrides_and_a_base_file_beside_the_sweep(load: Callable[...,
     config = sweep.runs[0].config
     assert (config.finetune.rank, config.finetune.alpha, config.transfer.lr) == (3, 6.0, 0.25)
     assert (sweep.name, sweep.folder, config.name) == ("other", Path("/somewhere/other"), "only")
+
+
+def test_a_sweep_trains_windows_where_its_file_says_so(load: Callable[..., Sweep]) -> None:
+    asked = "evaluation.controls: [equal_window, trained_window]"
+    for base in ("", "base: null\n", "base: paper\n"):
+        plain = load(f"{base}grid: {{seed: [0]}}\n").runs[0].config
+        assert not plain.trains_window and "equal_window" in plain.evaluation.controls
+        assert load(f"{base}settings: {{{asked}}}\ngrid: {{seed: [0]}}\n").runs[0].config.trains_window
 
 
 def test_the_sweep_as_text_needs_nothing_else(load: Callable[..., Sweep], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from lolcats.cli.options import Device, Dtype, Model, expand_path, split_words
-from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file
+from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file, say_left_out
 from lolcats.cli.tables import console, number_table, say
 from lolcats.errors import LolcatsError
 from lolcats.files import write_json
@@ -72,6 +72,7 @@ def benchmark(
         task_data, _read_examples(num_fewshot), _read_seeds(seeds), limit, batch_size, chat, truncate, task_code
     )
     out = console()
+    say_left_out(out, subject)
     place = Path(subject.source).resolve() if Path(subject.source).exists() else subject.source
     file = progress_file(out, json_file, place, names, asdict(settings), subject.teacher, subject.controls)
     with bar(out) as show:

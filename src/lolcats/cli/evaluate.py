@@ -12,7 +12,17 @@ from rich.console import Console
 
 from lolcats.cli.load import read_results
 from lolcats.cli.options import Device, Dtype, Model
-from lolcats.cli.suite import Controls, JsonFile, Subject, Teacher, bar, find_subject, print_beyond, print_memory
+from lolcats.cli.suite import (
+    Controls,
+    JsonFile,
+    Subject,
+    Teacher,
+    bar,
+    find_subject,
+    print_beyond,
+    print_memory,
+    say_left_out,
+)
 from lolcats.cli.tables import console, number_table, say, score_table
 from lolcats.errors import LolcatsError
 from lolcats.files import write_json
@@ -90,6 +100,7 @@ def evaluate(
     if local:
         _check_local(given["local"], settings["sources"] or (recipe.data.source_names if recipe is not None else []))
     out = console()
+    say_left_out(out, subject)
     batch = batch_size or (recipe.evaluation.batch_size if recipe is not None else 4)
     scores = _measure(out, subject, settings, subject.keywords(device, dtype) | {"batch_size": batch})
     if json_file is not None:

@@ -33,15 +33,15 @@ def linearize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run of the same name first.")] = False,
     until: Annotated[
-        str, typer.Option(metavar="STEP", help="Stop after prepare, transfer, finetune, save or measure.")
+        str, typer.Option(metavar="STEP", help="Stop after prepare, transfer, finetune, save, control or measure.")
     ] = "measure",
 ) -> None:
     """Linearize a model: transfer attention, fine-tune, measure, save."""
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with a run and --overwrite deletes it; give one of them")
     config = read_target(target, overrides or [])
-    if until not in ("prepare", "transfer", "finetune", "save", "measure"):
-        raise typer.BadParameter(f"--until {until}: expected prepare, transfer, finetune, save or measure")
+    if until not in ("prepare", "transfer", "finetune", "save", "control", "measure"):
+        raise typer.BadParameter(f"--until {until}: expected prepare, transfer, finetune, save, control or measure")
 
     from accelerate import PartialState
 

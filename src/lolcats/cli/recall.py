@@ -22,6 +22,7 @@ from lolcats.cli.suite import (
     print_beyond,
     print_memory,
     progress_file,
+    say_left_out,
 )
 from lolcats.cli.tables import console, number_table
 from lolcats.errors import LolcatsError
@@ -84,6 +85,7 @@ def recall(
         check_plot(plot, names)
     library.check_haystack(settings)
     out = console()
+    say_left_out(out, subject)
     file = progress_file(out, json_file, "recall", subject.source, subject.teacher, subject.controls)
     with AnswerStore(file) as store:
         with bar(out, "loading the model") as report:

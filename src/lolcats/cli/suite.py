@@ -16,7 +16,7 @@ from lolcats.cli.load import find_model, read_recipe
 from lolcats.cli.options import check_target
 from lolcats.cli.tables import say
 from lolcats.errors import LolcatsError
-from lolcats.variants import CONTROLS
+from lolcats.variants import CONTROLS, TRAINED_WINDOW
 
 if TYPE_CHECKING:
     from lolcats.config import RunConfig
@@ -66,6 +66,15 @@ def find_subject(model: str, teacher: str | None, control: list[str] | None) -> 
     recipe = read_recipe(source)
     teacher = teacher or (None if recipe is None else recipe.model)
     return Subject(source, recipe, None if teacher == "none" else teacher, chosen)
+
+
+def say_left_out(out: Console, subject: Subject) -> None:
+    """Say why there will be no numbers of the trained window, where it is asked for."""
+    from lolcats.evaluation.trained_window import has_window, why_left_out
+
+    asked = TRAINED_WINDOW in subject.controls and subject.recipe is not None and subject.teacher is not None
+    if asked and not has_window(subject.source):
+        say(out, why_left_out(subject.source))
 
 
 def progress_file(out: Console, json_file: Path | None, *command: object) -> Path:

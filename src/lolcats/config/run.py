@@ -11,7 +11,7 @@ from lolcats.config.data import DataConfig
 from lolcats.config.fields import Length, Positive, Rows, Section, Seed
 from lolcats.config.mixers import AnyLinearization, HybridConfig
 from lolcats.config.stages import FinetuneConfig, TransferConfig
-from lolcats.variants import CONTROLS
+from lolcats.variants import CONTROLS, TRAINED_WINDOW
 
 
 def _check_control(name: str) -> str:
@@ -32,7 +32,7 @@ class EvaluationConfig(Section):
     last: Positive | None = None  # count only the last tokens of a segment; None counts all
     max_segments: Positive | None = None
     batch_size: Rows = 4  # segments at once
-    controls: list[Control] = Field(default=list(CONTROLS))
+    controls: list[Control] = Field(default=list(CONTROLS))  # trained_window costs as much as stage 2
 
 
 class RunConfig(Section):
@@ -52,6 +52,11 @@ class RunConfig(Section):
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @property
+    def trains_window(self) -> bool:
+        """Whether the control `trained_window` is asked for, and there is a stage 2 that it can get too."""
+        return self.finetune.enabled and TRAINED_WINDOW in self.evaluation.controls
 
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:

@@ -24,13 +24,14 @@ from lolcats.evaluation.perplexity import (
     evaluation_segments,
     measure,
 )
-from lolcats.evaluation.variants import student_variants, teacher_variants
+from lolcats.evaluation.trained_window import has_window, read_window
+from lolcats.evaluation.variants import student_variants, teacher_variants, window_variants
 from lolcats.modeling import convert, linearized_layers
 from lolcats.models.context import check_context
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.teacher import load_teacher
 from lolcats.models.vocabulary import vocabulary_size
-from lolcats.variants import CONTROLS
+from lolcats.variants import CONTROLS, TRAINED_WINDOW
 
 
 def compare(
@@ -54,7 +55,8 @@ def compare(
 
     Args:
         model: what `load_teacher` takes; a model that is not linearized scores as "teacher".
-        teacher: the weights from before the linearization; None leaves out all that needs them.
+        teacher: the weights from before the linearization; None leaves out all that needs them, the trained window
+            among it, which is also left out where the model's folder has none.
         sources, local: see `lolcats.data.iter_records`; or token files.
         held_out: in place of sources, the text that this run held out from training.
         length, last, max_segments: tokens per segment, how many of them count (from the end), segments to read.
@@ -76,7 +78,7 @@ def compare(
     if held_out is not None:
         segments = _held_out_segments(held_out, loaded.tokenizer, local, length, last, max_segments)
     else:
-        segments = _read_segments(sources, local, loaded.tokenizer, vocabulary_size(first), length, max_segments)
+        segments = read_segments(sources, local, loaded.tokenizer, vocabulary_size(first), length, max_segments)
     return measure(
         loaded.variants,
         segments,
@@ -116,7 +118,12 @@ def load_variants(
     if not linearized_layers(student):
         student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
         return Loaded({"teacher": Variant(student)}, None, tokenizer)
-    before = {} if teacher is None else teacher_variants(_load_before(teacher, student), controls=controls)
+    before: dict[str, Variant] = {}
+    if teacher is not None:
+        plain = _load_before(teacher, student)
+        before = teacher_variants(plain, controls=controls)
+        if TRAINED_WINDOW in controls and has_window(model):
+            before |= window_variants(plain, controls, read_window(plain, model))
     return Loaded(before | student_variants(student, controls), before.get("teacher"), tokenizer, text_memory(student))
 
 
@@ -136,7 +143,7 @@ def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedMod
     return model
 
 
-def _read_segments(
+def read_segments(
     sources: Sequence[str],
     local: Mapping[str, str] | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -144,7 +151,11 @@ def _read_segments(
     length: int,
     count: int | None,
 ) -> Tensor:
-    """Segments [S, length] int64."""
+    """Segments [S, length] int64 of text, at most `count`; arguments as in `compare`.
+
+    Raises:
+        DataError: a source cannot be read, or has not the tokens of one segment.
+    """
     limit = None if count is None else count * length
     documents = read_documents(sources, "auto", tokenizer, limit, local=local, vocabulary=vocabulary)
     ids = np.concatenate([document.ids for document in documents]).astype(np.int64)

@@ -31,6 +31,8 @@ class Variant:
     model: PreTrainedModel
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
     """Entered around each forward pass."""
+    own_weights: bool = False
+    """Whether the mode brings weights of its own."""
 
 
 @dataclass

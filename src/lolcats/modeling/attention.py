@@ -60,6 +60,7 @@ class LinearizedAttention(nn.Module):
         self.observer: Observer | None = None
         self.model_config: PretrainedConfig | None = None
         self._window: dict[torch.dtype, Mixer] = {}
+        self.memory_dtype: torch.dtype | None = None
         self.rotary = RotaryFinder()
 
     def __getattr__(self, name: str) -> Any:
@@ -129,13 +130,23 @@ class LinearizedAttention(nn.Module):
         layer.advance(state, call.q.shape[2], whole=call.padding is None and call.segments is None)
         return out
 
+    def window(self, dtype: torch.dtype) -> Mixer:
+        """The plain window of as many bytes as the mixer's state.
+
+        Args:
+            dtype: of keys and values, unless `memory_dtype` says in which format a text's memory is counted: weights
+                that are widened for training must not change how many tokens a window holds.
+        """
+        dtype = self.memory_dtype or dtype
+        if dtype not in self._window:
+            self._window[dtype] = equal_window(self.mixer, dtype)
+        return self._window[dtype]
+
     def _acting(self, call: AttentionCall) -> tuple[Mixer, str]:
         """What computes the present mode, and in which of its own."""
         if self.mode != EQUAL_WINDOW:
             return self.mixer, self.mode
-        if call.k.dtype not in self._window:
-            self._window[call.k.dtype] = equal_window(self.mixer, call.k.dtype)
-        return self._window[call.k.dtype], FULL
+        return self.window(call.k.dtype), FULL
 
     def softmax(self, call: AttentionCall) -> Tensor:
         """What the teacher computes: exact attention, O(N) memory."""

@@ -53,7 +53,7 @@ def save_artefact(
 
 
 def disk_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
-    """Bytes of the model and the checkpoints that a run leaves, from the shapes of its teacher.
+    """Bytes of the model, its trained control and the checkpoints that a run leaves, from the shapes of its teacher.
 
     Raises:
         LolcatsError: the model cannot be linearized with these settings.
@@ -65,17 +65,18 @@ def disk_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
     fine = config.finetune
     added = sum(p.numel() for p in added_parameters(model).values())
     weights = sum(p.numel() for p in model.parameters()) - added
-    trained = added if config.transfer.enabled else 0
+    trained, tuned = added if config.transfer.enabled else 0, 0
     width = choose_dtype(config.dtype, choose_device(config.device)).itemsize
     if fine.enabled and fine.method == "lora":
         shapes = [model.get_submodule(name).weight.shape for name in lora_targets(model, fine.targets)]
-        trained += sum(fine.rank * sum(shape) for shape in shapes)  # type: ignore[arg-type]
+        tuned = sum(fine.rank * sum(shape) for shape in shapes)  # type: ignore[arg-type]
     elif fine.enabled:
-        trained += weights
+        tuned = weights
         width = 4  # full fine-tuning leaves float32 weights
     if fine.enabled and fine.train_feature_maps:
         trained += added
-    return weights * width + 4 * added + 4 * (ADAMW + 1) * trained
+    stages = ADAMW + 1 + (ADAMW + 2 if config.trains_window else 0)  # the control is kept beside the model too
+    return weights * width + 4 * added + 4 * (ADAMW + 1) * trained + 4 * stages * tuned
 
 
 def save_results(folder: Path, results: Results) -> None:
@@ -98,16 +99,17 @@ def unpack(model: PreTrainedModel, stage: FinetuneStage | None, dtype: torch.dty
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module, merging: bool = True) -> Iterator[None]:
     """Undo at the end, to the last bit, what happens to a model inside: merging, unpacking, casting, other modules.
 
     The artefact is made inside, and what was trained is measured afterwards. Weights that carry adapters are changed in
-    place by merging them, so there are two copies of those meanwhile.
+    place by merging them, so there are two copies of those meanwhile; without `merging` there is one, and nothing may
+    write into weights inside.
     """
     owners = [*model.modules(), *{id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()]
     kept = [(owner, {key: _shallow(value) for key, value in vars(owner).items()}) for owner in owners]
     weights = [(p, p.data) for p in model.parameters()]
-    for module in model.modules():
+    for module in model.modules() if merging else ():
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
         if weight is not None and weight.is_floating_point():
             weight.data = weight.data.clone()

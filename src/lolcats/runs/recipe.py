@@ -1,11 +1,11 @@
-"""The whole recipe: prepare, transfer, fine-tune, save, measure. `steps.py` does each by itself."""
+"""The whole recipe: prepare, transfer, fine-tune, save, train the control, measure. `steps.py` does each by itself."""
 
 from __future__ import annotations
 
 import math
 import time
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from lolcats.config import RunConfig
 from lolcats.data import build_datasets
 from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
-from lolcats.evaluation import Measurement, Variant, evaluation_segments, measure, student_variants, teacher_variants
+from lolcats.evaluation import Variant, evaluation_segments, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
 from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
 from lolcats.modeling.attention import added_parameters
@@ -29,16 +29,19 @@ from lolcats.models.generation import sample
 from lolcats.models.teacher import load_teacher
 from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
+from lolcats.runs.control import train_control
 from lolcats.runs.folder import RunFolder
-from lolcats.runs.results import Best, Results
-from lolcats.runs.state import Run, add_facts, open_run, timed
-from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
+from lolcats.runs.parts import first_batch, measuring, record, teacher_of, train_stage
+from lolcats.runs.results import Results
+from lolcats.runs.state import Run, add_facts, open_run
+from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStage
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.training.reading import check_reading
+from lolcats.training.window_control import window_parameters
 
-Step = Literal["prepare", "transfer", "finetune", "save", "measure"]
-STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "measure"]
+Step = Literal["prepare", "transfer", "finetune", "save", "control", "measure"]
+STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "control", "measure"]
 SAMPLE_PROMPT = "The most important thing to know about computers is"
 
 
@@ -81,7 +84,9 @@ def linearize(
             torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
         run = _prepare(config, folder, accelerator, device, console, results, started)
         results.add_seconds("loading", time.perf_counter() - started)
-        for name, step in zip(STEPS, (measure_teacher, transfer, finetune, save, measure_student), strict=True):
+        for name, step in zip(
+            STEPS, (measure_teacher, transfer, finetune, save, train_control, measure_student), strict=True
+        ):
             step(run)
             if name == until:
                 break
@@ -119,14 +124,14 @@ def _prepare(
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     add_facts(results, config, device, segments, SAMPLE_PROMPT)
     results.data_notes = notes
-    batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
-    convert(model, config.linearization, input_ids=batch)
+    convert(model, config.linearization, input_ids=first_batch(config, data))
     results.memory = text_memory(model, dtype)
     check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:
         check_lora(model, config.finetune)
     started -= results.seconds.get("total") or 0.0
     run = Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
+    run.windows = {name: p.detach().clone() for name, p in window_parameters(model).items()}
     run.say(
         f"{type(model).__name__}: {len(linearized_layers(model))} of {model.config.num_hidden_layers} layers "
         f"linearized, {len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
@@ -146,9 +151,9 @@ def measure_teacher(run: Run) -> None:
     if "teacher" in run.results.perplexity:
         return
     variants = teacher_variants(run.model, controls=run.config.evaluation.controls)
-    scores = _record(run, variants, variants["teacher"])
+    scores = record(run, variants, variants["teacher"])
     if "teacher" not in scores:
-        raise LolcatsError(f"the teacher cannot be measured: {run.results.notes[_measuring('teacher')]}")
+        raise LolcatsError(f"the teacher cannot be measured: {run.results.notes[measuring('teacher')]}")
     if not math.isfinite(scores["teacher"].loss):
         raise LolcatsError(
             f"the loss of the teacher {run.config.model} is {scores['teacher'].loss} on the text to be measured, so "
@@ -169,13 +174,13 @@ def transfer(run: Run) -> None:
         return
     run.use_compiled(config.compile)
     stage = TransferStage(run.model, config)
-    _train(run, stage, config)
+    train_stage(run, stage, config)
     run.model.requires_grad_(False)
     if config.compared == "far" and run.config.linearization.starts_from_text:
         # The linear half was trained by itself, which leaves its share beside the window open.
         start_from_text(run.model, linearized_layers(run.model), torch.from_numpy(run.data.train.ids[:4]).long())
     if "transfer" not in run.results.perplexity:
-        _record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
+        record(run, {"transfer": student_variants(run.model, [])["student"]}, teacher_variants(run.model)["teacher"])
         run.write_results()
 
 
@@ -188,15 +193,15 @@ def finetune(run: Run) -> None:
             cast_weights(run.model, torch.float32)
         set_seed(run.config.seed)  # the adapters' start must not depend on whether stage 1 was resumed
         run.stage = FinetuneStage(run.model, config)
-        _train(run, run.stage, config)
+        train_stage(run, run.stage, config)
     run.use_compiled(False)
 
 
 def measure_student(run: Run) -> None:
     """The student and its controls, once the artefact is saved."""
     teacher: list[Variant] = []
-    run.attempt("loading the teacher again", lambda: teacher.append(_teacher_after(run, run.stage)))
-    _record(run, student_variants(run.model, run.config.evaluation.controls), teacher[0] if teacher else None)
+    run.attempt("loading the teacher again", lambda: teacher.append(teacher_of(run, run.stage)))
+    record(run, student_variants(run.model, run.config.evaluation.controls), teacher[0] if teacher else None)
     # The artefact has its adapters merged into weights of lower precision: its own number is the one to report.
     for name, score in run.saved.items():
         run.results.store(name, score)
@@ -220,7 +225,7 @@ def save(run: Run) -> None:
         run.write_results()
         if stage is not None:
             student = {"student": student_variants(run.model, [])["student"]}
-            run.saved = _record(run, student, None, note=" (as saved)")
+            run.saved = record(run, student, None, note=" (as saved)")
         _sample(run, "student")
     if stage is not None:
         stage.adapter = adapter
@@ -235,68 +240,8 @@ def _sample(run: Run, name: str) -> None:
         run.results.generation[name] = text[0]
 
 
-def _teacher_after(run: Run, stage: FinetuneStage | None) -> Variant:
-    """The teacher of the student: the same weights without adapters, or loaded anew where they were trained."""
-    if stage is None:
-        return teacher_variants(run.model)["teacher"]
-    if stage.adapter is not None:
-        return teacher_variants(run.model, stage.adapter.disable_adapter)["teacher"]
-    if stage.teacher is not None:
-        return teacher_variants(stage.teacher)["teacher"]
-    return Variant(load_teacher(run.config.model, run.dtype, run.model.device)[0])
-
-
 def _slow_backward(run: Run) -> bool:
     """Whether stage 2 is better done in float32: CPUs run bfloat16 forward twice as fast, but backward far slower."""
     if run.config.quantization != "none":
         return False
     return run.config.dtype == "auto" and run.accelerator.device.type == "cpu" and run.results.dtype == "bfloat16"
-
-
-def _train(run: Run, stage: Stage, config: Any) -> TrainResult:
-    if config.varies_window:
-        run.use_compiled(False)  # a program would be made for each window
-    autocast = torch.bfloat16 if next(run.model.parameters()).dtype == torch.bfloat16 else None
-    result = train(
-        stage, config, run.data, run.folder.checkpoints(stage.name), run.reporter, accelerator=run.accelerator,
-        seed=run.config.seed, autocast=autocast,
-    )  # fmt: skip
-    run.results.tokens[stage.name] = result.tokens
-    run.results.tokens_per_second[stage.name] = round(result.tokens_per_second, 1)
-    run.results.seconds[stage.name] = round(result.seconds, 2)
-    run.results.best[stage.name] = Best(step=result.best_step, loss=result.best_loss)
-    if result.changes:
-        run.results.changes[stage.name] = result.changes
-    run.say(
-        f"{stage.name}: {result.tokens:,} tokens in {result.seconds:,.0f} s ({result.tokens_per_second:,.0f} tokens/s)"
-        f", best validation loss {result.best_loss:.4g} at step {result.best_step} of {result.steps}"
-    )
-    return result
-
-
-@timed("measuring")
-def _record(run: Run, variants: dict[str, Variant], teacher: Variant | None, note: str = "") -> dict[str, Measurement]:
-    """Measure and put the numbers into the results; without a teacher, no distance from it.
-
-    Returns:
-        The scores of the variants that could be measured.
-    """
-    e = run.config.evaluation
-    options: dict[str, Any] = {"teacher": teacher, "last": e.last, "batch_size": e.batch_size}
-    scores: dict[str, Measurement] = {}
-    run.results.forget_notes([_measuring(name, note) for name in variants])
-    try:
-        scores = measure(variants, run.segments, **options)
-    except Exception:  # one of them; the others are measured one by one
-        for name, variant in variants.items():
-            one = {name: variant}
-            run.attempt(_measuring(name, note), lambda one=one: scores.update(measure(one, run.segments, **options)))
-    for name, score in scores.items():
-        run.results.store(name, score)
-        distance = "" if score.kl is None or name == "teacher" else f", KL to the teacher {score.kl:.4f}"
-        run.say(f"{name:<14} perplexity {score.perplexity:.2f}{distance}{note}")
-    return scores
-
-
-def _measuring(name: str, note: str = "") -> str:
-    return f"measurement of {name}{note}"

@@ -24,7 +24,8 @@ RESUME = "delete it and resume: what it held is measured again"
 NOT_FINITE = {True: "infinite", False: "not a number"}
 """What a note says of a number that JSON does not have, which is null."""
 
-TIMES = {"loading": "loading", "transfer": "transfer", "finetune": "fine-tuning", "measuring": "measuring"}
+TIMES = {"loading": "loading", "transfer": "transfer", "finetune": "fine-tuning"}
+TIMES |= {"trained_window": "the trained window", "measuring": "measuring"}
 """What the seconds of a run go to, and how people are told."""
 
 Number = float | None

@@ -6,6 +6,7 @@
 | transfer | checkpoints of stage 1                                         |
 | finetune | checkpoints of stage 2                                         |
 | save     | model/                                                         |
+| control  | model/controls/trained_window, where it is asked for           |
 | measure  | results.json, complete                                         |
 
 `lolcats.linearize` does all of them in one process, to the same bytes.
@@ -19,6 +20,8 @@ from rich.console import Console
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.trained_window import has_window
+from lolcats.runs.control import FAILED
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.recipe import STEPS, Step, linearize
 
@@ -35,6 +38,7 @@ def finished(folder: RunFolder) -> list[Step]:
         "transfer": not config.transfer.enabled or folder.stage_state("transfer") == "finished",
         "finetune": not config.finetune.enabled or folder.stage_state("finetune") == "finished",
         "save": folder.has_model(),
+        "control": not config.trains_window or has_window(folder.model) or results.complete or FAILED in results.notes,
         "measure": results.complete,
     }
     return STEPS[: next((number for number, step in enumerate(STEPS) if not done[step]), len(STEPS))]
@@ -66,6 +70,11 @@ def finetune(folder: RunFolder | Path | str, *, console: Console | None = None) 
 def save(folder: RunFolder | Path | str, *, console: Console | None = None) -> RunFolder:
     """Write the artefact, with LoRA merged; see `transfer`."""
     return _go_on(folder, "save", console)
+
+
+def control(folder: RunFolder | Path | str, *, console: Console | None = None) -> RunFolder:
+    """Train the window that the student is compared with, as long as stage 2 takes; see `transfer`."""
+    return _go_on(folder, "control", console)
 
 
 def measure(folder: RunFolder | Path | str, *, console: Console | None = None) -> RunFolder:

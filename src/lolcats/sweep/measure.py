@@ -20,10 +20,11 @@ from lolcats.evaluation.harness import HarnessSettings, Row, Scores, Show
 from lolcats.evaluation.harness.run import load_benchmarks, measure_benchmarks, require_lm_eval
 from lolcats.evaluation.recall import Cell, RecallSettings, check_tasks, recall
 from lolcats.evaluation.store import AnswerStore
+from lolcats.evaluation.trained_window import has_window, why_left_out
 from lolcats.files import read_json_object, write_text
 from lolcats.runs.results import finite
 from lolcats.silence import quiet
-from lolcats.variants import VARIANTS
+from lolcats.variants import TRAINED_WINDOW, VARIANTS
 
 AGAIN = "delete it: it is measured anew"
 Say = Callable[[str], None]
@@ -187,8 +188,10 @@ def measure_model(source: str, measured: Measured, measure: MeasureConfig, *, sa
     """
     if not (missing := measured.missing(measure)):
         return
-    if not any(row.weights == "teacher" for row in VARIANTS if row.name in measure.controls):
+    if not any(row.weights in ("teacher", "window") for row in VARIANTS if row.name in measure.controls):
         how.pop("teacher", None)
+    if TRAINED_WINDOW in measure.controls and not has_window(source):
+        say(why_left_out(source))
     said: set[str] = set()
 
     def show(label: str, done: int, count: int | None) -> None:

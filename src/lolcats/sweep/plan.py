@@ -24,6 +24,7 @@ from lolcats.runs.artefact import disk_bytes
 from lolcats.runs.recipe import linearize
 from lolcats.sweep.job import STAGES, TRAINED, Stage, Sweep, SweepRun
 from lolcats.training.graphs import EAGER_STEPS
+from lolcats.variants import TRAINED_WINDOW
 
 WARM_UP, MEASURED = EAGER_STEPS + 1, 4
 """Steps of a calibration: slow ones, in which kernels are compiled and graphs recorded, and those whose time counts."""
@@ -113,7 +114,7 @@ def measured_speed(sweep: Sweep) -> Speed | None:
         for stage in STAGES:
             found[stage] += [speed] if (speed := results.tokens_per_second.get(stage)) else []
         own = [stage for stage in STAGES if not (stage == "transfer" and run.folder.origin("transfer"))]
-        other.append(total - sum(results.seconds.get(stage) or 0.0 for stage in own))
+        other.append(total - sum(results.seconds.get(stage) or 0.0 for stage in (*own, TRAINED_WINDOW)))
     needed = [stage for stage in STAGES if any(getattr(run.config, stage).enabled for run in sweep.runs)]
     if not other or not all(found[stage] for stage in needed):
         return None
@@ -183,6 +184,11 @@ def _origins(runs: Sequence[SweepRun]) -> dict[str, str]:
     return {name: origin for name, origin in origins.items() if name != origin and not done[name]}
 
 
+def _window_left(run: SweepRun) -> int:
+    """Steps of the trained window that are still to be done."""
+    return run.steps("finetune") - run.folder.steps_done(TRAINED_WINDOW) if run.config.trains_window else 0
+
+
 def _planned(
     run: SweepRun, origin: str, speed: Speed | None, models: Callable[[str], PreTrainedModel | None]
 ) -> PlannedRun:
@@ -191,7 +197,8 @@ def _planned(
     steps: dict[Stage, int] = {s: 0 if origin and s == "transfer" else run.steps(s) for s in STAGES}
     size = {stage: getattr(config, stage).batch_size * config.data.sequence_length for stage in STAGES}
     left: dict[Stage, int] = {s: max(0, steps[s] - run.steps_done(s)) * size[s] for s in STAGES}
-    seconds = None if speed is None else 0.0 if status in TRAINED else speed.seconds(left)
+    work: dict[Stage, int] = {**left, "finetune": left["finetune"] + _window_left(run) * size["finetune"]}
+    seconds = None if speed is None else 0.0 if status in TRAINED else speed.seconds(work)
     planned = PlannedRun(run.name, status, origin, steps, left, seconds)
     try:
         teacher = models(config.model)

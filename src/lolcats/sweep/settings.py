@@ -25,9 +25,12 @@ from lolcats.errors import ConfigError
 from lolcats.sweep.job import RUN, Studies, Sweep, SweepRun, label
 from lolcats.sweep.measure import read_measure
 from lolcats.sweep.studies import PLACE, combine, fitting
+from lolcats.variants import CONTROLS, TRAINED_WINDOW
 
 MAX_RUNS = 256
 """Most runs of one sweep: a grid grows faster than one thinks."""
+CONTROLS_KEY = "evaluation.controls"
+UNTRAINED = [name for name in CONTROLS if name != TRAINED_WINDOW]
 KEYS = ("name", "base", "settings", "grid", "runs", "measure", "studies")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LETTERS = "letters, digits, '.', '_' and '-'"
@@ -91,6 +94,7 @@ class _Parts:
         self.keys = list(dict.fromkeys([*(key for chosen in self.sets.values() for key in chosen), *self.grid]))
         self._check_overlaps(given)
         self.settings |= own | given
+        self.settings.setdefault(CONTROLS_KEY, UNTRAINED)
         self.measure = read_measure(content.get("measure"), self.problems)
         self.studies: Studies = content.get("studies") or {}
 
@@ -103,14 +107,17 @@ class _Parts:
         return {"name": self.name, "base": None, "settings": self.settings, **filled}
 
     def _read_base(self, base: object) -> dict[str, Any]:
-        """All settings of the base but its name."""
+        """All settings of the base but its name; a control as dear as stage 2 is for those who ask the sweep for it."""
         if base is not None and not isinstance(base, str):
             self.problems.append(f"base: expected a recipe, a YAML file or null (got {base!r})")
             return {}
+        if base is None:
+            return {}
         # A file is looked for beside the sweep file, so that the two can be moved together.
-        is_file = base is not None and base.endswith((".yaml", ".yml"))
+        is_file = base.endswith((".yaml", ".yml"))
         config = load_config(self.file.parent / str(base) if is_file else base)
-        return {key: value for key, value in flat(read_yaml(dump_config(config))).items() if key != "name"}
+        own = {key: value for key, value in flat(read_yaml(dump_config(config))).items() if key != "name"}
+        return own | {CONTROLS_KEY: [name for name in own[CONTROLS_KEY] if name in UNTRAINED]}
 
     def _mapping(self, content: dict[str, Any], key: str) -> dict[str, Any]:
         value = content.get(key)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lolcats.config import FinetuneConfig
 from lolcats.identity import weights_digest
 from lolcats.modeling import attention_mode, linearized_layers
-from lolcats.modeling.attention import added_parameters
+from lolcats.modeling.attention import FULL, added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.old_names import in_old_order, old_name
 from lolcats.training.batches import Batch
@@ -42,14 +42,18 @@ class FinetuneStage:
         LolcatsError: see `check_lora`.
     """
 
-    name = "finetune"
+    name = section = "finetune"
+    mode = FULL
+    """Of the linearized layers while they learn."""
 
     def __init__(self, model: PreTrainedModel, config: FinetuneConfig) -> None:
         self.model, self.config = model, config
         self.adapter: PeftModel | None = None
         self.teacher: PreTrainedModel | None = None
         check_lora(model, config)
-        weights = ((old_name(name), p) for name, p in model.named_parameters())  # so that runs of 0.1 go on
+        added, own = added_parameters(model), set(map(id, self.added()))
+        used = [(name, p) for name, p in model.named_parameters() if name not in added or id(p) in own]
+        weights = ((old_name(name), p) for name, p in used)  # so that runs of 0.1 go on
         self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights)}
         model.requires_grad_(False)
         if config.method == "lora":
@@ -61,10 +65,14 @@ class FinetuneStage:
             model.requires_grad_(True)
         self.head = OutputHead(model)
         self._teacher_head = self.head if self.teacher is None else OutputHead(self.teacher)
-        for p in added_parameters(model).values():
-            p.requires_grad_(config.train_feature_maps)
+        for p in added.values():
+            p.requires_grad_(config.train_feature_maps and id(p) in own)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._parameters = {name: trained[name] for name in in_old_order(trained)}
+
+    def added(self) -> list[nn.Parameter]:
+        """What the linearization added and this stage may train."""
+        return list(added_parameters(self.model).values())
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """LoRA matrices (or all weights), and the feature maps where asked for."""
@@ -151,7 +159,8 @@ class FinetuneStage:
         if self.config.kl_factor > 0:
             with torch.no_grad(), self._as_teacher():
                 teacher = TeacherStates(self._teacher_head.hidden(**teacher_inputs), self._teacher_logits)
-        return self.head.hidden(**inputs), teacher
+        with attention_mode(self.model, self.mode):
+            return self.head.hidden(**inputs), teacher
 
     def _teacher_logits(self, hidden: Tensor) -> Tensor:
         with self._as_teacher():  # a head of several layers may carry adapters

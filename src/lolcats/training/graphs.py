@@ -60,7 +60,7 @@ class GraphedStage:
     """`stage`, with its `backward` replayed from a CUDA graph; a `Stage` itself."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.name = stage, stage.name
+        self.stage, self.name, self.section = stage, stage.name, stage.section
         self._parameters = stage.parameters()
         self._recording: _Recording | None = None
         self._seen = 0

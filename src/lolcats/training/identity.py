@@ -23,7 +23,7 @@ BLOCK = 1024
 def identity(stage: Stage, config: OptimConfig, data: TrainingData) -> dict[str, Any]:
     """What must be the same when a stage goes on, as JSON: `settings`, `data` and `weights`."""
     origin = stage.origin()
-    settings = {"linearization": origin["linearization"], stage.name: config.model_dump(mode="json")}
+    settings = {"linearization": origin["linearization"], stage.section: config.model_dump(mode="json")}
     return {"settings": json.loads(json.dumps(settings)), "data": data_digest(data), "weights": origin["weights"]}
 
 

@@ -21,6 +21,8 @@ class Stage(Protocol):
 
     name: str
     """Folder of the checkpoints and `stage` in the metrics."""
+    section: str
+    """Of the configuration, where its settings stand."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, float32, by name."""

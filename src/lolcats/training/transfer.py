@@ -34,7 +34,7 @@ class TransferStage:
         config: the stage's settings.
     """
 
-    name = "transfer"
+    name = section = "transfer"
 
     def __init__(self, model: PreTrainedModel, config: TransferConfig) -> None:
         self.model, self.config = model, config
