@@ -30,7 +30,8 @@ from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.rotary import RotaryFinder
 
 SOFTMAX, FULL, EQUAL_WINDOW = "softmax", "full", "equal_window"
-"""Modes of every linearized layer: its teacher, its mixer as it is, and a plain window of the bytes of its state."""
+"""Modes of every linearized layer: its teacher, its mixer as it is, and a plain window of the bytes of its state, of
+the mean state where layers share a budget."""
 COMMON_MODES = (SOFTMAX, FULL, EQUAL_WINDOW)
 """A mixer names the others that it has."""
 ALIASES = {"hybrid": FULL}
@@ -59,6 +60,8 @@ class LinearizedAttention(nn.Module):
         self.mode = FULL
         self.observer: Observer | None = None
         self.model_config: PretrainedConfig | None = None
+        self.window_tokens: dict[torch.dtype, int] = {}
+        """Where layers share a budget, tokens of the window that takes as much in all of them together."""
         self._window: dict[torch.dtype, Mixer] = {}
         self.rotary = RotaryFinder()
 
@@ -134,7 +137,7 @@ class LinearizedAttention(nn.Module):
         if self.mode != EQUAL_WINDOW:
             return self.mixer, self.mode
         if call.k.dtype not in self._window:
-            self._window[call.k.dtype] = equal_window(self.mixer, call.k.dtype)
+            self._window[call.k.dtype] = equal_window(self.mixer, call.k.dtype, self.window_tokens.get(call.k.dtype))
         return self._window[call.k.dtype], FULL
 
     def softmax(self, call: AttentionCall) -> Tensor:

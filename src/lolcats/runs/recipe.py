@@ -18,7 +18,7 @@ from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Measurement, Variant, evaluation_segments, measure, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
-from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
+from lolcats.modeling import attention_mode, check_model, linearized_layers
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
@@ -31,7 +31,7 @@ from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Best, Results
-from lolcats.runs.state import Run, add_facts, open_run, timed
+from lolcats.runs.state import Run, add_facts, linearize_layers, open_run, start_batch, timed
 from lolcats.training import FinetuneStage, Reporter, Stage, TrainingData, TrainResult, TransferStage, train
 from lolcats.training.finetune import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
@@ -116,8 +116,7 @@ def _prepare(
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     add_facts(results, config, device, segments, SAMPLE_PROMPT)
     results.data_notes = notes
-    batch = torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
-    convert(model, config.linearization, input_ids=batch)
+    config = linearize_layers(model, config, start_batch(config, train_set), results, accelerator)
     results.memory = text_memory(model, dtype)
     check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:
