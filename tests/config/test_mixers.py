@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from lolcats.config import HybridConfig, LinearizationConfig, RunConfig, load_config
-from lolcats.config.changes import differences, known_settings, with_defaults
+from lolcats.config.changes import differences, known_settings, with_defaults, with_split
 from lolcats.config.mixers import keyed_by_mixer
 from lolcats.errors import ConfigError
 
@@ -96,6 +96,11 @@ def test_another_layer_begins_from_its_own_defaults() -> None:
         ("window_kind=terraced", "linearization.window_kind: unknown key"),
         ("bits=5", r"linearization.bits: Input should be 16, 8 or 4 \(got 5\)"),
         ("window=0", "linearization.window: Input should be greater than or equal to 1"),
+        ("budget=head", "linearization.budget: Input should be 'uniform', 'layers' or 'heads'"),
+        ("split=[]", "linearization.split: expected an entry for each linearized layer, got none"),
+        ("split=[[0, 4]]", r"linearization.split: entry 0: expected a window of 1 to .* got \[0, 4\]"),
+        ("split=[[4, 1], [[4, 1], 3]]", r"linearization.split: entry 1: expected \[window, pairs\] for all key heads"),
+        ("split=[[4, true]]", r"linearization.split: entry 0: expected \[window, pairs\] for all key heads"),
     ],
 )
 def test_settings_that_blend_cannot_have(word: str, message: str) -> None:
@@ -119,3 +124,31 @@ def test_a_learned_score_needs_its_stage() -> None:
         load_config("blend", ["transfer.enabled=false"])
     for words in (["linearization.kept.score=recency"], ["linearization.kept.pairs=0"]):
         load_config("blend", ["transfer.enabled=false", *words])
+
+
+def test_layers_have_their_entries_of_a_split() -> None:
+    split = [[4, 1], [[2, 0], [8, 3]]]
+    config = load_config("blend", [f"linearization.split={split}", "linearization.budget=heads"]).linearization
+    assert [config.values(place)["split"] for place in (0, 1)] == split and "budget" not in config.values()
+    assert not config.starts_from_text and config.facts()["kept"].startswith("0 to 3 pairs per key head")
+    assert "window of 2 to 8 tokens" in config.facts()["near"]
+    searching = load_config("blend", ["linearization.budget=layers"]).linearization
+    assert searching.searches and searching.starts_from_text and not searching.without_text().starts_from_text
+    assert searching.values()["split"] is None
+    with pytest.raises(ConfigError, match=r"linearization.split: unknown key"):
+        load_config(None, ["linearization.split=[[4, 1]]"])
+
+
+def test_runs_of_before_had_no_budget() -> None:
+    today = {"linearization": load_config("blend").linearization.model_dump(mode="json")}
+    old = {"linearization": {k: v for k, v in today["linearization"].items() if k not in ("budget", "split")}}
+    assert differences(with_defaults(old), today) == {}
+
+
+def test_a_split_that_was_found_is_no_change() -> None:
+    asked = {"linearization": {"mixer": "blend", "budget": "heads", "split": None}}
+    found = with_split(asked, [[4, 1]])
+    assert found["linearization"]["split"] == [[4, 1]] and asked["linearization"]["split"] is None
+    assert with_split(found, [[5, 1]]) is found and with_split(asked, None) is asked
+    uniform = {"linearization": {"mixer": "blend", "budget": "uniform", "split": None}}
+    assert with_split(uniform, [[4, 1]]) is uniform

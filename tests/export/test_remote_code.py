@@ -116,6 +116,12 @@ RUNS = {
         "linearization.far=gated_delta",
         "linearization.bits=8",
     ],
+    "split": [
+        "linearization.mixer=blend",
+        "linearization.far=none",
+        "linearization.kept.pairs=4",
+        "linearization.budget=heads",
+    ],
     "gate": ["linearization.decay=gate", "linearization.state_heads=kv", "finetune.train_feature_maps=true"],
 }
 

@@ -36,6 +36,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
         *({"window": 3, "far": far} for far in ("simple_gla", "mamba2", "gla", "hgrn2", "delta", "gated_delta", "kda")),
         {"window": 1, "feature_map": "elu", "kept": {"pairs": 2, "score": "recency"}},
         {"window": 2, "far": "gated_delta", "state_dtype": "bfloat16"},
+        {"sinks": 1, "kept": {"recall_error": True}, "split": [[[4, 3], [2, 0]]] * 3},
+        {"sinks": 2, "far": "none", "bits": 4, "split": [[[3, 1], [5, 4]]] * 3},
+        {"far": "none", "bits": 8, "kept": {"score": "random"}, "split": [[[6, 2], [2, 2]]] * 3},
+        {"far": "none", "kept": {"pairs": 2}, "split": [[4, 3], [[1, 0], [6, 2]], [2, 0]]},
     ],
 }
 """Tiny settings of each mixer."""

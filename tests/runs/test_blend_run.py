@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lolcats import linearize
-from lolcats.config import RunConfig
+from lolcats import LolcatsError, linearize
+from lolcats.config import RunConfig, load_config
 from lolcats.evaluation.memory import text_memory
+from lolcats.export import export_model, load_adapter
 from lolcats.modeling import linearized_layers
+from lolcats.runs.artefact import RECIPE_FILE
 
 
 @pytest.mark.slow
@@ -44,3 +46,33 @@ def test_a_plain_window_has_no_first_stage(make_config: Callable[..., RunConfig]
     assert "transfer" not in results.perplexity and "linear_only" not in results.perplexity
     assert results.perplexity["student"] != results.perplexity["training_free"]  # LoRA has changed something
     assert results.perplexity["training_free"] is not None
+
+
+SHARED = ("linearization.mixer=blend", "linearization.far=none", "linearization.kept.pairs=5",
+          "linearization.kept.score=learned", "linearization.budget=heads")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_finds_its_split_once(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the results and in the model; the run goes on with it, and an adapter of it can be loaded."""
+    config = make_config(*SHARED)
+    folder = linearize(config, until="transfer")
+    split = folder.results().split
+    assert split is not None and folder.config().linearization == config.linearization
+    monkeypatch.setattr("lolcats.modeling.budget.near_costs", lambda *_: pytest.fail("found again"))
+    folder = linearize(config, resume=True)
+    results = folder.results()
+    assert results.split == split and results.complete and "equal_window" in results.perplexity
+    model = AutoModelForCausalLM.from_pretrained(folder.model)
+    assert model.config.linearization["split"] == split
+    assert load_config(folder.model / RECIPE_FILE).linearization.model_dump()["split"] == split
+    assert linearize(config, resume=True).results().split == split, "a finished run takes the command that made it"
+    found = text_memory(model)
+    assert found is not None and results.memory is not None and found.bytes == results.memory.bytes
+    adapter = export_model(folder.path, folder.path.parent / "adapter", "adapter").folder
+    loaded = load_adapter(adapter)[0]
+    ids = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(LolcatsError, match="budget"):
+        linearize(config.model_copy(update={"linearization": make_config(*SHARED[:-1]).linearization}), resume=True)

@@ -55,6 +55,16 @@ def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: defaults.get(name, {}) | section for name, section in known.items()}
 
 
+def with_split(settings: dict[str, Any], split: list[Any] | None) -> dict[str, Any]:
+    """Settings of a run with the split that was found for it, where they leave it to be found."""
+    layer = settings.get("linearization")
+    if split is None or not isinstance(layer, dict) or layer.get("split") is not None:
+        return settings
+    if layer.get("budget", "uniform") == "uniform":
+        return settings
+    return settings | {"linearization": layer | {"split": split}}
+
+
 def known_settings(
     settings: Mapping[str, Any], kind: type[BaseModel], prefix: str = ""
 ) -> tuple[dict[str, Any], list[str]]:

@@ -9,6 +9,7 @@ from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
 from lolcats.config.fields import Near, Positive, Section, Width
+from lolcats.config.split import LayerSplit, all_sizes, spread
 
 DEFAULT = "hybrid"
 """The mixer of settings that name none, as all of version 0.1."""
@@ -19,6 +20,8 @@ class LinearizationConfig(Section):
 
     around: ClassVar[frozenset[str]] = frozenset({"mixer", "layers", "start"})
     """Settings that are not about the layer itself."""
+    by_layer: ClassVar[frozenset[str]] = frozenset()
+    """Settings that are null or a list with an entry for each linearized layer."""
 
     mixer: str
     layers: Literal["all"] | list[int] | float = "all"  # indices (negative from the end), or a fraction in (0, 1]
@@ -47,9 +50,20 @@ class LinearizationConfig(Section):
         """What `transfer.target` may compare."""
         return ("full",)
 
-    def values(self) -> dict[str, Any]:
-        """The settings of the layer itself, by name."""
-        return self.model_dump(exclude=set(self.around))
+    @property
+    def searches(self) -> bool:
+        """Whether conversion looks in the text for how layers share the memory."""
+        return False
+
+    @property
+    def most_pairs(self) -> int:
+        """The largest number of pairs that a key head keeps."""
+        return 0
+
+    def values(self, place: int = 0) -> dict[str, Any]:
+        """The settings of the layer itself, by name; `place` is its number among the linearized ones."""
+        values = self.model_dump(exclude=set(self.around))
+        return values | {name: values[name][place] for name in self.by_layer if values[name] is not None}
 
     def without_text(self) -> Self:
         """The same layers with a start that needs no text: for parameters that are replaced at once."""
@@ -141,6 +155,9 @@ class KeptConfig(Section):
 class BlendConfig(LinearizationConfig):
     """Softmax attention over sinks, window and kept pairs, and linear attention over all, joined by a learned share."""
 
+    around: ClassVar[frozenset[str]] = LinearizationConfig.around | {"budget"}
+    by_layer: ClassVar[frozenset[str]] = frozenset({"split"})
+
     mixer: Literal["blend"] = "blend"  # type: ignore[assignment]  # a name of its own is what tells the classes
     window: Annotated[int, Field(ge=1, le=2**17)] = 256  # tokens with exact softmax attention
     sinks: Near = 4  # first tokens of the text that always keep softmax attention
@@ -156,6 +173,9 @@ class BlendConfig(LinearizationConfig):
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # of the far state; it is computed with in float32
     bits: Literal[16, 8, 4] = 16  # of the numbers of stored pairs: window, sinks and kept pairs
     start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the range of keys in few bits
+    # Whether layers, or their key heads too, share the memory of window and kept.pairs as a batch of text asks for.
+    budget: Literal["uniform", "layers", "heads"] = "uniform"
+    split: LayerSplit | None = None  # what each has in the place of window and kept.pairs; null: found by the budget
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -164,24 +184,37 @@ class BlendConfig(LinearizationConfig):
 
     @property
     def starts_from_text(self) -> bool:
-        """Whether the start is the matched one, and there is something to match."""
-        return self.start == "matched" and (self.far != "none" or self.bits < 16)
+        """Whether the start is the matched one, and there is something to match; or a split is to be found."""
+        return self.searches or (self.start == "matched" and (self.far != "none" or self.bits < 16))
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is a budget to share and no split yet."""
+        return self.budget != "uniform" and self.split is None
+
+    @property
+    def most_pairs(self) -> int:
+        """The largest number of pairs that a key head keeps."""
+        return self.kept.pairs if self.split is None else max(pairs for _, pairs in all_sizes(self.split))
 
     @property
     def learns_in_transfer(self) -> bool:
         """Whether kept pairs are chosen by a learned score."""
-        return self.kept.pairs > 0 and self.kept.score == "learned"
+        return self.most_pairs > 0 and self.kept.score == "learned"
 
     def without_text(self) -> Self:
-        """The same layers with the plain start."""
-        return self.model_copy(update={"start": "plain"})
+        """The same layers with the plain start; all alike where their split is not known yet."""
+        budget = "uniform" if self.searches else self.budget
+        return self.model_copy(update={"start": "plain", "budget": budget})
 
     def facts(self) -> dict[str, str]:
         """Near half, kept pairs and far half."""
         heads = "query" if self.state_heads == "query" else "key"
+        sizes = [(self.window, self.kept.pairs)] if self.split is None else list(all_sizes(self.split))
+        windows, pairs = (spread(list(numbers)) for numbers in zip(*sizes, strict=True))
         return {
-            "near": f"window of {self.window} tokens and {self.sinks} sinks, {self.bits} bits",
-            "kept": f"{self.kept.pairs} pairs per key head, score {self.kept.score}" if self.kept.pairs else "no pairs",
+            "near": f"window of {windows} tokens and {self.sinks} sinks, {self.bits} bits",
+            "kept": f"{pairs} pairs per key head, score {self.kept.score}" if self.most_pairs else "no pairs",
             "far": "none" if self.far == "none" else f"{self.far}, one {self.state_dtype} state per {heads} head",
         }
 
@@ -191,9 +224,9 @@ class BlendConfig(LinearizationConfig):
             raise ValueError(f"far {self.far} has a decay; set decay to fixed or gate")
         if self.far == "linear" and self.decay == "none" and self.state_dtype == "bfloat16":
             raise ValueError("a far state without decay grows with the text, which bfloat16 cannot hold; set a decay")
-        if self.kept.pairs and self.kept.score == "learned" and self.kept.recall_error and self.far == "none":
+        if self.most_pairs and self.kept.score == "learned" and self.kept.recall_error and self.far == "none":
             raise ValueError("kept.recall_error is the error of the far half, and far is none; set it to false")
-        if self.kept.pairs and self.kept.score == "self_recall" and self.far == "none":
+        if self.most_pairs and self.kept.score == "self_recall" and self.far == "none":
             raise ValueError(
                 "kept.score self_recall is the error of the far half, and far is none; choose another score"
             )

@@ -126,8 +126,9 @@ class LinearizationConfig:
     def model_dump(self, mode: str = "json") -> dict[str, Any]:
         return asdict(self)
 
-    def values(self) -> dict[str, Any]:
-        return {{name: value for name, value in asdict(self).items() if name not in {sorted(kind.around)}}}
+    def values(self, place: int = 0) -> dict[str, Any]:
+        values = {{name: value for name, value in asdict(self).items() if name not in {sorted(kind.around)}}}
+        return values | {{name: values[name][place] for name in {sorted(kind.by_layer)} if values[name] is not None}}
 
 
 def check_linearization(settings: Any, source: str = "config.json") -> LinearizationConfig:

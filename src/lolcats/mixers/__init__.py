@@ -3,7 +3,7 @@
 from lolcats.mixers.base import Call, Mixer, Sizes, State, StateSpec, map_state, state_bytes, state_tensors
 from lolcats.mixers.registry import MIXERS, build_mixer
 from lolcats.mixers.rotation import Rotation
-from lolcats.mixers.window import equal_window
+from lolcats.mixers.window import equal_tokens, equal_window
 
 __all__ = [
     "MIXERS",
@@ -14,6 +14,7 @@ __all__ = [
     "State",
     "StateSpec",
     "build_mixer",
+    "equal_tokens",
     "equal_window",
     "map_state",
     "state_bytes",

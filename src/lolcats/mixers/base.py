@@ -68,7 +68,7 @@ class Call:
 
 
 class State(Protocol):
-    """What a mixer keeps of earlier tokens: a NamedTuple of tensors (or of such tuples, or None), the batch first.
+    """What a mixer keeps of earlier tokens: a NamedTuple of tensors (or of such or plain tuples, or None), batch first.
 
     Only the mixer that made it reads it; others map, count and keep it.
     """
@@ -83,7 +83,8 @@ def state_names(state: Any, prefix: str = "") -> list[str]:
     """Names of the tensors of a state, such as "window.k", in the order of `state_tensors`."""
     if state is None or isinstance(state, Tensor):
         return [] if state is None else [prefix]
-    parts = zip(state._fields, state, strict=True)
+    fields = getattr(state, "_fields", None) or map(str, range(len(state)))
+    parts = zip(fields, state, strict=True)
     return [n for field, part in parts for n in state_names(part, f"{prefix}.{field}" if prefix else field)]
 
 

@@ -17,6 +17,8 @@ y_near is softmax attention over sinks, window and kept pairs (`lolcats.ops.near
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -25,12 +27,24 @@ import torch
 from torch import Tensor, nn
 
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
-from lolcats.mixers.far import FarHalf, HalvedState, LinearFar
+from lolcats.mixers.far import FarHalf
+from lolcats.mixers.near_heads import (
+    HeadGroup,
+    NearStates,
+    Split,
+    empty_near,
+    group_heads,
+    keeps_pairs,
+    kept_until_of,
+    near_half,
+    read_split,
+    windows_of,
+)
 from lolcats.mixers.parts import Parts, Share, far_attention
-from lolcats.mixers.recurrent import RecurrentFar
+from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.texts import find_texts, one_row, rows_of
-from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
+from lolcats.ops.near import NearSpec, NearState
 from lolcats.ops.near.quantize import PairCodec, key_range
 from lolcats.ops.near.selection import EMPTY
 
@@ -43,14 +57,15 @@ NOT_FAR = ("near_only", "window_only", "no_attention")
 class BlendState(NamedTuple):
     """What the layer keeps of earlier tokens."""
 
-    near: NearState
+    near: NearStates
+    """Of the near half: of all key heads, or of each group of them (`near_heads`)."""
     far: Any
     """Of the far half, None without."""
 
     @property
     def length(self) -> Tensor:
         """[B] int64."""
-        return self.near.length
+        return self.near.length if isinstance(self.near, NearState) else self.near[0].length
 
 
 class BlendMixer(Mixer):
@@ -64,6 +79,7 @@ class BlendMixer(Mixer):
         score: of kept pairs, None without.
         rotate_far: give the far half q and k as they are after rotary embedding.
         bits: of the stored pairs' numbers: 16 (as they are), 8 or 4.
+        split: window and kept pairs of each key head, in the place of those of `near`; None where all are alike.
     """
 
     needs_rotation: ClassVar[bool] = True
@@ -77,11 +93,12 @@ class BlendMixer(Mixer):
         score: KeyScores | None,
         rotate_far: bool = False,
         bits: int = 16,
+        split: Split | None = None,
     ) -> None:
         super().__init__(sizes, impl)
-        self.settings, self.far, self.score = near, far, score
+        self.settings, self.split, self.far, self.score = near, split, far, score
         self.rotate_far, self.near_alone = rotate_far, far is None
-        alone = ("near_only",) if far is not None and near.pairs else ()
+        alone = ("near_only",) if far is not None and keeps_pairs(self.groups) else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.targets = ("full",) if far is None else ("full", "far", "parts")
         self.bits = bits
@@ -102,27 +119,23 @@ class BlendMixer(Mixer):
         window: int,
         sinks: int,
         kept: dict[str, Any],
-        far: str,
         rotate_far: bool,
-        feature_map: str,
-        feature_size: int | None,
-        state_heads: str,
-        decay: str,
-        state_dtype: str,
         bits: int,
+        split: list[Any] | None = None,
+        **of_far: Any,
     ) -> BlendMixer:
-        """The layer from the values of its settings."""
-        half: FarHalf | None = None
-        if far == "linear":
-            half = LinearFar(sizes, feature_map, feature_size, state_heads, decay, impl)
-        elif far != "none":
-            half = RecurrentFar(sizes, far, feature_size, state_heads, decay == "gate", impl)
-        if half is not None and state_dtype == "bfloat16":
-            half = HalvedState(half)
+        """The layer from the values of its settings; those that are not named are `build_far`'s."""
         rules = {name: kept[name] for name in ("mix", "fade", "recall_error")}
-        score = KeyScores(sizes, kept["score"], **rules) if kept["pairs"] else None
+        heads = None if split is None else read_split(split, sizes.kv_heads)
         spec = NearSpec(window, sinks, kept["pairs"], sizes.head_dim**-0.5)
-        return cls(sizes, impl, spec, half, score, rotate_far, bits)
+        keeps = keeps_pairs(group_heads(spec, heads, sizes.kv_heads))
+        score = KeyScores(sizes, kept["score"], **rules) if keeps else None
+        return cls(sizes, impl, spec, build_far(sizes, impl, **of_far), score, rotate_far, bits, heads)
+
+    @property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """The key heads by their sizes."""
+        return group_heads(self.settings, self.split, self.sizes.kv_heads)
 
     def forward(
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
@@ -168,19 +181,12 @@ class BlendMixer(Mixer):
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             held = None if state is None else state.far
             return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
-        spec = self.settings._replace(scale=call.scale, softcap=call.softcap)
         score = self._scores(call, k, state, mode, slots)
         near, far = (None, None) if state is None else state
-        if state is not None and keep and call.q.shape[2] == 1:
-            y, near = near_step(
-                call.q, call.k, call.v, state.near, spec, score=score, active=lengths, sink_logits=call.sink_logits,
-                state_indices=slots, donate=True, codec=self.codec, impl=self.near_impl,
-            )  # fmt: skip
-        else:
-            y, near = near_attention(
-                call.q, call.k, call.v, spec, score=score, lengths=lengths, sink_logits=call.sink_logits,
-                initial_state=near, return_state=keep, codec=self.codec, impl=self.near_impl,
-            )  # fmt: skip
+        y, near = near_half(
+            self.groups, call, near, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
+            impl=self.near_impl,
+        )  # fmt: skip
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
             y_far, far = self.far(q, k, call.v, call.hidden, call.padding, far, keep)
             y = self._join(y, y_far, call.hidden, mode)
@@ -220,16 +226,14 @@ class BlendMixer(Mixer):
         self, call: Call, k: Tensor, state: BlendState | None, mode: str, slots: Tensor | None
     ) -> Tensor | None:
         """The score [B, KV, N] of each key, None without kept pairs."""
-        if self.score is None or not self.settings.pairs:
+        if self.score is None or not keeps_pairs(self.groups):
             return None
         rows, kv_heads, n = call.k.shape[:3]
         if mode in ("window_only", "linear_only", "no_attention"):
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
-        start: Tensor | int = 0
-        if state is not None:
-            start = (state.length if slots is None else state.length[slots])[:, None]
+        start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
         position = (start + torch.arange(n, device=k.device)).expand(rows, n)
-        return self.score(call, k, position, self.settings.window, partial(self._recall, k, call, state))
+        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))
 
     def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:
         """The error [B, KV, N] with which the far half recalls the values of a call."""
@@ -240,6 +244,22 @@ class BlendMixer(Mixer):
         """See `Mixer.target_output`; "far" is the far half alone, which is to give the teacher's whole output."""
         return self(call, mode="linear_only" if target == "far" else "full")[0]
 
+    @contextmanager
+    def windowed(self, window: int | None) -> Iterator[None]:
+        """See `Mixer.windowed`; all key heads have it."""
+        own = self.split
+        self.split = own if window is None or own is None else tuple((window, pairs) for _, pairs in own)
+        try:
+            with super().windowed(window):
+                yield
+        finally:
+            self.split = own
+
+    @property
+    def near_tokens(self) -> int:
+        """See `Mixer.near_tokens`; those of the key head with the largest window."""
+        return max(group.spec.window for group in self.groups) + self.settings.sinks
+
     def parts(self, call: Call) -> Parts:
         """See `Mixer.parts`; near is what the layer sees: sinks, window, and the pairs that it keeps."""
         assert self.share is not None
@@ -248,8 +268,8 @@ class BlendMixer(Mixer):
         score, until = self._scores(rows, k, None, "full", None), None
         if score is not None:
             lengths = None if texts is None else texts.lengths
-            until = kept_until(rows.k, rows.v, self.settings, score, lengths)
-        teacher = far_attention(rows, self.settings, until)
+            until = kept_until_of(self.groups, rows, score, lengths)
+        teacher = far_attention(rows, self.groups, until)
         if texts is not None:
             teacher = teacher.put_back(texts, call.q.shape[2])
         return Parts(teacher, self.share(call.hidden), self.target_output(call, "far"))
@@ -265,17 +285,11 @@ class BlendMixer(Mixer):
         else:
             one = texts.longest()
             few, k = replace(rows_of(call, one), padding=None), one.take(k)
-        return self.score.loss(few, k, self.settings.window, partial(self._recall, k, few, None))
+        return self.score.loss(few, k, windows_of(self.groups), partial(self._recall, k, few, None))
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
         """See `Mixer.empty_state`."""
-        s = self.sizes
-        shape = (rows, s.kv_heads, 1)
-        k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (s.head_dim, s.value_dim))
-        near = empty_near_state(k, v, self.settings)
-        if self.codec is not None:  # nobody reads these pairs, and the layer's own ranges may be on another device
-            nothing = torch.zeros(s.kv_heads, s.head_dim, device=device)
-            near = PairCodec(self.bits, nothing, nothing).encode_state(near)
+        near = empty_near(self.groups, self.sizes, rows, dtype, device, self.bits)
         far = None if self.far is None else self.far.empty_state(rows, dtype, device)
         return BlendState(near, far)
 
@@ -288,13 +302,12 @@ class BlendMixer(Mixer):
         if self.key_low is not None and self.key_high is not None:
             for held, found in zip((self.key_low, self.key_high), key_range(call.k, self.bits), strict=True):
                 held.copy_(found)
-        if self.share is None:
-            return
-        self.share.match(far_attention(call, self.settings).mass[:, :, self.near_tokens :])
+        if self.share is not None:
+            self.share.match(far_attention(call, self.groups).mass, windows_of(self.groups), self.settings.sinks)
 
     def widened(self, tokens: int) -> BlendMixer:
         """The layer with a window over the whole text and without its far half."""
         wide = copy.copy(self)
-        wide.near_alone, wide.bits = True, 16
+        wide.near_alone, wide.bits, wide.split = True, 16, None
         wide.settings = self.settings._replace(window=max(1, tokens), pairs=0)
         return wide

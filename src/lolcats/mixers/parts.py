@@ -16,9 +16,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from lolcats.mixers.base import Call, Sizes
+from lolcats.mixers.near_heads import HeadGroup, windows_of
+from lolcats.mixers.scores import Window
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.mixers.texts import TextRows
-from lolcats.ops.near import NearSpec
 
 QUERY_BLOCK = 256
 """Queries whose attention is in memory at once."""
@@ -76,32 +77,40 @@ class Share(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(self.weight.dtype)).transpose(1, 2)
 
-    def match(self, mass: Tensor) -> None:
-        """Give each head the mean of `mass` [B, H, M], if there is any."""
-        if mass.shape[2]:
-            self.bias.copy_(mass.mean((0, 2)).clamp(1e-4, 1 - 1e-4).logit())
+    def match(self, mass: Tensor, window: Window, sinks: int) -> None:
+        """Give each head the mean of `mass` [B, H, N] over the queries that have far keys, if there are any."""
+        begin = (
+            torch.as_tensor(window, device=mass.device).expand(1 if isinstance(window, int) else len(window)) + sinks
+        )
+        begin = begin.repeat_interleave(mass.shape[1] // len(begin))
+        has_far = torch.arange(mass.shape[2], device=mass.device) >= begin[:, None]
+        mean = (mass * has_far).sum((0, 2)) / (len(mass) * has_far.sum(-1)).clamp_min(1)
+        self.bias.copy_(torch.where(has_far.any(-1), mean.clamp(1e-4, 1 - 1e-4).logit(), self.bias))
 
 
 @torch.no_grad()
-def far_attention(call: Call, spec: NearSpec, until: Tensor | None = None) -> FarAttention:
+def far_attention(call: Call, near: tuple[HeadGroup, ...], until: Tensor | None = None) -> FarAttention:
     """The far part of the teacher's attention; O(N^2) time, memory of `QUERY_BLOCK` queries.
 
     Args:
         call: a text in each row, padding on the right only, where the numbers mean nothing.
-        spec: window and sinks.
+        near: window and sinks of the key heads.
         until: [B, KV, N] int64, the query from which on each pair is not kept (`kept_until`); None without kept pairs.
     """
     groups, keys = call.q.shape[1] // call.k.shape[1], torch.arange(call.q.shape[2], device=call.q.device)
     v = call.v.float().repeat_interleave(groups, 1)
+    window, sinks = torch.as_tensor(windows_of(near), device=call.q.device), near[0].spec.sinks
+    window = window if window.ndim == 0 else window[:, None, None]
     masses, outputs = [], []
     with torch.autocast(call.q.device.type, enabled=False):
         for begin, weights in attention_blocks(call, QUERY_BLOCK, torch.float32):
             end = weights.shape[-1]
             query = keys[begin:end, None]
-            far = (keys[:end] >= spec.sinks) & (query - keys[:end] >= spec.window)
+            far = (keys[:end] >= sinks) & (query - keys[:end] >= window)
             if until is not None:
                 far = far & (query >= until[:, :, None, :end])
-                far = far.repeat_interleave(groups, 1)
+            if far.ndim > 2:
+                far = far.repeat_interleave(groups, -3)
             weights = weights * far
             masses.append(weights.sum(-1))
             outputs.append(weights @ v[:, :, :end])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lolcats.mixers.base import Sizes
 from lolcats.mixers.decay import Decay
-from lolcats.mixers.far import FarHalf
+from lolcats.mixers.far import FarHalf, HalvedState, LinearFar
 from lolcats.ops import RecurrenceOutput, RecurrentState, recurrence
 from lolcats.ops.maps import project
 
@@ -137,3 +137,24 @@ class RecurrentFar(FarHalf):
     def _directions(self, x: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return nnf.normalize(project(x if x.dtype == torch.float64 else x.float(), weight), dim=-1)
+
+
+def build_far(
+    sizes: Sizes,
+    impl: str,
+    *,
+    far: str,
+    feature_map: str,
+    feature_size: int | None,
+    state_heads: str,
+    decay: str,
+    state_dtype: str,
+) -> FarHalf | None:
+    """The far half of these settings of `blend`, None for none."""
+    if far == "none":
+        return None
+    if far == "linear":
+        half: FarHalf = LinearFar(sizes, feature_map, feature_size, state_heads, decay, impl)
+    else:
+        half = RecurrentFar(sizes, far, feature_size, state_heads, decay == "gate", impl)
+    return HalvedState(half) if state_dtype == "bfloat16" else half

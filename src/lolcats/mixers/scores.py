@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -30,6 +30,9 @@ UNJUDGED = 256
 """The last keys of a text have few queries after them, so nothing is learned from them."""
 QUERY_BLOCK = 512
 """Queries whose attention is in memory at once."""
+
+Window = int | tuple[int, ...]
+"""Tokens of the window of all key heads, or of each."""
 
 
 class LearnedScore(nn.Module):
@@ -84,21 +87,21 @@ class KeyScores(nn.Module):
         self.name, self.mix, self.fade = name, mix, fade
         self.network = LearnedScore(sizes, recall_error) if name == "learned" else None
 
-    def forward(self, call: Call, k: Tensor, position: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor:
+    def forward(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:
         """The score [B, KV, N] of each key of a call.
 
         Args:
             call: the tokens; a text in each row.
             k: [B, KV, N, D], keys before their rotation.
             position: [B, N], of the tokens in their text.
-            window: of the layer.
+            window: of the layer, or of each of its key heads.
             recall: makes the error [B, KV, N] of the far half.
         """
         score = self._fresh(call, k, position, window, recall)
         # What fades does so at one rate, so it is the same to let what comes later start higher.
         return score if self.fade is None else score + (position / self.fade)[:, None]
 
-    def _fresh(self, call: Call, k: Tensor, position: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor:
+    def _fresh(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:
         if self.network is not None:
             return self._mixed(self.network(call.hidden, k, call.v, self._error(recall)))
         if self.name == "self_recall":
@@ -124,7 +127,7 @@ class KeyScores(nn.Module):
         reads = self.network is not None and self.network.reads_error
         return _log_error(recall).detach() if reads else None
 
-    def loss(self, call: Call, k: Tensor, window: int, recall: Callable[[], Tensor]) -> Tensor | None:
+    def loss(self, call: Call, k: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor | None:
         """Mean squared error of a learned score on whole texts, against the teacher's attention; None of another."""
         if self.network is None:
             return None
@@ -139,27 +142,54 @@ def _log_error(recall: Callable[[], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def attention_given(call: Call, window: int) -> Tensor:
+def attention_given(call: Call, window: Window) -> Tensor:
     """Logs of the largest and the summed weight that queries `window` or more tokens later give each key.
 
     Args:
         call: whole texts, a row each.
-        window: tokens within which attention does not count.
+        window: tokens within which attention does not count, of all key heads or of each.
 
     Returns:
         [B, KV, N, 2] float32: the largest over the queries and query heads, and the sum over queries, mean over heads.
     """
+    return attention_given_beyond(call, [window])[0]
+
+
+@torch.no_grad()
+def attention_given_beyond(call: Call, windows: Sequence[Window]) -> list[Tensor]:
+    """`attention_given` for each of several windows, in hardly more time than for one."""
     batch, kv_heads, n, _ = call.k.shape
-    largest = torch.zeros(batch, kv_heads, n, device=call.q.device)
-    summed = torch.zeros_like(largest)
+    found = [torch.zeros(2, batch, kv_heads, n, device=call.q.device) for _ in windows]
     keys = torch.arange(n, device=call.q.device)
     for begin, weights in attention_blocks(call, QUERY_BLOCK):
         end = weights.shape[-1]
-        far = weights * (keys[begin:end, None] - keys[:end] >= window)
-        by_key_head = far.unflatten(1, (kv_heads, -1))
-        largest[:, :, :end] = torch.maximum(largest[:, :, :end], by_key_head.amax((2, 3)))
-        summed[:, :, :end] += by_key_head.sum(3).mean(2)
-    return (torch.stack([largest, summed], -1) + SMALLEST).log()
+        queries = keys[begin:end, None]
+        weights = weights.unflatten(1, (kv_heads, -1))
+        whole = _largest_and_sum(weights)
+        for (largest, summed), window in zip(found, windows, strict=True):
+            widest, narrowest = (window, window) if isinstance(window, int) else (max(window), min(window))
+            # Keys before `sure` are far from all queries of the block, and those from `last` on from none.
+            sure, last = max(0, begin - widest + 1), max(0, end - narrowest)
+            far = weights[..., sure:last] * _is_far(queries - keys[sure:last], window)
+            for total, new, add in zip(
+                (largest, summed), _largest_and_sum(far), (torch.maximum, torch.add), strict=True
+            ):
+                total[..., sure:last] = add(total[..., sure:last], new)
+            largest[..., :sure] = torch.maximum(largest[..., :sure], whole[0][..., :sure])
+            summed[..., :sure] += whole[1][..., :sure]
+    return [(given.movedim(0, -1) + SMALLEST).log() for given in found]
+
+
+def _is_far(distance: Tensor, window: Window) -> Tensor:
+    """Whether queries are far from keys, by their distance [C, K]: [C, K], or [KV, 1, C, K] where windows differ."""
+    if isinstance(window, int):
+        return distance >= window
+    return distance >= torch.tensor(window, device=distance.device)[:, None, None, None]
+
+
+def _largest_and_sum(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Of weights [B, KV, G, C, K] over queries, and over query heads the largest and the mean: [B, KV, K] each."""
+    return weights.amax((2, 3)), weights.sum(3).mean(2)
 
 
 def chance(position: Tensor, kv_heads: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lolcats.mixers.base import Mixer
@@ -12,22 +14,36 @@ WINDOW_SINKS = 4
 """First tokens that a plain window keeps: without them it falls apart (arXiv 2309.17453)."""
 
 
-def equal_window(mixer: Mixer, dtype: torch.dtype) -> BlendMixer:
+def equal_window(mixer: Mixer, dtype: torch.dtype, tokens: int | None = None) -> BlendMixer:
     """Softmax attention over sinks and a window of the bytes of a mixer's state.
 
     Args:
         mixer: what it is compared with; pairs that it stores in fewer bits are stored so here.
         dtype: of keys and values.
+        tokens: of sinks and window together; None is as many as the mixer's own state has bytes for.
     """
-    sizes, stored = mixer.sizes, mixer if isinstance(mixer, BlendMixer) else None
-    bits = 16 if stored is None else stored.bits
-    window = BlendMixer(sizes, mixer.impl, NearSpec(1), None, None, bits=bits)
+    window, stored = _plain(mixer), mixer if isinstance(mixer, BlendMixer) else None
     if stored is not None:  # the very ranges, not copies
         window.key_low, window.key_high = stored.key_low, stored.key_high
-    one = window.state_spec(dtype).nbytes
-    window.settings = NearSpec(2)
-    token = window.state_spec(dtype).nbytes - one
-    tokens = max(1, 1 + (mixer.state_spec(dtype).nbytes - one) // token)
+    tokens = equal_tokens([mixer], dtype) if tokens is None else tokens
     sinks = min(WINDOW_SINKS, tokens - 1)
     window.settings = NearSpec(tokens - sinks, sinks)
     return window
+
+
+def equal_tokens(mixers: Sequence[Mixer], dtype: torch.dtype) -> int:
+    """How many tokens, in all of these layers alike, have the bytes of their states together; 1 at least."""
+    left = token = 0
+    for mixer in mixers:
+        window = _plain(mixer)
+        one = window.state_spec(dtype).nbytes
+        window.settings = NearSpec(2)
+        token += window.state_spec(dtype).nbytes - one
+        left += mixer.state_spec(dtype).nbytes - one
+    return max(1, 1 + left // token)
+
+
+def _plain(mixer: Mixer) -> BlendMixer:
+    """A window of one token of the sizes and bits of a mixer."""
+    bits = mixer.bits if isinstance(mixer, BlendMixer) else 16
+    return BlendMixer(mixer.sizes, mixer.impl, NearSpec(1), None, None, bits=bits)

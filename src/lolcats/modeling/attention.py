@@ -30,7 +30,8 @@ from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.rotary import RotaryFinder
 
 SOFTMAX, FULL, EQUAL_WINDOW = "softmax", "full", "equal_window"
-"""Modes of every linearized layer: its teacher, its mixer as it is, and a plain window of the bytes of its state."""
+"""Modes of every linearized layer: its teacher, its mixer as it is, and a plain window of the bytes of its state, of
+the mean state where layers share a budget."""
 COMMON_MODES = (SOFTMAX, FULL, EQUAL_WINDOW)
 """A mixer names the others that it has."""
 ALIASES = {"hybrid": FULL}
@@ -59,6 +60,8 @@ class LinearizedAttention(nn.Module):
         self.mode = FULL
         self.observer: Observer | None = None
         self.model_config: PretrainedConfig | None = None
+        self.window_tokens: dict[torch.dtype, int] = {}
+        """Where layers share a budget, tokens of the window that takes as much in all of them together."""
         self._window: dict[torch.dtype, Mixer] = {}
         self.memory_dtype: torch.dtype | None = None
         self.rotary = RotaryFinder()
@@ -131,7 +134,7 @@ class LinearizedAttention(nn.Module):
         return out
 
     def window(self, dtype: torch.dtype) -> Mixer:
-        """The plain window of as many bytes as the mixer's state.
+        """The plain window of as many bytes as the mixer's state; where layers share a budget, as all have together.
 
         Args:
             dtype: of keys and values, unless `memory_dtype` says in which format a text's memory is counted: weights
@@ -139,7 +142,7 @@ class LinearizedAttention(nn.Module):
         """
         dtype = self.memory_dtype or dtype
         if dtype not in self._window:
-            self._window[dtype] = equal_window(self.mixer, dtype)
+            self._window[dtype] = equal_window(self.mixer, dtype, self.window_tokens.get(dtype))
         return self._window[dtype]
 
     def _acting(self, call: AttentionCall) -> tuple[Mixer, str]:

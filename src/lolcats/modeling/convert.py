@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -9,27 +12,34 @@ from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
 from lolcats.mixers import MIXERS
 from lolcats.modeling.attention import linearized_layers
+from lolcats.modeling.budget import find_split
 from lolcats.modeling.calls import check_calls
 from lolcats.modeling.hf import ADDED, mark_as_linearized
-from lolcats.modeling.install import install
+from lolcats.modeling.install import check_fits, give_split, install
 from lolcats.modeling.modules import LOCAL, attention_modules, choose_layers, head_sizes, other_layers
 from lolcats.modeling.plain import check_plain
 from lolcats.modeling.rotary import check_rotations
 from lolcats.modeling.sharing import check_sharing
 from lolcats.modeling.start import start_from_text
+from lolcats.models.context import context_limit
 from lolcats.models.vocabulary import check_token_ids
 
 
 def convert(
-    model: PreTrainedModel, config: LinearizationConfig | None = None, *, input_ids: Tensor | None = None
+    model: PreTrainedModel,
+    config: LinearizationConfig | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    decide: Callable[[Callable[[], list[Any]]], list[Any]] | None = None,
 ) -> PreTrainedModel:
     """Replace softmax attention by a linear one, in place. No weight of the model changes.
 
     Args:
         model: a decoder-only language model of transformers.
         config: what to build; None is `LinearizationConfig()`.
-        input_ids: [B, N] token ids of real text, needed where the layers start from text (`start="matched"`) only; one
-            batch is enough.
+        input_ids: [B, N] token ids of real text, needed where the layers start from text (`start="matched"`) or share a
+            budget whose split is to be found; one batch is enough.
+        decide: of several processes, does something in one of them and gives all what it returned; None: there is one.
 
     Returns:
         The same object; its class is now a `Linearized...` subclass of its family's class.
@@ -44,17 +54,30 @@ def convert(
     check_plain(model)
     check_supported(model)
     if config.starts_from_text and input_ids is None:
-        start = config.model_dump()["start"]
-        raise LolcatsError(f"start={start!r} needs a batch of real text; pass input_ids [B, N] or use another start")
+        key = "budget" if config.searches else "start"
+        raise LolcatsError(
+            f"{key}={config.model_dump()[key]!r} needs a batch of real text; pass input_ids [B, N] or use another {key}"
+        )
     if input_ids is not None:
         check_token_ids(input_ids, model, "input_ids")
     _check_layers(model, config)  # refuse before anything changes
     mark_as_linearized(model, config)
     install(model, config)
+    if config.searches:
+        assert input_ids is not None
+        ids, uniform = input_ids, config
+        split = (decide or _alone)(lambda: find_split(model, uniform, ids))
+        config = config.model_copy(update={"split": split})
+        give_split(linearized_layers(model), config)
+        model.config.linearization = config.model_dump(mode="json")  # type: ignore[attr-defined]
     if config.starts_from_text:
         assert input_ids is not None
         start_from_text(model, linearized_layers(model), input_ids)
     return model
+
+
+def _alone(action: Callable[[], list[Any]]) -> list[Any]:
+    return action()
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -75,6 +98,12 @@ def _check_layers(model: PreTrainedModel, config: LinearizationConfig) -> None:
     chosen = choose_layers(list(names), config.layers)
     check_sharing(text_config, chosen)
     sizes = {index: head_sizes(model.get_submodule(names[index]), text_config) for index in chosen}
+    check_fits(config, sizes)
+    if (limit := context_limit(model)) is not None and config.most_pairs > limit:
+        raise LolcatsError(
+            f"expected at most {limit:,} kept pairs, the tokens of the model's context (max_position_embeddings); got "
+            f"{config.most_pairs:,}: lower linearization.kept.pairs"
+        )
     if own := next((n for n, _ in model.named_parameters() if ADDED in n.split(".")), None):
         raise LolcatsError(
             f"{type(model).__name__} has a parameter {own}; the name {ADDED!r} is that of what a linearization adds"

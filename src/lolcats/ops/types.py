@@ -18,12 +18,16 @@ S = TypeVar("S")
 
 
 def map_state(state: S, fn: Callable[[Tensor], Tensor]) -> S:
-    """A state, which is a tuple of tensors, of such tuples and of None, with `fn` applied to each of its tensors."""
+    """A state, which is a tuple of tensors, of such tuples and of None, with `fn` applied to each of its tensors.
+
+    A tuple with names stays one.
+    """
     value: Any = state
     if value is None or isinstance(value, Tensor):
         new: Any = None if value is None else fn(value)
         return new
-    return type(value)(*(map_state(part, fn) for part in value))
+    parts = [map_state(part, fn) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def state_tensors(state: Any) -> list[Tensor]:

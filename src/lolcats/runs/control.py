@@ -19,8 +19,8 @@ from lolcats.modeling import convert, linearized_layers
 from lolcats.modeling.hf import cast_weights
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.artefact import unchanged
-from lolcats.runs.parts import first_batch, record, teacher_of, train_stage
-from lolcats.runs.state import Run
+from lolcats.runs.parts import record, teacher_of, train_stage
+from lolcats.runs.state import Run, start_batch
 from lolcats.training.parallel import on_main_process
 from lolcats.training.window_control import WindowStage, window_parameters
 from lolcats.variants import TRAINED_WINDOW
@@ -71,7 +71,7 @@ def _before_stage_2(run: Run) -> Iterator[PreTrainedModel]:
 
 def _converted_anew(run: Run) -> PreTrainedModel:
     model, _ = load_teacher(run.config.model, run.dtype, run.accelerator.device)
-    convert(model, run.config.linearization, input_ids=first_batch(run.config, run.data))
+    convert(model, run.config.linearization, input_ids=start_batch(run.config, run.data.train))
     if run.widened:
         cast_weights(model, torch.float32)
     return model

@@ -22,7 +22,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from lolcats.config import RunConfig, dump_config, load_config
-from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults
+from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults, with_split
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file, hold, remove_leftovers_in, write_text
@@ -191,6 +191,8 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "copied_from.txt", (source.origin(stage) or source.path.name) + "\n")
         write_text(self.metrics_file, "".join(f"{line.decode()}\n" for line in lines if _is_of(line, stage)))
+        if (split := source.results().split) is not None:
+            self.write_results(self.results().model_copy(update={"split": split}))
         for file in CHECKPOINTS:
             with atomic_file(folder / file) as temporary:
                 shutil.copyfile(before / file, temporary)
@@ -253,9 +255,9 @@ class RunFolder:
 
     def _check_changes(self, config: RunConfig) -> None:
         """Refuse settings that this run cannot change any more."""
-        now = config.model_dump(mode="json")
-        before = self._read_config()[0].model_dump(mode="json")
-        complete = self.results().complete
+        complete, split = (results := self.results()).complete, results.split
+        settings = (settings.model_dump(mode="json") for settings in (config, self._read_config()[0]))
+        now, before = (with_split(each, split) for each in settings)
         found = {stage: self._stage(stage) for stage in STAGES}
         states: dict[str, StageState] = {s: "finished" if complete else state for s, (state, _) in found.items()}
         if states["transfer"] == "new" != states["finetune"] and config.transfer.enabled:

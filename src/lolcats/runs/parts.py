@@ -5,19 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lolcats.config import RunConfig
 from lolcats.evaluation import Measurement, Variant, measure, teacher_variants
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.results import Best
 from lolcats.runs.state import Run, timed
-from lolcats.training import FinetuneStage, Stage, TrainingData, TrainResult, train
-
-
-def first_batch(config: RunConfig, data: TrainingData) -> Tensor:
-    """Tokens [B, N] that layers start from."""
-    return torch.from_numpy(data.train.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
+from lolcats.training import FinetuneStage, Stage, TrainResult, train
 
 
 def train_stage(run: Run, stage: Stage, config: Any) -> TrainResult:

@@ -18,7 +18,7 @@ from lolcats.data.notes import notes_on_data
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant, evaluation_segments, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
-from lolcats.modeling import attention_mode, check_model, convert, linearized_layers
+from lolcats.modeling import attention_mode, check_model, linearized_layers
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
@@ -31,9 +31,9 @@ from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.control import train_control
 from lolcats.runs.folder import RunFolder
-from lolcats.runs.parts import first_batch, measuring, record, teacher_of, train_stage
+from lolcats.runs.parts import measuring, record, teacher_of, train_stage
 from lolcats.runs.results import Results
-from lolcats.runs.state import Run, add_facts, open_run
+from lolcats.runs.state import Run, add_facts, linearize_layers, open_run, start_batch
 from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStage
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
@@ -124,7 +124,7 @@ def _prepare(
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     add_facts(results, config, device, segments, SAMPLE_PROMPT)
     results.data_notes = notes
-    convert(model, config.linearization, input_ids=first_batch(config, data))
+    config = linearize_layers(model, config, start_batch(config, train_set), results, accelerator)
     results.memory = text_memory(model, dtype)
     check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:

@@ -77,6 +77,8 @@ class Results(_Section):
     seed: int | None = None
     evaluation: Annotated[EvaluationFacts, _Filled] = Field(default_factory=EvaluationFacts)
     memory: TextMemory | None = None
+    split: list[Any] | None = None
+    """`linearization.split` as it was found, where layers share a budget."""
     perplexity: Annotated[Names, _Filled] = Field(default={})
     kl: Annotated[Names, _Filled] = Field(default={})
     """Divergence of the predictions from the teacher's, nats a token."""

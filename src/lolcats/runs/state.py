@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -17,15 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
-from lolcats.data import check_sources
+from lolcats.data import PackedDataset, check_sources
 from lolcats.evaluation import Measurement
-from lolcats.modeling import linearized_layers
+from lolcats.modeling import convert, linearized_layers
 from lolcats.models.device import choose_dtype, describe_device
 from lolcats.ops import kernels_available
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results
 from lolcats.training import FinetuneStage, Reporter, TrainingData
-from lolcats.training.parallel import describe, on_main_process
+from lolcats.training.parallel import describe, from_main_process, on_main_process
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,6 +110,28 @@ def timed(what: str) -> Callable[[Callable[Concatenate[Run, P], T]], Callable[Co
         return measured
 
     return wrap
+
+
+def linearize_layers(model: PreTrainedModel, config: RunConfig, batch: Tensor, results: Results,
+                     accelerator: Accelerator) -> RunConfig:  # fmt: skip
+    """Convert the teacher; where its layers share a budget, by the split that the results hold, or else now will.
+
+    Returns:
+        The settings with this split.
+    """
+    layers = config.linearization
+    if layers.searches and results.split is not None:
+        layers = layers.model_copy(update={"split": results.split})
+    convert(model, layers, input_ids=batch, decide=partial(from_main_process, accelerator))
+    if not config.linearization.searches:
+        return config
+    results.split = model.config.linearization["split"]
+    return config.model_copy(update={"linearization": layers.model_copy(update={"split": results.split})})
+
+
+def start_batch(config: RunConfig, train_set: PackedDataset) -> Tensor:
+    """The token ids [B, N] that layers start from, where they start from text."""
+    return torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
 
 
 def open_run(

@@ -91,7 +91,7 @@ class TransferStage:
         def observe(layer: LinearizedAttention, call: AttentionCall, teacher: Tensor) -> None:
             with torch.set_grad_enabled(share is not None):
                 loss, *found = self._layer_loss(layer, call, teacher, batch.document)
-                if share is not None:
+                if share is not None and loss.requires_grad:  # a layer that keeps no pairs may have nothing to learn
                     (loss * (share / len(self.layers))).backward()
             errors.append(torch.stack([loss.detach(), *(error.detach() for error in found)]))
 
