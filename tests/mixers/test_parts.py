@@ -12,6 +12,7 @@ from torch import Tensor
 from lolcats.config import LinearizationConfig
 from lolcats.mixers import Call, Mixer, Rotation, Sizes, build_mixer
 from lolcats.mixers import parts as module
+from lolcats.mixers.near_heads import group_heads
 from lolcats.mixers.parts import Parts, far_attention
 from lolcats.mixers.rotation import Layout
 from lolcats.mixers.softmax import capped_softmax
@@ -69,7 +70,8 @@ def test_the_far_part_is_the_sum_over_what_the_reference_does_not_see(
     monkeypatch.setattr(module, "QUERY_BLOCK", 16)
     call, spec = make_call(**extra), NearSpec(window=4, sinks=2, pairs=pairs)
     score = torch.randn(2, 2, N, generator=torch.Generator().manual_seed(2)) if pairs else None
-    found = far_attention(call, spec, None if score is None else kept_until(call.k, call.v, spec, score))
+    until = None if score is None else kept_until(call.k, call.v, spec, score)
+    found = far_attention(call, group_heads(spec, None, 2), until)
     for row, head, i in ((0, 0, 29), (0, 3, 11), (1, 1, 6), (1, 2, 3), (1, 2, 20)):
         products = call.q[row, head, i] @ call.k[row, head // 2, : i + 1].T * call.scale
         if call.softcap is not None and call.sink_logits is not None:
@@ -120,7 +122,7 @@ def test_texts_of_a_batch_are_what_they_are_alone(kept: dict[str, Any]) -> None:
 
 
 def test_errors_are_zero_at_the_teachers_own_parts_and_pull_towards_them() -> None:
-    teacher = far_attention(make_call(), NearSpec(window=4, sinks=2))
+    teacher = far_attention(make_call(), group_heads(NearSpec(window=4, sinks=2), None, 2))
     mass = teacher.mass[:, :, 8:].clamp(1e-3, 1 - 1e-3)
     far = (teacher.output[:, :, 8:] / teacher.mass[:, :, 8:, None]).requires_grad_()
     teacher = module.FarAttention(mass, far.detach() * mass[..., None])
