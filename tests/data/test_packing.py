@@ -320,6 +320,8 @@ def test_torn_sequences_make_no_long_texts():
     packed = pack(documents(12, 13, 5, 10), 4, "stream", pad_id=9)
     assert len(long_texts(packed[np.arange(10)], 2)) == len(long_texts(packed[::2], 2)) == 0
     assert len(long_texts(PackedDataset(packed.ids, packed.loss_mask, packed.document), 2)) == 0
+    with pytest.raises(DataError, match=r"follows must have the shape \[10\].*\(3,\)"):
+        PackedDataset(packed.ids, packed.loss_mask, packed.document, np.zeros(3, bool))
 
 
 def test_long_texts_of_data_on_disk_are_the_same(monkeypatch):

@@ -124,6 +124,19 @@ def test_full_fine_tuning_passes_states_too(make_student: Students, tokens: Toke
     torch.testing.assert_close(stage.backward(long_batch(ids), 1.0)["loss"], whole["loss"], rtol=1e-4, atol=1e-5)
 
 
+def test_mixed_precision_gives_nearly_the_same_gradients(make_student: Students, tokens: Tokens) -> None:
+    """Weights that autocast has cast are used again by the next part."""
+    gradients = []
+    for mixed in (False, True):
+        torch.manual_seed(0)  # of the first LoRA matrices
+        stage = FinetuneStage(make_student(window=4), config())
+        stir(stage.model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            stage.backward(long_batch(tokens(2, 28)), 1.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in stage.parameters().values() if p.grad is not None]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 0.1
+
+
 def test_kernels_without_gradients_after_a_state_give_way(make_student: Students, tokens: Tokens) -> None:
     student = make_student(mixer="blend", window=4, kept={"pairs": 2}, far="none")
     stage = FinetuneStage(student, config())

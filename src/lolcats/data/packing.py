@@ -43,6 +43,10 @@ class PackedDataset:
         shapes = [array.shape for array in (self.ids, self.loss_mask, self.document)]
         if len(set(shapes)) > 1 or self.ids.ndim != 2:
             raise DataError(f"ids, loss_mask and document must have one shape [sequences, length], got {shapes}")
+        if self.follows is not None and self.follows.shape != shapes[0][:1]:
+            raise DataError(
+                f"follows must have the shape [{shapes[0][0]}], one for each sequence, got {self.follows.shape}"
+            )
 
     def __len__(self) -> int:
         """Count the sequences, S."""
