@@ -21,6 +21,8 @@ from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results, read_results
 from lolcats.training import Reporter
 
+BLEND = ["linearization.mixer=blend", "linearization.kept.pairs=2"]
+
 
 class Killed(BaseException):
     """What a killed process looks like from inside."""
@@ -102,6 +104,9 @@ def test_measured_perplexities_are_those_of_the_models(
         ["finetune.merge=false"],
         ["finetune.train_feature_maps=true", "finetune.targets=[q_proj, down_proj]"],
         ["transfer.target=linear", "linearization.decay=gate", "linearization.state_heads=kv"],
+        ["transfer.random_window=[16, 32]", "finetune.window_dropout=[0.9, 0.5]", "finetune.near_weight=0.5"],
+        ["transfer.target=parts", "finetune.targets=no_qk", "finetune.near_weight=0", *BLEND],
+        ["transfer.target=far", "transfer.compile=auto", *BLEND],
         ["dtype=bfloat16"],
     ],
     ids=str,

@@ -33,6 +33,9 @@ class Questions(TorchDispatchMode):
 
 
 def make_stage(teacher: LlamaForCausalLM, name: str) -> TransferStage | FinetuneStage:
+    if name == "parts":
+        layer = LinearizationConfig(mixer="blend", window=4, sinks=1, kept={"pairs": 3})
+        return TransferStage(convert(teacher, layer), TransferConfig(target="parts"))
     model = convert(teacher, LinearizationConfig(window=4, sinks=1))
     if name == "transfer":
         return TransferStage(model, TransferConfig())
@@ -45,9 +48,10 @@ def make_batch(device: str, seed: int = 0) -> Batch:
     return Batch(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
 
 
-@pytest.mark.parametrize("name", ["transfer", "finetune", "weighted", "far tokens"])
+@pytest.mark.parametrize("name", ["transfer", "parts", "finetune", "weighted", "far tokens"])
 def test_a_step_asks_the_device_nothing(teacher: LlamaForCausalLM, name: str) -> None:
     stage = make_stage(teacher, name)
+    stage.backward(make_batch("cpu"), 1.0)  # the first step may: it finds the family's rotation, say
     with one_text_a_row(), Questions() as questions:
         stage.backward(make_batch("cpu"), torch.tensor(1.0))
     assert questions.found == []
