@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lolcats import LolcatsError
 from lolcats.config import TransferConfig
+from lolcats.mixers.blend import BlendMixer
 from lolcats.mixers.hybrid import HybridMixer
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.training import TrainingData, TransferStage, transfer_attention
@@ -115,6 +116,23 @@ def test_only_the_added_parameters_are_trained(make_student: Students, tokens: T
     }  # fmt: skip
     for name, p in stage.parameters().items():
         assert p.grad is not None and float(p.grad.abs().sum()) > 0, name
+
+
+def test_an_output_that_does_not_learn_is_not_made(
+    make_student: Students, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only scores learn, a step costs the teacher and the scores; a validation compares outputs as ever."""
+    stage = TransferStage(make_student(mixer="blend", window=4, kept={"pairs": 3}, far="none"), config())
+    batch, made = plain_batch(tokens()), []
+    monkeypatch.setattr(BlendMixer, "_run", lambda *given: made.append(given))
+    metrics = stage.backward(batch, 1.0)
+    assert not made and metrics.keys() == {"loss", "layers"} and float(metrics["loss"]) > 0
+    monkeypatch.undo()
+    validated = stage.validate(batch)
+    assert float(validated["loss"]) == pytest.approx(float(metrics["loss"] + 1000 * validated["mse"]), rel=1e-4)
+    for settings in ({"far": "linear"}, {"far": "none", "bits": 8}):
+        other = TransferStage(make_student(mixer="blend", window=4, kept={"pairs": 3}, **settings), config())
+        assert "mse" in other.backward(batch, 1.0)
 
 
 @pytest.mark.slow

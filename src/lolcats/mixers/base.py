@@ -145,6 +145,8 @@ class Mixer(nn.Module):
     """What attention transfer can compare with the teacher: the outputs "full" and "far" (`target_output`), "parts"."""
     settings: Any = None
     """What its operation is told, with its `window` and `sinks`; None for a layer without a window."""
+    output_learns: bool = True
+    """Whether its output depends on parameters of its own, so that attention transfer can teach them."""
     needs_rotation: ClassVar[bool] = False
     """Whether it calls `Call.unrotated`."""
 

@@ -101,7 +101,7 @@ class BlendMixer(Mixer):
         alone = ("near_only",) if far is not None and keeps_pairs(self.groups) else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.targets = ("full",) if far is None else ("full", "far", "parts")
-        self.bits = bits
+        self.bits, self.output_learns = bits, far is not None or bits < 16
         self.key_low = self.key_high = None
         if bits < 16:  # until the start from text sets them
             self.key_low, self.key_high = (

@@ -81,7 +81,7 @@ class TransferStage:
         return self._run(batch, None)
 
     def where(self, metrics: Mapping[str, Tensor]) -> str:
-        """The first layer whose error is not finite."""
+        """The first layer whose error, or loss where it has none, is not finite."""
         bad = (~metrics["layers"].isfinite()).nonzero()
         return f", first in layer {self.layers[int(bad[0])].layer_idx}" if len(bad) else ""
 
@@ -105,12 +105,18 @@ class TransferStage:
                 layer.observer = None
         stacked = torch.stack(errors)
         means = {name: column.mean() for name, column in zip(("loss", "mse", "share"), stacked.unbind(1), strict=False)}
-        return {**means, "layers": stacked[:, 1]}
+        return {**means, "layers": stacked[:, :2][:, -1]}
 
     def _layer_loss(
         self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, document: Tensor | None
     ) -> list[Tensor]:
-        """The loss, the error of the outputs, and for both parts that of the share."""
+        """The loss, the error of the outputs, and for both parts that of the share.
+
+        In training the loss alone where nothing learns from the output, which would cost more than what does learn.
+        """
+        if torch.is_grad_enabled() and not layer.mixer.output_learns:
+            side = layer.mixer.side_loss(call)
+            return [teacher.new_zeros((), dtype=torch.float32) if side is None else side]
         with layer.mixer.windowed(self.window):
             loss, *errors = self._transfer_loss(layer, call, teacher, document)
         side = layer.mixer.side_loss(call)
