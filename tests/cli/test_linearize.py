@@ -153,4 +153,4 @@ def test_until_a_step_and_on(cli: Run, arguments: list[str]) -> None:
     assert answer.code == 0 and "stopped after transfer; --resume does the rest" in answer.out
     assert CHECKPOINT.exists() and not Path("runs/a/model").exists()
     assert cli(*arguments, "name=a", "--resume").code == 0 and Path("runs/a/model").exists()
-    cli(*arguments, "--until", "transfre").refused("--until transfre", "finetune, save or measure")
+    cli(*arguments, "--until", "transfre").refused("--until transfre", "finetune, save, control or measure")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from lolcats.config import LinearizationConfig
 from lolcats.mixers import Sizes, build_mixer, equal_window
-from lolcats.modeling import attention_mode
+from lolcats.mixers.blend import BlendMixer
+from lolcats.modeling import attention_mode, linearized_layers
 
 SIZES = Sizes(heads=4, kv_heads=2, head_dim=16, value_dim=8, hidden_size=10)
 
@@ -51,3 +52,11 @@ def test_a_model_with_it_is_softmax_while_a_text_fits(make_student: Any, tokens:
         rest = student(long[:, 31:], past_key_values=first.past_key_values, use_cache=True)
         torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole)
         torch.testing.assert_close(student.generate(long, max_new_tokens=3)[:, :40], long)
+
+
+def test_weights_that_are_widened_do_not_change_the_window(make_student: Any) -> None:
+    """A state with sums in float32 is worth fewer tokens of float32 than of bfloat16; the memory is that of the run."""
+    layer = linearized_layers(make_student(window=4))[0]
+    wide, narrow = (cast(BlendMixer, layer.window(dtype)).settings.window for dtype in (torch.float32, torch.bfloat16))
+    layer.memory_dtype = torch.bfloat16
+    assert cast(BlendMixer, layer.window(torch.float32)).settings.window == narrow > wide

@@ -33,7 +33,7 @@ Students = Callable[..., Any]
 class Scripted:
     """A stage of one number: its gradient is 1, and its validation losses are given."""
 
-    name = "scripted"
+    name = section = "scripted"
 
     def __init__(self, losses: list[float]) -> None:
         self.number = nn.Parameter(torch.zeros(1))

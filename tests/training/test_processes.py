@@ -40,6 +40,9 @@ data = TrainingData(*sets)
 common = {"tokens": 16 * 4 * 4, "batch_size": 4, "warmup_steps": 0, "validate_every": 1}
 transfer_attention(model, data, TransferConfig(compile=False, **common))
 finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, **common))
+windows = {"random_window": [16, 32], "window_dropout": 0.5, **common}
+transfer_attention(model, data, TransferConfig(**windows))
+finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, near_weight=0.25, **windows))
 long = LlamaForCausalLM(LlamaConfig(
     vocab_size=300, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=6, initializer_range=0.3, pad_token_id=0)).eval()
@@ -52,9 +55,6 @@ data = TrainingData(*sets, tokenizer=train_tokenizer([TEXT]))
 common["tokens"] *= 10
 finetune_lora(long, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, recall={"share": 0.5},
                                          passing={"share": 0.5, "chunks": 2}, **common))
-windows = {"random_window": [16, 32], "window_dropout": 0.5, **common}
-transfer_attention(model, data, TransferConfig(**windows))
-finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, near_weight=0.25, **windows))
 state = PartialState()
 state.wait_for_everyone()
 both = {"short": model, "long": long}
@@ -141,7 +141,7 @@ def test_only_the_main_process_writes_the_run(tmp_path: Path, model_folder: Path
     assert [code for code, _ in first] == [0, 0], first
     run = tmp_path / "runs" / "two"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if "lr" in line] == [1, 2, 1, 2]
+    assert [line["step"] for line in steps if "lr" in line] == [1, 2, 1, 2, 1, 2]  # both stages and the control
     assert (run / "model" / "model.safetensors").is_file() and (run / "adapter").is_dir()
     assert not list(run.rglob("*.tmp"))
     again = run_together(command, 2, tmp_path)

@@ -22,7 +22,9 @@ from lolcats.cli.generate import chat, generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
 from lolcats.cli.plan_memory import plan_memory
+from lolcats.cli.plot import plot
 from lolcats.cli.recall import recall
+from lolcats.cli.select_layers import select_layers
 from lolcats.cli.sweep import sweep, sweep_job
 from lolcats.cli.terminal import write_anything
 from lolcats.printable import printable
@@ -49,8 +51,10 @@ class _Verb(TyperCommand):
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for verb in (linearize, plan_memory, sweep, evaluate, benchmark, recall, generate, chat, inspect, check, export):
+for verb in (linearize, sweep, evaluate, benchmark, recall, plot, generate, chat, inspect, check, export):
     app.command(cls=_Verb)(verb)
+app.command("plan-memory", cls=_Verb)(plan_memory)
+app.command("select-layers", cls=_Verb)(select_layers)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)
 
 

@@ -126,7 +126,7 @@ class OutputHead:
         if rows.shape[0] * rows.shape[1] == 0:
             return hidden.new_zeros(*hidden.shape[:-1], cast(Any, self.model.config).get_text_config().vocab_size)
         ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
-        with _giving(self.decoder, self._output_type(last_hidden_state=rows)):
+        with giving(self.decoder, self._output_type(last_hidden_state=rows)):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return logits.float().reshape(*hidden.shape[:-1], -1)
 
@@ -176,14 +176,14 @@ def _watch(model: PreTrainedModel) -> tuple[PreTrainedModel, Any, Tensor]:
 
 
 @contextmanager
-def _giving(decoder: nn.Module, output: ModelOutput) -> Iterator[None]:
-    """Inside, calling `decoder` gives `output`, whatever it is called with."""
-    own = decoder.__dict__.get("forward")  # accelerate puts one there
-    decoder.forward = lambda *args, **kwargs: output
+def giving(module: nn.Module, output: Any) -> Iterator[None]:
+    """Inside, calling `module` gives `output`, whatever it is called with."""
+    own = module.__dict__.get("forward")  # accelerate puts one there
+    module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
         if own is None:
-            del decoder.forward
+            del module.forward
         else:
-            decoder.forward = own
+            module.forward = own

@@ -32,7 +32,7 @@ FAILED = "training of trained_window"
 def train_control(run: Run) -> None:
     """Train the window, save it beside the student, and measure it."""
     if run.config.trains_window:
-        run.say(f"{TRAINED_WINDOW}: a plain window of the same memory gets stage 2 too; evaluation.controls has it")
+        run.say(f"{TRAINED_WINDOW}: a plain window of the same memory gets stage 2 too, which takes as long once more")
         if run.accelerator.num_processes == 1:
             run.attempt(FAILED, lambda: _train_window(run))
         else:  # one that goes on alone would leave the others waiting for it

@@ -19,11 +19,11 @@ SUFFIXES = (".png", ".pdf", ".svg")
 _DARK = 0.55  # cells below it get light figures
 
 
-def check_plot(file: Path, tasks: Sequence[str]) -> None:
-    """Raise LolcatsError where `plot_recall` could not draw; meant for before an evaluation.
+def check_figure(file: Path) -> None:
+    """Raise LolcatsError where no picture could be written.
 
     Raises:
-        LolcatsError: no matplotlib, no folder, another kind of file, or no task with a single needle.
+        LolcatsError: no matplotlib, no folder, or another kind of file.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise LolcatsError('plots need matplotlib: pip install "lolcats[report]"')
@@ -31,6 +31,15 @@ def check_plot(file: Path, tasks: Sequence[str]) -> None:
         raise LolcatsError(f"cannot plot into {file}; give a name that ends in {', '.join(SUFFIXES)}")
     if not file.resolve().parent.is_dir():
         raise LolcatsError(f"no folder {file.parent} to write {file.name} into")
+
+
+def check_plot(file: Path, tasks: Sequence[str]) -> None:
+    """Raise LolcatsError where `plot_recall` could not draw; meant for before an evaluation.
+
+    Raises:
+        LolcatsError: see `check_figure`; or there is no task with a single needle.
+    """
+    check_figure(file)
     if not any(TASKS[task].by_depth for task in tasks):
         possible = ", ".join(name for name, task in TASKS.items() if task.by_depth)
         raise LolcatsError(f"{', '.join(tasks)} hide many needles at once and have no depth to plot; add {possible}")
