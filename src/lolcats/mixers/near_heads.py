@@ -68,7 +68,6 @@ def read_split(split: Sequence[int] | Sequence[Sequence[int]], kv_heads: int) ->
     return sizes
 
 
-@functools.lru_cache(maxsize=4096)
 def group_heads(spec: NearSpec, split: Split | None, kv_heads: int) -> tuple[HeadGroup, ...]:
     """The groups of a layer: one without `split`, whose sizes take the place of those of `spec`."""
     if split is None:
