@@ -32,8 +32,18 @@ def test_a_static_cache_generates_the_same(make_student: Students, tokens: Token
 
 
 @pytest.mark.slow
-def test_a_step_is_compiled_once_and_the_state_stays(make_student: Students, tokens: Tokens) -> None:
-    student, ids = make_student(window=5, sinks=2), tokens()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 5, "sinks": 2},
+        {"mixer": "blend", "sinks": 1, "split": [[4, 2], [[2, 0], [5, 3]], [[3, 1], [6, 1]]]},
+    ],
+    ids=str,
+)
+def test_a_step_is_compiled_once_and_the_state_stays(
+    make_student: Students, tokens: Tokens, settings: dict[str, Any]
+) -> None:
+    student, ids = make_student(**settings), tokens()
     full = student(ids).logits
     cache = StaticCache(config=student.config, max_cache_len=40)
     prompt, rest = ids[:, :12], ids[:, 12:]

@@ -11,7 +11,6 @@ from rich.table import Table
 from lolcats.cli.linearize import read_target
 from lolcats.cli.options import check_target
 from lolcats.cli.tables import console, number_table, say
-from lolcats.config.split import spread
 
 if TYPE_CHECKING:
     from lolcats.runs.memory_plan import MemoryPlan
@@ -56,6 +55,8 @@ def plan_memory(
 
 def plan_table(plan: MemoryPlan) -> Table:
     """A row for each layer, and their sum."""
+    from lolcats.config.split import spread
+
     table = number_table(["layer", "windows", "pairs"], ["KV tokens", "share of total"])
     total = sum(memory.bytes for memory, _ in plan.layers)
     tokens = sum(memory.bytes / memory.kv_token_bytes for memory, _ in plan.layers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,6 @@ def read_split(split: Sequence[int] | Sequence[Sequence[int]], kv_heads: int) ->
     return sizes
 
 
-@functools.lru_cache(maxsize=4096)
 def group_heads(spec: NearSpec, split: Split | None, kv_heads: int) -> tuple[HeadGroup, ...]:
     """The groups of a layer: one without `split`, whose sizes take the place of those of `spec`."""
     if split is None:
@@ -123,23 +122,33 @@ def near_half(
     before = (None,) * len(groups) if states is None else (states,) if isinstance(states, NearState) else states
     outs, after = [], []
     for group, state in zip(groups, before, strict=True):
-        q, k, v = (group.take(x) for x in (call.q, call.k, call.v))
-        spec = group.spec._replace(scale=call.scale, softcap=call.softcap)
-        logits = None if call.sink_logits is None else group.take(call.sink_logits, 0)
-        marks = group.take(score) if score is not None and spec.pairs else None
-        if state is not None and keep and q.shape[2] == 1:
-            out, state = near_step(
-                q, k, v, state, spec, score=marks, active=lengths, sink_logits=logits, state_indices=slots,
-                donate=True, codec=group.codec(codec), impl=impl,
-            )  # fmt: skip
-        else:
-            out, state = near_attention(
-                q, k, v, spec, score=marks, lengths=lengths, sink_logits=logits, initial_state=state,
-                return_state=keep, codec=group.codec(codec), impl=impl,
-            )  # fmt: skip
+        how = {
+            "score": group.take(score) if score is not None and group.spec.pairs else None,
+            "sink_logits": None if call.sink_logits is None else group.take(call.sink_logits, 0),
+            "codec": group.codec(codec),
+            "impl": impl,
+        }
+        out, state = _one_group(group, call, state, lengths, keep, slots, how)
         outs.append(out)
         after.append(state)
     return _join(groups, outs), _states(after) if keep else None
+
+
+def _one_group(
+    group: HeadGroup,
+    call: Call,
+    state: NearState | None,
+    lengths: Tensor | None,
+    keep: bool,
+    slots: Tensor | None,
+    how: dict[str, Any],
+) -> tuple[Tensor, NearState | None]:
+    """A group's output and state; `how` is what step and attention have in common."""
+    q, k, v = (group.take(x) for x in (call.q, call.k, call.v))
+    spec = group.spec._replace(scale=call.scale, softcap=call.softcap)
+    if state is not None and keep and q.shape[2] == 1:
+        return near_step(q, k, v, state, spec, active=lengths, state_indices=slots, donate=True, **how)
+    return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, **how)
 
 
 def empty_near(

@@ -65,19 +65,25 @@ def convert(
     install(model, config)
     if config.searches:
         assert input_ids is not None
-        ids, uniform = input_ids, config
-        split = (decide or _alone)(lambda: find_split(model, uniform, ids))
-        config = config.model_copy(update={"split": split})
-        give_split(linearized_layers(model), config)
-        model.config.linearization = config.model_dump(mode="json")  # type: ignore[attr-defined]
+        config = _share_budget(model, config, input_ids, decide or (lambda action: action()))
     if config.starts_from_text:
         assert input_ids is not None
         start_from_text(model, linearized_layers(model), input_ids)
     return model
 
 
-def _alone(action: Callable[[], list[Any]]) -> list[Any]:
-    return action()
+def _share_budget(
+    model: PreTrainedModel,
+    config: LinearizationConfig,
+    input_ids: Tensor,
+    decide: Callable[[Callable[[], list[Any]]], list[Any]],
+) -> LinearizationConfig:
+    """Give a converted model's layers the split that is found for them; the settings with it."""
+    split = decide(lambda: find_split(model, config, input_ids))
+    found = config.model_copy(update={"split": split})
+    give_split(linearized_layers(model), found)
+    model.config.linearization = found.model_dump(mode="json")  # type: ignore[attr-defined]
+    return found
 
 
 def check_supported(model: PreTrainedModel) -> None:
