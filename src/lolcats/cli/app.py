@@ -51,10 +51,11 @@ class _Verb(TyperCommand):
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for verb in (linearize, sweep, evaluate, benchmark, recall, plot, generate, chat, inspect, check, export):
+for verb in (
+    linearize, plan_memory, select_layers, sweep, evaluate, benchmark, recall, plot, generate, chat, inspect, check,
+    export,
+):  # fmt: skip
     app.command(cls=_Verb)(verb)
-app.command("plan-memory", cls=_Verb)(plan_memory)
-app.command("select-layers", cls=_Verb)(select_layers)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)
 
 
