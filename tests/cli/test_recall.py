@@ -19,11 +19,11 @@ def test_recall_of_all_columns(cli: Run, finished: Path) -> None:
     answer = cli("recall", finished, "passkey,vt", "--lengths", "1500", *WORDS[2:], "--json", "x.json")
     assert answer.code == 0 and answer.err == ""
     assert "passkey by depth" in answer.out and "vt by depth" not in answer.out
-    for column in ("teacher", "training", "equal", "student", "window", "linear", "attention", "67-100"):
+    for column in ("teacher", "training", "equal", "trained", "student", "window", "linear", "attention", "67-100"):
         assert column in answer.out
     assert "3 prompts per task and length, seed 0" in answer.out and "from 32 tokens on" in answer.out
     content = json.loads(Path("x.json").read_text())
-    assert len(content["cells"]) == 2 * 7 and content["lengths"] == [1500]
+    assert len(content["cells"]) == 2 * 8 and content["lengths"] == [1500]
     assert all(len(cell["samples"]) == 3 for cell in content["cells"])
     assert not Path("x.json.progress").exists()
 
@@ -137,7 +137,7 @@ def test_perplexity_beyond_the_training_texts(cli: Run, place: Path, finished: P
     assert answer.code == 0 and "from 32 tokens on: beyond the texts of the linearization" in answer.out
     scores = json.loads(Path("x.json").read_text())["scores"]
     assert all(list(score["by_position"]) == ["1-32", "32-64", "64-128"] for score in scores.values())
-    assert len(scores) == 7 and scores["teacher"]["context"] == 2048
+    assert len(scores) == 8 and scores["teacher"]["context"] == 2048
     cli("evaluate", finished, "--beyond", "4", "--length", "64").refused("--beyond", "--length")
 
 

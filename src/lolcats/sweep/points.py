@@ -145,13 +145,15 @@ def _measured(file: Path) -> dict[str, float]:
 def _add_recall(points: list[Point], file: Path) -> None:
     """Give the points of a model what a file of `lolcats recall` says of it and its controls."""
     if not file.is_file():
-        raise LolcatsError(f"{file} is not there; expected what lolcats recall --json wrote")
+        raise LolcatsError(f"{file} is not there; expected the JSON file that lolcats recall writes")
     content = read_json_object(file, THEN)
     try:
         model, cells = Path(str(content["model"])), content["cells"]
         scores = {(c["variant"], f"{c['task']}.{c['length']}"): float(c["score"]) for c in cells}
     except (TypeError, LookupError, ValueError) as error:
-        raise LolcatsError(f"{file}: expected what lolcats recall --json wrote, with model and cells") from error
+        raise LolcatsError(
+            f"{file}: expected the JSON file that lolcats recall writes, with model and cells"
+        ) from error
     own = [point for point in points if point.source and _same(Path(point.source), model)]
     if not own:
         raise LolcatsError(f"{file} is about {model}, which is not among the sources; name its run too")
