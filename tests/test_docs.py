@@ -12,6 +12,7 @@ import typer
 from lolcats.cli.app import app
 from lolcats.config import RunConfig
 from lolcats.config.load import dotted
+from lolcats.config.mixers import MIXERS
 from lolcats.sweep.measure import MeasureConfig
 
 ROOT = Path(__file__).parents[1]
@@ -111,9 +112,11 @@ def test_commands_have_the_options_that_they_are_shown_with() -> None:
 
 
 def test_settings_that_commands_are_shown_with_exist() -> None:
-    valid = {*dotted(RunConfig().model_dump()), *(f"measure.{key}" for key in MeasureConfig.model_fields), "measure"}
+    layers = [RunConfig.model_validate({"linearization": {"mixer": name}}).model_dump() for name in MIXERS]
+    valid = {key for run in layers for key in dotted(run)}
+    valid |= {*(f"measure.{key}" for key in MeasureConfig.model_fields), "measure"}
     for page, verb, rest in commands():
-        if verb not in ("linearize", "sweep"):
+        if verb not in ("linearize", "sweep", "plan-memory"):
             continue
         for key in KEY.findall(rest):
             assert key in valid or key.startswith("data.local."), (page, verb, key)
