@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from killing import Killed
 from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_config
 from lolcats.config import dump_config
 from lolcats.data import build_datasets
@@ -22,10 +23,6 @@ from lolcats.runs.results import Results, read_results
 from lolcats.training import Reporter
 
 BLEND = ["linearization.mixer=blend", "linearization.kept.pairs=2"]
-
-
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
 
 
 def comparable(results: Results) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from killing import Killed
 from lolcats import LolcatsError, RunConfig, linearize
 from lolcats.config import dump_config
 from lolcats.runs import parts, recipe
@@ -24,10 +25,6 @@ from lolcats.training import Reporter
 from lolcats.training.checkpoint import read_metadata
 
 Make = Callable[..., RunConfig]
-
-
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from killing import Killed
 from lolcats import LolcatsError
 from lolcats.runs import recipe
 from lolcats.runs.folder import RunFolder
@@ -24,10 +25,6 @@ from lolcats.sweep.runner import hold_folder
 from lolcats.training import Reporter
 
 RANKS = {"grid": {"finetune.rank": [2, 3]}}
-
-
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
 
 
 def folder_of(run: SweepRun) -> RunFolder:

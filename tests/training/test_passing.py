@@ -14,6 +14,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from transformers import DynamicCache
 
+from killing import Killed, Killer
 from lolcats import LolcatsError, linearize
 from lolcats.config import FinetuneConfig, RunConfig
 from lolcats.data import PackedDataset
@@ -210,22 +211,6 @@ def test_refusals_say_what_to_do(books: TrainingData, training_data: TrainingDat
 # ---- whole stages
 
 
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
-
-
-class Killer(Reporter):
-    """Raises after the given step."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def step(self, bar: Any, stage: str, step: int, *args: Any, **kwargs: Any) -> None:
-        if step == self.at:
-            raise Killed
-
-
 def run(
     student: Any, data: TrainingData, folder: Path | None = None, reporter: Reporter | None = None, **changes: Any
 ) -> TrainResult:
@@ -252,7 +237,7 @@ def test_resumed_is_undisturbed(
     expected = run(whole, books)
     for at in (4, 5, 8):
         with pytest.raises(Killed):
-            run(copy.deepcopy(resumed), books, tmp_path, Killer(at))
+            run(copy.deepcopy(resumed), books, tmp_path, Killer(None, at))
     result = run(resumed, books, tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
     assert (result.final, result.best_step, result.tokens) == (expected.final, expected.best_step, 720)

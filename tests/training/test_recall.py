@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from killing import Killed, Killer
 from lolcats import LolcatsError, linearize
 from lolcats.config import FinetuneConfig, RunConfig, TransferConfig
 from lolcats.data import PackedDataset
@@ -137,23 +138,6 @@ def test_the_first_stage_asks_at_all_distances(data: TrainingData) -> None:
 
 
 # ---- whole stages
-
-
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
-
-
-class Killer(Reporter):
-    """Raises after the given step."""
-
-    def __init__(self, path: Path | None, at: int) -> None:
-        super().__init__(path)
-        self.at = at
-
-    def step(self, bar: Any, stage: str, step: int, *args: Any, **kwargs: Any) -> None:
-        super().step(bar, stage, step, *args, **kwargs)
-        if step == self.at:
-            raise Killed
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

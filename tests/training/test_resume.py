@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from killing import Killed, Killer
 from lolcats import LolcatsError
 from lolcats.config import FinetuneConfig, TransferConfig
 from lolcats.training import (
@@ -24,23 +25,6 @@ from lolcats.training import (
 )
 
 Students = Callable[..., Any]
-
-
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
-
-
-class Killer(Reporter):
-    """Raises after the given step."""
-
-    def __init__(self, path: Path | None, at: int) -> None:
-        super().__init__(path)
-        self.at = at
-
-    def step(self, bar: Any, stage: str, step: int, *args: Any, **kwargs: Any) -> None:
-        super().step(bar, stage, step, *args, **kwargs)
-        if step == self.at:
-            raise Killed
 
 
 # ---- kill and resume

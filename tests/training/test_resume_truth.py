@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from killing import Killed, Killer
 from lolcats import LolcatsError
 from lolcats.config import FinetuneConfig, TransferConfig
 from lolcats.training import Reporter, TrainingData, TrainResult, finetune_lora, transfer_attention
@@ -22,22 +23,6 @@ from lolcats.training.checkpoint import load_tensors, read_metadata
 Students = Callable[..., Any]
 NEW = ("settings", "data", "weights", "changes", "tensors")
 """What checkpoints of early versions do not say."""
-
-
-class Killed(BaseException):
-    """What a killed process looks like from inside."""
-
-
-class Killer(Reporter):
-    """Raises after the given step."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def step(self, bar: Any, stage: str, step: int, *args: Any, **kwargs: Any) -> None:
-        if step == self.at:
-            raise Killed
 
 
 def train(
@@ -53,7 +38,7 @@ def train(
 def begun(make_student: Students, training_data: TrainingData, tmp_path: Path) -> Path:
     """Folder of a stage that was killed in step 5."""
     with pytest.raises(Killed):
-        train(make_student(window=4), training_data, tmp_path / "stage", Killer(5))
+        train(make_student(window=4), training_data, tmp_path / "stage", Killer(None, 5))
     return tmp_path / "stage"
 
 
@@ -117,7 +102,7 @@ def test_stage_two_goes_on_only_from_its_own_stage_one(
     config = FinetuneConfig(tokens=20 * 4 * 4, batch_size=4, checkpoint_every=1)
     model = make_student(window=4)
     with pytest.raises(Killed):
-        finetune_lora(model, training_data, config, folder=tmp_path, reporter=Killer(3))
+        finetune_lora(model, training_data, config, folder=tmp_path, reporter=Killer(None, 3))
     other = make_student(window=4)
     with torch.no_grad():
         next(iter(other.parameters())).data[0, 0] += 1
