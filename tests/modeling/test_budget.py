@@ -152,3 +152,19 @@ def test_bytes_go_where_they_bring_most() -> None:
     assert spread_bytes(takers, 480) == [(19, 0), (18, 0), (11, 0)], "what nobody needs goes to all"
     with pytest.raises(ValueError, match="expected 30 bytes"):
         spread_bytes(takers, 29)
+
+
+def test_layers_start_the_same_whether_their_split_was_found_or_given(
+    teacher: LlamaForCausalLM, tokens: Tokens
+) -> None:
+    """So a run that is resumed before its first checkpoint, which knows its split, is the undisturbed one."""
+    settings: dict[str, Any] = UNIFORM | {"kept": {"pairs": 5, "score": "learned"}}
+    torch.manual_seed(3)
+    found = convert(copy.deepcopy(teacher), LinearizationConfig(**settings, budget="heads"), input_ids=tokens(2, 60, 5))
+    after = torch.rand(3)
+    split = found.config.linearization["split"]
+    torch.manual_seed(3)
+    given = convert(copy.deepcopy(teacher), LinearizationConfig(**settings, budget="heads", split=split))
+    assert torch.equal(torch.rand(3), after)
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, given.state_dict()[name]), name

@@ -84,6 +84,10 @@ def test_recall_of_a_file_goes_to_the_model_that_it_is_about(make_run: Callable[
             ],
             "blend, kept pairs, no far half, 8 bits",
         ),
+        (
+            ["linearization.mixer=blend", "linearization.budget=heads", "linearization.split=[[4, 2]]"],
+            "blend, kept pairs, far linear, shared by heads",
+        ),
     ],
 )
 def test_kinds_of_layers(settings: list[str], line: str) -> None:
@@ -124,3 +128,11 @@ def test_the_picture_of_the_documentation(tmp_path: Path, capsys: pytest.Capture
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     assert (tmp_path / "memory.csv").read_text() == (DOCS / "memory.csv").read_text()
     assert to_csv(read_points([tmp_path / "memory.csv"])) == (DOCS / "memory.csv").read_text()
+
+
+def test_windows_are_of_the_bits_of_their_student(make_run: Callable[..., Path]) -> None:
+    """A window of 8 bits holds twice the tokens, so it is no point of the line of whole numbers."""
+    blend = ["linearization.mixer=blend", "linearization.bits=8", "linearization.far=none"]
+    folder = make_run("few", *blend, student=12.0, equal_window=14.0, trained_window=13.0)
+    lines = [point.line for point in read_points([folder])]
+    assert lines == ["window, 8 bits, trained", "window, 8 bits, nothing trained", "window, 8 bits, trained", "teacher"]

@@ -6,9 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lolcats.config.fields import Positive, Section
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from lolcats.config.fields import Positive, Section, Share
 
 
 class PassingConfig(Section):

@@ -35,15 +35,12 @@ class OptimConfig(Section):
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # plateau multiplies lr by this ...
     plateau_patience: Count = 2  # ... after this many validations without a gain
     compile: Literal["auto"] | bool = "auto"
-    cuda_graph: bool = (
-        True  # on CUDA devices, record a step once and replay it; not with another window than the layer's
-    )
-    random_window: Annotated[list[Near], Field(min_length=2, max_length=2)] | None = None  # each step has a window of
-    # [lowest, highest] tokens, a multiple of 16; null: always the layer's own
-    window_dropout: Share | Annotated[list[Share], Field(min_length=1)] = (
-        0.0  # chance that a step has no window but the
-    )
-    # query's own key; a list has one for each of as many equal parts of the stage
+    # On CUDA devices, record a step once and replay it; not with another window than the layer's.
+    cuda_graph: bool = True
+    # Each step has a window of [lowest, highest] tokens, a multiple of 16; null: always the layer's own.
+    random_window: Annotated[list[Near], Field(min_length=2, max_length=2)] | None = None
+    # Chance that a step has no window but the query's own key; a list has one for each of as many parts of the stage.
+    window_dropout: Share | Annotated[list[Share], Field(min_length=1)] = 0.0
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
@@ -91,9 +88,9 @@ class TransferConfig(OptimConfig):
     lr: Rate = 1e-2
     mse_factor: Factor = 1000.0  # weight of the error of head outputs
     xent_factor: Factor = 0.0  # weight of the cross-entropy between attention weights (memory grows with length^2)
-    target: Literal["hybrid", "full", "linear", "far", "parts"] = "hybrid"  # what is compared: hybrid or full the
-    # layer's output; linear or far the far half's, with all of the teacher's; parts (blend) the far half's with the
-    # teacher's far output, and its share with the teacher's far attention
+    # What is compared: hybrid or full the layer's output; linear or far the far half's, with all of the teacher's;
+    # parts (blend) the far half's with the teacher's far output, and its share with the teacher's far attention.
+    target: Literal["hybrid", "full", "linear", "far", "parts"] = "hybrid"
     recall: TransferRecall = Field(default_factory=TransferRecall)
 
     @property
@@ -121,15 +118,14 @@ class FinetuneConfig(OptimConfig):
     rank: Width = 8
     alpha: Rate = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["attention", "all", "no_qk"] | Names = "attention"  # linear layers in linearized attention, all,
-    # all but those that make queries and keys, or names
+    # Linear layers in linearized attention, all, all but those that make queries and keys, or names.
+    targets: Literal["attention", "all", "no_qk"] | Names = "attention"
     train_feature_maps: bool = False
     cross_entropy_factor: Factor = 1.0  # weight of next-token cross-entropy
     kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits
     mask_prompt: bool = False  # count the loss only on responses
-    near_weight: Share = (
-        1.0  # weight in the loss of the first tokens of a text, which see all of it in window and sinks
-    )
+    # Weight in the loss of the first tokens of a text, which see all of it in window and sinks.
+    near_weight: Share = 1.0
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)

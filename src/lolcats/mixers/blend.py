@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
 from lolcats.mixers.far import FarHalf
 from lolcats.mixers.near_heads import (
+    BlendState,
     HeadGroup,
-    NearStates,
     Split,
     empty_near,
     group_heads,
@@ -44,7 +44,7 @@ from lolcats.mixers.parts import Parts, Share, far_attention
 from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.texts import find_texts, one_row, rows_of
-from lolcats.ops.near import NearSpec, NearState
+from lolcats.ops.near import NearSpec
 from lolcats.ops.near.quantize import PairCodec, key_range
 from lolcats.ops.near.selection import EMPTY
 
@@ -52,20 +52,6 @@ WIDEST_KEY = 16.0
 """Range of a key's channel before anything is known of it."""
 NOT_FAR = ("near_only", "window_only", "no_attention")
 """Modes that leave the far half out."""
-
-
-class BlendState(NamedTuple):
-    """What the layer keeps of earlier tokens."""
-
-    near: NearStates
-    """Of the near half: of all key heads, or of each group of them (`near_heads`)."""
-    far: Any
-    """Of the far half, None without."""
-
-    @property
-    def length(self) -> Tensor:
-        """[B] int64."""
-        return self.near.length if isinstance(self.near, NearState) else self.near[0].length
 
 
 class BlendMixer(Mixer):

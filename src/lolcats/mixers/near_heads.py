@@ -28,6 +28,20 @@ NearStates = NearState | tuple[NearState, ...]
 """The state of the one group, or those of several."""
 
 
+class BlendState(NamedTuple):
+    """What the layer keeps of earlier tokens."""
+
+    near: NearStates
+    """Of the near half: of all key heads, or of each group of them."""
+    far: Any
+    """Of the far half, None without."""
+
+    @property
+    def length(self) -> Tensor:
+        """[B] int64."""
+        return self.near.length if isinstance(self.near, NearState) else self.near[0].length
+
+
 class HeadGroup(NamedTuple):
     """Key heads of the same sizes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -62,9 +63,11 @@ def convert(
         check_token_ids(input_ids, model, "input_ids")
     _check_layers(model, config)  # refuse before anything changes
     mark_as_linearized(model, config)
+    random = torch.get_rng_state()
     install(model, config)
     if config.searches:
         assert input_ids is not None
+        torch.set_rng_state(random)  # the layers start as those of settings that bring this split along
         config = _share_budget(model, config, input_ids, decide or (lambda action: action()))
     if config.starts_from_text:
         assert input_ids is not None

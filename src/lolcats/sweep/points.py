@@ -24,8 +24,8 @@ from lolcats.runs.results import Results, read_results
 from lolcats.variants import TRAINED_WINDOW
 
 TEACHER = "teacher"
-WINDOWS = {"equal_window": "window, nothing trained", TRAINED_WINDOW: "window, trained"}
-"""Controls that have the memory of the student, and the lines that they are points of."""
+WINDOWS = {"equal_window": "nothing trained", TRAINED_WINDOW: "trained"}
+"""Controls that have the memory of the student, and its bits: plain windows, and how far these were trained."""
 SAME_TEXT = 1.01
 """Ratio of two perplexities of the teacher above which they are not of the same text."""
 FIRST_COLUMNS = ["line", "kv_tokens", "perplexity"]
@@ -45,6 +45,8 @@ class Point:
     recall: dict[str, float] = field(default_factory=dict)
     """TASK.LENGTH -> share of answers that were right."""
     source: str = ""
+    variant: str = ""
+    """Which of the variants of its source it is, where that is known."""
 
 
 def read_points(sources: Sequence[str | Path]) -> list[Point]:
@@ -90,15 +92,20 @@ def line_of(layer: LinearizationConfig, fine_tuned: bool) -> str:
     """What kind of layer a student has, without its sizes."""
     if not isinstance(layer, BlendConfig):
         words = [layer.mixer]
-    elif layer.kept.pairs == 0 and layer.far == "none":
+    elif layer.most_pairs == 0 and layer.far == "none":
         words = ["window"]
     else:
-        pairs = "kept pairs" if layer.kept.pairs else "no pairs"
+        pairs = "kept pairs" if layer.most_pairs else "no pairs"
         words = [layer.mixer, pairs, "no far half" if layer.far == "none" else f"far {layer.far.replace('_', ' ')}"]
-    words += [f"{layer.bits} bits"] if isinstance(layer, BlendConfig) and layer.bits != 16 else []
+    words += _bits(layer)
+    words += [f"shared by {layer.budget}"] if isinstance(layer, BlendConfig) and layer.budget != "uniform" else []
     words += ["some layers softmax"] if layer.layers != "all" else []
     trained = ["trained" if words[0] == "window" else ""] if fine_tuned else ["no stage 2"]
     return ", ".join(word for word in words + trained if word)
+
+
+def _bits(layer: LinearizationConfig) -> list[str]:
+    return [f"{layer.bits} bits"] if isinstance(layer, BlendConfig) and layer.bits != 16 else []
 
 
 def _from_folder(folder: Path) -> Iterator[Point]:
@@ -127,10 +134,12 @@ def _of_run(folder: Path, config: RunConfig, results: Results, recall: dict[str,
     found, tokens = results.perplexity, results.memory.kv_tokens
     if "student" in found:
         line = line_of(config.linearization, config.finetune.enabled)
-        yield Point(line, tokens, found["student"], recall, str(folder))
-    yield from (Point(line, tokens, found[name], {}, str(folder)) for name, line in WINDOWS.items() if name in found)
+        yield Point(line, tokens, found["student"], recall, str(folder), "student")
+    for name in (name for name in WINDOWS if name in found):
+        line = ", ".join(["window", *_bits(config.linearization), WINDOWS[name]])
+        yield Point(line, tokens, found[name], {}, str(folder), name)
     if TEACHER in found:
-        yield Point(TEACHER, None, found[TEACHER], {}, str(folder))
+        yield Point(TEACHER, None, found[TEACHER], {}, str(folder), TEACHER)
 
 
 def _measured(file: Path) -> dict[str, float]:
@@ -159,9 +168,7 @@ def _add_recall(points: list[Point], file: Path) -> None:
         raise LolcatsError(f"{file} is about {model}, which is not among the sources; name its run too")
     for (variant, cell), score in scores.items():
         for point in own:
-            if point.line == WINDOWS.get(variant, TEACHER if variant == TEACHER else "") or (
-                variant == "student" and point is own[0]
-            ):
+            if point.variant == variant:
                 point.recall[cell] = score
 
 
