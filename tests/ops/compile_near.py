@@ -1,5 +1,7 @@
 """Compile the kernels of near attention as `compile_kernels.py` does: python compile_near.py DTYPE SIZE CALL.
 
+Each is compiled once: that heads of another window and other pairs take the same ones is a part of what is checked.
+
 CALL is "plain" (whole texts, forward and backward, and a step) or "state" (what comes after a state, with padding).
 """
 
@@ -9,7 +11,7 @@ import sys
 from typing import Any
 
 import torch
-from compile_kernels import compile_launch  # puts the package there
+from compile_kernels import compile_launch, type_of  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
 from lolcats.ops.near.kernels import decode, launch
@@ -17,20 +19,51 @@ from lolcats.ops.near.quantize import BITS, PairCodec
 from lolcats.ops.near.types import NearSpec
 
 
-def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
-    """Launch with kernels that are compiled and not run."""
-    problems: list[str] = []
+class Compiler:
+    """Takes the place of `on`: launches compile, and run nothing."""
 
-    def on(kernel: Any, grid: tuple[int, ...]) -> Any:
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+        self.problems: list[str] = []
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Any:
         del grid
-        return lambda *arguments, **named: problems.append(compile_launch(kernel, arguments, named))
 
+        def take(*arguments: Any, **named: Any) -> None:
+            key = self.key(kernel, arguments, named)
+            if key not in self.kernels and (problem := compile_launch(kernel, arguments, named)):
+                self.problems.append(problem)
+            self.kernels.add(key)
+
+        return take
+
+    def key(self, kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+        """What Triton compiles anew for: types, numbers that are constants, and what divides the others."""
+        parts = [kernel.__name__, *(f"{name}={value}" for name, value in named.items())]
+        for value, param in zip(arguments, kernel.params, strict=False):
+            part = type_of(value)
+            if part == "i32" and not param.do_not_specialize:
+                part += ", one" if value == 1 else f", {value % 16 == 0}"
+            parts.append(part)
+        return "; ".join(parts)
+
+
+def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
+    """What is wrong with the kernels of a model whose heads differ."""
+    compiler = Compiler()
     for module in (launch, decode):
-        module.on = on  # type: ignore[attr-defined]
-    batch, heads, kv_heads, n = 2, 9, 3, 700
+        module.on = compiler  # type: ignore[attr-defined]
+    capped = 5.0 if call == "state" else None
+    launch_all(dtype, size, NearSpec(256, 4, 192, softcap=capped))
+    known = set(compiler.kernels)
+    launch_all(dtype, size, NearSpec(1, 4, 177, softcap=capped), n=801)
+    return compiler.problems + [f"compiled again: {key}" for key in compiler.kernels - known]
+
+
+def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> None:
+    """Launch what there is for a text of n tokens; after a state, with padding, if there is a softcap."""
+    batch, heads, kv_heads, with_state = 2, 9, 3, spec.softcap is not None
     q, k = (torch.empty(batch, n, h, size, dtype=dtype).transpose(1, 2) for h in (heads, kv_heads))
-    with_state = call == "state"
-    spec = NearSpec(256, 4, 192, softcap=5.0 if with_state else None)
     plan = launch.Plan(spec, batch, heads, kv_heads, n, size, size, dtype)
     before = torch.zeros(batch, kv_heads, plan.blocks, spec.pairs, dtype=torch.int32)
     until = torch.zeros(batch, kv_heads, spec.pairs + n, dtype=torch.int32)
@@ -50,7 +83,6 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
             codec = PairCodec(bits, torch.zeros(kv_heads, size), torch.ones(kv_heads, size))
             stored = codec.encode(k, k)
             decode.decode_step(q, *stored, codec.encode_state(state), spec, score, lengths, None, lengths, codec)
-    return [problem for problem in problems if problem]
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def test_a_row_without_a_token_steps_over_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "n", "block", "levels"), [(5, 70, 64, 0), (16, 64, 32, 1), (40, 130, 128, 1), (3, 10, 32, 2)]
+    ("pairs", "n", "block", "levels"),
+    [(5, 70, 64, 0), (16, 64, 32, 1), (40, 130, 128, 1), (3, 10, 32, 2), (1030, 70, 32, 0), (2050, 40, 32, 1)],
 )
 def test_the_kernel_of_the_selection(pairs: int, n: int, block: int, levels: int) -> None:
     """The same pairs, also where scores are equal or minus infinity."""

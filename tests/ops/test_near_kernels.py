@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lolcats.ops.near import NearSpec, near_attention
+from lolcats.ops.near import NearSpec, empty_near_state, near_attention, near_step
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -167,7 +168,48 @@ def test_kernels_compile(call: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
 
 
+def kernels() -> list[Any]:
+    """All of them that take a spec."""
+    from lolcats.ops.near.kernels import backward, decode, forward
+
+    names = ("query_gradients", "slot_gradients", "add_slots", "key_gradients")
+    return [forward.near_forward, decode.near_decode, *(getattr(backward, name) for name in names)]
+
+
+def test_no_window_is_a_constant() -> None:
+    """Nor are pairs: key heads of many sizes share a kernel."""
+    for kernel in kernels():
+        parameters = inspect.signature(kernel.fn).parameters
+        assert all(parameters[name].annotation is inspect.Parameter.empty for name in ("window", "pairs"))
+        assert not {"WINDOW", "PAIRS"} & set(parameters)
+
+
 REAL = NearSpec(256, 4, 192)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_heads_of_many_sizes_share_kernels() -> None:
+    """With the same padded number of slots."""
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels()]
+
+    def call(window: int, pairs: int, n: int) -> None:
+        spec = NearSpec(window, 4, pairs)
+        case = Case(n, spec, 2, 3, 3, 64, 64)
+        with torch.enable_grad():
+            outcome(case, torch.bfloat16, "triton", torch.bfloat16)
+        leaves, extra = make(case, torch.bfloat16)
+        q, k, v = (x[:, :, :1].bfloat16() for x in leaves)
+        state = empty_near_state(k, v, spec)
+        near_step(q, k, v, state, spec, score=extra["score"][:, :, :1].float(), impl="triton")
+
+    call(64, 48, 300)
+    before = compiled()
+    for window, pairs, n in ((1, 33, 100), (100, 57, 257), (250, 60, 1)):
+        call(window, pairs, n)
+    assert compiled() == before
 
 
 @pytest.mark.gpu

@@ -75,13 +75,13 @@ def state_row(active, indices, batch, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.
 
 
 @triton.jit
-def ring_positions(now, slot, WINDOW: tl.constexpr, TERRACED: tl.constexpr, RING: tl.constexpr):
+def ring_positions(now, slot, window, TERRACED: tl.constexpr, ring):
     """Positions of the tokens in slots of the ring that holds `now`, and which of them are in the window."""
-    age = now % RING - slot
-    position = now - tl.where(age < 0, age + RING, age)
-    inside = (slot < RING) & (position >= 0)
+    age = now % ring - slot
+    position = now - tl.where(age < 0, age + ring, age)
+    inside = (slot < ring) & (position >= 0)
     if TERRACED:
-        inside = inside & (now // WINDOW - position // WINDOW <= 1)
+        inside = inside & (now // window - position // window <= 1)
     return position, inside
 
 

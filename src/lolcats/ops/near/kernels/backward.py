@@ -22,6 +22,7 @@ import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import load_tile, load_vector, store_tile, store_vector
 from lolcats.ops.near.kernels.tiles import (
+    SIZES,
     capped,
     filled_slots,
     load_keys,
@@ -60,13 +61,13 @@ def add_to_keys(
     return tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_gradients(
     q, k, v, before, until, lengths, out, grad, lse, delta, dq,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, d_b, d_h, d_n,
-    tokens, blocks, scale,
+    tokens, blocks, window, pairs, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +81,8 @@ def query_gradients(
     query = first + tl.arange(0, ROWS)
     k += batch * k_b + (head // GROUP) * k_h
     v += batch * v_b + (head // GROUP) * v_h
-    before += (kv_row * blocks + begin // C) * PAIRS
-    until += kv_row * (PAIRS + tokens)
+    before += (kv_row * blocks + begin // C) * pairs
+    until += kv_row * (pairs + tokens)
     token0 = (batch * HEADS + head) * tokens
     q_tile = load_tile(q + batch * q_b + head * q_h, q_n, first, count, 0, ROWS, D, BD)
     g_tile = load_tile(grad + batch * g_b + head * g_h, g_n, first, count, 0, ROWS, DV, BV)
@@ -92,33 +93,37 @@ def query_gradients(
     acc = tl.zeros((ROWS, BD), tl.float32)
     alive = first < count  # a block of padding reads nothing
 
-    filled = tl.where(alive, filled_slots(begin, WINDOW, SINKS, PAIRS, False), 0)
+    filled = tl.where(alive, filled_slots(begin, window, pairs, SINKS, HAS_PAIRS, False), 0)
     for slot0 in tl.range(0, filled, KEYS, num_stages=STAGES):
         slot = slot0 + tl.arange(0, KEYS)
-        code, since, limit = slot_keys(before, until, slot, offset, count, WINDOW, SINKS, PAIRS, False)
+        code, since, limit = slot_keys(before, until, slot, offset, count, window, pairs, SINKS, HAS_PAIRS, False)
         k_tile = load_keys(k, k_n, k, code, count, D, BD, False)
         v_tile = load_keys(v, v_n, v, code, count, DV, BV, False)
         visible = slots_visible(query[:, None], since[None, :], limit[None, :], count)
         acc = add_to_query(acc, q_tile, k_tile, v_tile, g_tile, visible, base, products, scale, SOFTCAP, PRECISION)
 
     end = tl.where(alive, tl.minimum(first + ROWS, count), 0)
-    for key0 in tl.range(tl.minimum(row_begin(first, begin, WINDOW, PAIRS, False), end), end, KEYS, num_stages=STAGES):
+    for key0 in tl.range(
+        tl.minimum(row_begin(first, begin, window, HAS_PAIRS, False), end), end, KEYS, num_stages=STAGES
+    ):
         token = key0 + tl.arange(0, KEYS)
-        limit = row_limits(until, token, tokens, WINDOW, PAIRS)
+        limit = row_limits(until, token, tokens, window, pairs, HAS_PAIRS)
         k_tile = load_keys(k, k_n, k, token, count, D, BD, False)
         v_tile = load_keys(v, v_n, v, token, count, DV, BV, False)
-        visible = window_visible(query[:, None], token[None, :], limit[None, :], offset, count, WINDOW, SINKS, PAIRS)
+        visible = window_visible(
+            query[:, None], token[None, :], limit[None, :], offset, count, window, SINKS, HAS_PAIRS
+        )
         acc = add_to_query(acc, q_tile, k_tile, v_tile, g_tile, visible, base, products, scale, SOFTCAP, PRECISION)
     store_tile(dq + batch * d_b + head * d_h, d_n, first, tokens, 0, acc, ROWS, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slot_gradients(
     q, k, v, before, until, lengths, grad, lse, delta, part_k, part_v,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n,
-    tokens, blocks, scale,
+    tokens, blocks, window, pairs, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -129,12 +134,21 @@ def slot_gradients(
     batch = kv_row // (HEADS // GROUP)
     kv_head = kv_row % (HEADS // GROUP)
     count, offset = read_text(lengths, lengths, batch, tokens, HAS_LENGTHS, False)
-    if (begin >= count) | (slot0 >= filled_slots(begin, WINDOW, SINKS, PAIRS, False)):
+    if (begin >= count) | (slot0 >= filled_slots(begin, window, pairs, SINKS, HAS_PAIRS, False)):
         return
     at = kv_row * blocks + begin // C
     slot = slot0 + tl.arange(0, KEYS)
     code, since, limit = slot_keys(
-        before + at * PAIRS, until + kv_row * (PAIRS + tokens), slot, offset, count, WINDOW, SINKS, PAIRS, False
+        before + at * pairs,
+        until + kv_row * (pairs + tokens),
+        slot,
+        offset,
+        count,
+        window,
+        pairs,
+        SINKS,
+        HAS_PAIRS,
+        False,
     )
     k_tile = load_keys(k + batch * k_b + kv_head * k_h, k_n, k, code, count, D, BD, False)
     v_tile = load_keys(v + batch * v_b + kv_head * v_h, v_n, v, code, count, DV, BV, False)
@@ -153,38 +167,40 @@ def slot_gradients(
         dk, dv = add_to_keys(
             dk, dv, q_tile, k_tile, v_tile, g_tile, visible, base, products, scale, SOFTCAP, PRECISION
         )  # fmt: skip
-    store_tile(part_k + at * (SINKS + PAIRS) * D, D, slot0, SINKS + PAIRS, 0, dk, KEYS, D, BD)
-    store_tile(part_v + at * (SINKS + PAIRS) * DV, DV, slot0, SINKS + PAIRS, 0, dv, KEYS, DV, BV)
+    store_tile(part_k + at * (SINKS + pairs) * D, D, slot0, SINKS + pairs, 0, dk, KEYS, D, BD)
+    store_tile(part_v + at * (SINKS + pairs) * DV, DV, slot0, SINKS + pairs, 0, dv, KEYS, DV, BV)
 
 
 @triton.jit
 def load_block(
-    part, before, block, column, count, size: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr,
+    part, before, block, column, count, window, pairs, size: tl.constexpr,
+    SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Tokens [SLOTS] of the slots of a block, -1 where there is none, and some columns of what the block gives them."""
     slot = tl.arange(0, SLOTS)
-    filled = tl.where(block * C < count, filled_slots(block * C, WINDOW, SINKS, PAIRS, False), 0)
+    filled = tl.where(block * C < count, filled_slots(block * C, window, pairs, SINKS, HAS_PAIRS, False), 0)
     token = slot
-    if PAIRS > 0:
+    if HAS_PAIRS:
         pair = slot - SINKS
-        index = tl.load(before + block * PAIRS + pair, mask=(pair >= 0) & (slot < filled), other=0)
-        token = tl.where(pair >= 0, index - (PAIRS + WINDOW), token)
+        index = tl.load(before + block * pairs + pair, mask=(pair >= 0) & (slot < filled), other=0)
+        token = tl.where(pair >= 0, index - (pairs + window), token)
         token = tl.where((pair >= 0) & (token < SINKS), -1, token)
     token = tl.where((slot < filled) & (token < count), token, -1)
-    at = tl.cast(block, tl.int64) * (SINKS + PAIRS) * size + slot[:, None] * size + column
+    at = tl.cast(block, tl.int64) * (SINKS + pairs) * size + slot[:, None] * size + column
     return token, tl.load(part + at, mask=(token >= 0)[:, None] & (column < size), other=0.0)
 
 
 @triton.jit
 def add_blocks(
-    part, total, before, column, count, size: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr,
+    part, total, before, column, count, window, pairs, size: tl.constexpr,
+    SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add some columns of `part` [blocks, s + P, size] to `total` [N, size], block by block."""
-    token, x = load_block(part, before, 0, column, count, size, WINDOW, SINKS, PAIRS, C, SLOTS)
+    token, x = load_block(part, before, 0, column, count, window, pairs, size, SINKS, HAS_PAIRS, C, SLOTS)
     for block in range(0, (count + C - 1) // C):
-        following, y = load_block(part, before, block + 1, column, count, size, WINDOW, SINKS, PAIRS, C, SLOTS)
+        following, y = load_block(
+            part, before, block + 1, column, count, window, pairs, size, SINKS, HAS_PAIRS, C, SLOTS
+        )
         place = total + token.to(tl.int64)[:, None] * size + column
         mask = (token >= 0)[:, None] & (column < size)
         tl.store(place, tl.load(place, mask=mask, other=0.0) + x.to(tl.float32), mask=mask)  # no key has two slots
@@ -193,36 +209,38 @@ def add_blocks(
         x = y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def add_slots(
-    part_k, part_v, before, lengths, total_k, total_v, tokens, blocks, KV_HEADS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr,
+    part_k, part_v, before, lengths, total_k, total_v, tokens, blocks, window, pairs, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, C: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (COLUMNS of keys or values, batch x key heads, 2: keys and values)."""
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     kv_row = tl.program_id(1).to(tl.int64)
     count, offset = read_text(lengths, lengths, kv_row // KV_HEADS, tokens, HAS_LENGTHS, False)
-    before += kv_row * blocks * PAIRS
-    part = kv_row * blocks * (SINKS + PAIRS)
+    before += kv_row * blocks * pairs
+    part = kv_row * blocks * (SINKS + pairs)
     total = kv_row * tokens
     if tl.program_id(2) == 0:
         add_blocks(
-            part_k + part * D, total_k + total * D, before, column, count, D, WINDOW, SINKS, PAIRS, C, SLOTS
+            part_k + part * D, total_k + total * D,
+            before, column, count, window, pairs, D, SINKS, HAS_PAIRS, C, SLOTS,
         )  # fmt: skip
     else:
         add_blocks(
-            part_v + part * DV, total_v + total * DV, before, column, count, DV, WINDOW, SINKS, PAIRS, C, SLOTS
+            part_v + part * DV, total_v + total * DV,
+            before, column, count, window, pairs, DV, SINKS, HAS_PAIRS, C, SLOTS,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_gradients(
     q, k, v, until, lengths, grad, lse, delta, total_k, total_v, dk, dv,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    tokens, scale,
+    tokens, window, pairs, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -233,16 +251,16 @@ def key_gradients(
     kv_row = batch * (HEADS // GROUP) + kv_head
     count, offset = read_text(lengths, lengths, batch, tokens, HAS_LENGTHS, False)
     token = key0 + tl.arange(0, KEYS)
-    end = key0 + KEYS - 1 + WINDOW
-    limit = row_limits(until + kv_row * (PAIRS + tokens), token, tokens, WINDOW, PAIRS)
-    if PAIRS > 0:  # later blocks see a key through their slots
-        limit = tl.minimum(limit, (token + WINDOW) // C * C + C)
+    end = key0 + KEYS - 1 + window
+    limit = row_limits(until + kv_row * (pairs + tokens), token, tokens, window, pairs, HAS_PAIRS)
+    if HAS_PAIRS:  # later blocks see a key through their slots
+        limit = tl.minimum(limit, (token + window) // C * C + C)
         end = end // C * C + C
     k_tile = load_keys(k + batch * k_b + kv_head * k_h, k_n, k, token, count, D, BD, False)
     v_tile = load_keys(v + batch * v_b + kv_head * v_h, v_n, v, token, count, DV, BV, False)
     dk_acc = tl.zeros((KEYS, BD), tl.float32)
     dv_acc = tl.zeros((KEYS, BV), tl.float32)
-    if SINKS + PAIRS > 0:
+    if HAS_PAIRS or SINKS > 0:
         dk_acc = load_tile(total_k + kv_row * tokens * D, D, key0, tokens, 0, KEYS, D, BD)
         dv_acc = load_tile(total_v + kv_row * tokens * DV, DV, key0, tokens, 0, KEYS, DV, BV)
     parts = tl.maximum(tl.minimum(end, count) - key0 + ROWS - 1, 0) // ROWS
@@ -255,7 +273,9 @@ def key_gradients(
         g_tile = load_tile(grad + batch * g_b + head * g_h, g_n, first, count, 0, ROWS, DV, BV)
         base = load_vector(lse + token0, first, count, ROWS)
         products = load_vector(delta + token0, first, count, ROWS)
-        visible = window_visible(query[None, :], token[:, None], limit[:, None], offset, count, WINDOW, SINKS, PAIRS)
+        visible = window_visible(
+            query[None, :], token[:, None], limit[:, None], offset, count, window, SINKS, HAS_PAIRS
+        )
         dk_acc, dv_acc = add_to_keys(
             dk_acc, dv_acc, q_tile, k_tile, v_tile, g_tile, visible, base, products, scale, SOFTCAP, PRECISION
         )  # fmt: skip

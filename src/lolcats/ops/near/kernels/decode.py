@@ -30,7 +30,7 @@ from lolcats.ops.hybrid.kernels.decode import advance_kernel, ring_positions, st
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile
 from lolcats.ops.near.kernels.launch import device_of, refusal
-from lolcats.ops.near.kernels.tiles import capped
+from lolcats.ops.near.kernels.tiles import SIZES, capped
 from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.types import NearSpec, NearState
 
@@ -88,15 +88,15 @@ def read_values(
     return tile.to(like.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def near_decode(
     q, k, v, score, sink_logits, active, indices, length,
     ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, sink_k, sink_v, least, steps, out,
-    q_b, q_h, k_b, k_h, v_b, v_h, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, window, pairs, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BITS: tl.constexpr, WK: tl.constexpr, BWK: tl.constexpr, WV: tl.constexpr, BWV: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr,
+    SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr, BP: tl.constexpr,
     SOFTCAP: tl.constexpr, LEARNED: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
     PRECISION: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -107,14 +107,14 @@ def near_decode(
     if alive == 0:
         return
     now = tl.load(length + text).to(tl.int32)
-    own = now % WINDOW  # slot of the new token, so far of the oldest
+    own = now % window  # slot of the new token, so far of the oldest
     pair = text * KV_HEADS + kv_head
     g = tl.arange(0, BG)
     kc = tl.arange(0, BWK)
     vc = tl.arange(0, BWV)
     one = tl.arange(0, 1)
-    ring_k += pair * WINDOW * WK
-    ring_v += pair * WINDOW * WV
+    ring_k += pair * window * WK
+    ring_v += pair * window * WV
     k += batch * k_b + kv_head * k_h
     v += batch * v_b + kv_head * v_h
     q_tile = load_tile(q + batch * q_b + kv_head * GROUP * q_h, q_h, 0, GROUP, 0, BG, D, BD)
@@ -143,36 +143,36 @@ def near_decode(
         sink_scores = capped(tl.dot(q_tile, tl.trans(sk), input_precision=PRECISION), scale, SOFTCAP)
         sink_scores = tl.where(((sink <= now) & (sink < SINKS))[None, :], sink_scores, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
-    if PAIRS > 0:
-        kept_k += pair * PAIRS * WK
-        kept_v += pair * PAIRS * WV
-        kept_score += pair * PAIRS
-        ring_score += pair * WINDOW
+    if HAS_PAIRS:
+        kept_k += pair * pairs * WK
+        kept_v += pair * pairs * WV
+        kept_score += pair * pairs
+        ring_score += pair * window
         place = tl.arange(0, BP)
-        marks = tl.load(kept_score + place, mask=place < PAIRS, other=float("inf"))
+        marks = tl.load(kept_score + place, mask=place < pairs, other=float("inf"))
         lowest = tl.min(marks, 0)
         left = tl.load(ring_score + own)
-        enters = (now - WINDOW >= SINKS) & (left > lowest)
+        enters = (now - window >= SINKS) & (left > lowest)
         worst = tl.min(tl.where(marks == lowest, place, BP), 0)
         k_left = read_keys(ring_k, own + one, one < 1, low, step, q_tile, WK, D, BD, BITS)
         v_left = read_values(ring_v, own + one, one < 1, q_tile, WV, DV, BV, BITS)
-        for first in tl.range(0, PAIRS, K, num_stages=STAGES):
+        for first in tl.range(0, pairs, K, num_stages=STAGES):
             slot = first + tl.arange(0, K)
             entering = (slot == worst) & enters
-            mark = tl.load(kept_score + slot, mask=slot < PAIRS, other=-float("inf"))
-            keys = read_keys(kept_k, slot, slot < PAIRS, low, step, q_tile, WK, D, BD, BITS)
+            mark = tl.load(kept_score + slot, mask=slot < pairs, other=-float("inf"))
+            keys = read_keys(kept_k, slot, slot < pairs, low, step, q_tile, WK, D, BD, BITS)
             keys = tl.where(entering[:, None], k_left, keys)
-            values = read_values(kept_v, slot, slot < PAIRS, q_tile, WV, DV, BV, BITS)
+            values = read_values(kept_v, slot, slot < pairs, q_tile, WV, DV, BV, BITS)
             values = tl.where(entering[:, None], v_left, values)
             s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
             s = tl.where(((mark > -float("inf")) | entering)[None, :], s, -float("inf"))
             top, denominator, acc = add_softmax(top, denominator, acc, s, values, PRECISION)
-    for first in tl.range(0, WINDOW, K, num_stages=STAGES):
+    for first in tl.range(0, window, K, num_stages=STAGES):
         slot = first + tl.arange(0, K)
-        position, inside = ring_positions(now, slot, WINDOW, False, WINDOW)
-        keys = read_keys(ring_k, slot, slot < WINDOW, low, step, q_tile, WK, D, BD, BITS)
+        position, inside = ring_positions(now, slot, window, False, window)
+        keys = read_keys(ring_k, slot, slot < window, low, step, q_tile, WK, D, BD, BITS)
         keys = tl.where((slot == own)[:, None], k_new, keys)
-        values = read_values(ring_v, slot, slot < WINDOW, q_tile, WV, DV, BV, BITS)
+        values = read_values(ring_v, slot, slot < window, q_tile, WV, DV, BV, BITS)
         values = tl.where((slot == own)[:, None], v_new, values)
         s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
         s = tl.where((inside & (position >= SINKS))[None, :], s, -float("inf"))
@@ -182,7 +182,7 @@ def near_decode(
 
     k_stored = tl.load(k + kc, mask=kc < WK, other=0)
     v_stored = tl.load(v + vc, mask=vc < WV, other=0)
-    if PAIRS > 0:
+    if HAS_PAIRS:
         k_moved = tl.load(ring_k + own * WK + kc, mask=kc < WK, other=0)
         v_moved = tl.load(ring_v + own * WV + vc, mask=vc < WV, other=0)
     tl.debug_barrier()  # all is read before anything is written
@@ -191,7 +191,7 @@ def near_decode(
     if SINKS > 0:
         tl.store(sink_k + now * WK + kc, k_stored, mask=kc < tl.where(now < SINKS, WK, 0))
         tl.store(sink_v + now * WV + vc, v_stored, mask=vc < tl.where(now < SINKS, WV, 0))
-    if PAIRS > 0:
+    if HAS_PAIRS:
         tl.store(ring_score + own, tl.load(score + batch * KV_HEADS + kv_head))
         tl.store(kept_k + worst * WK + kc, k_moved, mask=kc < tl.where(enters, WK, 0))
         tl.store(kept_v + worst * WV + vc, v_moved, mask=vc < tl.where(enters, WV, 0))
@@ -261,12 +261,13 @@ def decode_step(
             q, k, v, either(score, q), either(sink_logits, q), either(active, q), either(indices, q), state.length,
             ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q)), *(sinks or (q, q)), either(least, q),
             either(steps, q), out,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), spec.product_scale(size),
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            spec.window, spec.pairs, spec.product_scale(size),
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=padded(heads // kv_heads), D=size,
             BD=max(SMALLEST, padded(size)), DV=dv, BV=max(SMALLEST, padded(dv)),
             BITS=16 if codec is None else codec.bits, WK=k.shape[3], BWK=padded(k.shape[3]), WV=v.shape[3],
-            BWV=padded(v.shape[3]), WINDOW=spec.window,
-            SINKS=spec.sinks, BS=padded(spec.sinks), PAIRS=spec.pairs, BP=padded(spec.pairs),
+            BWV=padded(v.shape[3]),
+            SINKS=spec.sinks, BS=padded(spec.sinks), HAS_PAIRS=spec.pairs > 0, BP=padded(spec.pairs),
             SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, **flags,
             PRECISION=precision(q.dtype), K=KEYS, STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
         )  # fmt: skip

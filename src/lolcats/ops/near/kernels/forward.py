@@ -22,6 +22,7 @@ import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile, store_vector
 from lolcats.ops.near.kernels.tiles import (
+    SIZES,
     capped,
     filled_slots,
     held_code,
@@ -35,7 +36,7 @@ from lolcats.ops.near.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def near_forward(
     q,
     k,
@@ -63,6 +64,8 @@ def near_forward(
     o_n,
     tokens,
     blocks,
+    window,
+    pairs,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -70,9 +73,8 @@ def near_forward(
     BD: tl.constexpr,
     DV: tl.constexpr,
     BV: tl.constexpr,
-    WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LEARNED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -94,10 +96,10 @@ def near_forward(
     query = first + tl.arange(0, ROWS)
     k += batch * k_b + (head // GROUP) * k_h
     v += batch * v_b + (head // GROUP) * v_h
-    held_k += kv_row * (WINDOW + PAIRS + SINKS) * D
-    held_v += kv_row * (WINDOW + PAIRS + SINKS) * DV
-    before += (kv_row * blocks + begin // C) * PAIRS
-    until += kv_row * (PAIRS + tokens)
+    held_k += kv_row * (window + pairs + SINKS) * D
+    held_v += kv_row * (window + pairs + SINKS) * DV
+    before += (kv_row * blocks + begin // C) * pairs
+    until += kv_row * (pairs + tokens)
     q_tile = load_tile(q + batch * q_b + head * q_h, q_n, first, count, 0, ROWS, D, BD)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     denominator = tl.zeros((ROWS,), tl.float32)
@@ -107,10 +109,10 @@ def near_forward(
         denominator += 1.0
     alive = first < count  # a block of padding reads nothing
 
-    filled = tl.where(alive, filled_slots(begin, WINDOW, SINKS, PAIRS, HAS_STATE), 0)
+    filled = tl.where(alive, filled_slots(begin, window, pairs, SINKS, HAS_PAIRS, HAS_STATE), 0)
     for slot0 in tl.range(0, filled, KEYS, num_stages=STAGES):
         slot = slot0 + tl.arange(0, KEYS)
-        code, since, limit = slot_keys(before, until, slot, offset, count, WINDOW, SINKS, PAIRS, HAS_STATE)
+        code, since, limit = slot_keys(before, until, slot, offset, count, window, pairs, SINKS, HAS_PAIRS, HAS_STATE)
         k_tile = load_keys(k, k_n, held_k, code, count, D, BD, HAS_STATE)
         v_tile = load_keys(v, v_n, held_v, code, count, DV, BV, HAS_STATE)
         s = capped(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, SOFTCAP)
@@ -120,18 +122,18 @@ def near_forward(
 
     end = tl.where(alive, tl.minimum(first + ROWS, count), 0)
     for key0 in tl.range(
-        tl.minimum(row_begin(first, begin, WINDOW, PAIRS, HAS_STATE), end), end, KEYS, num_stages=STAGES
+        tl.minimum(row_begin(first, begin, window, HAS_PAIRS, HAS_STATE), end), end, KEYS, num_stages=STAGES
     ):
         token = key0 + tl.arange(0, KEYS)
-        limit = row_limits(until, token, tokens, WINDOW, PAIRS)
+        limit = row_limits(until, token, tokens, window, pairs, HAS_PAIRS)
         code = token
         if HAS_STATE:
-            code = held_code(token, offset, WINDOW)
+            code = held_code(token, offset, window)
         k_tile = load_keys(k, k_n, held_k, code, count, D, BD, HAS_STATE)
         v_tile = load_keys(v, v_n, held_v, code, count, DV, BV, HAS_STATE)
         s = capped(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, SOFTCAP)
         visible = window_visible(
-            query[:, None], token[None, :], limit[None, :], offset, count, WINDOW, SINKS, PAIRS
+            query[:, None], token[None, :], limit[None, :], offset, count, window, SINKS, HAS_PAIRS
         )  # fmt: skip
         s = tl.where(visible, s, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, s, v_tile, PRECISION)

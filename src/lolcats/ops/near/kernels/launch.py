@@ -97,9 +97,13 @@ class Plan:
         """Slots of a block: sinks and kept pairs."""
         return self.spec.sinks + self.spec.pairs
 
+    def counts(self) -> tuple[int, int, int, int]:
+        """What kernels call tokens, blocks, window and pairs."""
+        return self.tokens, self.blocks, self.spec.window, self.spec.pairs
+
     def visible(self) -> dict[str, int]:
-        """Which keys are seen."""
-        return {"WINDOW": self.spec.window, "SINKS": self.spec.sinks, "PAIRS": self.spec.pairs, "C": BLOCK}
+        """Which keys are seen, so far as it decides what a kernel does: all else it is told at run time."""
+        return {"SINKS": self.spec.sinks, "HAS_PAIRS": self.spec.pairs > 0, "C": BLOCK}
 
     def sizes(self) -> dict[str, Any]:
         """What all products need to know."""
@@ -214,7 +218,7 @@ def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
     cut = p.by_queries()
     on(near_forward, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
         x.q, x.k, x.v, *(either(t, x.q) for t in c), either(x.sink_logits, x.q), out, lse,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), p.tokens, p.blocks, p.scale,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *p.counts(), p.scale,
         **p.sizes(), LEARNED=x.sink_logits is not None, HAS_LENGTHS=c.lengths is not None,
         HAS_STATE=c.start is not None, SAVE=save, **cut,
     )  # fmt: skip
@@ -237,14 +241,15 @@ def run_backward(
     cut = p.by_queries()
     on(query_gradients, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
         x.q, x.k, x.v, *chosen, saved.out, grad, saved.lse, delta, dq,
-        *shared, *strides(saved.out), *strides(grad), *strides(dq), p.tokens, p.blocks, p.scale,
+        *shared, *strides(saved.out), *strides(grad), *strides(dq), *p.counts(), p.scale,
         **sizes, **padding, **cut,
     )  # fmt: skip
     cut = p.by_keys()
     totals = _slot_totals(p, x, c, saved, grad, delta) if p.slots else (delta, delta)
     on(key_gradients, (triton.cdiv(p.tokens, cut["KEYS"]), p.kv_heads, p.batch))(
         x.q, x.k, x.v, *chosen[1:], grad, saved.lse, delta, *totals, dk, dv,
-        *shared, *strides(grad), *strides(dk), *strides(dv), p.tokens, p.scale, **sizes, **padding, **cut,
+        *shared, *strides(grad), *strides(dk), *strides(dv), p.tokens, p.spec.window, p.spec.pairs, p.scale,
+        **sizes, **padding, **cut,
     )  # fmt: skip
     logits = None
     if need_logits and x.sink_logits is not None:
@@ -264,12 +269,12 @@ def _slot_totals(
     padding = {"HAS_LENGTHS": c.lengths is not None}
     on(slot_gradients, (triton.cdiv(p.slots, cut["KEYS"]), p.blocks, rows))(
         x.q, x.k, x.v, before, until, lengths, grad, saved.lse, delta, *parts,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), p.tokens, p.blocks, p.scale,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *p.counts(), p.scale,
         **p.sizes(), **padding, **cut,
     )  # fmt: skip
     slots = padded(p.slots)
     on(add_slots, (triton.cdiv(max(p.d, p.dv), COLUMNS), rows, 2))(
-        *parts, before, lengths, *totals, p.tokens, p.blocks, KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
+        *parts, before, lengths, *totals, *p.counts(), KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
         **p.visible(), **padding, SLOTS=slots, COLUMNS=COLUMNS, num_warps=min(16, max(4, slots // 64)), num_stages=1,
     )  # fmt: skip
     return totals[0], totals[1]

@@ -22,6 +22,10 @@ import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, cap, times_slope
 
+SIZES = ["tokens", "blocks", "window", "pairs"]
+"""Numbers that a kernel is told at run time, whatever divides them: key heads differ in window and pairs, and a kernel
+made anew for each of them would take longer to compile than to train."""
+
 
 @triton.jit
 def read_text(lengths, start, batch, tokens, HAS_LENGTHS: tl.constexpr, HAS_STATE: tl.constexpr):
@@ -36,30 +40,34 @@ def read_text(lengths, start, batch, tokens, HAS_LENGTHS: tl.constexpr, HAS_STAT
 
 
 @triton.jit
-def filled_slots(begin, WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, HAS_STATE: tl.constexpr):
+def filled_slots(
+    begin, window, pairs, SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, HAS_STATE: tl.constexpr
+):  # fmt: skip
     """How many slots of a block may hold something. No more pairs are kept than have left, and these come first."""
-    if HAS_STATE:
-        filled = begin * 0 + SINKS + PAIRS
-    else:
-        filled = SINKS + tl.minimum(tl.maximum(begin - WINDOW - SINKS, 0), PAIRS)
+    filled = window * 0 + SINKS
+    if HAS_PAIRS:
+        if HAS_STATE:
+            filled += pairs
+        else:
+            filled += tl.minimum(tl.maximum(begin - window - SINKS, 0), pairs)
     return filled
 
 
 @triton.jit
 def row_begin(
-    first, begin, WINDOW: tl.constexpr, PAIRS: tl.constexpr, HAS_STATE: tl.constexpr
+    first, begin, window, HAS_PAIRS: tl.constexpr, HAS_STATE: tl.constexpr
 ):  # fmt: skip
     """The first key of the row that queries from `first` on, in the block that begins at `begin`, see."""
-    low = begin - WINDOW if PAIRS > 0 else first - WINDOW + 1
+    low = begin - window if HAS_PAIRS else first - window + 1
     if not HAS_STATE:
         low = tl.maximum(low, 0)
     return low
 
 
 @triton.jit
-def held_code(token, offset, WINDOW: tl.constexpr):
+def held_code(token, offset, window):
     """Code of a key of the row: a new token, or one in the ring."""
-    slot = tl.maximum(token + offset, 0) % WINDOW
+    slot = tl.maximum(token + offset, 0) % window
     return tl.where(token < 0, -1 - slot, token)
 
 
@@ -70,9 +78,10 @@ def slot_keys(
     slot,
     offset,
     count,
-    WINDOW: tl.constexpr,
+    window,
+    pairs,
     SINKS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):
     """`code`, `since` and `limit` of slots; a limit of 0 where nothing is."""
@@ -81,17 +90,17 @@ def slot_keys(
     limit = tl.where(is_sink, count, 0)
     code = since
     if HAS_STATE:
-        code = tl.where(is_sink & (since < 0), -1 - (WINDOW + PAIRS + slot), code)
-    if PAIRS > 0:
-        kept = (slot >= SINKS) & (slot < SINKS + PAIRS)
+        code = tl.where(is_sink & (since < 0), -1 - (window + pairs + slot), code)
+    if HAS_PAIRS:
+        kept = (slot >= SINKS) & (slot < SINKS + pairs)
         index = tl.load(before + slot - SINKS, mask=kept, other=0)
         end = tl.load(until + index, mask=kept, other=0)
-        token = index - (PAIRS + WINDOW)
-        real = (index >= PAIRS) & (token + offset >= SINKS)
+        token = index - (pairs + window)
+        real = (index >= pairs) & (token + offset >= SINKS)
         source = token
         if HAS_STATE:
-            real = real | (index < PAIRS)
-            source = tl.where(index < PAIRS, -1 - (WINDOW + index), held_code(token, offset, WINDOW))
+            real = real | (index < pairs)
+            source = tl.where(index < pairs, -1 - (window + index), held_code(token, offset, window))
         limit = tl.where(kept & real, end, limit)
         code = tl.where(kept, source, code)
     return code, since, limit
@@ -104,23 +113,23 @@ def slots_visible(query, since, limit, count):
 
 
 @triton.jit
-def row_limits(until, token, tokens, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
+def row_limits(until, token, tokens, window, pairs, HAS_PAIRS: tl.constexpr):
     """The query from which on a key of the row is not kept; 0 where it is not known to leave."""
     limit = token * 0
-    if PAIRS > 0:
-        inside = (token + WINDOW >= 0) & (token + WINDOW < tokens)
-        limit = tl.load(until + (PAIRS + WINDOW) + token, mask=inside, other=0)
+    if HAS_PAIRS:
+        inside = (token + window >= 0) & (token + window < tokens)
+        limit = tl.load(until + (pairs + window) + token, mask=inside, other=0)
     return limit
 
 
 @triton.jit
 def window_visible(
-    query, token, limit, offset, count, WINDOW: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr
+    query, token, limit, offset, count, window, SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr
 ):  # fmt: skip
     """Which query sees which key of the row: in its window, or left and kept; broadcasts."""
     distance = query - token
-    near = distance < WINDOW
-    if PAIRS > 0:
+    near = distance < window
+    if HAS_PAIRS:
         near = near | (query < limit)
     return near & (distance >= 0) & (token + offset >= SINKS) & (query < count)
 
