@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lolcats.config import LinearizationConfig, TransferConfig
 from lolcats.mixers import MIXERS, Call, Mixer, Rotation, Sizes, StateSpec, build_mixer, map_state, state_tensors
-from lolcats.mixers.rotation import Layout
+from lolcats.mixers.rotation import Layout, Reach
 from lolcats.modeling.attention import added_parameters
 from lolcats.training import TransferStage
 from lolcats.training.batches import Batch
@@ -45,6 +45,8 @@ TABLE: dict[str, list[dict[str, Any]]] = {
 """Tiny settings of each mixer."""
 assert TABLE.keys() == MIXERS.keys()
 CASES = [pytest.param(name, settings, id=f"{name}-{settings}") for name, all_ in TABLE.items() for settings in all_]
+REACH = 12
+"""Tokens of the model's context, fewer than those of most texts."""
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -71,7 +73,10 @@ def make_call(rows: int = 2, tokens: int = 17, dtype: torch.dtype = torch.float6
     q, k = random(s.heads, tokens, s.head_dim), random(s.kv_heads, tokens, s.head_dim)
     v, hidden = random(s.kv_heads, tokens, s.value_dim), random(tokens, s.hidden_size)
     angles = random(tokens, s.head_dim)
-    return Call(q, k, v, hidden, s.head_dim**-0.5, rotation=Rotation(angles.cos(), angles.sin(), Layout("half")))
+    rotation = Rotation(angles.cos(), angles.sin(), Layout("half"))
+    last = torch.linspace(0, 3, s.head_dim)[None, None].double()
+    reach = Reach(REACH, Rotation(last.cos(), last.sin(), Layout("half")))
+    return Call(q, k, v, hidden, s.head_dim**-0.5, rotation=rotation, reach=reach)
 
 
 def part(call: Call, tokens: slice | Tensor, rows: slice | Tensor = slice(None)) -> Call:
@@ -275,7 +280,7 @@ def test_each_mode_is_defined_and_is_another(name: str, settings: dict[str, Any]
 @torch.no_grad()
 def test_a_widened_layer_is_softmax_attention(name: str, settings: dict[str, Any]) -> None:
     """What the self-check rests on; the layer itself stays as it is."""
-    mixer, call = make(name, settings), make_call()
+    mixer, call = make(name, settings), replace(make_call(), reach=None)  # within the context of the model
     before = mixer(call)[0]
     wide = mixer.widened(17)
     torch.testing.assert_close(wide(call)[0], softmax_output(call), **EXACT)

@@ -73,6 +73,36 @@ def test_what_was_before_depends_on_no_position(build: Builder, tokens: Tokens, 
     assert None not in layout
 
 
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - NOT_HANDED_OVER))
+@torch.no_grad()
+def test_how_far_a_model_looks_back(build: Builder, tokens: Tokens, calls: list[Call], family: str) -> None:
+    """The angles at the last position of the context are those that the family makes there."""
+    model = build(family, **FAMILIES[family].settings)
+    limit = model.config.get_text_config().max_position_embeddings
+    student = convert(model, LinearizationConfig(window=64))
+    calls.clear()
+    student(tokens(1, 8), position_ids=torch.arange(limit - 8, limit)[None], use_cache=False)
+    assert calls
+    for call in calls:
+        assert call.rotation is not None
+        if call.rotation.layout.pairs == "none":
+            continue
+        assert call.reach is not None and call.reach.tokens == limit
+        capped = call.reach.capped(call.q, call.rotation)
+        torch.testing.assert_close(capped[:, :, -1], call.q[:, :, -1], rtol=0, atol=5e-3)
+        assert float((capped - call.q)[:, :, 0].abs().max()) > 0.02
+
+
+@torch.no_grad()
+def test_angles_that_depend_on_the_text(build: Builder, tokens: Tokens, calls: list[Call]) -> None:
+    """Nothing is known then of what the last position would be."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    student = convert(build("llama", rope_parameters=rope), LinearizationConfig(window=64))
+    calls.clear()
+    student(tokens(1, 8), use_cache=False)
+    assert calls and all(call.reach is None for call in calls)
+
+
 @pytest.mark.parametrize("family", ["llama", "glm4", "phi"])
 @torch.no_grad()
 def test_they_are_linear_in_the_hidden_state(build: Builder, tokens: Tokens, calls: list[Call], family: str) -> None:

@@ -73,12 +73,14 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
         held = torch.empty(batch, kv_heads, spec.window + plan.slots, size, dtype=dtype)
         context = launch.Context(before, until, lengths, lengths, held, held)
     x = launch.Operands(q, k, k, torch.empty(heads) if with_state else None)
-    saved = launch.run_forward(plan, x, context, not with_state)
+    saved = launch.run_forward(plan, x, context, not with_state, q.contiguous() if with_state else None)
     if not with_state:
         launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
         state = empty_near_state(k, k, spec)
         q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)
         decode.decode_step(q, k, k, state, spec, score, lengths, torch.empty(heads), lengths)
+        far = spec._replace(reach=8192)
+        decode.decode_step(q, k, k, state, far, score, lengths, torch.empty(heads), lengths, sink_q=q)
         for bits in BITS:
             codec = PairCodec(bits, torch.zeros(kv_heads, size), torch.ones(kv_heads, size))
             stored = codec.encode(k, k)

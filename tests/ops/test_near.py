@@ -21,6 +21,7 @@ SPECS = [
     NearSpec(window=5, sinks=7, pairs=40, softcap=3.0),
     NearSpec(window=9, sinks=1),
     NearSpec(window=200, sinks=4, pairs=5, scale=0.7),
+    NearSpec(window=4, sinks=3, pairs=20, reach=30),
 ]
 
 
@@ -37,6 +38,11 @@ def logits(spec: NearSpec) -> Tensor | None:
     return torch.linspace(-1, 1, 4, dtype=torch.float64) if spec.softcap else None
 
 
+def others(spec: NearSpec, q: Tensor) -> Tensor | None:
+    """Queries of their own for sinks, where the reach of the model counts."""
+    return None if spec.reach is None else q.flip(2, 3)
+
+
 def marks(spec: NearSpec, score: Tensor) -> Tensor | None:
     return score if spec.pairs else None
 
@@ -49,7 +55,10 @@ def steps(q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, spec: NearSpec,
     outputs = []
     for i in range(q.shape[2]):
         one = [x[:, :, i : i + 1] for x in (q, k, v)]
-        out, state = step(*one, state, spec, score=part(score, i, i + 1), sink_logits=logits(spec))
+        out, state = step(
+            *one, state, spec, score=part(score, i, i + 1), sink_logits=logits(spec),
+            sink_q=part(others(spec, q), i, i + 1),
+        )  # fmt: skip
         outputs.append(out)
     return torch.cat(outputs, 2), state
 
@@ -63,7 +72,8 @@ def test_blocks_are_the_definition(spec: NearSpec, n: int) -> None:
     seed = torch.randn(q.shape[0], 4, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     results = []
     for impl in ("reference", "chunked"):
-        out = near(q, k, v, spec, score=marks(spec, score), sink_logits=logits(spec), impl=impl).out
+        extra = {"sink_logits": logits(spec), "sink_q": others(spec, q)}
+        out = near(q, k, v, spec, score=marks(spec, score), impl=impl, **extra).out
         results.append((out, *torch.autograd.grad((out * seed).sum(), (q, k, v))))
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, **EXACT)
@@ -75,12 +85,13 @@ def test_cut_anywhere_and_step_by_step(spec: NearSpec) -> None:
     n = BLOCK + 30
     q, k, v, score = tensors(n)
     marked, extra = marks(spec, score), {"sink_logits": logits(spec)}
-    whole = near(q, k, v, spec, score=marked, return_state=True, **extra)
+    own = others(spec, q)
+    whole = near(q, k, v, spec, score=marked, return_state=True, sink_q=own, **extra)
     for cut in (1, 3, 40, BLOCK, n - 1):
         first = near(*(x[:, :, :cut] for x in (q, k, v)), spec, score=part(marked, 0, cut),
-                               return_state=True, **extra)  # fmt: skip
-        rest = near(*(x[:, :, cut:] for x in (q, k, v)), spec, score=part(marked, cut, n),
-                              initial_state=first.state, return_state=True, **extra)  # fmt: skip
+                               return_state=True, sink_q=part(own, 0, cut), **extra)  # fmt: skip
+        rest = near(*(x[:, :, cut:] for x in (q, k, v)), spec, score=part(marked, cut, n), initial_state=first.state,
+                              return_state=True, sink_q=part(own, cut, n), **extra)  # fmt: skip
         torch.testing.assert_close(torch.cat([first.out, rest.out], 2), whole.out, **EXACT)
         same(rest.state, whole.state)
     out, state = steps(q, k, v, marked, spec, empty_near_state(k, v, spec))
@@ -104,7 +115,7 @@ def sorted_kept(kept: Any) -> list[Tensor]:
     score, order = kept.score.sort(-1)
     filled = score > -torch.inf
     found = [x.gather(2, order[..., None].expand_as(x)) * filled[..., None] for x in (kept.k, kept.v)]
-    return [*found, score]
+    return [*found, score, kept.position.gather(2, order) * filled]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -92,6 +92,7 @@ SMALL = [
         Case(140, NearSpec(5, 7, 70, softcap=3.0), 2, 1, 2, lengths=(140, 50), levels=3), "reference", id="padding"
     ),
     pytest.param(Case(300, NearSpec(63, 3, 100)), "chunked", id="three blocks"),
+    pytest.param(Case(300, NearSpec(63, 3, 100, reach=120)), "chunked", id="pairs that are too old"),
     pytest.param(Case(257, NearSpec(1, 0, 5), groups=1, size=70, value_size=65), "chunked", id="a window of one"),
     pytest.param(Case(135, NearSpec(200, 4, 5, scale=0.7), groups=1), "chunked", id="a window over all"),
 ]
@@ -106,7 +107,12 @@ def test_kernels_are_the_definition(case: Case, exact: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "cut", "n"),
-    [(NearSpec(40, 5, 30), 3, 130), (NearSpec(40, 5, 30), 97, 240), (NearSpec(70, 0, 0, softcap=2.0), 50, 90)],
+    [
+        (NearSpec(40, 5, 30), 3, 130),
+        (NearSpec(40, 5, 30), 97, 240),
+        (NearSpec(70, 0, 0, softcap=2.0), 50, 90),
+        (NearSpec(40, 5, 30, reach=90), 97, 240),
+    ],
     ids=str,
 )
 @torch.no_grad()
@@ -122,7 +128,8 @@ def test_what_comes_after_a_state(spec: NearSpec, cut: int, n: int) -> None:
         cut = slice(None), slice(None), slice(a, b)
         return near_attention(
             q[cut], k[cut], v[cut], spec, score=None if score is None else score[cut], lengths=lengths,
-            sink_logits=logits, initial_state=state, return_state=True, impl=impl,
+            sink_logits=logits, sink_q=None if spec.reach is None else -q[cut], initial_state=state, return_state=True,
+            impl=impl,
         )  # fmt: skip
 
     begun = torch.tensor([cut, cut - 2], device=DEVICE)

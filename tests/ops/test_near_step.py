@@ -29,6 +29,7 @@ class Texts(NamedTuple):
         q, k, v, score = (x[:, :, i : i + 1] for x in self[:4])
         options["score"] = score if spec.pairs else None
         options["sink_logits"] = self.logits if spec.softcap else None
+        options["sink_q"] = None if spec.reach is None else -q
         return near_step(q, k, v, state, spec, **options)
 
 
@@ -67,7 +68,8 @@ def _ordered(state: NearState) -> list[Tensor]:
     score, order = state.kept.score.sort(-1)
     k, v = (x.gather(2, order[..., None].expand_as(x)) for x in state.kept[:2])
     filled = (score > -torch.inf)[..., None]
-    return [*state._replace(kept=None).tensors(), score, k * filled, v * filled]
+    position = state.kept.position.gather(2, order) * filled[..., 0]
+    return [*state._replace(kept=None).tensors(), score, k * filled, v * filled, position]
 
 
 CASES = [
@@ -75,6 +77,7 @@ CASES = [
     (NearSpec(1, 0, 2, softcap=2.0), 0, 4),
     (NearSpec(70, 2, 130), 230, 234),
     (NearSpec(4, 6, softcap=1.0), 3, 8),
+    (NearSpec(3, 2, 8, reach=9), 0, 16),
 ]
 
 

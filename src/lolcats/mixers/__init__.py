@@ -2,13 +2,14 @@
 
 from lolcats.mixers.base import Call, Mixer, Sizes, State, StateSpec, map_state, state_bytes, state_tensors
 from lolcats.mixers.registry import MIXERS, build_mixer
-from lolcats.mixers.rotation import Rotation
+from lolcats.mixers.rotation import Reach, Rotation
 from lolcats.mixers.window import equal_tokens, equal_window
 
 __all__ = [
     "MIXERS",
     "Call",
     "Mixer",
+    "Reach",
     "Rotation",
     "Sizes",
     "State",

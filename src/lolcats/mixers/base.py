@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
-from lolcats.mixers.rotation import Rotation
+from lolcats.mixers.rotation import Reach, Rotation
 from lolcats.ops.types import map_state, state_tensors
 
 
@@ -55,6 +55,8 @@ class Call:
     """[H], learned sinks (gpt-oss)."""
     rotation: Rotation | None = None
     """The rotary embedding of q and k, for mixers that ask for it by `needs_rotation`."""
+    reach: Reach | None = None
+    """How far the model was made to look back, where that is known."""
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
         """q and k before rotary embedding, shapes and dtypes as they are.

@@ -147,12 +147,14 @@ class BlendMixer(Mixer):
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
         q, k = self._for_far(call)
+        sink_q = self._capped(call, state)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
         if texts is not None:
             assert state is None or call.segments is None, "packed texts start without a state"
             call = rows_of(call, texts)
             q, k = texts.take(q), texts.take(k)
-        out, new = self._rows(call, q, k, None if texts is None else texts.lengths, state, keep, mode, slots)
+            sink_q = None if sink_q is None else texts.take(sink_q)
+        out, new = self._rows(call, q, k, None if texts is None else texts.lengths, state, keep, mode, slots, sink_q)
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -161,17 +163,20 @@ class BlendMixer(Mixer):
 
     def _rows(
         self, call: Call, q: Tensor, k: Tensor, lengths: Tensor | None, state: BlendState | None, keep: bool, mode: str,
-        slots: Tensor | None,
+        slots: Tensor | None, sink_q: Tensor | None,
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
-        """A text in each row, padding on the right only; q and k are those of the far half."""
+        """A text in each row, padding on the right only; q and k are those of the far half, `sink_q` of `_capped`."""
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             held = None if state is None else state.far
             return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
         score = self._scores(call, k, state, mode, slots)
+        if sink_q is not None and call.reach is not None:
+            beyond = self._positions(call, state, slots) >= call.reach.tokens
+            sink_q = torch.where(beyond[:, None, :, None], sink_q, call.q)
         near, far = (None, None) if state is None else state
         y, near = near_half(
             self.groups, call, near, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
-            impl=self.near_impl,
+            impl=self.near_impl, sink_q=sink_q,
         )  # fmt: skip
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
             y_far, far = self.far(q, k, call.v, call.hidden, call.padding, far, keep)
@@ -207,6 +212,24 @@ class BlendMixer(Mixer):
             return call.q, call.k
         return call.unrotated()
 
+    def _capped(self, call: Call, state: BlendState | None) -> Tensor | None:
+        """Queries as they would be at the end of the model's context, which is where sinks see later ones.
+
+        None where no query can be later. The first tokens stay where they are while the text goes on, and distances
+        that a model was not made for ruin it.
+        """
+        if call.reach is None or call.rotation is None or not self.settings.sinks:
+            return None
+        if state is None and call.q.shape[2] <= call.reach.tokens:
+            return None
+        return call.reach.capped(call.q, call.rotation)
+
+    def _positions(self, call: Call, state: BlendState | None, slots: Tensor | None) -> Tensor:
+        """[B, N], of the tokens in their texts, a text in each row."""
+        rows, n = call.q.shape[0], call.q.shape[2]
+        start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
+        return (start + torch.arange(n, device=call.q.device)).expand(rows, n)
+
     @torch.no_grad()
     def _scores(
         self, call: Call, k: Tensor, state: BlendState | None, mode: str, slots: Tensor | None
@@ -217,8 +240,7 @@ class BlendMixer(Mixer):
         rows, kv_heads, n = call.k.shape[:3]
         if mode in ("window_only", "linear_only", "no_attention"):
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
-        start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
-        position = (start + torch.arange(n, device=k.device)).expand(rows, n)
+        position = self._positions(call, state, slots)
         return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))
 
     def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:

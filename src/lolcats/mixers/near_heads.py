@@ -116,6 +116,7 @@ def near_half(
     slots: Tensor | None,
     codec: PairCodec | None,
     impl: str,
+    sink_q: Tensor | None = None,
 ) -> tuple[Tensor, NearStates | None]:
     """Near attention of a call, group by group.
 
@@ -129,6 +130,7 @@ def near_half(
         slots: [B], rows of the pools.
         codec: of the stored pairs of all key heads, or None.
         impl: of near attention.
+        sink_q: [B, H, N, D], queries as sinks see them, or None.
 
     Returns:
         The output [B, H, N, Dv] and, with `keep`, the states.
@@ -139,6 +141,7 @@ def near_half(
         how = {
             "score": group.take(score) if score is not None and group.spec.pairs else None,
             "sink_logits": None if call.sink_logits is None else group.take(call.sink_logits, 0),
+            "sink_q": None if sink_q is None else group.take(sink_q),
             "codec": group.codec(codec),
             "impl": impl,
         }
@@ -159,7 +162,8 @@ def _one_group(
 ) -> tuple[Tensor, NearState | None]:
     """A group's output and state; `how` is what step and attention have in common."""
     q, k, v = (group.take(x) for x in (call.q, call.k, call.v))
-    spec = group.spec._replace(scale=call.scale, softcap=call.softcap)
+    reach = None if call.reach is None else call.reach.tokens
+    spec = group.spec._replace(scale=call.scale, softcap=call.softcap, reach=reach)
     if state is not None and keep and q.shape[2] == 1:
         return near_step(q, k, v, state, spec, active=lengths, state_indices=slots, donate=True, **how)
     return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, **how)

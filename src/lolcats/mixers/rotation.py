@@ -97,3 +97,18 @@ class Rotation(NamedTuple):
         if self.layout.pairs == "half":
             return torch.cat([one, two], -1)
         return torch.stack([one, two], -1).flatten(-2)
+
+
+class Reach(NamedTuple):
+    """How far a model was made to look back."""
+
+    tokens: int
+    """Of its context: the last position that it knows is one less."""
+    rotation: Rotation
+    """At this last position: cos and sin [1, 1, P]."""
+
+    def capped(self, q: Tensor, rotation: Rotation) -> Tensor:
+        """Queries q [B, H, N, D], rotated by `rotation`, as they would be at the last position of the context."""
+        last = self.rotation
+        last = last._replace(cos=last.cos.to(q.device), sin=last.sin.to(q.device))
+        return last.apply(rotation.undo(q))

@@ -100,7 +100,8 @@ class LinearizedAttention(nn.Module):
         past = past_of(cache, self.layer_idx, hidden.shape[1])
         embeddings = kwargs.get("position_embeddings")
         rotation = self._rotation(args, {name: None, **kwargs}) if self.mixer.needs_rotation else None
-        handover = Handover(self, hidden, cache, past, embeddings, backend, rotation)
+        reach = None if rotation is None else self.rotary.reach(rotation, kwargs.get("position_ids"))
+        handover = Handover(self, hidden, cache, past, embeddings, backend, rotation, reach)
         if self.mode == SOFTMAX and self.observer is None:
             handover.cache = None
             return self.inner(*args, **{name: cache}, linearized=handover, **kwargs)
@@ -192,8 +193,9 @@ def mixer_interface(
     else:
         facts = read_facts(mask, batch, tokens, past, read_texts(others, mask, batch, tokens, past, linearized.backend))
     call = AttentionCall(
-        query, key, value, linearized.hidden, scale, *facts, softcap, s_aux, linearized.rotation, mask, past.seen
-    )
+        query, key, value, linearized.hidden, scale, *facts, softcap, s_aux, linearized.rotation, linearized.reach,
+        mask, past.seen,
+    )  # fmt: skip
     out = layer.dispatch(call, linearized)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lolcats.mixers import Call, Rotation
+from lolcats.mixers import Call, Reach, Rotation
 from lolcats.modeling.cache import Past
 
 
@@ -39,3 +39,5 @@ class Handover:
     """Name of the attention implementation of the layers that keep softmax attention; our own where there are none."""
     rotation: Rotation | None = None
     """How q and k are rotated, for mixers that need to know."""
+    reach: Reach | None = None
+    """How far the model was made to look back, likewise."""

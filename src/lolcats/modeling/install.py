@@ -38,6 +38,7 @@ def install(model: PreTrainedModel, config: LinearizationConfig) -> None:
         wrapper = wrap(inner, config, text_config, place)
         inner.config = inner_config
         wrapper.model_config = model.config.get_text_config(decoder=True)
+        wrapper.rotary.look_in(model)
         setattr(parent, child, wrapper)
     if getattr(config, "split", None) is not None:
         share_window(linearized_layers(model))

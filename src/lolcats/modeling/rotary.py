@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.mixers import Rotation
+from lolcats.mixers import Reach, Rotation
 from lolcats.mixers.rotation import Layout, layouts
 from lolcats.modeling.calls import attention_named
 from lolcats.modeling.head import probe_ids
+from lolcats.models.context import context_limit
 
+ROUNDED = 0.02
+"""What angles of a call may be off by: of late positions float32 has lost a part, and models round to bfloat16."""
+ROTARY = "RotaryEmbedding"
+"""How the classes end that make angles."""
 CAPTURE = "lolcats_capture"
 """Name of the attention function that only keeps q and k."""
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -65,6 +70,27 @@ class RotaryFinder:
 
     def __init__(self) -> None:
         self.layout: Layout | None = None
+        self._limit: int | None = None
+        self._sources: list[nn.Module] = []
+        self._reach: Reach | None = None
+
+    def look_in(self, model: PreTrainedModel) -> None:
+        """Tell it where the model makes its angles, and the length of its context."""
+        self._limit = context_limit(model)
+        self._sources = [m for m in model.modules() if type(m).__name__.endswith(ROTARY)]
+
+    @torch.no_grad()
+    def reach(self, rotation: Rotation, position_ids: Tensor | None) -> Reach | None:
+        """How far the model was made to look back; None where that, or how it makes its angles, is not known.
+
+        Args:
+            rotation: of a call; position_ids: [B or 1, N], its positions.
+        """
+        if self._reach is None and self._sources and not torch.compiler.is_compiling():
+            if self._limit is not None and self.layout is not None and position_ids is not None:
+                self._reach = _find_reach(self._sources, self._limit, rotation, position_ids)
+            self._sources = self._sources if self.layout is None else []  # decided, one way or the other
+        return self._reach
 
     @torch.no_grad()
     def find(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation:
@@ -94,6 +120,39 @@ class RotaryFinder:
         if not rest or min(rest) > DECIDED * max(errors[best], torch.finfo(rotated[0].dtype).eps):
             self.layout = best
         return Rotation(cos, sin, best)
+
+
+def _find_reach(sources: list[nn.Module], limit: int, rotation: Rotation, position_ids: Tensor) -> Reach | None:
+    """The angles at the last position, from those frequencies of a module that give the angles of a call."""
+    layout = rotation.layout._replace(angles="single")
+    for module in sources:
+        for frequencies, scale in _frequencies(module):
+            cos, sin = (rotation._angles(x)[:, 0].float() for x in (rotation.cos, rotation.sin))  # [B or 1, N, R/2]
+            if frequencies.ndim != 1 or frequencies.shape[0] != cos.shape[-1]:
+                continue
+            made = _rotation(position_ids, frequencies, scale, layout)
+            pairs = ((cos, made.cos.to(cos)), (sin, made.sin.to(sin)))
+            if all(torch.allclose(x, y, atol=ROUNDED * scale, rtol=0) for x, y in pairs):
+                last = torch.tensor([[limit - 1]], device=frequencies.device)
+                return Reach(limit, _rotation(last, frequencies, scale, layout))
+    return None
+
+
+def _frequencies(module: nn.Module) -> Iterator[tuple[Tensor, float]]:
+    """The frequencies [R/2] that a family's module keeps (one tensor for each type of layer), with their scale."""
+    for name, buffer in module.named_buffers(recurse=False):
+        prefix, found, _ = name.rpartition("inv_freq")
+        kind = getattr(module, "rope_type", "default")
+        kind = kind.get(prefix.rstrip("_"), "default") if isinstance(kind, dict) else kind
+        # Angles of these depend on how long the text is.
+        if found and not prefix.endswith("original_") and kind not in ("dynamic", "longrope"):
+            yield buffer, float(getattr(module, f"{prefix}attention_scaling", 1.0))
+
+
+def _rotation(position_ids: Tensor, frequencies: Tensor, scale: float, layout: Layout) -> Rotation:
+    # In float64: positions of millions times frequencies of one leave nothing of float32's fractions.
+    angles = position_ids.to(frequencies.device)[..., None].double() * frequencies.double()
+    return Rotation((angles.cos() * scale).float(), (angles.sin() * scale).float(), layout)
 
 
 def _cos_and_sin(inner: nn.Module, embeddings: Any) -> tuple[Tensor, Tensor]:

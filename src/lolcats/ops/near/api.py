@@ -28,6 +28,7 @@ def near_attention(
     score: Tensor | None = None,
     lengths: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    sink_q: Tensor | None = None,
     initial_state: NearState | None = None,
     return_state: bool = False,
     codec: PairCodec | None = None,
@@ -44,12 +45,13 @@ def near_attention(
         score: [B, KV, N], finite, of each new key; needed exactly if `spec.pairs` > 0.
         lengths: [B] int64, 0 .. N, real tokens of each row; None is N for all.
         sink_logits: [H] learned sinks without a value (gpt-oss), or None.
+        sink_q: [B, H, N, D], the queries as sinks see them; None: as all keys do.
         initial_state: the `state` of an earlier call on the tokens before these.
         return_state: also return the state after the last real token of each row.
         codec: stores the pairs of the state in fewer bits; attention sees all pairs as they are when read again.
         impl: "reference" (literal, whole texts only), "chunked" (blocks in torch; linear in N), "triton" (kernels, on
             CUDA devices) or "auto": "triton" where it can run the call and nothing is being compiled, else "chunked".
-            The kernels give no gradient to a call that goes on from a state.
+            The kernels give no gradient to a call that goes on from a state, or with `sink_q`.
 
     Returns:
         The output [B, H, N, Dv] in the dtype of v, 0 at padding, and the state.
@@ -58,6 +60,9 @@ def near_attention(
         ValueError: a shape, a number or a name that does not fit.
     """
     _check(q, k, v, spec, score, lengths, sink_logits)
+    if sink_q is not None:
+        expect(sink_q.shape == q.shape, f"sink_q {tuple(q.shape)}", tuple(sink_q.shape))
+    sink_q = sink_q if spec.sinks else None
     expect(impl in IMPLEMENTATIONS, f"impl {', '.join(map(repr, IMPLEMENTATIONS))}", repr(impl))
     with torch.autocast(q.device.type, enabled=False):
         stored = None
@@ -68,9 +73,11 @@ def near_attention(
             k, v = codec.round_keys(k), codec.round_values(v)
         if impl == "reference":
             expect(initial_state is None and not return_state, "the reference without states", "a state")
-            return reference_near(q, k, v, spec, score, lengths, sink_logits)
-        kernels = _choose(impl, q, k, v, initial_state is not None, sink_logits)
-        return block_near(q, k, v, spec, score, lengths, sink_logits, initial_state, return_state, kernels, stored)
+            return reference_near(q, k, v, spec, score, lengths, sink_logits, sink_q)
+        kernels = _choose(impl, q, k, v, initial_state is not None or sink_q is not None, sink_logits)
+        return block_near(
+            q, k, v, spec, score, lengths, sink_logits, initial_state, return_state, kernels, stored, sink_q
+        )
 
 
 class _Launch(NamedTuple):
@@ -92,14 +99,14 @@ def _launch() -> _Launch | None:
 
 
 def _choose(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, has_state: bool, sink_logits: Tensor | None
+    impl: str, q: Tensor, k: Tensor, v: Tensor, no_gradient: bool, sink_logits: Tensor | None
 ) -> Kernels | None:  # fmt: skip
     """The kernels where they are asked for, or where they can run on a GPU; None for the form in torch."""
     if impl == "chunked" or (impl == "auto" and (not q.is_cuda or torch.compiler.is_compiling())):
         return None
     launch, reason = _launch(), "it needs the package triton, which is not installed here"
     if launch is not None:
-        reason = launch.refusal(q, k, v, has_state, sink_logits)
+        reason = launch.refusal(q, k, v, no_gradient, sink_logits)
         if reason is None:
             return launch.near
     if impl == "triton":

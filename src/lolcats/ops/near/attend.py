@@ -40,6 +40,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: NearSpec, sink_l
     return (weights @ v[:, :, None].to(dtype)).to(v.dtype)
 
 
+def with_sink_queries(
+    q: Tensor, sink_q: Tensor | None, keys: list[Tensor], sinks: int | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Queries and keys of twice the size, whose products are those of `sink_q` with sinks and of q with the others.
+
+    Args:
+        q: [..., D]; sink_q: the same shape, or None: all are as they were.
+        keys: parts [..., K, D] of the keys.
+        sinks: which part is the sinks; None where there are none.
+    """
+    if sink_q is None or sinks is None:
+        return q, keys
+    doubled = [
+        torch.cat([torch.zeros_like(part), part] if number == sinks else [part, torch.zeros_like(part)], -1)
+        for number, part in enumerate(keys)
+    ]
+    return torch.cat([q, sink_q], -1), doubled
+
+
 def _shared(x: Tensor, groups: int) -> Tensor:
     """[R, KV, K, d] for each of G query heads: [R KV, G, K, d], without a copy."""
     return x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1)

@@ -17,7 +17,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from lolcats.ops.hybrid.layout import take_tokens
-from lolcats.ops.near.attend import attend
+from lolcats.ops.near.attend import attend, with_sink_queries
 from lolcats.ops.near.selection import EMPTY, Selection, select_pairs, take_pairs
 from lolcats.ops.near.types import KeptPairs, NearOutput, NearRing, NearSpec, NearState
 from lolcats.ops.types import SinkKeys, accumulation_dtype
@@ -59,6 +59,7 @@ def block_near(
     return_state: bool,
     kernels: Kernels | None = None,
     stored: tuple[Tensor, Tensor, NearState] | None = None,
+    sink_q: Tensor | None = None,
 ) -> NearOutput:
     """Near attention from a state; arguments as checked by `near_attention`.
 
@@ -74,11 +75,12 @@ def block_near(
     if spec.pairs:
         block = BLOCK if kernels else min(BLOCK, n)
         chosen = select_pairs(_held_scores(k, v, before, spec), _leaving(marks, spec, count, n), block)
-    out = kernels(q, k, v, spec, chosen, lengths, sink_logits, state) if kernels else None
+        chosen = _within_reach(chosen, state, spec)
+    out = kernels(q, k, v, spec, chosen, lengths, sink_logits, state, sink_q) if kernels else None
     if out is None:
         assert before is not None
         keys = _line_up(k, v, marks, before, spec)
-        out = _attend_blocks(q, keys, before.kept, chosen, spec, sink_logits, before.length, min(BLOCK, n))
+        out = _attend_blocks(q, keys, before.kept, chosen, spec, sink_logits, before.length, min(BLOCK, n), sink_q)
         if lengths is not None:
             real = torch.arange(n, device=q.device) < count[:, None]
             out = torch.where(real[:, None, :, None], out, 0.0)
@@ -109,6 +111,22 @@ def _held_scores(k: Tensor, v: Tensor, state: NearState | None, spec: NearSpec) 
     if state is None or state.kept is None:
         return torch.full((*k.shape[:2], spec.pairs), EMPTY, dtype=accumulation_dtype(k, v), device=k.device)
     return state.kept.score
+
+
+def _within_reach(chosen: Selection, state: NearState | None, spec: NearSpec) -> Selection:
+    """The selection with pairs seen no longer than `spec.reach` allows."""
+    n = chosen.until.shape[-1] - spec.pairs
+    if spec.reach is None or (state is None and n <= spec.reach):
+        return chosen
+    # Of the new candidates, the one that leaves with query i is the token of the call's number i - w.
+    last = torch.arange(-spec.window, n - spec.window, device=chosen.until.device) + spec.reach
+    last = last.expand(*chosen.until.shape[:-1], -1)
+    if state is not None and state.kept is not None:
+        held = state.kept.position - state.length[:, None, None] + spec.reach
+    else:
+        held = torch.full_like(last[..., : spec.pairs], n)
+    last = torch.cat([held.to(last.dtype), last], -1)
+    return chosen._replace(until=torch.minimum(chosen.until, last.to(chosen.until.dtype)).clamp_min(0))
 
 
 def _ring_order(state: NearState, spec: NearSpec) -> Tensor:
@@ -162,8 +180,9 @@ def _attend_blocks(
     sink_logits: Tensor | None,
     start: Tensor,
     block: int,
+    sink_q: Tensor | None = None,
 ) -> Tensor:
-    batch, heads, n, _ = q.shape
+    batch, heads, n, size = q.shape
     kv_heads, w = keys.k.shape[1], spec.window
     over = -n % block
     blocks = (n + over) // block
@@ -184,6 +203,8 @@ def _attend_blocks(
         # An empty slot is the first to go, and may be there for the whole text.
         filled = _filled(kept.score, keys, spec, n).gather(2, chosen.before.flatten(2)).view_as(chosen.before)
         mask.append((query[..., None] < until[:, :, :, None]) & filled[:, :, :, None])
+    q, seen_k = with_sink_queries(q, sink_q, seen_k, None if keys.sinks is None else 1)
+    spec = spec._replace(scale=spec.product_scale(size))
     k, v = (torch.cat(parts, 3).transpose(1, 2).flatten(0, 1) for parts in (seen_k, seen_v))
     rows = torch.cat(mask, -1).transpose(1, 2).flatten(0, 1)
     grouped = nnf.pad(q, (0, 0, 0, over)).unflatten(1, (kv_heads, -1)).unflatten(3, (blocks, block))
@@ -241,10 +262,12 @@ def _final_state(keys: _Keys, state: NearState, chosen: Selection | None, spec: 
         k, v = (torch.cat([held.to(x.dtype), x[:, :, :n]], 2) for held, x in ((kept.k, keys.k), (kept.v, keys.v)))
         scores = torch.cat([kept.score, _leaving(keys, spec, count, n)], 2)
         at = chosen.after[..., None]
+        position = torch.cat([kept.position, keys.position[:, None, :n].expand(*scores.shape[:2], -1)], 2)
         kept = KeptPairs(
             k.gather(2, at.expand(-1, -1, -1, k.shape[-1])),
             v.gather(2, at.expand(-1, -1, -1, v.shape[-1])),
             scores.gather(2, chosen.after),
+            position.gather(2, chosen.after).to(kept.position.dtype),
         )
     return NearState(ring, keys.sinks, kept, length)
 
@@ -261,7 +284,8 @@ def empty_near_state(k: Tensor, v: Tensor, spec: NearSpec) -> NearState:
     if spec.pairs:
         score = torch.zeros(batch, heads, spec.window, dtype=dtype, device=k.device)
         marks = torch.full((batch, heads, spec.pairs), EMPTY, dtype=dtype, device=k.device)
-        kept = KeptPairs(zeros(spec.pairs, k), zeros(spec.pairs, v), marks)
+        places = torch.zeros(batch, heads, spec.pairs, dtype=torch.int32, device=k.device)
+        kept = KeptPairs(zeros(spec.pairs, k), zeros(spec.pairs, v), marks, places)
     if spec.sinks:
         sinks = SinkKeys(zeros(spec.sinks, k), zeros(spec.sinks, v))
     ring = NearRing(zeros(spec.window, k), zeros(spec.window, v), score)

@@ -128,7 +128,7 @@ def _with_pairs(state: NearState, change: Callable[[Tensor, Tensor], tuple[Tenso
     return NearState(
         NearRing(*change(ring.k, ring.v), ring.score),
         None if sinks is None else SinkKeys(*change(sinks.k, sinks.v)),
-        None if kept is None else KeptPairs(*change(kept.k, kept.v), kept.score),
+        None if kept is None else KeptPairs(*change(kept.k, kept.v), kept.score, kept.position),
         state.length,
     )
 

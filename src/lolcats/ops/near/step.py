@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.layout import take_tokens
-from lolcats.ops.near.attend import attend
+from lolcats.ops.near.attend import attend, with_sink_queries
 from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.selection import EMPTY
 from lolcats.ops.near.types import KeptPairs, NearRing, NearSpec, NearState
@@ -26,6 +26,7 @@ def near_step(
     score: Tensor | None = None,
     active: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    sink_q: Tensor | None = None,
     state_indices: Tensor | None = None,
     donate: bool = False,
     codec: PairCodec | None = None,
@@ -40,6 +41,7 @@ def near_step(
         score: [B, KV, 1], with kept pairs.
         active: [B], 0 for rows whose token is padding: their output is 0, their state stays.
         sink_logits: [H] or None.
+        sink_q: [B, H, 1, D] or None, as in `near_attention`.
         state_indices: [B] int32 or int64, the row of the pool that belongs to each text, each at most once. Only these
             rows are read, and they are changed in place. -1 is a row without a text: its output is 0.
         donate: the caller has no more use for `state`, so that its memory may become that of the new one. The kernel
@@ -55,6 +57,7 @@ def near_step(
         ValueError: "triton" cannot run the step; the message says why.
     """
     decode = None
+    sink_q = sink_q if spec.sinks else None
     if codec is not None:
         k, v = codec.encode(k, v)
     eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -63,13 +66,13 @@ def near_step(
     if decode is not None:
         if state_indices is None:
             state = state.map(lambda t: t.contiguous() if donate else t.clone(memory_format=torch.contiguous_format))
-        return decode(q, k, v, state, spec, score, active, sink_logits, state_indices, codec), state
+        return decode(q, k, v, state, spec, score, active, sink_logits, state_indices, codec, sink_q), state
     if state_indices is None:
-        return _torch_step(q, k, v, state, spec, score, active, sink_logits, codec)
+        return _torch_step(q, k, v, state, spec, score, active, sink_logits, codec, sink_q)
     held = state_indices >= 0
     rows = state.map(lambda t: t.index_select(0, state_indices.clamp_min(0)))
     active = held if active is None else held & (active > 0)
-    out, new = _torch_step(q, k, v, rows, spec, score, active, sink_logits, codec)
+    out, new = _torch_step(q, k, v, rows, spec, score, active, sink_logits, codec, sink_q)
     at = state_indices[held]
     with torch.no_grad():
         for old, changed in zip(state.tensors(), new.tensors(), strict=True):
@@ -111,6 +114,7 @@ def _torch_step(
     active: Tensor | None,
     sink_logits: Tensor | None,
     codec: PairCodec | None,
+    sink_q: Tensor | None,
 ) -> tuple[Tensor, NearState]:
     """`near_step` of a batch, which makes a new state."""
     kept = _keep_leaving(state, spec)
@@ -122,7 +126,7 @@ def _torch_step(
         place = torch.arange(spec.sinks, device=k.device) == start[:, None]
         sinks = SinkKeys(*(_put(old, new, place) for old, new in zip(sinks, (k, v), strict=True)))  # type: ignore[arg-type]
     new = NearState(ring, sinks, kept, start + 1)
-    out = _see(q, new if codec is None else codec.decode_state(new, q.dtype), spec, sink_logits)
+    out = _see(q, new if codec is None else codec.decode_state(new, q.dtype), spec, sink_logits, sink_q)
     if active is None:
         return out, new
     is_real = active > 0
@@ -146,7 +150,8 @@ def _keep_leaving(state: NearState, spec: NearSpec) -> KeptPairs | None:
         torch.where(place[..., None], take_tokens(x, at), old)
         for old, x in ((kept.k, state.ring.k), (kept.v, state.ring.v))
     )
-    return KeptPairs(k, v, torch.where(place, score[..., None], kept.score))
+    position = torch.where(place, (start - spec.window)[:, None, None].to(kept.position.dtype), kept.position)
+    return KeptPairs(k, v, torch.where(place, score[..., None], kept.score), position)
 
 
 def _put(old: Tensor | None, new: Tensor | None, place: Tensor) -> Tensor | None:
@@ -156,7 +161,9 @@ def _put(old: Tensor | None, new: Tensor | None, place: Tensor) -> Tensor | None
     return torch.where(place.view(place.shape[0], 1, -1, *[1] * (old.ndim - 3)), new.to(old.dtype), old)
 
 
-def _see(q: Tensor, state: NearState, spec: NearSpec, sink_logits: Tensor | None) -> Tensor:
+def _see(
+    q: Tensor, state: NearState, spec: NearSpec, sink_logits: Tensor | None, sink_q: Tensor | None
+) -> Tensor:  # fmt: skip
     """Attention of the newest token over all that the state holds."""
     ring, kept = state.ring, state.kept
     kv_heads, newest = ring.k.shape[1], state.length - 1
@@ -171,7 +178,12 @@ def _see(q: Tensor, state: NearState, spec: NearSpec, sink_logits: Tensor | None
     if kept is not None:
         k.append(kept.k)
         v.append(kept.v)
-        mask.append(kept.score > EMPTY)
+        seen = kept.score > EMPTY
+        if spec.reach is not None:
+            seen &= newest[:, None, None] - kept.position < spec.reach
+        mask.append(seen)
+    spec = spec._replace(scale=spec.product_scale(q.shape[-1]))
+    q, k = with_sink_queries(q, sink_q, k, None if state.sinks is None else 1)
     grouped = q.unflatten(1, (kv_heads, -1))
     logits = None if sink_logits is None else sink_logits.view(kv_heads, -1)
     joined = torch.cat(k, 2).to(q.dtype), torch.cat(v, 2).to(q.dtype)

@@ -26,6 +26,8 @@ class NearSpec(NamedTuple):
     """Of the products q k; None is 1 / sqrt(D)."""
     softcap: float | None = None
     """Products become softcap tanh(product / softcap) (Gemma 2)."""
+    reach: int | None = None
+    """A kept pair is seen by queries less than so many tokens after it; None: by all."""
 
     def product_scale(self, size: int) -> float:
         """The scale for queries and keys of `size` numbers."""
@@ -52,6 +54,8 @@ class KeptPairs(NamedTuple):
     """[B, KV, P, Dv]."""
     score: Tensor
     """[B, KV, P]."""
+    position: Tensor
+    """[B, KV, P] int32, of each pair in its text."""
 
 
 class NearState(NamedTuple):

@@ -91,14 +91,14 @@ def read_values(
 @triton.jit(do_not_specialize=SIZES)
 def near_decode(
     q, k, v, score, sink_logits, active, indices, length,
-    ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, sink_k, sink_v, least, steps, out,
-    q_b, q_h, k_b, k_h, v_b, v_h, window, pairs, scale,
+    ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, sink_k, sink_v, least, steps, sink_q, out,
+    q_b, q_h, k_b, k_h, v_b, v_h, window, pairs, reach, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BITS: tl.constexpr, WK: tl.constexpr, BWK: tl.constexpr, WV: tl.constexpr, BWV: tl.constexpr,
     SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr, BP: tl.constexpr,
     SOFTCAP: tl.constexpr, LEARNED: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
-    PRECISION: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SINK_Q: tl.constexpr, HAS_REACH: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch, key heads)."""
     batch = tl.program_id(0).to(tl.int64)
@@ -140,13 +140,17 @@ def near_decode(
         sk = tl.where((sink == now)[:, None], k_new, sk)
         sv = read_values(sink_v, sink, sink < SINKS, q_tile, WV, DV, BV, BITS)
         sv = tl.where((sink == now)[:, None], v_new, sv)
-        sink_scores = capped(tl.dot(q_tile, tl.trans(sk), input_precision=PRECISION), scale, SOFTCAP)
+        sink_tile = q_tile
+        if HAS_SINK_Q:
+            sink_tile = load_tile(sink_q + (batch * KV_HEADS + kv_head) * GROUP * D, D, 0, GROUP, 0, BG, D, BD)
+        sink_scores = capped(tl.dot(sink_tile, tl.trans(sk), input_precision=PRECISION), scale, SOFTCAP)
         sink_scores = tl.where(((sink <= now) & (sink < SINKS))[None, :], sink_scores, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
     if HAS_PAIRS:
         kept_k += pair * pairs * WK
         kept_v += pair * pairs * WV
         kept_score += pair * pairs
+        kept_position += pair * pairs
         ring_score += pair * window
         place = tl.arange(0, BP)
         marks = tl.load(kept_score + place, mask=place < pairs, other=float("inf"))
@@ -165,7 +169,14 @@ def near_decode(
             values = read_values(kept_v, slot, slot < pairs, q_tile, WV, DV, BV, BITS)
             values = tl.where(entering[:, None], v_left, values)
             s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
-            s = tl.where(((mark > -float("inf")) | entering)[None, :], s, -float("inf"))
+            seen = mark > -float("inf")
+            if HAS_REACH:
+                age = now - tl.load(kept_position + slot, mask=slot < pairs, other=0)
+                age = tl.where(entering, window, age)
+                seen = (seen | entering) & (age < reach)
+            else:
+                seen = seen | entering
+            s = tl.where(seen[None, :], s, -float("inf"))
             top, denominator, acc = add_softmax(top, denominator, acc, s, values, PRECISION)
     for first in tl.range(0, window, K, num_stages=STAGES):
         slot = first + tl.arange(0, K)
@@ -196,6 +207,7 @@ def near_decode(
         tl.store(kept_k + worst * WK + kc, k_moved, mask=kc < tl.where(enters, WK, 0))
         tl.store(kept_v + worst * WV + vc, v_moved, mask=vc < tl.where(enters, WV, 0))
         tl.store(kept_score + worst, left, mask=enters)
+        tl.store(kept_position + worst, now - window, mask=enters)
 
 
 def step_refusal(
@@ -241,6 +253,7 @@ def decode_step(
     sink_logits: Tensor | None = None,
     state_indices: Tensor | None = None,
     codec: PairCodec | None = None,
+    sink_q: Tensor | None = None,
 ) -> Tensor:
     """`near_step` with contiguous tensors in `state`, which are changed in place; returns the output [B, H, 1, Dv].
 
@@ -255,21 +268,23 @@ def decode_step(
     score = None if score is None else score.float().contiguous()
     # `active` is often a column of a wide mask.
     active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
+    sink_q = None if sink_q is None else sink_q.to(q.dtype).contiguous()
     flags = {"HAS_ACTIVE": active is not None, "HAS_INDICES": indices is not None}
     with device_of(v):
         on(near_decode, (batch, kv_heads))(
             q, k, v, either(score, q), either(sink_logits, q), either(active, q), either(indices, q), state.length,
-            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q)), *(sinks or (q, q)), either(least, q),
-            either(steps, q), out,
+            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q, q)), *(sinks or (q, q)), either(least, q),
+            either(steps, q), either(sink_q, q), out,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            spec.window, spec.pairs, spec.product_scale(size),
+            spec.window, spec.pairs, spec.reach or 0, spec.product_scale(size),
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=padded(heads // kv_heads), D=size,
             BD=max(SMALLEST, padded(size)), DV=dv, BV=max(SMALLEST, padded(dv)),
             BITS=16 if codec is None else codec.bits, WK=k.shape[3], BWK=padded(k.shape[3]), WV=v.shape[3],
             BWV=padded(v.shape[3]),
             SINKS=spec.sinks, BS=padded(spec.sinks), HAS_PAIRS=spec.pairs > 0, BP=padded(spec.pairs),
             SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, **flags,
-            PRECISION=precision(q.dtype), K=KEYS, STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
+            HAS_SINK_Q=sink_q is not None, HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), K=KEYS,
+            STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
         )  # fmt: skip
         on(advance_kernel, (batch,))(state.length, either(active, q), either(indices, q), **flags, num_warps=1)
     return out

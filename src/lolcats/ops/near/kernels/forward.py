@@ -48,6 +48,7 @@ def near_forward(
     held_k,
     held_v,
     sink_logits,
+    sink_q,
     out,
     lse,
     q_b,
@@ -79,6 +80,7 @@ def near_forward(
     LEARNED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    HAS_SINK_Q: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     C: tl.constexpr,
@@ -101,6 +103,9 @@ def near_forward(
     before += (kv_row * blocks + begin // C) * pairs
     until += kv_row * (pairs + tokens)
     q_tile = load_tile(q + batch * q_b + head * q_h, q_n, first, count, 0, ROWS, D, BD)
+    sink_tile = q_tile
+    if HAS_SINK_Q:
+        sink_tile = load_tile(sink_q + batch * q_b + head * q_h, q_n, first, count, 0, ROWS, D, BD)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     denominator = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BV), tl.float32)
@@ -115,7 +120,11 @@ def near_forward(
         code, since, limit = slot_keys(before, until, slot, offset, count, window, pairs, SINKS, HAS_PAIRS, HAS_STATE)
         k_tile = load_keys(k, k_n, held_k, code, count, D, BD, HAS_STATE)
         v_tile = load_keys(v, v_n, held_v, code, count, DV, BV, HAS_STATE)
-        s = capped(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, SOFTCAP)
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if HAS_SINK_Q:
+            own = tl.dot(sink_tile, tl.trans(k_tile), input_precision=PRECISION)
+            products = tl.where((slot < SINKS)[None, :], own, products)
+        s = capped(products, scale, SOFTCAP)
         visible = slots_visible(query[:, None], since[None, :], limit[None, :], count)
         s = tl.where(visible, s, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, s, v_tile, PRECISION)

@@ -31,7 +31,7 @@ COLUMNS = 16
 """Columns of a program of `add_slots`: these add up one block after the other, so many of them run at once."""
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, has_state: bool, sink_logits: Tensor | None) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, no_gradient: bool, sink_logits: Tensor | None) -> str | None:
     """Why the kernels cannot run a call, or None."""
     if torch.compiler.is_compiling():
         return "it runs in eager code, not under torch.compile"
@@ -44,8 +44,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, has_state: bool, sink_logits: Tenso
     if max(q.shape[-1], v.shape[-1]) > LARGEST:
         return f"it takes head sizes up to {LARGEST}; got D {q.shape[-1]}, Dv {v.shape[-1]}"
     tensors = [x for x in (q, k, v, sink_logits) if x is not None]
-    if has_state and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "it gives no gradient after a state"
+    if no_gradient and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "it gives no gradient after a state, or where sinks have queries of their own"
     return None
 
 
@@ -152,6 +152,7 @@ def kernel_near(
     lengths: Tensor | None,
     sink_logits: Tensor | None,
     state: NearState | None,
+    sink_q: Tensor | None = None,
 ) -> Tensor:
     """The output [B, H, N, Dv] of near attention, 0 at padding.
 
@@ -162,6 +163,7 @@ def kernel_near(
         lengths: [B] or None.
         sink_logits: [H] or None.
         state: what came before, or None.
+        sink_q: [B, H, N, D] or None; with it there are no gradients.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
     before = until = start = held_k = held_v = None
@@ -180,6 +182,10 @@ def kernel_near(
             until[:, :, : spec.pairs].masked_fill_(kept.score <= EMPTY, 0)
     context = Context(before, until, lengths, start, held_k, held_v)
     with device_of(v):
+        if sink_q is not None:
+            q, sink_q = q.contiguous(), sink_q.to(q.dtype).contiguous()
+            plan = _plan(spec, q, v)
+            return run_forward(plan, Operands(q, k, v, sink_logits), context, False, sink_q).out
         out = _Near.apply(spec, context, q, k, v, sink_logits)
     assert isinstance(out, Tensor)
     return out
@@ -190,14 +196,18 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _plan(spec: NearSpec, q: Tensor, v: Tensor) -> Plan:
+    (batch, heads, n, size), (kv_heads, dv) = q.shape, (v.shape[1], v.shape[3])
+    return Plan(spec, batch, heads, kv_heads, n, size, dv, v.dtype)
+
+
 class _Near(torch.autograd.Function):
     """The kernels, for autograd. Arguments: spec, context, then the operands."""
 
     @staticmethod
     def forward(ctx: Any, spec: NearSpec, context: Context, *operands: Tensor | None) -> Tensor:
         x = Operands(*operands)  # type: ignore[arg-type]
-        (batch, heads, n, size), (kv_heads, dv) = x.q.shape, (x.v.shape[1], x.v.shape[3])
-        plan = Plan(spec, batch, heads, kv_heads, n, size, dv, x.v.dtype)
+        plan = _plan(spec, x.q, x.v)
         saved = run_forward(plan, x, context, any(ctx.needs_input_grad))
         ctx.plan = plan
         ctx.save_for_backward(*x, *saved, *context)
@@ -211,16 +221,16 @@ class _Near(torch.autograd.Function):
             return None, None, *run_backward(ctx.plan, x, context, saved, grad_outputs[0], ctx.needs_input_grad[5])
 
 
-def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
-    """Output and, with `save`, the log-sum-exps."""
+def run_forward(p: Plan, x: Operands, c: Context, save: bool, sink_q: Tensor | None = None) -> Saved:
+    """Output and, with `save`, the log-sum-exps; `sink_q` is laid out as q."""
     out = _like_projection(p, p.heads, p.dv, x.v)
     lse = torch.empty((p.batch, p.heads, p.tokens) if save else (1,), dtype=torch.float32, device=x.v.device)
     cut = p.by_queries()
     on(near_forward, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
-        x.q, x.k, x.v, *(either(t, x.q) for t in c), either(x.sink_logits, x.q), out, lse,
+        x.q, x.k, x.v, *(either(t, x.q) for t in c), either(x.sink_logits, x.q), either(sink_q, x.q), out, lse,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *p.counts(), p.scale,
         **p.sizes(), LEARNED=x.sink_logits is not None, HAS_LENGTHS=c.lengths is not None,
-        HAS_STATE=c.start is not None, SAVE=save, **cut,
+        HAS_STATE=c.start is not None, HAS_SINK_Q=sink_q is not None, SAVE=save, **cut,
     )  # fmt: skip
     return Saved(out, lse)
 

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, cap, times_slope
 
-SIZES = ["tokens", "blocks", "window", "pairs"]
+SIZES = ["tokens", "blocks", "window", "pairs", "reach"]
 """Numbers that a kernel is told at run time, whatever divides them: key heads differ in window and pairs, and a kernel
 made anew for each of them would take longer to compile than to train."""
 
