@@ -14,7 +14,7 @@ import torch
 from compile_kernels import compile_launch, type_of  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
-from lolcats.ops.near.kernels import decode, launch
+from lolcats.ops.near.kernels import decode, launch, select
 from lolcats.ops.near.quantize import BITS, PairCodec
 from lolcats.ops.near.types import NearSpec
 
@@ -51,7 +51,7 @@ class Compiler:
 def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
     """What is wrong with the kernels of a model whose heads differ."""
     compiler = Compiler()
-    for module in (launch, decode):
+    for module in (launch, decode, select):
         module.on = compiler  # type: ignore[attr-defined]
     capped = 5.0 if call == "state" else None
     launch_all(dtype, size, NearSpec(256, 4, 192, softcap=capped))
@@ -75,6 +75,9 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
     x = launch.Operands(q, k, k, torch.empty(heads) if with_state else None)
     saved = launch.run_forward(plan, x, context, not with_state, q.contiguous() if with_state else None)
     if not with_state:
+        scores = torch.zeros(batch, kv_heads, spec.pairs + n)
+        for way in (select._select_short, select._select_long):
+            way(scores, spec.pairs, launch.BLOCK)
         launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
         state = empty_near_state(k, k, spec)
         q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)

@@ -159,9 +159,10 @@ def test_a_row_without_a_token_steps_over_it() -> None:
     ("pairs", "n", "block", "levels"),
     [(5, 70, 64, 0), (16, 64, 32, 1), (40, 130, 128, 1), (3, 10, 32, 2), (1030, 70, 32, 0), (2050, 40, 32, 1)],
 )
-def test_the_kernel_of_the_selection(pairs: int, n: int, block: int, levels: int) -> None:
-    """The same pairs, also where scores are equal or minus infinity."""
-    from lolcats.ops.near.kernels.select import select
+@pytest.mark.parametrize("way", ["_select_short", "_select_long"])
+def test_the_kernels_of_the_selection(pairs: int, n: int, block: int, levels: int, way: str) -> None:
+    """The same pairs, also where scores are equal or minus infinity; of a fresh text empty ones come last."""
+    from lolcats.ops.near.kernels import select as kernels
 
     generator = torch.Generator().manual_seed(1)
     leaving, held = (torch.randn(2, 2, m, generator=generator) for m in (n, pairs))
@@ -170,13 +171,18 @@ def test_the_kernel_of_the_selection(pairs: int, n: int, block: int, levels: int
     held[0, :, pairs // 2 :] = leaving[1, :, 3:9] = -torch.inf
     want = select_pairs(held, leaving, block)
     scores = torch.cat([held, leaving], -1)
-    before, until, after = select(scores, pairs, block)
+    before, until, after = getattr(kernels, way)(scores, pairs, block)
     assert torch.equal(before.sort(-1).values, want.before.sort(-1).values)
     assert torch.equal(after.sort(-1).values, want.after.sort(-1).values)
     # A pair that is gone when it comes was never there, whatever number says so.
     comes = torch.cat([torch.full((pairs,), -1), torch.arange(n)])
     pair = scores > -torch.inf
     assert torch.equal(torch.maximum(until, comes)[pair], torch.maximum(want.until, comes)[pair])
+    fresh = torch.cat([torch.full_like(held, -torch.inf), leaving], -1)
+    fresh[:, :, pairs : pairs + 2] = -torch.inf  # sinks
+    before = getattr(kernels, way)(fresh, pairs, block)[0]
+    empty = fresh[:, :, None].expand(-1, -1, before.shape[2], -1).gather(3, before) == -torch.inf
+    assert not (empty[..., :-1] & ~empty[..., 1:]).any()
 
 
 def test_gradients() -> None:

@@ -24,7 +24,7 @@ class Selection(NamedTuple):
     """What becomes of M = P + N candidates: the P pairs kept before, then the one that leaves at each query."""
 
     before: Tensor
-    """[B, KV, n, P] int64: candidates that are kept when a block of queries begins, best first but in block 0."""
+    """[B, KV, n, P] int64: candidates that are kept when a block of queries begins; of a fresh text empty ones last."""
     until: Tensor
     """[B, KV, M] int64: the query from which on the candidate is not kept (N if there is none)."""
     after: Tensor

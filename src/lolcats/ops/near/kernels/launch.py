@@ -159,7 +159,7 @@ def kernel_near(
     Args:
         q: [B, H, N, D]; k: [B, KV, N, D]; v: [B, KV, N, Dv], of the sizes that `refusal` lets through.
         spec: as in `near_attention`.
-        chosen: the kept pairs in blocks of `BLOCK` queries, of a fresh text in the order of their scores.
+        chosen: the kept pairs in blocks of `BLOCK` queries, of a fresh text empty ones last.
         lengths: [B] or None.
         sink_logits: [H] or None.
         state: what came before, or None.

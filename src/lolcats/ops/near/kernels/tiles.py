@@ -1,9 +1,9 @@
 """Pieces that the kernels of near attention share: which keys a block of queries may see, and their tiles.
 
 A *block* is C queries that share one list of *slots*: the s sinks, then the pairs that are kept when the block begins
-(`Selection.before`), best first. All other keys that its queries see are in a row: from the first that leaves within
-the block (or is in a window) to the last query. Which query sees which follows from numbers, so there are no masks in
-memory: a slot is seen by the queries `since` <= i < `limit`, a key of the row by `window_visible`.
+(`Selection.before`), empty ones last. All other keys that its queries see are in a row: from the first that leaves
+within the block (or is in a window) to the last query. Which query sees which follows from numbers, so there are no
+masks in memory: a slot is seen by the queries `since` <= i < `limit`, a key of the row by `window_visible`.
 
 Tokens are counted from the first new one. Keys of a state lie in one tensor of `held` rows: the ring (w rows, the token
 at position p in row p mod w), the kept pairs (P), the sinks (s). A *code* says where a key is: token t is t, row r of
