@@ -1,4 +1,5 @@
-"""Near attention by the Triton kernels: whole texts, forward and backward, the selection alone, and the decoding step.
+"""Near attention by the Triton kernels: whole texts, forward and backward, the selection alone, and the decoding step;
+and what a learned score is trained on, the attention that later queries give each key.
 
 python benchmarks/near.py [--lengths 2048 131072] [--tokens 16384] [--decode 1 64 256] [--cuts] [--torch 16384]
     [--heads 9] [--kv-heads 3] [--size 64] [--window 256] [--sinks 4] [--pairs 192] [--json FILE]
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolcats.mixers import Call
+from lolcats.mixers.scores import attention_given, attention_given_beyond
 from lolcats.models.device import describe_device
 from lolcats.ops.near import NearSpec, near_attention, near_step
-from lolcats.ops.near.kernels import launch
+from lolcats.ops.near.kernels import given, launch
 from lolcats.ops.near.selection import EMPTY, select_pairs
 from ops import copy_bandwidth, time_graph  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -52,6 +55,8 @@ class Inputs:
         self.leaves = [normal(heads).requires_grad_(gradients) for heads in (args.heads, args.kv_heads, args.kv_heads)]
         self.score = torch.randn(batch, args.kv_heads, n, generator=generator, device="cuda") if args.pairs else None
         self.grad = normal(args.heads)
+        self.windows = tuple(args.window // (1 + head) + 1 for head in range(args.kv_heads))
+        """Of attention given: key heads have windows of their own."""
 
     def out(self, impl: str = "triton") -> Tensor:
         """Of the layer."""
@@ -62,11 +67,17 @@ class Inputs:
         """Of q, k and v."""
         return torch.autograd.grad(self.out(impl), self.leaves, self.grad)
 
+    def given(self, by_kernels: bool = True) -> Tensor:
+        """The attention that later queries give each key."""
+        q, k, v = (x.detach() for x in self.leaves)
+        call = Call(q, k, v, v, q.shape[-1] ** -0.5)
+        return attention_given(call, self.windows) if by_kernels else attention_given_beyond(call, [self.windows])[0]
+
 
 def check(args: argparse.Namespace) -> None:
     """Stop if the kernels are not what torch computes, in outputs or gradients."""
     x = Inputs(2, 1000, args, gradients=True)
-    results = [[x.out(impl), *x.gradients(impl)] for impl in ("triton", "chunked")]
+    results = [[x.out(impl), *x.gradients(impl), x.given(impl == "triton")] for impl in ("triton", "chunked")]
     for index, (got, want) in enumerate(zip(*results, strict=True)):
         error = float((got - want).detach().float().norm() / want.detach().float().norm())
         if not error <= 0.02:
@@ -93,6 +104,15 @@ def text_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def given_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The attention that later queries give each key of one text of n tokens: a step of training reads no more."""
+    x = Inputs(1, n, args)
+    row: dict[str, Any] = {"attention given, tokens": n, "kernels": time_graph(x.given)}
+    if n <= args.torch:
+        row["torch"] = time_graph(lambda: x.given(False))
+    return row
+
+
 def cut_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way to cut the programs that a GPU takes."""
     n = min(args.lengths)
@@ -100,15 +120,18 @@ def cut_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, cuts in CUTS.items():
         usual = getattr(launch, name)
         for cut in cuts:
-            setattr(launch, name, cut)
+            for module in (launch, given):
+                setattr(module, name, cut)
             try:
                 with torch.no_grad():
                     forward = time_graph(x.out)
-                rows.append({name: cut, "forward": forward, "forward + backward": time_graph(x.gradients)})
+                times = {"forward + backward": time_graph(x.gradients), "attention given": time_graph(x.given)}
+                rows.append({name: cut, "forward": forward, **times})
             except Exception as error:  # too much shared memory, say: a line in the table, not the end of it
                 rows.append({name: cut, "failed": str(error).strip().splitlines()[0][:60]})
             show(rows[-1])
-        setattr(launch, name, usual)
+        for module in (launch, given):
+            setattr(module, name, usual)
     return rows
 
 
@@ -168,6 +191,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for n in args.lengths:
         rows.append(text_row(n, args))
+        show(rows[-1])
+        rows.append(given_row(n, args))
         show(rows[-1])
     for batch in args.decode:
         rows.append(decode_row(batch, args, bandwidth))

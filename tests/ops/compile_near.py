@@ -2,7 +2,8 @@
 
 Each is compiled once: that heads of another window and other pairs take the same ones is a part of what is checked.
 
-CALL is "plain" (whole texts, forward and backward, and a step) or "state" (what comes after a state, with padding).
+CALL is "plain" (whole texts, forward and backward, and a step), "state" (what comes after a state, with padding) or
+"given" (the attention that later queries give each key).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from compile_kernels import compile_launch, type_of  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
-from lolcats.ops.near.kernels import decode, launch, select
+from lolcats.ops.near.kernels import decode, given, launch, select
 from lolcats.ops.near.quantize import BITS, PairCodec
 from lolcats.ops.near.types import NearSpec
 
@@ -51,12 +52,17 @@ class Compiler:
 def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
     """What is wrong with the kernels of a model whose heads differ."""
     compiler = Compiler()
-    for module in (launch, decode, select):
+    for module in (launch, decode, given, select):
         module.on = compiler  # type: ignore[attr-defined]
-    capped = 5.0 if call == "state" else None
-    launch_all(dtype, size, NearSpec(256, 4, 192, softcap=capped))
-    known = set(compiler.kernels)
-    launch_all(dtype, size, NearSpec(1, 4, 177, softcap=capped), n=801)
+    if call == "given":
+        launch_given(dtype, size, 700)
+        known = set(compiler.kernels)
+        launch_given(dtype, size, 801)
+    else:
+        capped = 5.0 if call == "state" else None
+        launch_all(dtype, size, NearSpec(256, 4, 192, softcap=capped))
+        known = set(compiler.kernels)
+        launch_all(dtype, size, NearSpec(1, 4, 177, softcap=capped), n=801)
     return compiler.problems + [f"compiled again: {key}" for key in compiler.kernels - known]
 
 
@@ -88,6 +94,14 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
             codec = PairCodec(bits, torch.zeros(kv_heads, size), torch.ones(kv_heads, size))
             stored = codec.encode(k, k)
             decode.decode_step(q, *stored, codec.encode_state(state), spec, score, lengths, None, lengths, codec)
+
+
+def launch_given(dtype: torch.dtype, size: int, n: int) -> None:
+    """Launch the kernels of `given`, plain and with all that a family may add."""
+    q, k = (torch.empty(2, n, heads, size, dtype=dtype).transpose(1, 2) for heads in (9, 3))
+    windows = torch.empty(3, dtype=torch.int32)
+    given.far_weights(q, k, windows, 0.125, None, None, 1e-4)
+    given.far_weights(q, k, windows, 0.125, 5.0, torch.empty(9), 1e-4)
 
 
 if __name__ == "__main__":

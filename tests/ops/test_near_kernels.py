@@ -163,7 +163,12 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("state", marks=pytest.mark.exhaustive)]
+    "call",
+    [
+        pytest.param("plain", marks=pytest.mark.slow),
+        pytest.param("given", marks=pytest.mark.slow),
+        pytest.param("state", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_kernels_compile(call: str, tmp_path: Path) -> None:
     """Triton's compiler takes them for an H100; no GPU is needed to know that."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lolcats.errors import LolcatsError
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.softmax import attention_blocks
+from lolcats.ops.near.given import head_windows, kernel_given
 
 SCORES = ("learned", "self_recall", "recency", "random", "oracle")
 HIDDEN_WIDTH, PAIR_WIDTH = 128, 64
@@ -145,6 +146,8 @@ def _log_error(recall: Callable[[], Tensor]) -> Tensor:
 def attention_given(call: Call, window: Window) -> Tensor:
     """Logs of the largest and the summed weight that queries `window` or more tokens later give each key.
 
+    By Triton kernels where these can run, whose products are not rounded; else as `attention_given_beyond`.
+
     Args:
         call: whole texts, a row each.
         window: tokens within which attention does not count, of all key heads or of each.
@@ -152,7 +155,13 @@ def attention_given(call: Call, window: Window) -> Tensor:
     Returns:
         [B, KV, N, 2] float32: the largest over the queries and query heads, and the sum over queries, mean over heads.
     """
-    return attention_given_beyond(call, [window])[0]
+    given = None
+    if call.padding is None and call.segments is None:
+        q, k = call.q.to(call.v.dtype), call.k.to(call.v.dtype)  # as near attention reads them
+        given = kernel_given(
+            q, k, window, scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits, least=SMALLEST
+        )
+    return attention_given_beyond(call, [window])[0] if given is None else given
 
 
 @torch.no_grad()
@@ -170,7 +179,7 @@ def attention_given_beyond(call: Call, windows: Sequence[Window]) -> list[Tensor
             widest, narrowest = (window, window) if isinstance(window, int) else (max(window), min(window))
             # Keys before `sure` are far from all queries of the block, and those from `last` on from none.
             sure, last = max(0, begin - widest + 1), max(0, end - narrowest)
-            far = weights[..., sure:last] * _is_far(queries - keys[sure:last], window)
+            far = weights[..., sure:last] * _is_far(queries - keys[sure:last], window, call.k)
             for total, new, add in zip(
                 (largest, summed), _largest_and_sum(far), (torch.maximum, torch.add), strict=True
             ):
@@ -180,11 +189,11 @@ def attention_given_beyond(call: Call, windows: Sequence[Window]) -> list[Tensor
     return [(given.movedim(0, -1) + SMALLEST).log() for given in found]
 
 
-def _is_far(distance: Tensor, window: Window) -> Tensor:
+def _is_far(distance: Tensor, window: Window, k: Tensor) -> Tensor:
     """Whether queries are far from keys, by their distance [C, K]: [C, K], or [KV, 1, C, K] where windows differ."""
     if isinstance(window, int):
         return distance >= window
-    return distance >= torch.tensor(window, device=distance.device)[:, None, None, None]
+    return distance >= head_windows(window, k)[:, None, None, None]
 
 
 def _largest_and_sum(weights: Tensor) -> tuple[Tensor, Tensor]:
