@@ -1,6 +1,6 @@
 """Tokens a second and peak memory of both training stages, with the settings of a recipe.
 
-python benchmarks/training.py [--recipe recommended] [--model demo] [--device cuda] [--length 2048] [--sequences 8]
+python benchmarks/training.py [--recipe hybrid] [--model demo] [--device cuda] [--length 2048] [--sequences 8]
     [--steps 4] [--impl auto]
 
 --model llama-3-8b-shape is a Llama of the sizes of Llama 3 8B with random weights.
@@ -77,7 +77,7 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="recommended", help="a shipped recipe or a YAML file")
+    parser.add_argument("--recipe", default="hybrid", help="a shipped recipe or a YAML file")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, default=2048)

@@ -92,8 +92,12 @@ def numbers(case: str) -> dict[str, Any]:
 def test_no_number_has_changed(case: str) -> None:
     expected, found = json.loads(FILE.read_text())[case], numbers(case)
     assert found["written"] == expected["written"]
-    for name in ("transfer", "finetune", "logits"):  # another processor adds in another order
-        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=2e-4, err_msg=name)
+    # Another processor adds in another order; and the first steps of AdamW are as long for a gradient that is nothing but
+    # rounding as for any other, of which full fine-tuning has some.
+    limits = {"logits": 0.03} if case.endswith("full") else {}
+    for name in ("transfer", "finetune", "logits"):
+        limit = limits.get(name, 2e-4)
+        np.testing.assert_allclose(found[name], expected[name], rtol=limit, atol=limit, err_msg=name)
 
 
 if __name__ == "__main__":

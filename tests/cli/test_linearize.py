@@ -132,7 +132,7 @@ def test_checkpoint_of_another_run(cli: Run, stopped: list[str], arguments: list
     cli(*stopped).refused("made with other settings", "linearization.feature_size 4 -> none")
 
 
-@pytest.mark.parametrize("target", ["recommended", "paper"])
+@pytest.mark.parametrize("target", ["recommended", "small", "recall", "hybrid", "paper"])
 def test_recipe_is_a_target(target: str) -> None:
     """Recipes keep their own model; overrides are applied."""
     config = read_target(target, ["finetune.rank=3"])

@@ -8,7 +8,13 @@ from lolcats.config import load_config
 
 from .conftest import TINY, Run
 
-SMALL = [*TINY, "linearization.window=6", "linearization.kept.pairs=4"]
+SMALL = [
+    *TINY,
+    "linearization.mixer=blend",
+    "linearization.far=none",
+    "linearization.window=6",
+    "linearization.kept.pairs=4",
+]
 
 
 @pytest.mark.slow

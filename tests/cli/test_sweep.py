@@ -21,7 +21,7 @@ def study(place: Path, tmp_path: Path) -> Path:
         key, _, value = setting.partition("=")
         if key != "finetune.rank":
             settings[key] = int(value) if value.isdecimal() else value
-    content = {"base": "recommended", "settings": settings, "grid": {"finetune.rank": [2, 3]}}
+    content = {"base": "hybrid", "settings": settings, "grid": {"finetune.rank": [2, 3]}}
     (tmp_path / "study.yaml").write_text(write_yaml(content))
     return tmp_path / "study.yaml"
 

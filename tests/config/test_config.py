@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -16,7 +17,9 @@ from lolcats.config import (
     load_config,
     parse_overrides,
 )
+from lolcats.config.mixers import BlendConfig
 from lolcats.errors import ConfigError, LolcatsError
+from lolcats.mixers import Sizes, build_mixer
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "smollm2_135m.yaml"
 
@@ -31,7 +34,7 @@ def load_text(tmp_path: Path):
     return load
 
 
-@pytest.mark.parametrize("source", [None, "paper", "recommended", EXAMPLE])
+@pytest.mark.parametrize("source", [None, "recommended", "small", "recall", "hybrid", "paper", EXAMPLE])
 def test_dump_then_load_is_equal(source, load_text):
     config = load_config(source)
     assert load_text(dump_config(config)) == config
@@ -57,8 +60,32 @@ def test_paper_recipe_is_the_papers():
     assert (config.data.template, config.data.sequence_length) == ("alpaca", 1024)
 
 
-def test_recommended_recipe_follows_the_teacher():
-    config = load_config("recommended")
+@pytest.mark.parametrize(
+    ("name", "window", "pairs"), [("small", 64, 173), ("recommended", 128, 350), ("recall", 256, 703)]
+)
+def test_recipes_by_memory(name, window, pairs):
+    """Alike but for their sizes, which are what they say in tokens of a teacher with heads of 64 numbers."""
+    config = load_config(name)
+    layer = config.linearization
+    assert isinstance(layer, BlendConfig)
+    assert layer == load_config("recommended").linearization.model_copy(
+        update={"window": window, "kept": layer.kept.model_copy(update={"pairs": pairs})}
+    )
+    assert (layer.mixer, layer.sinks, layer.far, layer.bits, layer.budget) == ("blend", 4, "none", 8, "heads")
+    assert (layer.kept.score, layer.kept.fade, layer.start) == ("learned", 4000, "matched")
+    mixer = build_mixer("blend", Sizes(9, 3, 64, 64, 576), **layer.values())
+    kv_tokens = mixer.state_spec(torch.bfloat16).nbytes / (2 * 3 * 64 * 2)
+    assert 0.98 < kv_tokens / {"small": 128, "recommended": 256, "recall": 512}[name] <= 1.001
+    first, second = config.transfer, config.finetune
+    assert (first.tokens, first.batch_size, first.lr, first.recall.share) == (3_000_000, 4, 1e-2, 0.2)
+    assert (second.tokens, second.batch_size, second.lr, second.rank, second.alpha) == (4_000_000, 4, 6e-4, 32, 64.0)
+    assert (second.targets, second.train_feature_maps) == ("all", True)
+    assert (second.kl_factor, second.cross_entropy_factor) == (1.0, 0.0)
+    assert (second.recall.share, second.recall.gap, config.data.sequence_length) == (0.15, 2048, 2048)
+
+
+def test_hybrid_recipe_follows_the_teacher():
+    config = load_config("hybrid")
     assert (config.finetune.kl_factor, config.finetune.cross_entropy_factor, config.finetune.lr) == (1.0, 0.0, 6e-4)
     assert (config.linearization.sinks, config.linearization.start, config.data.sequence_length) == (4, "matched", 2048)
     assert config.finetune.train_feature_maps
@@ -70,7 +97,14 @@ def all_keys(settings: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def test_the_example_file_shows_every_key():
-    assert all_keys(yaml.safe_load(EXAMPLE.read_text())) == all_keys(RunConfig().model_dump())
+    """Of `blend`, and in a comment those of `hybrid`."""
+    text = EXAMPLE.read_text()
+    run = RunConfig(linearization=BlendConfig())
+    assert all_keys(yaml.safe_load(text)) == all_keys(run.model_dump())
+    lines = text[text.index("# linearization:") : text.index("# The text to learn from")].splitlines()
+    section = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+    other = RunConfig.model_validate(section)
+    assert other.linearization == load_config("hybrid").linearization
 
 
 @pytest.mark.parametrize(
@@ -141,7 +175,9 @@ def test_errors_are_value_errors():
 
 
 def test_missing_file_lists_the_recipes():
-    with pytest.raises(ConfigError, match=r"no configuration file nowhere\.yaml.*paper, recommended"):
+    with pytest.raises(
+        ConfigError, match=r"no configuration file nowhere\.yaml.*hybrid, paper, recall, recommended, small"
+    ):
         load_config("nowhere.yaml")
 
 

@@ -79,12 +79,12 @@ def test_settings_of_0_1_are_those_of_today() -> None:
 
 def test_another_layer_begins_from_its_own_defaults() -> None:
     """Of the recipe's layer only what every layer has is left; what is given beside the mixer counts."""
-    config = load_config("recommended", ["linearization.mixer=blend", "linearization.kept.pairs=7"])
+    config = load_config("hybrid", ["linearization.mixer=blend", "linearization.kept.pairs=7"])
     assert config.linearization == LinearizationConfig(mixer="blend", kept={"pairs": 7})
-    back = load_config("blend", ["linearization.mixer=hybrid", "linearization.layers=[1]"])
+    back = load_config("recommended", ["linearization.mixer=hybrid", "linearization.layers=[1]"])
     assert back.linearization == LinearizationConfig(layers=[1])
-    same = load_config("blend", ["linearization.mixer=blend"])
-    assert same.linearization.model_dump()["kept"]["pairs"] == 256
+    same = load_config("recommended", ["linearization.mixer=blend"])
+    assert same.linearization.model_dump()["kept"]["pairs"] == 350
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_another_layer_begins_from_its_own_defaults() -> None:
 )
 def test_settings_that_blend_cannot_have(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config("blend", [f"linearization.{word}"])
+        load_config("recommended", [f"linearization.{word}"])
 
 
 def test_a_sum_that_only_grows_is_not_kept_in_bfloat16() -> None:
     words = [f"linearization.{word}" for word in ("far=linear", "decay=none", "state_dtype=bfloat16")]
     with pytest.raises(ConfigError, match="without decay grows with the text, which bfloat16 cannot hold; set a decay"):
-        load_config("blend", words)
+        load_config("recommended", words)
     assert (
-        load_config("blend", [words[0], words[2]])
+        load_config("recommended", [words[0], words[2]])
         .linearization.facts()["far"]
         .endswith("one bfloat16 state per key head")
     )
@@ -121,18 +121,20 @@ def test_a_sum_that_only_grows_is_not_kept_in_bfloat16() -> None:
 
 def test_a_learned_score_needs_its_stage() -> None:
     with pytest.raises(ConfigError, match=r"kept.score learned is trained in the first stage, and transfer.enabled is"):
-        load_config("blend", ["transfer.enabled=false"])
+        load_config("recommended", ["transfer.enabled=false"])
     for words in (["linearization.kept.score=recency"], ["linearization.kept.pairs=0"]):
-        load_config("blend", ["transfer.enabled=false", *words])
+        load_config("recommended", ["transfer.enabled=false", *words])
 
 
 def test_layers_have_their_entries_of_a_split() -> None:
     split = [[4, 1], [[2, 0], [8, 3]]]
-    config = load_config("blend", [f"linearization.split={split}", "linearization.budget=heads"]).linearization
+    config = load_config(
+        "recommended", [f"linearization.split={split}", "linearization.budget=heads", "linearization.start=plain"]
+    ).linearization
     assert [config.values(place)["split"] for place in (0, 1)] == split and "budget" not in config.values()
     assert not config.starts_from_text and config.facts()["kept"].startswith("0 to 3 pairs per key head")
     assert "window of 2 to 8 tokens" in config.facts()["near"]
-    searching = load_config("blend", ["linearization.budget=layers"]).linearization
+    searching = load_config("recommended", ["linearization.budget=layers"]).linearization
     assert searching.searches and searching.starts_from_text and not searching.without_text().starts_from_text
     assert searching.values()["split"] is None
     with pytest.raises(ConfigError, match=r"linearization.split: unknown key"):
@@ -140,7 +142,7 @@ def test_layers_have_their_entries_of_a_split() -> None:
 
 
 def test_runs_of_before_had_no_budget() -> None:
-    today = {"linearization": load_config("blend").linearization.model_dump(mode="json")}
+    today = {"linearization": LinearizationConfig(mixer="blend").model_dump(mode="json")}
     old = {"linearization": {k: v for k, v in today["linearization"].items() if k not in ("budget", "split")}}
     assert differences(with_defaults(old), today) == {}
 

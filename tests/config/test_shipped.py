@@ -41,7 +41,7 @@ def test_runs_can_be_loaded(path: Path) -> None:
     config = load_config(path)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert config.name == written["name"] and config.model == written["model"]
-    assert set(dotted(written)) <= set(dotted(RunConfig().model_dump()))
+    assert set(dotted(written)) <= set(dotted(config.model_dump()))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
@@ -51,9 +51,19 @@ def test_studies_can_be_loaded(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama3_1b", "llama3_8b"])
 def test_llamas_follow_the_recipe(name: str) -> None:
-    """What differs from `recommended` is the model, the text, and how much of it is on the device at once."""
-    changed = differences(load_config(CONFIGS / f"{name}.yaml"), load_config("recommended"))
+    """What differs from `hybrid` is the model, the text, and how much of it is on the device at once."""
+    changed = differences(load_config(CONFIGS / f"{name}.yaml"), load_config("hybrid"))
     assert changed == {
         "model", "name", "data.sources", "transfer.micro_batch_size", "finetune.micro_batch_size",
         "evaluation.batch_size",
     }  # fmt: skip
+
+
+def test_the_complete_file_is_the_recommended_recipe() -> None:
+    changed = differences(load_config(CONFIGS / "smollm2_135m.yaml"), load_config("recommended"))
+    assert changed == {"model", "name", "transfer.target"}, "full is the same as hybrid"
+
+
+def test_the_demo_has_the_layer_of_small() -> None:
+    demo, small = load_config(CONFIGS / "demo.yaml"), load_config("small")
+    assert demo.linearization == small.linearization

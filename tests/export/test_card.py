@@ -26,7 +26,7 @@ RESULTS = Results.model_validate({
 
 
 def config(*overrides: str) -> RunConfig:
-    return load_config("recommended", ["model=someone/teacher-1b", "data.sources=[mine/a.txt, 'hf:x/y']", *overrides])
+    return load_config("hybrid", ["model=someone/teacher-1b", "data.sources=[mine/a.txt, 'hf:x/y']", *overrides])
 
 
 def front_matter(card: str) -> dict[str, Any]:

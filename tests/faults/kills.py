@@ -204,13 +204,15 @@ def make_cases(place: Path) -> list[Case]:
     """The commands that are killed."""
     settings = {
         "device": "cpu", "dtype": "float32", "data.sequence_length": 32, "data.validation_sequences": 2,
-        "data.sources": [str(place / "text.txt")], "linearization.window": 8, "finetune.rank": 2,
+        "data.sources": [str(place / "text.txt")], "linearization.mixer": "hybrid", "linearization.window": 8,
+        "linearization.start": "matched", "linearization.sinks": 4, "finetune.rank": 2, "transfer.recall.share": 0,
+        "finetune.recall.share": 0,
         "transfer.tokens": 384, "transfer.batch_size": 2, "transfer.checkpoint_every": 1, "transfer.validate_every": 2,
         "finetune.tokens": 384, "finetune.batch_size": 2, "finetune.checkpoint_every": 1, "finetune.validate_every": 2,
     }  # fmt: skip
     linearize = ["linearize", str(place / "teacher"), *(f"{key}={value}" for key, value in settings.items())]
     sweep = json.dumps({"model": str(place / "teacher"), **settings, "finetune.merge": False})
-    study = f'{{"base": "recommended", "settings": {sweep}, "grid": {{"finetune.lr": [0.001, 0.01]}}}}'
+    study = f'{{"base": "hybrid", "settings": {sweep}, "grid": {{"finetune.lr": [0.001, 0.01]}}}}'
     run_folder = str(place / "runs" / "run")
     text = ["evaluate", run_folder, "--sources", str(place / "text.txt"), "--json", "scores.json"]
     recall = ["recall", run_folder, "passkey", "--lengths", "600", "--samples", "3", "--json", "r.json"]

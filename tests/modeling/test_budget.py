@@ -80,6 +80,19 @@ def test_the_search_leaves_no_trace(teacher: LlamaForCausalLM, tokens: Tokens) -
     ), "the same text gives the same split"
 
 
+def test_only_the_oracle_knows_which_pairs_are_the_best(teacher: LlamaForCausalLM, tokens: Tokens) -> None:
+    """Other scores err; their errors are the same whatever was drawn before, and nothing else is drawn by them."""
+    splits = {}
+    for score in ("oracle", "learned", "random"):
+        config = LinearizationConfig(**UNIFORM | {"kept": KEPT | {"score": score}}, budget="heads")
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            student = convert(copy.deepcopy(teacher), config, input_ids=tokens(3, 60, 5))
+            splits[score, seed] = student.config.linearization["split"]
+    assert splits["oracle", 0] == splits["oracle", 1] != splits["learned", 0] == splits["learned", 1]
+    assert splits["random", 0] == splits["learned", 0]
+
+
 def test_saved_with_its_split(teacher: LlamaForCausalLM, tokens: Tokens, tmp_path: Path) -> None:
     settings = UNIFORM | {"kept": {"pairs": 5, "score": "random"}}
     student: Any = convert(teacher, LinearizationConfig(**settings, budget="heads"), input_ids=tokens(3, 60, 5))

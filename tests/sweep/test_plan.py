@@ -117,15 +117,15 @@ def test_studies_are_those_of_the_paper() -> None:
     assert ranks[:-1] == [(rank, "lora") for rank in (4, 8, 16, 32, 64, 128, 256)] and ranks[-1][1] == "full"
     assert [run.config.linearization.window for run in values["window"].runs] == [4, 16, 64, 256]
     assert {run.config.seed for run in values["seeds"].runs} == {0, 1, 2}
-    t2r, hedgehog, lolcats, recommended = (run.config for run in values["paper_methods"].runs)
+    t2r, hedgehog, lolcats, hybrid = (run.config for run in values["paper_methods"].runs)
     assert not t2r.transfer.enabled and t2r.linearization.window == hedgehog.linearization.window == 0
     assert (hedgehog.transfer.mse_factor, hedgehog.transfer.xent_factor) == (0, 1)
     assert lolcats.linearization == load_config("paper").linearization and lolcats.transfer.mse_factor == 1000
-    recipe = load_config("recommended")
-    assert recommended.linearization == recipe.linearization
+    recipe = load_config("hybrid")
+    assert hybrid.linearization == recipe.linearization
     own = {"tokens", "batch_size", "compile"}
     for stage in ("transfer", "finetune"):
-        assert getattr(recommended, stage).model_dump(exclude=own) == getattr(recipe, stage).model_dump(exclude=own)
+        assert getattr(hybrid, stage).model_dump(exclude=own) == getattr(recipe, stage).model_dump(exclude=own)
     for sweep in values.values():
         assert {tuple(run.config.evaluation.sources) for run in sweep.runs} == {(WIKITEXT,)}
         assert sweep.measure.tasks[:5] == ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"]

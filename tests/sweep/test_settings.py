@@ -36,14 +36,18 @@ def test_a_grid_is_a_product(load: Callable[..., Sweep]) -> None:
 
 
 def test_each_named_run_is_done_at_each_point_of_the_grid(load: Callable[..., Sweep]) -> None:
-    runs = "runs: [{name: a, finetune: {rank: 4}}, {name: b, finetune.rank: 8, transfer.enabled: false}]\n"
+    runs = (
+        "base: hybrid\nruns: [{name: a, finetune: {rank: 4}}, {name: b, finetune.rank: 8, transfer.enabled: false}]\n"
+    )
     sweep = load(runs + "grid: {seed: [0, 1]}\n")
     assert [run.name for run in sweep.runs] == ["a_seed-0", "a_seed-1", "b_seed-0", "b_seed-1"]
     assert [run.config.finetune.rank for run in sweep.runs] == [4, 4, 8, 8]
     assert [run.config.transfer.enabled for run in sweep.runs] == [True, True, False, False]
     assert sweep.axes == {"run": ["a", "b"], "seed": [0, 1]}
     assert sweep.keys == ["finetune.rank", "transfer.enabled", "seed"]
-    assert sweep.runs[0].config.finetune.kl_factor == 1.0, "the base is the recipe recommended unless given"
+    assert load("grid: {seed: [0]}").runs[0].config.linearization == load_config("recommended").linearization, (
+        "the base is the recipe recommended unless given"
+    )
 
 
 def test_settings_overrides_and_a_base_file_beside_the_sweep(load: Callable[..., Sweep], tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_long_values_stay_apart_in_names(load: Callable[..., Sweep]) -> None:
         ("[1, 2]", "must hold base, settings, grid and runs; got [1, 2]"),
         (": {", "cannot read the sweep"),
         (
-            "runs: [{name: a, linearization: {window: 0, window_kind: terraced}}]",
+            "base: hybrid\nruns: [{name: a, linearization: {window: 0, window_kind: terraced}}]",
             "window >= 1; for no window",
         ),
         ("grid: {seed: [1]}\nmeasure: {taks: [piqa]}", "measure.taks: unknown key; did you mean measure.tasks?"),

@@ -137,6 +137,13 @@ def test_the_first_stage_asks_at_all_distances(data: TrainingData) -> None:
     assert near.recall is not None and near.recall.first_gap == 8
 
 
+@pytest.mark.parametrize("kind", [TransferConfig, FinetuneConfig])
+def test_a_gap_longer_than_the_sequences_is_their_length(data: TrainingData, kind: Any) -> None:
+    far, whole = (Reader(config(kind, recall={"share": 0.5, "gap": gap}), data, seed=0) for gap in (2048, LENGTH))
+    assert far.recall is not None and far.recall.first_gap == LENGTH
+    assert np.array_equal(far.read(0, None).data.ids, whole.read(0, None).data.ids)
+
+
 # ---- whole stages
 
 

@@ -23,8 +23,8 @@ def linearize(
         str,
         typer.Argument(
             metavar="TARGET",
-            help='A YAML file or a recipe (paper, recommended); or a model: hub name, folder, .gguf file or "demo", '
-            "with the recipe recommended.",
+            help="A YAML file or a recipe (recommended, small, recall, hybrid, paper); or a model: hub name, folder, "
+            '.gguf file or "demo", with the recipe recommended.',
         ),
     ],
     overrides: Annotated[
@@ -57,14 +57,14 @@ def linearize(
         say(out, f"\nstopped after {until}; --resume does the rest: {folder.path}")
 
 
-def read_target(target: str, overrides: list[str], recipe: str = "recommended") -> RunConfig:
-    """The settings for a YAML file, a recipe or a model, which takes `recipe`."""
+def read_target(target: str, overrides: list[str]) -> RunConfig:
+    """The settings for a YAML file, a recipe or a model, which takes the recipe recommended."""
     from lolcats.config import load_config
 
     recipes = {item.name for item in (resources.files("lolcats") / "recipes").iterdir()}
     if target.endswith((".yaml", ".yml")) or f"{target}.yaml" in recipes:
         return load_config(target, overrides)
-    return load_config(recipe, [f"model={json.dumps(target)}", *overrides])
+    return load_config("recommended", [f"model={json.dumps(target)}", *overrides])
 
 
 def print_run(out: Console, config: RunConfig, folder: RunFolder) -> None:

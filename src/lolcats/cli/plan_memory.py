@@ -20,7 +20,7 @@ def plan_memory(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A YAML file or a recipe; or a model, as for linearize, with the recipe blend."
+            metavar="TARGET", help="A YAML file or a recipe; or a model, as for linearize, with the recipe recommended."
         ),
     ],
     overrides: Annotated[
@@ -42,9 +42,9 @@ def plan_memory(
     if output is not None and output.suffix not in (".yaml", ".yml"):
         raise typer.BadParameter(f"--output {output}: expected a name that ends in .yaml")
     file = check_target(output)
-    config = read_target(target, overrides or [], "blend")
+    config = read_target(target, overrides or [])
     if getattr(config.linearization, "budget", "") == "uniform":
-        config = read_target(target, [*(overrides or []), "linearization.budget=heads"], "blend")
+        config = read_target(target, [*(overrides or []), "linearization.budget=heads"])
     out = console()
     plan = find_plan(config, out)
     out.print(plan_table(plan))

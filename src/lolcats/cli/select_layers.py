@@ -106,7 +106,10 @@ def _measure(
     check_context(teacher, length, "a segment")
     size = vocabulary_size(teacher)
     text = read_segments(sources, config.data.local, tokenizer, size, length, amount["segments"])
-    convert(teacher, config.linearization, input_ids=text)
+    layer = config.linearization
+    if layer.searches:  # a budget is shared by the layers that are chosen, which these are not yet
+        layer = layer.model_copy(update={"budget": "uniform"})
+    convert(teacher, layer, input_ids=text)
     asked, count = passkeys(tokenizer, length, amount["questions"]) if amount["questions"] else ([], 1)
     with bar(out, "texts") as show:
         return score_layers(

@@ -27,8 +27,8 @@ def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()
     """Build the settings of a run from a file or a shipped recipe, then apply overrides.
 
     Args:
-        path_or_recipe: a YAML file; the name of a shipped recipe ("paper", "recommended"), which wins over a file of
-            that name; or None for the defaults alone.
+        path_or_recipe: a YAML file; the name of a shipped recipe ("recommended", "small", "recall", "hybrid", "paper"),
+            which wins over a file of that name; or None for the defaults alone.
         overrides: `key.sub=value` texts, see `parse_overrides`. A later one wins.
 
     Raises:

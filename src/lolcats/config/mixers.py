@@ -202,6 +202,14 @@ class BlendConfig(LinearizationConfig):
         """Whether kept pairs are chosen by a learned score."""
         return self.most_pairs > 0 and self.kept.score == "learned"
 
+    def values(self, place: int = 0) -> dict[str, Any]:
+        """See the base. With a split `kept.pairs` is the most that any key head of the model keeps.
+
+        So each layer knows whether the model keeps pairs, though it may keep none itself.
+        """
+        values = super().values(place)
+        return values | {"kept": values["kept"] | {"pairs": self.most_pairs}}
+
     def without_text(self) -> Self:
         """The same layers with the plain start; all alike where their split is not known yet."""
         budget = "uniform" if self.searches else self.budget

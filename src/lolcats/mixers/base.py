@@ -95,6 +95,12 @@ def state_bytes(state: Any) -> int:
     return sum(t.numel() * t.element_size() for t in state_tensors(state))
 
 
+def put_rows(pool: Any, rows: Any, slots: Tensor) -> None:
+    """Write the states of some texts over the rows `slots` [B] of a pool."""
+    for held, new in zip(state_tensors(pool), state_tensors(rows), strict=True):
+        held.index_copy_(0, slots, new.to(held.dtype))
+
+
 class StateSpec(NamedTuple):
     """The tensors of the state of one text in one layer, without the dimension of the batch."""
 
@@ -148,7 +154,9 @@ class Mixer(nn.Module):
     settings: Any = None
     """What its operation is told, with its `window` and `sinks`; None for a layer without a window."""
     output_learns: bool = True
-    """Whether its output depends on parameters of its own, so that attention transfer can teach them."""
+    """Whether its output depends on parameters of its own that attention transfer is to teach."""
+    side_learns: bool = False
+    """Whether `side_loss` has something to teach."""
     needs_rotation: ClassVar[bool] = False
     """Whether it calls `Call.unrotated`."""
 
@@ -156,6 +164,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.impl = self.eager_impl = impl
+
+    @property
+    def learns(self) -> bool:
+        """Whether attention transfer can teach it anything."""
+        return self.side_learns or (self.output_learns and any(True for _ in self.parameters()))
 
     @classmethod
     def build(cls, sizes: Sizes, *, impl: str, **values: Any) -> Mixer:
@@ -196,8 +209,7 @@ class Mixer(nn.Module):
         if slots is None:
             return self(call, state, keep=True, mode=mode)
         out, new = self(call, map_state(state, lambda t: t.index_select(0, slots)), keep=True, mode=mode)
-        for held, rows in zip(state_tensors(state), state_tensors(new), strict=True):
-            held.index_copy_(0, slots, rows.to(held.dtype))
+        put_rows(state, new, slots)
         return out, state
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:

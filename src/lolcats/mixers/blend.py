@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
+from lolcats.mixers.base import Call, Mixer, Sizes, map_state, put_rows
 from lolcats.mixers.far import FarHalf
 from lolcats.mixers.near_heads import (
     BlendState,
@@ -60,7 +60,7 @@ class BlendMixer(Mixer):
     Args:
         sizes: of what arrives.
         impl: implementation of the operations.
-        near: window, sinks and number of kept pairs (the scale comes with each call).
+        near: window, sinks and kept pairs (the scale comes with each call); of `split` the most pairs in the model.
         far: the far half, or None.
         score: of kept pairs, None without.
         rotate_far: give the far half q and k as they are after rotary embedding.
@@ -84,7 +84,8 @@ class BlendMixer(Mixer):
         super().__init__(sizes, impl)
         self.settings, self.split, self.far, self.score = near, split, far, score
         self.rotate_far, self.near_alone = rotate_far, far is None
-        alone = ("near_only",) if far is not None and keeps_pairs(self.groups) else ()
+        self.side_learns = score is not None and score.network is not None
+        alone = ("near_only",) if far is not None and (near.pairs or keeps_pairs(self.groups)) else ()  # in all layers
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.targets = ("full",) if far is None else ("full", "far", "parts")
         self.bits, self.output_learns = bits, far is not None or bits < 16
@@ -138,8 +139,7 @@ class BlendMixer(Mixer):
         far = None if state.far is None else map_state(state.far, lambda t: t.index_select(0, slots))
         out, new = self._run(call, BlendState(state.near, far), True, mode, slots)
         if state.far is not None and new is not None and new.far is not None:
-            for held, rows in zip(state_tensors(state.far), state_tensors(new.far), strict=True):
-                held.index_copy_(0, slots, rows.to(held.dtype))
+            put_rows(state.far, new.far, slots)
         return out, state
 
     def _run(
@@ -181,8 +181,7 @@ class BlendMixer(Mixer):
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
             y_far, far = self.far(q, k, call.v, call.hidden, call.padding, far, keep)
             y = self._join(y, y_far, call.hidden, mode)
-        if mode == "no_attention":
-            y = torch.zeros_like(y)
+        y = torch.zeros_like(y) if mode == "no_attention" else y
         return y, BlendState(near, far) if keep and near is not None else None
 
     @property
@@ -265,8 +264,8 @@ class BlendMixer(Mixer):
 
     @property
     def near_tokens(self) -> int:
-        """See `Mixer.near_tokens`; those of the key head with the largest window."""
-        return max(group.spec.window for group in self.groups) + self.settings.sinks
+        """See `Mixer.near_tokens`; those of the key head with the smallest window."""
+        return min(group.spec.window for group in self.groups) + self.settings.sinks
 
     def parts(self, call: Call) -> Parts:
         """See `Mixer.parts`; near is what the layer sees: sinks, window, and the pairs that it keeps."""
@@ -303,13 +302,14 @@ class BlendMixer(Mixer):
 
     @torch.no_grad()
     def start(self, call: Call, teacher: Tensor) -> None:
-        """Give each head's share the mean attention that the teacher spends outside sinks and window.
+        """Give each head's share the mean attention of the teacher beyond sinks and window; find the ranges of keys.
 
-        Where pairs are stored in fewer bits, also find the range of each channel of the keys.
+        At 8 bits they are good enough as found, so without a far half nothing is left to learn from the output.
         """
         if self.key_low is not None and self.key_high is not None:
             for held, found in zip((self.key_low, self.key_high), key_range(call.k, self.bits), strict=True):
                 held.copy_(found)
+            self.output_learns = self.far is not None or self.bits < 8
         if self.share is not None:
             self.share.match(far_attention(call, self.groups).mass, windows_of(self.groups), self.settings.sinks)
 

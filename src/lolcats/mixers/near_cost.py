@@ -2,9 +2,9 @@
 
 Let y be the output of a query head of the teacher at a token, g the gradient with respect to it of the loss of labels
 that are drawn from the teacher's own predictions, and y(w, P) what sinks, a window of w and the P kept pairs of the
-highest attention to come (`scores.attention_given`) would give. Then E[(g . (y(w, P) - y))^2] is, to second order,
-twice the divergence of the predictions from the teacher's, other heads being as they are: with such labels E[g g^T] is
-the Fisher information. The cost of (w, P) for a key head is the mean over the tokens of its sum over the query heads.
+highest attention to come (`scores.attention_given`, or a guess at it) would give. Then E[(g . (y(w, P) - y))^2] is, to
+second order, twice the divergence of the predictions from the teacher's, other heads being as they are: with such labels
+E[g g^T] is the Fisher information. The cost of (w, P) for a key head is the mean over the tokens of its sum over the query heads.
 
 g . v_j is a number for each query and key, so a query's output at every size comes out of sums of numbers: along the
 keys for all windows, and along the keys in the order of their scores for all numbers of pairs.
@@ -30,13 +30,24 @@ QUERIES = 512
 """Of a text that are looked at, evenly spaced."""
 QUERY_BLOCK = 128
 """Queries whose attention is in memory at once."""
+GUESS_ERROR = 1.0
+"""Standard deviation of the error of a guess at the logs of the attention to come. Without one the pairs that are kept
+would be the best ones always, which makes them cheaper than they will be: of 0 and 1, 1 gave the better students."""
+GUESS_SEED = 0
+"""Of these errors: the same text gives the same costs, in every process."""
 SMALLEST_MASS = 1e-12
 """Of what is seen, by which it is divided."""
 
 
 @torch.no_grad()
 def near_costs(
-    call: Call, gradient: Tensor, windows: Sequence[int], pairs: Sequence[int], sinks: int, mix: float = 1.0
+    call: Call,
+    gradient: Tensor,
+    windows: Sequence[int],
+    pairs: Sequence[int],
+    sinks: int,
+    mix: float = 1.0,
+    guess: torch.Generator | None = None,
 ) -> Tensor:
     """The cost of each window with each number of pairs, for each key head.
 
@@ -47,6 +58,8 @@ def near_costs(
         pairs: P of each, ascending.
         sinks: first tokens that are always seen.
         mix: weight of the largest attention in the oracle's score, the rest is the sum's.
+        guess: where pairs are chosen without knowing what comes, the generator (on the CPU, see `guessing`) of the
+            errors that the scores then have; None for the oracle's.
 
     Returns:
         [KV, windows, pairs] float64.
@@ -54,7 +67,7 @@ def near_costs(
     heads, n = call.q.shape[1:3]
     kv_heads, device = call.k.shape[1], call.q.device
     total = torch.zeros(kv_heads, len(windows), len(pairs), dtype=torch.float64, device=device)
-    orders = _orders(call, windows, mix) if max(pairs) else []
+    orders = _orders(call, windows, mix, guess) if max(pairs) else []
     chosen = torch.arange(n - 1, -1, -max(1, n // QUERIES), device=device).flip(0)
     for queries in chosen.split(QUERY_BLOCK):
         weights, gain = _weights_and_gains(call, gradient, queries)
@@ -72,13 +85,20 @@ def near_costs(
     return total / len(chosen)
 
 
-def _orders(call: Call, windows: Sequence[int], mix: float) -> list[Tensor]:
-    """Keys [KV, N] from the highest score to the lowest, for each window."""
+def guessing() -> torch.Generator:
+    """The errors of guessed scores, to be drawn for one layer and text after the other."""
+    return torch.Generator().manual_seed(GUESS_SEED)
+
+
+def _orders(call: Call, windows: Sequence[int], mix: float, guess: torch.Generator | None) -> list[Tensor]:
+    """Keys [KV, N] from the highest score to the lowest, for each window; a key's error is the same for all windows."""
     whole = replace(call, padding=None, segments=None)
     logs = (given[0].unbind(-1) for given in attention_given_beyond(whole, windows))
-    return [
-        (mix * largest + (1 - mix) * summed).argsort(dim=-1, descending=True, stable=True) for largest, summed in logs
-    ]
+    scores = (mix * largest + (1 - mix) * summed for largest, summed in logs)
+    error: Tensor | float = 0.0
+    if guess is not None:
+        error = GUESS_ERROR * torch.randn(call.k.shape[1:3], generator=guess).to(call.k.device)
+    return [(score + error).argsort(dim=-1, descending=True, stable=True) for score in scores]
 
 
 def _weights_and_gains(call: Call, gradient: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +138,8 @@ class _Sums:
         `order` [KV, N] has the keys by their scores.
         """
         end = max(0, int(queries[-1]) - window + 1)  # later keys have not left
+        if end <= sinks:
+            return self.both.new_zeros(len(pairs), *self.both.shape[:3])
         order = order[order < end].view(len(order), end)
         groups = self.both.shape[1] // len(order)
         left = (order[:, None] >= sinks) & (order[:, None] <= (queries - window)[:, None])  # [KV, C, E]
@@ -126,6 +148,6 @@ class _Sums:
         # How many keys of the order there are until one too many has left.
         place = torch.searchsorted(rank, wanted.contiguous(), side="right").repeat_interleave(groups, 0)
         index = order.repeat_interleave(groups, 0)[:, None].expand(2, -1, len(queries), -1)
-        ordered = self.both.gather(-1, index) * left.repeat_interleave(groups, 0)
-        until = nnf.pad(ordered.cumsum(-1), (1, 0))
-        return until.gather(-1, place.expand(2, -1, -1, -1)).permute(3, 0, 1, 2)
+        until = self.both.gather(-1, index).mul_(left.repeat_interleave(groups, 0)).cumsum(-1)
+        sums = until.gather(-1, (place - 1).clamp_min(0).expand(2, -1, -1, -1)) * (place > 0)
+        return sums.permute(3, 0, 1, 2)

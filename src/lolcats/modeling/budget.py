@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
 from lolcats.mixers import Sizes
-from lolcats.mixers.near_cost import near_costs
+from lolcats.mixers.near_cost import guessing, near_costs
 from lolcats.mixers.near_heads import LENGTH_BYTES, head_bytes
 from lolcats.modeling.attention import LinearizedAttention, linearized_layers
 from lolcats.modeling.handover import AttentionCall
@@ -50,11 +50,11 @@ def find_split(model: PreTrainedModel, config: LinearizationConfig, input_ids: T
     rows = input_ids[:MAX_ROWS, :MAX_TOKENS]
     windows = _sizes(rows.shape[1], max(1, min(SMALLEST, window // 4)), window)
     numbers = [0, *_sizes(rows.shape[1], max(1, min(SMALLEST, pairs // 4)), pairs)] if pairs else [0]
-    mix = values["kept"]["mix"]
+    mix, guess = values["kept"]["mix"], None if values["kept"]["score"] == "oracle" else guessing()
     totals: list[Tensor | float] = [0.0] * len(layers)
     for number, row in enumerate(rows):
         for place, (call, gradient) in enumerate(_gradients(model, layers, row[None], number)):
-            costs = near_costs(call, gradient, windows, numbers, values["sinks"], mix)
+            costs = near_costs(call, gradient, windows, numbers, values["sinks"], mix, guess)
             totals[place] += costs.cpu()
     found = [_by_size(total, windows, numbers) for total in totals if isinstance(total, Tensor)]
     return _share([layer.mixer.sizes for layer in layers], found, config, model.dtype)

@@ -71,7 +71,7 @@ def _before_stage_2(run: Run) -> Iterator[PreTrainedModel]:
 
 def _converted_anew(run: Run) -> PreTrainedModel:
     model, _ = load_teacher(run.config.model, run.dtype, run.accelerator.device)
-    convert(model, run.config.linearization, input_ids=start_batch(run.config, run.data.train))
+    convert(model, run.config.linearization, input_ids=start_batch(run.config, run.data))
     if run.widened:
         cast_weights(model, torch.float32)
     return model

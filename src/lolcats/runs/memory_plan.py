@@ -17,6 +17,7 @@ from lolcats.modeling.convert import check_supported
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.state import start_batch
+from lolcats.training import TrainingData
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,8 +52,8 @@ def plan_memory(config: RunConfig, console: Console | None = None) -> MemoryPlan
     device = choose_device(config.device)
     model, tokenizer = load_teacher(config.model, choose_dtype(config.dtype, device), device, config.quantization)
     check_supported(model)
-    train_set, _ = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=console)
-    convert(model, config.linearization, input_ids=start_batch(config, train_set))
+    texts = build_datasets(config.data, tokenizer, config.seed, teacher=model, console=console)
+    convert(model, config.linearization, input_ids=start_batch(config, TrainingData(*texts, tokenizer=tokenizer)))
     found = config.linearization.model_copy(update={"split": model.config.linearization["split"]})
     memory = text_memory(model)
     assert memory is not None

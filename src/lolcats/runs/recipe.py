@@ -19,7 +19,6 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant, evaluation_segments, student_variants, teacher_variants
 from lolcats.evaluation.memory import text_memory
 from lolcats.modeling import attention_mode, check_model, linearized_layers
-from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.convert import check_supported
 from lolcats.modeling.hf import cast_weights
 from lolcats.modeling.modules import attention_modules, choose_layers
@@ -124,7 +123,7 @@ def _prepare(
     reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
     add_facts(results, config, device, segments, SAMPLE_PROMPT)
     results.data_notes = notes
-    config = linearize_layers(model, config, start_batch(config, train_set), results, accelerator)
+    config = linearize_layers(model, config, start_batch(config, data), results, accelerator)
     results.memory = text_memory(model, dtype)
     check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:
@@ -169,7 +168,7 @@ def transfer(run: Run) -> None:
     config = run.config.transfer
     if not config.enabled:
         return
-    if not added_parameters(run.model):
+    if not any(layer.mixer.learns for layer in linearized_layers(run.model)):
         run.say("transfer: these layers have nothing to learn by themselves, so there is no first stage")
         return
     run.use_compiled(config.compile)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig
-from lolcats.data import PackedDataset, check_sources
+from lolcats.data import check_sources
 from lolcats.evaluation import Measurement
 from lolcats.modeling import convert, linearized_layers
 from lolcats.models.device import choose_dtype, describe_device
@@ -27,6 +27,7 @@ from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results
 from lolcats.training import FinetuneStage, Reporter, TrainingData
 from lolcats.training.parallel import describe, from_main_process, on_main_process
+from lolcats.training.recall import with_questions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,9 +130,20 @@ def linearize_layers(model: PreTrainedModel, config: RunConfig, batch: Tensor, r
     return config.model_copy(update={"linearization": layers.model_copy(update={"split": results.split})})
 
 
-def start_batch(config: RunConfig, train_set: PackedDataset) -> Tensor:
-    """The token ids [B, N] that layers start from, where they start from text."""
-    return torch.from_numpy(train_set.ids[: config.transfer.micro_batch_size or config.transfer.batch_size]).long()
+def start_batch(config: RunConfig, data: TrainingData) -> Tensor:
+    """The token ids [B, N] that layers start from, where they start from text.
+
+    Where a stage reads questions about facts, every second row has them, of two rows at least: so a budget, which is
+    shared by what heads do in these rows, knows which of them fetch facts.
+    """
+    rows, asks = config.transfer.micro_batch_size or config.transfer.batch_size, asks_for_facts(config)
+    ids = data.train.ids[: max(2, rows) if asks else rows]
+    return torch.from_numpy(with_questions(ids, data, config.seed) if asks else ids).long()
+
+
+def asks_for_facts(config: RunConfig) -> bool:
+    """Whether a stage that is done reads questions about facts."""
+    return any(stage.enabled and stage.recall.share > 0 for stage in (config.transfer, config.finetune))
 
 
 def open_run(

@@ -187,8 +187,8 @@ class FinetuneStage:
 
     @property
     def _near_tokens(self) -> int:
-        """Such tokens of a text, with the window that the layers have now."""
-        return max(layer.mixer.near_tokens for layer in linearized_layers(self.model))
+        """Such tokens of a text in all layers, with the windows that they have now."""
+        return min(layer.mixer.near_tokens for layer in linearized_layers(self.model))
 
     @contextmanager
     def _autocast_casts(self) -> Iterator[None]:

@@ -29,8 +29,8 @@ MASTERED = 0.9
 """Share of right answers from which on the gap doubles."""
 MEASURED = 8
 """Sequences by which that is found out."""
-TRAINED, ASKED = 17, 18
-"""Tell the random numbers of training from those of measuring, and both from the order of the data."""
+TRAINED, ASKED, STARTED = 17, 18, 19
+"""Tell the random numbers of training, of measuring and of the start from each other and from the order of the data."""
 
 
 class Recall:
@@ -115,6 +115,13 @@ class Recall:
             if progress.accuracy >= MASTERED:
                 progress.gap = min(2 * progress.gap, self.length)
 
+    def write_every_second(self, ids: np.ndarray) -> np.ndarray:
+        """The first sequences [rows, N] of the training data, each second one with questions, at all distances."""
+        ids = ids.copy()
+        for row in range(1, len(ids), 2):
+            ids[row] = self._write(self.data.train, row, [self.seed, STARTED, row], self.length).ids
+        return ids
+
     def _write(self, data: PackedDataset, row: int, seed: list[int], gap: int) -> Questioned:
         eos = self.tokenizer.eos_token_id
         text = _running_text(data, row, self.length, eos if isinstance(eos, int) else None)
@@ -126,6 +133,11 @@ def recall_of(config: OptimConfig, data: TrainingData, seed: int) -> Recall | No
     if not isinstance(config, TransferConfig | FinetuneConfig) or not config.recall.share:
         return None
     return Recall(config.recall.share, config.recall.gap, isinstance(config, FinetuneConfig), data, seed)
+
+
+def with_questions(ids: np.ndarray, data: TrainingData, seed: int) -> np.ndarray:
+    """See `Recall.write_every_second`; raises as `Recall` does."""
+    return Recall(0.5, None, False, data, seed).write_every_second(ids)
 
 
 def _running_text(data: PackedDataset, row: int, tokens: int, eos: int | None) -> np.ndarray:

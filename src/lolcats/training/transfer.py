@@ -43,12 +43,14 @@ class TransferStage:
         self._parameters = added_parameters(model)
         for parameter in self._parameters.values():
             parameter.requires_grad_()
-        if not self._parameters:
-            raise LolcatsError("nothing to train in stage 1: expected a converted model; call lolcats.convert first")
+        if not any(layer.mixer.learns for layer in self.layers):
+            why = "these layers have nothing to learn by themselves" if self.layers else "call lolcats.convert first"
+            raise LolcatsError(f"nothing to train in stage 1: expected layers that learn from the teacher; {why}")
         self.target = config.compared
         self.window: int | None = None
-        if self.target not in (targets := self.layers[0].mixer.targets):
-            raise LolcatsError(f"transfer.target: expected one of {', '.join(targets)}; got {config.target!r}")
+        for layer in self.layers:
+            if self.target not in (targets := layer.mixer.targets):
+                raise LolcatsError(f"transfer.target: expected one of {', '.join(targets)}; got {config.target!r}")
 
     @contextmanager
     def windowed(self, window: int | None) -> Iterator[None]:
