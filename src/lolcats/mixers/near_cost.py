@@ -3,8 +3,9 @@
 Let y be the output of a query head of the teacher at a token, g the gradient with respect to it of the loss of labels
 that are drawn from the teacher's own predictions, and y(w, P) what sinks, a window of w and the P kept pairs of the
 highest attention to come (`scores.attention_given`, or a guess at it) would give. Then E[(g . (y(w, P) - y))^2] is, to
-second order, twice the divergence of the predictions from the teacher's, other heads being as they are: with such labels
-E[g g^T] is the Fisher information. The cost of (w, P) for a key head is the mean over the tokens of its sum over the query heads.
+second order, twice the divergence of the predictions from the teacher's, other heads being as they are: with such
+labels E[g g^T] is the Fisher information. The cost of (w, P) for a key head is the mean over the tokens of its sum
+over the query heads.
 
 g . v_j is a number for each query and key, so a query's output at every size comes out of sums of numbers: along the
 keys for all windows, and along the keys in the order of their scores for all numbers of pairs.
