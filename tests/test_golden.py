@@ -92,8 +92,8 @@ def numbers(case: str) -> dict[str, Any]:
 def test_no_number_has_changed(case: str) -> None:
     expected, found = json.loads(FILE.read_text())[case], numbers(case)
     assert found["written"] == expected["written"]
-    # Another processor adds in another order; and the first steps of AdamW are as long for a gradient that is nothing but
-    # rounding as for any other, of which full fine-tuning has some.
+    # Another processor adds in another order; and the first steps of AdamW are as long for a gradient that is nothing
+    # but rounding as for any other, of which full fine-tuning has some.
     limits = {"logits": 0.03} if case.endswith("full") else {}
     for name in ("transfer", "finetune", "logits"):
         limit = limits.get(name, 2e-4)
