@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, state_tensors
 from lolcats.mixers.far import FarHalf
@@ -45,11 +45,9 @@ from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.texts import find_texts, one_row, rows_of
 from lolcats.ops.near import NearSpec
-from lolcats.ops.near.quantize import PairCodec, key_range
+from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
 from lolcats.ops.near.selection import EMPTY
 
-WIDEST_KEY = 16.0
-"""Range of a key's channel before anything is known of it."""
 NOT_FAR = ("near_only", "window_only", "no_attention")
 """Modes that leave the far half out."""
 
@@ -87,13 +85,10 @@ class BlendMixer(Mixer):
         alone = ("near_only",) if far is not None and keeps_pairs(self.groups) else ()
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.targets = ("full",) if far is None else ("full", "far", "parts")
-        self.bits, self.output_learns = bits, far is not None or bits < 16
-        self.key_low = self.key_high = None
-        if bits < 16:  # until the start from text sets them
-            self.key_low, self.key_high = (
-                nn.Parameter(torch.full((sizes.kv_heads, sizes.head_dim), end, dtype=torch.float32))
-                for end in (-WIDEST_KEY, WIDEST_KEY)
-            )
+        self.bits, self.output_learns = bits, far is not None
+        self.key_map: Tensor | None
+        # Integers, which no change of the model's dtype rounds; plain until the start from text measures them.
+        self.register_buffer("key_map", None if bits == 16 else plain_map(sizes.kv_heads, sizes.head_dim))
         self.share = None if far is None else Share(sizes)
 
     @classmethod
@@ -183,9 +178,7 @@ class BlendMixer(Mixer):
     @property
     def codec(self) -> PairCodec | None:
         """How pairs are stored, None as they are."""
-        if self.bits == 16 or self.key_low is None or self.key_high is None:
-            return None
-        return PairCodec(self.bits, self.key_low, self.key_high)
+        return None if self.bits == 16 or self.key_map is None else PairCodec(self.bits, self.key_map)
 
     @property
     def near_impl(self) -> str:
@@ -283,13 +276,17 @@ class BlendMixer(Mixer):
     def start(self, call: Call, teacher: Tensor) -> None:
         """Give each head's share the mean attention that the teacher spends outside sinks and window.
 
-        Where pairs are stored in fewer bits, also find the range of each channel of the keys.
+        Where pairs are stored in fewer bits, also measure which channels of the keys matter.
         """
-        if self.key_low is not None and self.key_high is not None:
-            for held, found in zip((self.key_low, self.key_high), key_range(call.k, self.bits), strict=True):
-                held.copy_(found)
+        if self.key_map is not None:
+            self.key_map.copy_(measure_keys(call.q, call.k, self._partners(call)))
         if self.share is not None:
             self.share.match(far_attention(call, self.groups).mass, windows_of(self.groups), self.settings.sinks)
+
+    def _partners(self, call: Call) -> Tensor:
+        """Of each channel of q and k the one that is rotated into it, or itself, [D]."""
+        channels = torch.arange(self.sizes.head_dim, device=call.k.device)
+        return channels if call.rotation is None else call.rotation.partners(channels)
 
     def widened(self, tokens: int) -> BlendMixer:
         """The layer with a window over the whole text and without its far half."""

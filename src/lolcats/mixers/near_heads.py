@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes, state_bytes
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
-from lolcats.ops.near.quantize import PairCodec
+from lolcats.ops.near.quantize import PairCodec, plain_map
 
 Split = tuple[tuple[int, int], ...]
 """(window, kept pairs) of each key head."""
@@ -62,8 +62,8 @@ class HeadGroup(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def codec(self, codec: PairCodec | None) -> PairCodec | None:
-        """That of the layer with the ranges of these heads."""
-        return None if codec is None else PairCodec(codec.bits, self.take(codec.low, 0), self.take(codec.high, 0))
+        """That of the layer for these heads."""
+        return None if codec is None else PairCodec(codec.bits, self.take(codec.key_map))
 
 
 def read_split(split: Sequence[int] | Sequence[Sequence[int]], kv_heads: int) -> Split:
@@ -179,9 +179,9 @@ def empty_near(
         shape = (rows, len(group.heads), 1)
         k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (sizes.head_dim, sizes.value_dim))
         state = empty_near_state(k, v, group.spec)
-        if bits < 16:  # nobody reads these pairs, and the layer's own ranges may be on another device
-            nothing = torch.zeros(len(group.heads), sizes.head_dim, device=device)
-            state = PairCodec(bits, nothing, nothing).encode_state(state)
+        if bits < 16:  # nobody reads these pairs, and the layer's own map may be on another device
+            key_map = plain_map(len(group.heads), sizes.head_dim, device)
+            state = PairCodec(bits, key_map).encode_state(state)
         states.append(state)
     return _states(states)
 
