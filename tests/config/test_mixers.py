@@ -126,6 +126,12 @@ def test_a_learned_score_needs_its_stage() -> None:
         load_config("recommended", ["transfer.enabled=false", *words])
 
 
+def test_keys_are_measured_for_4_bits_alone() -> None:
+    for bits in (16, 8, 4):
+        words = [f"linearization.bits={bits}", "linearization.far=none", "linearization.start=matched"]
+        assert load_config("blend", words).linearization.starts_from_text == (bits == 4)
+
+
 def test_layers_have_their_entries_of_a_split() -> None:
     split = [[4, 1], [[2, 0], [8, 3]]]
     config = load_config(

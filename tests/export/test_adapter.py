@@ -28,6 +28,7 @@ KINDS = [
     ["linearization.decay=gate", "linearization.state_heads=kv", "finetune.train_feature_maps=true"],
     ["finetune.enabled=false"],
     ["transfer.enabled=false"],
+    ["linearization.mixer=blend", "linearization.bits=4", "linearization.start=matched", "linearization.far=none"],
 ]
 
 

@@ -114,7 +114,7 @@ RUNS = {
         "linearization.mixer=blend",
         "linearization.kept.pairs=5",
         "linearization.far=gated_delta",
-        "linearization.bits=8",
+        "linearization.bits=4",
     ],
     "split": [
         "linearization.mixer=blend",

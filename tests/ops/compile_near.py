@@ -16,7 +16,7 @@ from compile_kernels import compile_launch, type_of  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
 from lolcats.ops.near.kernels import decode, given, launch, select
-from lolcats.ops.near.quantize import BITS, PairCodec
+from lolcats.ops.near.quantize import BITS, PairCodec, plain_map
 from lolcats.ops.near.types import NearSpec
 
 
@@ -91,7 +91,7 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
         far = spec._replace(reach=8192)
         decode.decode_step(q, k, k, state, far, score, lengths, torch.empty(heads), lengths, sink_q=q)
         for bits in BITS:
-            codec = PairCodec(bits, torch.zeros(kv_heads, size), torch.ones(kv_heads, size))
+            codec = PairCodec(bits, plain_map(kv_heads, size))
             stored = codec.encode(k, k)
             decode.decode_step(q, *stored, codec.encode_state(state), spec, score, lengths, None, lengths, codec)
 

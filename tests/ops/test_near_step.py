@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
-from lolcats.ops.near.quantize import PairCodec
+from lolcats.ops.near.quantize import PairCodec, measure_keys
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,8 +106,8 @@ def test_pairs_in_fewer_bits(bits: int) -> None:
     """As in torch, byte by byte; in a pool too, of which one row has no text."""
     x = texts(14)
     x = x._replace(v=x.v[..., :14])
-    codec = PairCodec(bits, *torch.tensor([[-2.0], [2.5]], device=DEVICE).expand(2, 20)[:, None])
-    spec = NearSpec(4, 2, 3, softcap=2.0)
+    codec = PairCodec(bits, measure_keys(x.q, x.k, torch.arange(20, device=DEVICE).roll(10)))
+    spec = NearSpec(4, 2, 3, softcap=2.0, reach=8)
     plain = codec.encode_state(empty_near_state(x.k, x.v, spec))
     pool = plain.map(lambda t: torch.cat([t, t]))
     places = torch.tensor([5, 0, 3], device=DEVICE)

@@ -130,9 +130,8 @@ def test_an_output_that_does_not_learn_is_not_made(
     monkeypatch.undo()
     validated = stage.validate(batch)
     assert float(validated["loss"]) == pytest.approx(float(metrics["loss"] + 1000 * validated["mse"]), rel=1e-4)
-    for settings in ({"far": "linear"}, {"far": "none", "bits": 8}):
-        other = TransferStage(make_student(mixer="blend", window=4, kept={"pairs": 3}, **settings), config())
-        assert "mse" in other.backward(batch, 1.0)
+    other = TransferStage(make_student(mixer="blend", window=4, kept={"pairs": 3}, far="linear"), config())
+    assert "mse" in other.backward(batch, 1.0)
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ class BlendConfig(LinearizationConfig):
     )
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # of the far state; it is computed with in float32
     bits: Literal[16, 8, 4] = 16  # of the numbers of stored pairs: window, sinks and kept pairs
-    start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the range of keys in few bits
+    start: Literal["plain", "matched"] = "plain"  # matched: the share of the far half, the channels of keys in few bits
     # Whether layers, or their key heads too, share the memory of window and kept.pairs as a batch of text asks for.
     budget: Literal["uniform", "layers", "heads"] = "uniform"
     split: LayerSplit | None = None  # what each has in the place of window and kept.pairs; null: found by the budget
@@ -185,7 +185,7 @@ class BlendConfig(LinearizationConfig):
     @property
     def starts_from_text(self) -> bool:
         """Whether the start is the matched one, and there is something to match; or a split is to be found."""
-        return self.searches or (self.start == "matched" and (self.far != "none" or self.bits < 16))
+        return self.searches or (self.start == "matched" and (self.far != "none" or self.bits == 4))
 
     @property
     def searches(self) -> bool:

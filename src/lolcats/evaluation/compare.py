@@ -27,6 +27,7 @@ from lolcats.evaluation.perplexity import (
 from lolcats.evaluation.trained_window import has_window, read_window
 from lolcats.evaluation.variants import student_variants, teacher_variants, window_variants
 from lolcats.modeling import convert, linearized_layers
+from lolcats.modeling.attention import measured_buffers
 from lolcats.models.context import check_context
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.teacher import load_teacher
@@ -133,6 +134,9 @@ def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedMod
         model, _ = load_teacher(teacher, dtype=student.dtype, device=student.device)
         settings = LinearizationConfig(**student.config.linearization)  # type: ignore[attr-defined]
         convert(model, settings.without_text())
+        measured = measured_buffers(student)
+        for name, held in measured_buffers(model).items():
+            held.copy_(measured[name])
     except LolcatsError as error:
         raise LolcatsError(f"the teacher cannot be used: {error}; name another one, or none") from error
     if model.config.vocab_size != student.config.vocab_size:

@@ -2,7 +2,7 @@
 
 MODEL/controls/trained_window/adapter_*           its LoRA, in peft's format
                               tensors.safetensors other parameters of the teacher that it changed, by name: all weights
-                                                  after full fine-tuning, ranges of keys in few bits
+                                                  after full fine-tuning
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.variants import Enter
 from lolcats.files import atomic_folder
-from lolcats.training.window_control import WindowStage, window_parameters
+from lolcats.training.window_control import WindowStage
 from lolcats.variants import TRAINED_WINDOW
 
 TENSORS = "tensors.safetensors"
@@ -56,9 +56,7 @@ def save_window(folder: Path, stage: WindowStage) -> None:
     Raises:
         LolcatsError: the disk is full or the place cannot be written; nothing is left behind then.
     """
-    tensors: Mapping[str, Tensor] = window_parameters(stage.model)
-    if stage.adapter is None:
-        tensors = {**stage.parameters(), **tensors}
+    tensors: Mapping[str, Tensor] = stage.parameters() if stage.adapter is None else {}
     with atomic_folder(folder) as temporary:
         if stage.adapter is not None:
             stage.adapter.save_pretrained(str(temporary))

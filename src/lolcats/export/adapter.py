@@ -23,7 +23,7 @@ from lolcats.errors import LolcatsError
 from lolcats.export.source import Source
 from lolcats.export.weights import check_finite
 from lolcats.modeling import convert
-from lolcats.modeling.attention import added_parameters
+from lolcats.modeling.attention import added_parameters, measured_buffers
 from lolcats.modeling.old_names import new_name
 from lolcats.models.empty import empty_model
 from lolcats.models.teacher import load_teacher
@@ -47,7 +47,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     finetune = source.config.finetune
     lora = trained_lora(source) if finetune.enabled else {}
     model = skeleton(source.model)
-    tensors = lora | read_tensors(source.model, list(added_parameters(model)))
+    tensors = lora | read_tensors(source.model, [*added_parameters(model), *measured_buffers(model)])
     targets = sorted({n.partition(".lora_A.")[0] for n in lora if ".lora_A." in n})
     if missing := set(targets) - {n for n, _ in model.named_modules()}:
         raise LolcatsError(f"the run's checkpoint adapts {min(missing)}, which the model does not have: they differ")

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, put_rows
 from lolcats.mixers.far import FarHalf
@@ -32,11 +32,13 @@ from lolcats.mixers.near_heads import (
     BlendState,
     HeadGroup,
     Split,
+    capped_queries,
     empty_near,
     group_heads,
     keeps_pairs,
     kept_until_of,
     near_half,
+    positions_of,
     read_split,
     windows_of,
 )
@@ -45,11 +47,9 @@ from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.texts import find_texts, one_row, rows_of
 from lolcats.ops.near import NearSpec
-from lolcats.ops.near.quantize import PairCodec, key_range
+from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
 from lolcats.ops.near.selection import EMPTY
 
-WIDEST_KEY = 16.0
-"""Range of a key's channel before anything is known of it."""
 NOT_FAR = ("near_only", "window_only", "no_attention")
 """Modes that leave the far half out."""
 
@@ -88,13 +88,10 @@ class BlendMixer(Mixer):
         alone = ("near_only",) if far is not None and (near.pairs or keeps_pairs(self.groups)) else ()  # in all layers
         self.modes = ("full", *alone, "window_only", *(() if far is None else ("linear_only",)), "no_attention")
         self.targets = ("full",) if far is None else ("full", "far", "parts")
-        self.bits, self.output_learns = bits, far is not None or bits < 16
-        self.key_low = self.key_high = None
-        if bits < 16:  # until the start from text sets them
-            self.key_low, self.key_high = (
-                nn.Parameter(torch.full((sizes.kv_heads, sizes.head_dim), end, dtype=torch.float32))
-                for end in (-WIDEST_KEY, WIDEST_KEY)
-            )
+        self.bits, self.output_learns = bits, far is not None
+        self.key_map: Tensor | None
+        # Integers, which no change of the model's dtype rounds; plain until the start from text measures them.
+        self.register_buffer("key_map", None if bits == 16 else plain_map(sizes.kv_heads, sizes.head_dim))
         self.share = None if far is None else Share(sizes)
 
     @classmethod
@@ -147,7 +144,7 @@ class BlendMixer(Mixer):
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
         q, k = self._for_far(call)
-        sink_q = self._capped(call, state)
+        sink_q = capped_queries(call, state, self.settings.sinks)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
         if texts is not None:
             assert state is None or call.segments is None, "packed texts start without a state"
@@ -165,13 +162,13 @@ class BlendMixer(Mixer):
         self, call: Call, q: Tensor, k: Tensor, lengths: Tensor | None, state: BlendState | None, keep: bool, mode: str,
         slots: Tensor | None, sink_q: Tensor | None,
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
-        """A text in each row, padding on the right only; q and k are those of the far half, `sink_q` of `_capped`."""
+        """A text in each row, padding on the right only; q and k are the far half's, `sink_q` of `capped_queries`."""
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             held = None if state is None else state.far
             return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
         score = self._scores(call, k, state, mode, slots)
         if sink_q is not None and call.reach is not None:
-            beyond = self._positions(call, state, slots) >= call.reach.tokens
+            beyond = positions_of(call, state, slots) >= call.reach.tokens
             sink_q = torch.where(beyond[:, None, :, None], sink_q, call.q)
         near, far = (None, None) if state is None else state
         y, near = near_half(
@@ -187,9 +184,7 @@ class BlendMixer(Mixer):
     @property
     def codec(self) -> PairCodec | None:
         """How pairs are stored, None as they are."""
-        if self.bits == 16 or self.key_low is None or self.key_high is None:
-            return None
-        return PairCodec(self.bits, self.key_low, self.key_high)
+        return None if self.bits == 16 or self.key_map is None else PairCodec(self.bits, self.key_map)
 
     @property
     def near_impl(self) -> str:
@@ -211,24 +206,6 @@ class BlendMixer(Mixer):
             return call.q, call.k
         return call.unrotated()
 
-    def _capped(self, call: Call, state: BlendState | None) -> Tensor | None:
-        """Queries as they would be at the end of the model's context, which is where sinks see later ones.
-
-        None where no query can be later. The first tokens stay where they are while the text goes on, and distances
-        that a model was not made for ruin it.
-        """
-        if call.reach is None or call.rotation is None or not self.settings.sinks:
-            return None
-        if state is None and call.q.shape[2] <= call.reach.tokens:
-            return None
-        return call.reach.capped(call.q, call.rotation)
-
-    def _positions(self, call: Call, state: BlendState | None, slots: Tensor | None) -> Tensor:
-        """[B, N], of the tokens in their texts, a text in each row."""
-        rows, n = call.q.shape[0], call.q.shape[2]
-        start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
-        return (start + torch.arange(n, device=call.q.device)).expand(rows, n)
-
     @torch.no_grad()
     def _scores(
         self, call: Call, k: Tensor, state: BlendState | None, mode: str, slots: Tensor | None
@@ -239,7 +216,7 @@ class BlendMixer(Mixer):
         rows, kv_heads, n = call.k.shape[:3]
         if mode in ("window_only", "linear_only", "no_attention"):
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
-        position = self._positions(call, state, slots)
+        position = positions_of(call, state, slots)
         return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))
 
     def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:
@@ -302,16 +279,19 @@ class BlendMixer(Mixer):
 
     @torch.no_grad()
     def start(self, call: Call, teacher: Tensor) -> None:
-        """Give each head's share the mean attention of the teacher beyond sinks and window; find the ranges of keys.
+        """Give each head's share the mean attention of the teacher beyond sinks and window.
 
-        At 8 bits they are good enough as found, so without a far half nothing is left to learn from the output.
+        Where pairs are stored in fewer bits, also measure which channels of the keys matter.
         """
-        if self.key_low is not None and self.key_high is not None:
-            for held, found in zip((self.key_low, self.key_high), key_range(call.k, self.bits), strict=True):
-                held.copy_(found)
-            self.output_learns = self.far is not None or self.bits < 8
+        if self.key_map is not None:
+            self.key_map.copy_(measure_keys(call.q, call.k, self._partners(call)))
         if self.share is not None:
             self.share.match(far_attention(call, self.groups).mass, windows_of(self.groups), self.settings.sinks)
+
+    def _partners(self, call: Call) -> Tensor:
+        """Of each channel of q and k the one that is rotated into it, or itself, [D]."""
+        channels = torch.arange(self.sizes.head_dim, device=call.k.device)
+        return channels if call.rotation is None else call.rotation.partners(channels)
 
     def widened(self, tokens: int) -> BlendMixer:
         """The layer with a window over the whole text and without its far half."""

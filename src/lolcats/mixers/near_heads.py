@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes, state_bytes
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
-from lolcats.ops.near.quantize import PairCodec
+from lolcats.ops.near.quantize import PairCodec, plain_map
 
 Split = tuple[tuple[int, int], ...]
 """(window, kept pairs) of each key head."""
@@ -62,8 +62,8 @@ class HeadGroup(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def codec(self, codec: PairCodec | None) -> PairCodec | None:
-        """That of the layer with the ranges of these heads."""
-        return None if codec is None else PairCodec(codec.bits, self.take(codec.low, 0), self.take(codec.high, 0))
+        """That of the layer for these heads."""
+        return None if codec is None else PairCodec(codec.bits, self.take(codec.key_map))
 
 
 def read_split(split: Sequence[int] | Sequence[Sequence[int]], kv_heads: int) -> Split:
@@ -103,6 +103,26 @@ def windows_of(groups: tuple[HeadGroup, ...]) -> int | tuple[int, ...]:
     by_head = {head: group.spec.window for group in groups for head in group.heads}
     windows = tuple(by_head[head] for head in range(len(by_head)))
     return windows if len(set(windows)) > 1 else windows[0]
+
+
+def positions_of(call: Call, state: BlendState | None, slots: Tensor | None) -> Tensor:
+    """[B, N], of the tokens of a call in their texts, a text in each row; with `slots` the state is a pool."""
+    rows, n = call.q.shape[0], call.q.shape[2]
+    start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
+    return (start + torch.arange(n, device=call.q.device)).expand(rows, n)
+
+
+def capped_queries(call: Call, state: BlendState | None, sinks: int) -> Tensor | None:
+    """Queries [B, H, N, D] as they would be at the end of the model's context, which is where sinks see later ones.
+
+    None where no query can be later. The first tokens stay where they are while a text goes on, and distances that a
+    model was not made for ruin it.
+    """
+    if call.reach is None or call.rotation is None or not sinks:
+        return None
+    if state is None and call.q.shape[2] <= call.reach.tokens:
+        return None
+    return call.reach.capped(call.q, call.rotation)
 
 
 def near_half(
@@ -183,9 +203,9 @@ def empty_near(
         shape = (rows, len(group.heads), 1)
         k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (sizes.head_dim, sizes.value_dim))
         state = empty_near_state(k, v, group.spec)
-        if bits < 16:  # nobody reads these pairs, and the layer's own ranges may be on another device
-            nothing = torch.zeros(len(group.heads), sizes.head_dim, device=device)
-            state = PairCodec(bits, nothing, nothing).encode_state(state)
+        if bits < 16:  # nobody reads these pairs, and the layer's own map may be on another device
+            key_map = plain_map(len(group.heads), sizes.head_dim, device)
+            state = PairCodec(bits, key_map).encode_state(state)
         states.append(state)
     return _states(states)
 

@@ -64,6 +64,18 @@ class Rotation(NamedTuple):
         """x after the rotation: [B, h, N, D]."""
         return self._turn(x, back=False)
 
+    def partners(self, channels: Tensor) -> Tensor:
+        """Of each of all channels, [D], the one that makes a pair with it; itself where it is not rotated."""
+        if self.layout.pairs == "none":
+            return channels
+        width = self.cos.shape[-1] * (2 if self.layout.angles == "single" else 1)
+        rest = channels.shape[0] - width
+        first = self.layout.place == "first"
+        turned, kept = (channels[:width], channels[width:]) if first else (channels[rest:], channels[:rest])
+        one, two = self._split(turned)
+        turned = self._join(two, one)
+        return torch.cat([turned, kept] if first else [kept, turned])
+
     def _angles(self, x: Tensor) -> Tensor:
         """One number a pair: [B or 1, 1, N, R/2]."""
         half = x.shape[-1] // 2

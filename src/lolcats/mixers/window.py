@@ -22,13 +22,17 @@ def equal_window(mixer: Mixer, dtype: torch.dtype, tokens: int | None = None) ->
         dtype: of keys and values.
         tokens: of sinks and window together; None is as many as the mixer's own state has bytes for.
     """
-    window, stored = _plain(mixer), mixer if isinstance(mixer, BlendMixer) else None
-    if stored is not None:  # the very ranges, not copies
-        window.key_low, window.key_high = stored.key_low, stored.key_high
+    window = _plain(mixer)
+    share_map(window, mixer)
     tokens = equal_tokens([mixer], dtype) if tokens is None else tokens
     sinks = min(WINDOW_SINKS, tokens - 1)
     window.settings = NearSpec(tokens - sinks, sinks)
     return window
+
+
+def share_map(window: BlendMixer, mixer: Mixer) -> None:
+    """Give a window the map of keys of the mixer that it is for, as it is now: on another device it is another one."""
+    window.key_map = mixer.key_map if isinstance(mixer, BlendMixer) else None
 
 
 def equal_tokens(mixers: Sequence[Mixer], dtype: torch.dtype) -> int:

@@ -19,7 +19,9 @@ from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers import Mixer, Rotation, equal_window
+from lolcats.mixers.blend import BlendMixer
 from lolcats.mixers.softmax import capped_softmax
+from lolcats.mixers.window import share_map
 from lolcats.modeling.cache import LinearizedLayer, linearized_layer, past_of, to_device
 from lolcats.modeling.calls import refuse_unknown
 from lolcats.modeling.facts import read_facts, read_texts
@@ -62,7 +64,7 @@ class LinearizedAttention(nn.Module):
         self.model_config: PretrainedConfig | None = None
         self.window_tokens: dict[torch.dtype, int] = {}
         """Where layers share a budget, tokens of the window that takes as much in all of them together."""
-        self._window: dict[torch.dtype, Mixer] = {}
+        self._window: dict[torch.dtype, BlendMixer] = {}
         self.memory_dtype: torch.dtype | None = None
         self.rotary = RotaryFinder()
 
@@ -144,6 +146,7 @@ class LinearizedAttention(nn.Module):
         dtype = self.memory_dtype or dtype
         if dtype not in self._window:
             self._window[dtype] = equal_window(self.mixer, dtype, self.window_tokens.get(dtype))
+        share_map(self._window[dtype], self.mixer)
         return self._window[dtype]
 
     def _acting(self, call: AttentionCall) -> tuple[Mixer, str]:
@@ -215,6 +218,16 @@ def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in model.named_modules()
         if isinstance(module, LinearizedAttention)
         for key, p in module.mixer.named_parameters()
+    }
+
+
+def measured_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a linearization measured on text and nothing trains, by the names in the model."""
+    return {
+        f"{name}.mixer.{key}": buffer
+        for name, module in model.named_modules()
+        if isinstance(module, LinearizedAttention)
+        for key, buffer in module.mixer.named_buffers()
     }
 
 

@@ -22,7 +22,7 @@ from lolcats.runs.artefact import unchanged
 from lolcats.runs.parts import record, teacher_of, train_stage
 from lolcats.runs.state import Run, start_batch
 from lolcats.training.parallel import on_main_process
-from lolcats.training.window_control import WindowStage, window_parameters
+from lolcats.training.window_control import WindowStage
 from lolcats.variants import TRAINED_WINDOW
 
 FAILED = "training of trained_window"
@@ -60,13 +60,7 @@ def _before_stage_2(run: Run) -> Iterator[PreTrainedModel]:
         yield _converted_anew(run)
         return
     with unchanged(stage.adapter, merging=False):
-        model = stage.adapter.unload()
-        learned = {name: p.detach().clone() for name, p in window_parameters(model).items()}
-        _put(model, run.windows)
-        try:
-            yield model
-        finally:
-            _put(model, learned)
+        yield stage.adapter.unload()
 
 
 def _converted_anew(run: Run) -> PreTrainedModel:
@@ -75,10 +69,3 @@ def _converted_anew(run: Run) -> PreTrainedModel:
     if run.widened:
         cast_weights(model, torch.float32)
     return model
-
-
-@torch.no_grad()
-def _put(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in values.items():
-        parameters[name].copy_(value)

@@ -37,7 +37,6 @@ from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStag
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.training.reading import check_reading
-from lolcats.training.window_control import window_parameters
 
 Step = Literal["prepare", "transfer", "finetune", "save", "control", "measure"]
 STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "control", "measure"]
@@ -130,7 +129,6 @@ def _prepare(
         check_lora(model, config.finetune)
     started -= results.seconds.get("total") or 0.0
     run = Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
-    run.windows = {name: p.detach().clone() for name, p in window_parameters(model).items()}
     run.say(
         f"{type(model).__name__}: {len(linearized_layers(model))} of {model.config.num_hidden_layers} layers "
         f"linearized, {len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "

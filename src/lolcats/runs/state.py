@@ -54,8 +54,6 @@ class Run:
     """Stage 2, once it has been trained."""
     widened: bool = False
     """Whether the weights were made float32 for it."""
-    windows: dict[str, Tensor] = field(default_factory=dict)
-    """What the plain windows of the control share with the mixers, as it was at the start."""
     saved: dict[str, Measurement] = field(default_factory=dict)
     """What the artefact scores."""
 

@@ -11,7 +11,8 @@ text b has row indices[b], or none (-1).
 
 Shapes: q, out [B, H, D or Dv]; ring [rows, KV, w, .], kept [rows, KV, P, .], sinks [rows, KV, s, .].
 Bytes: the state once read, KV (w + P + s) (D + Dv) numbers per text. Numbers of 8 or 4 bits (`PairCodec`) are decoded
-in registers, and pairs move from place to place as the bytes that they are.
+in registers, and pairs move from place to place as the bytes that they are. Keys and values are those that were coded,
+scaled and mixed: the kernel is given queries that the codec maps, and its output is mapped back at the end.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -31,28 +32,16 @@ from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, prec
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile
 from lolcats.ops.near.kernels.launch import device_of, refusal
 from lolcats.ops.near.kernels.tiles import SIZES, capped
-from lolcats.ops.near.quantize import PairCodec
+from lolcats.ops.near.quantize import CURVE as LEVEL_CURVE
+from lolcats.ops.near.quantize import STEP_BYTES as BYTES_OF_STEP
+from lolcats.ops.near.quantize import PairCodec, spread
 from lolcats.ops.near.types import NearSpec, NearState
 
 LARGEST_PAIRS = 4096
 """Scores of kept pairs that a program holds in registers."""
 KEYS = 64
 """Slots of a tile."""
-
-
-@triton.jit
-def read_numbers(
-    base, slot, inside, width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
-    """What is stored in `slot` [K] of rows of `width` as a tile [K, block]; of packed numbers their codes."""
-    column = tl.arange(0, block)
-    mask = inside[:, None] & (column < size)[None, :]
-    if BITS == 4:
-        packed = tl.load(base + slot[:, None] * width + (column // 2)[None, :], mask=mask, other=0).to(tl.int32)
-        tile = (packed >> ((column % 2) * 4)[None, :]) & 15
-    else:
-        tile = tl.load(base + slot[:, None] * width + column[None, :], mask=mask, other=0)
-    return tile
+CURVE, STEP_BYTES = tl.constexpr(LEVEL_CURVE), tl.constexpr(BYTES_OF_STEP)
 
 
 @triton.jit
@@ -64,38 +53,45 @@ def read_float16(base, inside):
 
 
 @triton.jit
-def read_keys(
-    base, slot, inside, least, step, like,
-    width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr,
+def read_pairs(
+    base, slot, inside, like,
+    width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Keys of `slot` [K], in the dtype of `like`; least and step [block] are those of the channels."""
-    tile = read_numbers(base, slot, inside, width, size, block, BITS)
-    if BITS < 16:
-        tile = least[None, :] + tile.to(tl.float32) * step[None, :]
-    return tile.to(like.dtype)
+    """Keys or values of `slot` [K] of rows of `width` as a tile [K, block] in the dtype of `like`.
 
-
-@triton.jit
-def read_values(
-    base, slot, inside, like, width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
-    """Values of `slot` [K], in the dtype of `like`; least number and step of a token are its last four bytes."""
-    tile = read_numbers(base, slot, inside, width, size, block, BITS)
-    if BITS < 16:
-        ends = base + slot * width + width - 4
-        least, step = read_float16(ends, inside), read_float16(ends + 2, inside)
-        tile = least[:, None] + tile.to(tl.float32) * step[:, None]
+    Rows of fewer bits end in the step of a token; before it is that of the first WIDE numbers, which have 8 bits.
+    """
+    column = tl.arange(0, block)
+    mask = inside[:, None] & (column < size)[None, :]
+    rows = base + slot * width
+    if BITS == 16:
+        tile = tl.load(rows[:, None] + column[None, :], mask=mask, other=0)
+    else:
+        step = read_float16(rows + width - STEP_BYTES, inside)
+        if BITS == 8:
+            u = tl.load(rows[:, None] + column[None, :], mask=mask, other=0).to(tl.float32) - 127.5
+            tile = u * step[:, None]
+        else:
+            is_wide = column < WIDE
+            place = tl.where(is_wide, column, WIDE + (column - WIDE) // 2)
+            byte = tl.load(rows[:, None] + place[None, :], mask=mask, other=0).to(tl.int32)
+            u = ((byte >> ((column % 2) * 4)[None, :]) & 15).to(tl.float32) - 7.5  # WIDE is even
+            tile = u * (1 + CURVE * u * u) * step[:, None]
+            if WIDE > 0:
+                wide_step = read_float16(rows + width - 2 * STEP_BYTES, inside)
+                tile = tl.where(is_wide[None, :], (byte.to(tl.float32) - 127.5) * wide_step[:, None], tile)
+        tile = tl.where(mask, tile, 0.0)
     return tile.to(like.dtype)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def near_decode(
     q, k, v, score, sink_logits, active, indices, length,
-    ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, sink_k, sink_v, least, steps, sink_q, out,
+    ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, sink_k, sink_v, sink_q, out,
     q_b, q_h, k_b, k_h, v_b, v_h, window, pairs, reach, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-    BITS: tl.constexpr, WK: tl.constexpr, BWK: tl.constexpr, WV: tl.constexpr, BWV: tl.constexpr,
+    BITS: tl.constexpr, WIDE: tl.constexpr, WK: tl.constexpr, BWK: tl.constexpr, WV: tl.constexpr, BWV: tl.constexpr,
     SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr, BP: tl.constexpr,
     SOFTCAP: tl.constexpr, LEARNED: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
     HAS_SINK_Q: tl.constexpr, HAS_REACH: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
@@ -118,14 +114,8 @@ def near_decode(
     k += batch * k_b + kv_head * k_h
     v += batch * v_b + kv_head * v_h
     q_tile = load_tile(q + batch * q_b + kv_head * GROUP * q_h, q_h, 0, GROUP, 0, BG, D, BD)
-    low = tl.zeros((BD,), tl.float32)
-    step = low
-    if BITS < 16:
-        channel = tl.arange(0, BD)
-        low = tl.load(least + kv_head * D + channel, mask=channel < D, other=0.0)
-        step = tl.load(steps + kv_head * D + channel, mask=channel < D, other=0.0)
-    k_new = read_keys(k, one, one < 1, low, step, q_tile, WK, D, BD, BITS)
-    v_new = read_values(v, one, one < 1, q_tile, WV, DV, BV, BITS)
+    k_new = read_pairs(k, one, one < 1, q_tile, WK, D, BD, BITS, WIDE)
+    v_new = read_pairs(v, one, one < 1, q_tile, WV, DV, BV, BITS, 0)
     top = tl.full((BG,), -float("inf"), tl.float32)
     denominator = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BV), tl.float32)
@@ -136,9 +126,9 @@ def near_decode(
         sink = tl.arange(0, BS)
         sink_k += pair * SINKS * WK
         sink_v += pair * SINKS * WV
-        sk = read_keys(sink_k, sink, sink < SINKS, low, step, q_tile, WK, D, BD, BITS)
+        sk = read_pairs(sink_k, sink, sink < SINKS, q_tile, WK, D, BD, BITS, WIDE)
         sk = tl.where((sink == now)[:, None], k_new, sk)
-        sv = read_values(sink_v, sink, sink < SINKS, q_tile, WV, DV, BV, BITS)
+        sv = read_pairs(sink_v, sink, sink < SINKS, q_tile, WV, DV, BV, BITS, 0)
         sv = tl.where((sink == now)[:, None], v_new, sv)
         sink_tile = q_tile
         if HAS_SINK_Q:
@@ -158,15 +148,15 @@ def near_decode(
         left = tl.load(ring_score + own)
         enters = (now - window >= SINKS) & (left > lowest)
         worst = tl.min(tl.where(marks == lowest, place, BP), 0)
-        k_left = read_keys(ring_k, own + one, one < 1, low, step, q_tile, WK, D, BD, BITS)
-        v_left = read_values(ring_v, own + one, one < 1, q_tile, WV, DV, BV, BITS)
+        k_left = read_pairs(ring_k, own + one, one < 1, q_tile, WK, D, BD, BITS, WIDE)
+        v_left = read_pairs(ring_v, own + one, one < 1, q_tile, WV, DV, BV, BITS, 0)
         for first in tl.range(0, pairs, K, num_stages=STAGES):
             slot = first + tl.arange(0, K)
             entering = (slot == worst) & enters
             mark = tl.load(kept_score + slot, mask=slot < pairs, other=-float("inf"))
-            keys = read_keys(kept_k, slot, slot < pairs, low, step, q_tile, WK, D, BD, BITS)
+            keys = read_pairs(kept_k, slot, slot < pairs, q_tile, WK, D, BD, BITS, WIDE)
             keys = tl.where(entering[:, None], k_left, keys)
-            values = read_values(kept_v, slot, slot < pairs, q_tile, WV, DV, BV, BITS)
+            values = read_pairs(kept_v, slot, slot < pairs, q_tile, WV, DV, BV, BITS, 0)
             values = tl.where(entering[:, None], v_left, values)
             s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
             seen = mark > -float("inf")
@@ -181,9 +171,9 @@ def near_decode(
     for first in tl.range(0, window, K, num_stages=STAGES):
         slot = first + tl.arange(0, K)
         position, inside = ring_positions(now, slot, window, False, window)
-        keys = read_keys(ring_k, slot, slot < window, low, step, q_tile, WK, D, BD, BITS)
+        keys = read_pairs(ring_k, slot, slot < window, q_tile, WK, D, BD, BITS, WIDE)
         keys = tl.where((slot == own)[:, None], k_new, keys)
-        values = read_values(ring_v, slot, slot < window, q_tile, WV, DV, BV, BITS)
+        values = read_pairs(ring_v, slot, slot < window, q_tile, WV, DV, BV, BITS, 0)
         values = tl.where((slot == own)[:, None], v_new, values)
         s = capped(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION), scale, SOFTCAP)
         s = tl.where((inside & (position >= SINKS))[None, :], s, -float("inf"))
@@ -220,7 +210,9 @@ def step_refusal(
     codec: PairCodec | None = None,
 ) -> str | None:
     """Why `decode_step` does not take a call, or None."""
-    numbers = (q, k, v) if codec is None else (q, q, q[..., :1].expand(*q.shape[:3], value_size(v, codec)))
+    numbers = (q, k, v)
+    if codec is not None:
+        numbers = q, q, q[..., :1].expand(*q.shape[:3], codec.value_size(v.shape[3]))
     if (reason := refusal(*numbers, False, sink_logits)) is not None:
         return reason
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sink_logits) if x is not None):
@@ -235,11 +227,6 @@ def step_refusal(
     if in_pool and not all(t.is_contiguous() for t in state.tensors()):
         return "it needs a pool of contiguous tensors"
     return None
-
-
-def value_size(v: Tensor, codec: PairCodec | None) -> int:
-    """Dv of values as they are stored."""
-    return v.shape[3] if codec is None else (v.shape[3] - 4) * 8 // codec.bits
 
 
 def decode_step(
@@ -259,8 +246,10 @@ def decode_step(
 
     With a codec k and v are bytes, as it encodes them.
     """
-    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], value_size(v, codec)
-    least, steps = (None, None) if codec is None else (x.contiguous() for x in codec.key_steps())
+    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
+    if codec is not None:
+        q, dv = codec.map_queries(q), codec.value_size(dv)
+        sink_q = None if sink_q is None else codec.map_queries(sink_q)
     ring, sinks, kept = state.ring, state.sinks, state.kept
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     make = torch.empty if active is None and state_indices is None else torch.zeros
@@ -273,18 +262,17 @@ def decode_step(
     with device_of(v):
         on(near_decode, (batch, kv_heads))(
             q, k, v, either(score, q), either(sink_logits, q), either(active, q), either(indices, q), state.length,
-            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q, q)), *(sinks or (q, q)), either(least, q),
-            either(steps, q), either(sink_q, q), out,
+            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q, q)), *(sinks or (q, q)), either(sink_q, q), out,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             spec.window, spec.pairs, spec.reach or 0, spec.product_scale(size),
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=padded(heads // kv_heads), D=size,
             BD=max(SMALLEST, padded(size)), DV=dv, BV=max(SMALLEST, padded(dv)),
-            BITS=16 if codec is None else codec.bits, WK=k.shape[3], BWK=padded(k.shape[3]), WV=v.shape[3],
-            BWV=padded(v.shape[3]),
+            BITS=16 if codec is None else codec.bits, WIDE=0 if codec is None else codec.wide(size),
+            WK=k.shape[3], BWK=padded(k.shape[3]), WV=v.shape[3], BWV=padded(v.shape[3]),
             SINKS=spec.sinks, BS=padded(spec.sinks), HAS_PAIRS=spec.pairs > 0, BP=padded(spec.pairs),
             SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, **flags,
             HAS_SINK_Q=sink_q is not None, HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), K=KEYS,
             STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
         )  # fmt: skip
         on(advance_kernel, (batch,))(state.length, either(active, q), either(indices, q), **flags, num_warps=1)
-    return out
+    return out if codec is None else spread(out.float()).to(out.dtype)
