@@ -33,7 +33,7 @@ QUERY_BLOCK = 128
 """Queries whose attention is in memory at once."""
 GUESS_ERROR = 1.0
 """Standard deviation of the error of a guess at the logs of the attention to come. Without one the pairs that are kept
-would be the best ones always, which makes them cheaper than they will be: of 0 and 1, 1 gave the better students."""
+would be the best ones always, which makes them cheaper than they will be: of 0 and 1, 1 was better after stage 1."""
 GUESS_SEED = 0
 """Of these errors: the same text gives the same costs, in every process."""
 SMALLEST_MASS = 1e-12
