@@ -84,7 +84,7 @@ def test_another_layer_begins_from_its_own_defaults() -> None:
     back = load_config("recommended", ["linearization.mixer=hybrid", "linearization.layers=[1]"])
     assert back.linearization == LinearizationConfig(layers=[1])
     same = load_config("recommended", ["linearization.mixer=blend"])
-    assert same.linearization.model_dump()["kept"]["pairs"] == 350
+    assert same.linearization.model_dump()["kept"]["pairs"] == 340
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_a_learned_score_needs_its_stage() -> None:
 
 def test_keys_are_measured_for_4_bits_alone() -> None:
     for bits in (16, 8, 4):
-        words = [f"linearization.bits={bits}", "linearization.far=none", "linearization.start=matched"]
-        assert load_config("blend", words).linearization.starts_from_text == (bits == 4)
+        words = [f"linearization.bits={bits}", "linearization.budget=uniform"]
+        assert load_config("recommended", words).linearization.starts_from_text == (bits == 4)
 
 
 def test_layers_have_their_entries_of_a_split() -> None:

@@ -34,6 +34,15 @@ def test_steps_one_by_one_are_the_whole_run(make_config: Callable[..., RunConfig
     )
 
 
+def test_there_may_be_nothing_to_do_in_stage_1(make_config: Callable[..., RunConfig]) -> None:
+    words = ("name=plain", "linearization={mixer: blend, far: none, window: 4}", "finetune.enabled=false")
+    folder = steps.prepare(make_config(*words))
+    steps.transfer(folder)
+    assert steps.finished(folder) == ["prepare", "transfer", "finetune"]
+    steps.save(folder)
+    assert folder.has_model()
+
+
 @pytest.mark.slow
 def test_a_step_needs_those_before_it(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"is no run: expected config\.yaml"):

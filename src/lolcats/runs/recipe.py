@@ -167,7 +167,9 @@ def transfer(run: Run) -> None:
     if not config.enabled:
         return
     if not any(layer.mixer.learns for layer in linearized_layers(run.model)):
-        run.say("transfer: these layers have nothing to learn by themselves, so there is no first stage")
+        run.results.notes["transfer"] = "these layers have nothing to learn by themselves, so there is no first stage"
+        run.say(f"transfer: {run.results.notes['transfer']}")
+        run.write_results()
         return
     run.use_compiled(config.compile)
     stage = TransferStage(run.model, config)

@@ -35,7 +35,9 @@ def finished(folder: RunFolder) -> list[Step]:
     config, results = folder.config(), folder.results()
     done: dict[Step, bool] = {
         "prepare": "teacher" in results.perplexity,
-        "transfer": not config.transfer.enabled or folder.stage_state("transfer") == "finished",
+        "transfer": not config.transfer.enabled
+        or folder.stage_state("transfer") == "finished"
+        or "transfer" in results.notes,
         "finetune": not config.finetune.enabled or folder.stage_state("finetune") == "finished",
         "save": folder.has_model(),
         "control": not config.trains_window or has_window(folder.model) or results.complete or FAILED in results.notes,
