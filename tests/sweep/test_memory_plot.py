@@ -124,7 +124,7 @@ def test_the_picture_of_the_documentation(tmp_path: Path, capsys: pytest.Capture
     code = main(["plot", str(DOCS / "memory.csv"), "--output", str(picture)])
     out = capsys.readouterr()
     assert code == 0, out.err
-    assert "13 points of 6 lines" in out.out
+    assert "12 points of 5 lines" in out.out
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     assert (tmp_path / "memory.csv").read_text() == (DOCS / "memory.csv").read_text()
     assert to_csv(read_points([tmp_path / "memory.csv"])) == (DOCS / "memory.csv").read_text()

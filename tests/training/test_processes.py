@@ -133,7 +133,8 @@ def test_only_the_main_process_writes_the_run(tmp_path: Path, model_folder: Path
     """Though the other one loads its model much later."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
-    stages = [f"{stage}.{key}" for stage in ("transfer", "finetune") for key in ("tokens=96", "batch_size=2")]
+    words = ("tokens=96", "batch_size=2", "recall.share=0")
+    stages = [f"{stage}.{word}" for stage in ("transfer", "finetune") for word in words]
     command = [str(script), "linearize", str(model_folder), "name=two",
                f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{text_file}]", "data.sequence_length=24",
                "data.validation_sequences=2", "device=cpu", "finetune.merge=false", *stages]  # fmt: skip

@@ -102,22 +102,19 @@ def test_tokens_that_see_all_do_so_in_every_head(make: Students) -> None:
     assert FinetuneStage(student, FinetuneConfig(**STAGE))._near_tokens == 3
 
 
-@pytest.mark.parametrize(("start", "bits", "learns"), [("plain", 8, True), ("matched", 8, False), ("matched", 4, True)])
-def test_ranges_that_the_text_gave_are_kept_in_8_bits(
-    make: Students, tokens: Tokens, start: str, bits: int, learns: bool
-) -> None:
-    """Without a far half; those that start anywhere, and those of 4 bits, learn from the output."""
-    student = make("none", move=0.0, bits=bits, start=start)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_only_scores_learn_without_a_far_half(make: Students, tokens: Tokens, bits: int) -> None:
+    """So attention transfer makes no outputs, and a layer without pairs learns nothing."""
+    student = make("none", move=0.0, bits=bits, start="matched")
     stage = TransferStage(student, TransferConfig(**STAGE))
     stage.backward(batch_of(tokens(2, 30)), 1.0)
     for layer in linearized_layers(student):
         mixer: Any = layer.mixer
-        assert mixer.output_learns == learns and mixer.learns == (learns or mixer.score is not None)
-        assert all((p.grad is not None) == learns for p in (mixer.key_low, mixer.key_high))
-        assert bool((mixer.key_high != 16.0).any()) == (start == "matched")
+        assert not mixer.output_learns and mixer.learns == (mixer.score is not None)
+        assert all(p.grad is not None for p in mixer.parameters())
 
 
-def test_a_window_with_ranges_from_the_text_has_no_first_stage(make: Students) -> None:
+def test_a_window_in_few_bits_has_no_first_stage(make: Students) -> None:
     student = make("none", None, bits=8, start="matched")
     with pytest.raises(LolcatsError, match=r"nothing to train in stage 1: .* nothing to learn by themselves"):
         TransferStage(student, TransferConfig(**STAGE))

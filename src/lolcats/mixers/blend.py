@@ -188,8 +188,8 @@ class BlendMixer(Mixer):
 
     @property
     def near_impl(self) -> str:
-        """Of near attention. Its kernels are asked for by name: they have not been timed on a GPU yet."""
-        return self.impl if self.impl in ("triton", "reference") else "chunked"
+        """Of near attention, which has no form for each name that far halves know."""
+        return self.impl if self.impl in ("auto", "triton", "chunked", "reference") else "chunked"
 
     def _join(self, near: Tensor, far: Tensor, hidden: Tensor, mode: str) -> Tensor:
         if mode in NOT_FAR:
@@ -284,14 +284,11 @@ class BlendMixer(Mixer):
         Where pairs are stored in fewer bits, also measure which channels of the keys matter.
         """
         if self.key_map is not None:
-            self.key_map.copy_(measure_keys(call.q, call.k, self._partners(call)))
+            channels = torch.arange(self.sizes.head_dim, device=call.k.device)
+            partners = channels if call.rotation is None else call.rotation.partners(channels)
+            self.key_map.copy_(measure_keys(call.q, call.k, partners))
         if self.share is not None:
             self.share.match(far_attention(call, self.groups).mass, windows_of(self.groups), self.settings.sinks)
-
-    def _partners(self, call: Call) -> Tensor:
-        """Of each channel of q and k the one that is rotated into it, or itself, [D]."""
-        channels = torch.arange(self.sizes.head_dim, device=call.k.device)
-        return channels if call.rotation is None else call.rotation.partners(channels)
 
     def widened(self, tokens: int) -> BlendMixer:
         """The layer with a window over the whole text and without its far half."""

@@ -185,7 +185,8 @@ def _coded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         step = _as_float16(step)
         return (x / step + half).round().clamp(0, 2 * half), step
-    step = _as_float16(step * torch.tensor(STEPS, dtype=x.dtype, device=x.device))[..., None]  # [..., tried, 1]
+    # Not by a tensor of them: a copy from the host cannot be recorded as a CUDA graph.
+    step = _as_float16(torch.cat([step * part for part in STEPS], -1))[..., None]  # [..., tried, 1]
     levels = _level(torch.arange(2**bits, dtype=x.dtype, device=x.device), bits)
     code = torch.bucketize((x[..., None, :] / step).contiguous(), (levels[1:] + levels[:-1]) / 2).to(x.dtype)
     error = _total((_level(code, bits) * step - x[..., None, :]).square())
