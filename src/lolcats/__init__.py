@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lolcats.errors import LolcatsError
     from lolcats.export import export_model, load_adapter
     from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
+    from lolcats.modeling.continuing import continue_from
+    from lolcats.modeling.saved_state import load_state, save_state
     from lolcats.models.teacher import load_teacher
     from lolcats.ops import HybridOutput, HybridSpec, HybridState, LinearState, MapWeights, hybrid_attention
     from lolcats.runs.recipe import linearize
@@ -39,6 +41,7 @@ __all__ = [
     "TrainingData",
     "__version__",
     "attention_mode",
+    "continue_from",
     "convert",
     "export_model",
     "finetune_lora",
@@ -47,7 +50,9 @@ __all__ = [
     "linearized_layers",
     "load_adapter",
     "load_config",
+    "load_state",
     "load_teacher",
+    "save_state",
     "transfer_attention",
 ]
 
@@ -57,6 +62,8 @@ _PLACES = {
     "lolcats.errors": ("LolcatsError",),
     "lolcats.export": ("export_model", "load_adapter"),
     "lolcats.modeling": ("LinearizedAttention", "attention_mode", "convert", "linearized_layers"),
+    "lolcats.modeling.continuing": ("continue_from",),
+    "lolcats.modeling.saved_state": ("load_state", "save_state"),
     "lolcats.models.teacher": ("load_teacher",),
     "lolcats.ops": (
         "HybridOutput",

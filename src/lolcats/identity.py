@@ -20,6 +20,11 @@ SAMPLES = 64
 """Numbers of each weight that `weights_digest` looks at, spread evenly."""
 PIECE = 1 << 22
 """Numbers of a tensor that are hashed at a time; bounds the memory for their 64-bit copies."""
+NOT_COMPUTING = frozenset(
+    ["_name_or_path", "transformers_version", "architectures", "dtype", "impl", "use_cache", "output_attentions",
+     "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "bos_token_id", "eos_token_id"]
+)  # fmt: skip
+"""Settings of a model that its outputs do not depend on, or that are known from its weights (`dtype`)."""
 
 
 def digest(value: object) -> str:
@@ -72,11 +77,32 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     Sums of the bits as integers, which come out the same in whatever order a device adds; not proof against forgery.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    weights = {name: [str(tensor.dtype), list(tensor.shape), *_bit_sums(tensor)] for name, tensor in tensors}
+    weights = _weights_of([*model.named_parameters(), *model.named_buffers()])
     settings = model.config.to_json_string(use_diff=False)
     words = [tokenizer_identity(tokenizer, "chat"), tokenizer.special_tokens_map]
     return key_of(weights, settings, model.device.type, words)
+
+
+@torch.no_grad()
+def network_identity(model: PreTrainedModel) -> str:
+    """A hash of what a model makes of token ids: its weights, their number format and its settings.
+
+    The same on every device, and before and after `save_pretrained`. As of `model_identity`, no proof against forgery.
+    """
+    kept = model.state_dict().keys()  # without frequencies of rotary embeddings, which may change with the text
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    return key_of(_weights_of([*model.named_parameters(), *buffers]), _computing(model.config.to_dict()))
+
+
+def _weights_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[Any]]:
+    return {name: [str(tensor.dtype), list(tensor.shape), *_bit_sums(tensor)] for name, tensor in tensors}
+
+
+def _computing(settings: Any) -> Any:
+    """A config without what says nothing of how a model computes, at any depth."""
+    if not isinstance(settings, dict):
+        return settings
+    return {str(key): _computing(value) for key, value in sorted(settings.items(), key=str) if key not in NOT_COMPUTING}
 
 
 def _bit_sums(tensor: Tensor) -> list[int]:
