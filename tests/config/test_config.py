@@ -260,3 +260,27 @@ def test_steps_round_up(tokens, batch, length, steps):
 def test_sections_do_not_share_their_default_lists():
     DataConfig().sources.append("more.txt")
     assert DataConfig().sources == ["python-docs"]
+
+
+def test_a_file_says_what_it_changes_in_its_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: small\nlinearization: {window: 32}\nfinetune: {rank: 4}\n")
+    (tmp_path / "again.yaml").write_text("base: mine.yaml\nname: again\nlinearization: {kept: {pairs: 9}}\n")
+    changes = ["name=again", "linearization.window=32", "linearization.kept.pairs=9", "finetune.rank=4"]
+    assert load_config(tmp_path / "again.yaml") == load_config("small", changes)
+    assert load_config(tmp_path / "again.yaml", ["finetune.rank=5"]).finetune.rank == 5
+    (tmp_path / "other.yaml").write_text("base: recommended\nlinearization: {mixer: hybrid}\n")
+    assert load_config(tmp_path / "other.yaml").linearization == HybridConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: [small]", r"base: expected a recipe or a YAML file \(got \['small'\]\)"),
+        ("base: absent.yaml", r"no configuration file .*absent\.yaml; give a YAML file or a shipped recipe: hybrid"),
+        ("base: mine.yaml", r"mine\.yaml: base: it is the base of itself"),
+    ],
+)
+def test_a_base_that_cannot_be_used(text, message, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "mine.yaml")

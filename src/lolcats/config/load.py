@@ -26,6 +26,8 @@ LAYER = "linearization"
 def load_config(path_or_recipe: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Build the settings of a run from a file or a shipped recipe, then apply overrides.
 
+    A file may be `base: NAME`, a recipe or another YAML file beside it, and what it changes in that.
+
     Args:
         path_or_recipe: a YAML file; the name of a shipped recipe ("recommended", "small", "recall", "hybrid", "paper"),
             which wins over a file of that name; or None for the defaults alone.
@@ -107,7 +109,8 @@ def _section(settings: dict[str, Any]) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _read_settings(path_or_recipe: str | Path) -> dict[str, Any]:
+def _read_settings(path_or_recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, on top of its base; `above` are the files of which it is the base."""
     shipped = (resources.files("lolcats") / "recipes").iterdir()
     recipes = {item.name.removesuffix(".yaml"): item for item in shipped if item.name.endswith(".yaml")}
     file = recipes.get(str(path_or_recipe)) or Path(path_or_recipe).expanduser()
@@ -120,7 +123,16 @@ def _read_settings(path_or_recipe: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {path_or_recipe}: {error}") from error
     if not isinstance(settings, dict | None):
         raise ConfigError(f"the configuration {path_or_recipe} must hold `key: value` lines, got {settings!r:.60}")
-    return settings or {}
+    settings = settings or {}
+    if (base := settings.pop("base", None)) is None:
+        return settings
+    if not isinstance(base, str):
+        raise ConfigError(f"{path_or_recipe}: base: expected a recipe or a YAML file (got {base!r:.60})")
+    place = Path(str(file)).resolve()
+    if place in above:
+        raise ConfigError(f"{path_or_recipe}: base: it is the base of itself; name another one, or none")
+    below = base if base in recipes else place.parent / Path(base).expanduser()
+    return merged(_read_settings(below, (*above, place)), settings)
 
 
 def dotted(settings: dict[str, Any], prefix: str = "") -> list[str]:
