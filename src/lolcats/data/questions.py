@@ -16,6 +16,7 @@ from lolcats.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_OFF = "set transfer.recall.share=0 and finetune.recall.share=0"
 _FACTS = 0.5  # of a sequence's tokens are facts and questions
 _TOKENS = 24  # no fact with its question has fewer, so that there are enough of them
 _TRIES = 30
@@ -124,7 +125,7 @@ def ask(
     if not gaps:
         need = min(pair.tokens for pair in pairs)
         raise DataError(f"sequences of {length} tokens have no room for a fact and its question, which take {need} and "
-                        "more; raise data.sequence_length, or set recall.share=0")  # fmt: skip
+                        f"more; raise data.sequence_length, or {_OFF}")  # fmt: skip
     out[~taken] = text[: length - taken.sum()]
     return Questioned(out, answers, np.array(gaps))
 
@@ -146,7 +147,7 @@ def _place(rng: np.random.Generator, taken: np.ndarray, pair: _Pair, gap: int) -
 def _pairs(rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, count: int) -> list[_Pair]:
     """Facts of different names, with their questions."""
     if not tokenizer.is_fast:
-        raise DataError("recall needs a fast tokenizer, which tells where each token begins; set recall.share=0")
+        raise DataError(f"recall needs a fast tokenizer, which tells where each token begins; {_OFF}")
     count = min(count, len(_FIRST) * len(_SECOND))
     texts: list[str] = []
     spans: list[tuple[int, int]] = []
