@@ -11,7 +11,7 @@ from torch import Tensor
 from lolcats.errors import LolcatsError
 from lolcats.mixers import Call, Sizes
 from lolcats.mixers import scores as module
-from lolcats.mixers.scores import SMALLEST, KeyScores, attention_given, chance
+from lolcats.mixers.scores import RESOLUTION, SMALLEST, KeyScores, attention_given, chance
 
 SIZES = Sizes(heads=4, kv_heads=2, head_dim=6, value_dim=4, hidden_size=10)
 WINDOW = 5
@@ -84,8 +84,10 @@ def test_mix_goes_from_the_largest_to_the_sum() -> None:
     ends = [KeyScores(SIZES, "oracle", mix, None, False)(call, call.k, positions(call), WINDOW, no_recall)
             for mix in (1.0, 0.0, 0.25)]  # fmt: skip
     given = attention_given(call, WINDOW)
-    assert torch.equal(ends[0], given[..., 0]) and torch.equal(ends[1], given[..., 1])
-    torch.testing.assert_close(ends[2], 0.25 * ends[0] + 0.75 * ends[1])
+    wanted = [given[..., 0], given[..., 1], 0.25 * given[..., 0] + 0.75 * given[..., 1]]
+    for score, want in zip(ends, wanted, strict=True):
+        torch.testing.assert_close(score, want, rtol=0, atol=0.5 / RESOLUTION)
+        assert torch.equal(score * RESOLUTION, (score * RESOLUTION).round()), "equal words must have equal scores"
 
 
 def test_the_oracle_is_for_whole_texts() -> None:

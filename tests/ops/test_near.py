@@ -99,6 +99,24 @@ def test_cut_anywhere_and_step_by_step(spec: NearSpec) -> None:
     same(state, whole.state)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.pairs], ids=str)
+@torch.no_grad()
+def test_equal_scores_in_parts_and_steps(spec: NearSpec) -> None:
+    """The earlier pair stays, whatever slots the pairs are in."""
+    n = 60
+    q, k, v, score = tensors(n)
+    score = score.round()
+    extra = {"sink_logits": logits(spec)}
+    whole = near(q, k, v, spec, score=score, sink_q=others(spec, q), **extra).out
+    torch.testing.assert_close(steps(q, k, v, score, spec, empty_near_state(k, v, spec))[0], whole, **EXACT)
+    for cut in (20, 41):
+        first_q, first_k, first_v, first_score = (x[:, :, :cut] for x in (q, k, v, score))
+        state = steps(first_q, first_k, first_v, first_score, spec, empty_near_state(k, v, spec))[1]
+        rest = near(*(x[:, :, cut:] for x in (q, k, v)), spec, score=score[:, :, cut:], initial_state=state,
+                    sink_q=part(others(spec, q), cut, n), **extra).out  # fmt: skip
+        torch.testing.assert_close(rest, whole[:, :, cut:], **EXACT)
+
+
 def same(x: NearState | None, y: NearState | None) -> None:
     assert x is not None and y is not None
     assert x.length.tolist() == y.length.tolist()

@@ -40,7 +40,8 @@ def texts(n: int) -> Texts:
         return torch.randn(3, *shape, generator=generator).to(DEVICE)
 
     logits = torch.linspace(-1, 1, 2, device=DEVICE)
-    return Texts(random(2, n, 20), random(1, n, 20), random(1, n, 17), random(1, n), logits)
+    score = (2 * random(1, n)).round() / 2  # some are equal
+    return Texts(random(2, n, 20), random(1, n, 20), random(1, n, 17), score, logits)
 
 
 def begun(x: Texts, n: int, spec: NearSpec) -> NearState:
@@ -65,11 +66,11 @@ def assert_same(got: NearState, want: NearState) -> None:
 def _ordered(state: NearState) -> list[Tensor]:
     if state.kept is None:
         return state.tensors()
-    score, order = state.kept.score.sort(-1)
-    k, v = (x.gather(2, order[..., None].expand_as(x)) for x in state.kept[:2])
-    filled = (score > -torch.inf)[..., None]
-    position = state.kept.position.gather(2, order) * filled[..., 0]
-    return [*state._replace(kept=None).tensors(), score, k * filled, v * filled, position]
+    filled = state.kept.score > -torch.inf
+    order = torch.where(filled, state.kept.position, -1).argsort(-1)
+    kept = [x.gather(2, order[..., None].expand_as(x)) for x in state.kept[:2]]
+    score, position, filled = (x.gather(2, order) for x in (*state.kept[2:], filled))
+    return [*state._replace(kept=None).tensors(), score, *(x * filled[..., None] for x in kept), position * filled]
 
 
 CASES = [

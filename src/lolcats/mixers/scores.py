@@ -27,6 +27,8 @@ HIDDEN_WIDTH, PAIR_WIDTH = 128, 64
 """Of the two parts of the learned score."""
 SMALLEST = 1e-4
 """Added to an attention weight before its logarithm is taken."""
+RESOLUTION = 1024
+"""Scores that are computed are multiples of one part in so many."""
 UNJUDGED = 256
 """The last keys of a text have few queries after them, so nothing is learned from them."""
 QUERY_BLOCK = 512
@@ -99,6 +101,10 @@ class KeyScores(nn.Module):
             recall: makes the error [B, KV, N] of the far half.
         """
         score = self._fresh(call, k, position, window, recall)
+        if self.name not in ("recency", "random"):
+            # A word that comes again has the same score in the first layer, but for how products are added up, which
+            # differs between a text and a step: then the order of positions decides, not the last digit.
+            score = (score * RESOLUTION).round() / RESOLUTION
         # What fades does so at one rate, so it is the same to let what comes later start higher.
         return score if self.fade is None else score + (position / self.fade)[:, None]
 

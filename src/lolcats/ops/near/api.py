@@ -63,6 +63,7 @@ def near_attention(
     if sink_q is not None:
         expect(sink_q.shape == q.shape, f"sink_q {tuple(q.shape)}", tuple(sink_q.shape))
     sink_q = sink_q if spec.sinks else None
+    initial_state = None if initial_state is None else initial_state.in_order()
     expect(impl in IMPLEMENTATIONS, f"impl {', '.join(map(repr, IMPLEMENTATIONS))}", repr(impl))
     with torch.autocast(q.device.type, enabled=False):
         stored = None

@@ -3,8 +3,8 @@
 At query i the keys up to i - w have left the window, and of them the P of the highest score are kept. A score is fixed
 when its key leaves, so whoever is beaten by P others stays beaten: a pair is kept from when it leaves *until* one
 query, and that is all there is to know of it. Blocks of queries carry the kept pairs from one to the next; within a
-block every pair is counted against every arrival at once. Of equal scores the earlier one is kept; after a step
-(`step.py`), which knows no order, either.
+block every pair is counted against every arrival at once. Of equal scores the earlier one is kept, so what a
+call finds in its state must be in the order of positions.
 """
 
 from __future__ import annotations

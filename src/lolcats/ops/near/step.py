@@ -143,8 +143,10 @@ def _keep_leaving(state: NearState, spec: NearSpec) -> KeptPairs | None:
     at = (start % spec.window)[:, None]
     leaves = start - spec.window >= spec.sinks
     score = torch.where(leaves[:, None], take_tokens(state.ring.score, at)[..., 0], EMPTY)
-    lowest, worst = kept.score.min(-1)
-    slots = torch.arange(spec.pairs, device=score.device)
+    lowest = kept.score.amin(-1, keepdim=True)
+    # Of equal ones the latest goes, as in a text that is read at once.
+    worst = torch.where(kept.score == lowest, kept.position, -1).argmax(-1)
+    lowest, slots = lowest[..., 0], torch.arange(spec.pairs, device=score.device)
     place = (slots == worst[..., None]) & (score > lowest)[..., None]  # [B, KV, P]
     k, v = (
         torch.where(place[..., None], take_tokens(x, at), old)

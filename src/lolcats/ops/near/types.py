@@ -67,6 +67,14 @@ class NearState(NamedTuple):
     length: Tensor
     """[B] int64: tokens seen of each text."""
 
+    def in_order(self) -> NearState:
+        """The state with its kept pairs in the order of their positions."""
+        if self.kept is None:
+            return self
+        order = self.kept.position.argsort(dim=-1, stable=True)
+        k, v = (x.gather(2, order[..., None].expand_as(x)) for x in self.kept[:2])
+        return self._replace(kept=KeptPairs(k, v, *(x.gather(2, order) for x in self.kept[2:])))
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> NearState:
         """Apply `fn` to every tensor and return the new state."""
         return map_state(self, fn)

@@ -147,7 +147,10 @@ def near_decode(
         lowest = tl.min(marks, 0)
         left = tl.load(ring_score + own)
         enters = (now - window >= SINKS) & (left > lowest)
-        worst = tl.min(tl.where(marks == lowest, place, BP), 0)
+        # Of equal ones the latest goes, as in a text that is read at once.
+        since = tl.load(kept_position + place, mask=place < pairs, other=-1)
+        since = tl.where(marks == lowest, since, -1)
+        worst = tl.min(tl.where(since == tl.max(since, 0), place, BP), 0)
         k_left = read_pairs(ring_k, own + one, one < 1, q_tile, WK, D, BD, BITS, WIDE)
         v_left = read_pairs(ring_v, own + one, one < 1, q_tile, WV, DV, BV, BITS, 0)
         for first in tl.range(0, pairs, K, num_stages=STAGES):
