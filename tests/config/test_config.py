@@ -72,7 +72,7 @@ def test_recipes_by_memory(name, window, pairs):
         update={"window": window, "kept": layer.kept.model_copy(update={"pairs": pairs})}
     )
     assert (layer.mixer, layer.sinks, layer.far, layer.bits, layer.budget) == ("blend", 4, "none", 8, "heads")
-    assert (layer.kept.score, layer.kept.fade, layer.start) == ("learned", 4000, "matched")
+    assert (layer.kept.score, layer.kept.fade, layer.start) == ("learned", 2000, "matched")
     mixer = build_mixer("blend", Sizes(9, 3, 64, 64, 576), **layer.values())
     kv_tokens = mixer.state_spec(torch.bfloat16).nbytes / (2 * 3 * 64 * 2)
     assert 0.98 < kv_tokens / {"small": 128, "recommended": 256, "recall": 512}[name] <= 1.001
