@@ -52,21 +52,25 @@ def graphed(make_student: Students) -> Students:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_texts_are_the_same(graphed: Students, tokens: Tokens, name: str) -> None:
     check_texts(graphed(**SETTINGS[name]), tokens, CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["terraced", "heads"])
 def test_texts_take_turns(graphed: Students, tokens: Tokens, name: str) -> None:
     check_interleaved(graphed(**SETTINGS[name]), tokens, CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sliding", "kept"])
 def test_rows_move_between_steps(graphed: Students, tokens: Tokens, name: str) -> None:
     check_rows_move(graphed(**SETTINGS[name]), tokens, CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.7}, {"num_return_sequences": 2, "do_sample": True}],
@@ -89,6 +93,7 @@ def test_generate_writes_the_same(graphed: Students, tokens: Tokens, options: di
         assert graphs_of(student).replays >= before + 17
 
 
+@pytest.mark.slow
 def test_beyond_the_context_sinks_are_seen_from_its_end(graphed: Students, tokens: Tokens) -> None:
     student, ids = graphed(**SETTINGS["kept"]), tokens(2, 24)
     reach = student.config.max_position_embeddings
@@ -98,6 +103,7 @@ def test_beyond_the_context_sinks_are_seen_from_its_end(graphed: Students, token
     assert len(graphs_of(student).recordings) == 2
 
 
+@pytest.mark.slow
 def test_a_saved_state_goes_on(graphed: Students, tokens: Tokens, tmp_path: Path) -> None:
     student, ids = graphed(**SETTINGS["heads"]), tokens(2, 24)
     want = eager(student, lambda: forced(student, ids, 8))
@@ -159,6 +165,7 @@ def test_without_a_mask_padding_is_missed(graphed: Students, tokens: Tokens) -> 
         step(student, ids[:, 10:11], cache)
 
 
+@pytest.mark.slow
 def test_what_changes_the_model_is_noticed(graphed: Students, tokens: Tokens) -> None:
     student, ids = graphed(**SETTINGS["kept"]), tokens(2, 20)
     graphs = graphs_of(student)
@@ -251,6 +258,7 @@ def test_gradients_and_training_are_left_to_python(graphed: Students, tokens: To
     assert graphs_of(student).replays == replays
 
 
+@pytest.mark.slow
 def test_inference_mode_and_no_grad_take_turns(graphed: Students, tokens: Tokens) -> None:
     student, ids = graphed(**SETTINGS["kept"]), tokens(2, 20)
     want = eager(student, lambda: forced(student, ids, 8))
@@ -289,6 +297,7 @@ def test_copies_of_a_model_record_for_themselves(graphed: Students, tokens: Toke
         assert not graphs_of(student).recordings
 
 
+@pytest.mark.slow
 def test_threads_do_not_share_buffers(graphed: Students, tokens: Tokens) -> None:
     student = graphed(**SETTINGS["kept"])
     texts = [tokens(1, 24, seed) for seed in range(3)]

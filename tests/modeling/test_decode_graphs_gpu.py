@@ -108,8 +108,7 @@ def test_a_replay_is_a_replay(graphed: Students, ids_of: Tokens, name: str) -> N
         for at in range(8, 28):
             step(student, ids[:, at : at + 1], cache)
     calls = {event.key: event.count for event in profile.key_averages()}
-    launched = {name: count for name, count in calls.items() if "GraphLaunch" in name}
-    assert sum(launched.values()) in (0, 20), f"{launched} launches of graphs in 20 steps"  # 0: CUPTI is not there
+    assert calls.get("aten::copy_", 0) >= 40, "of tokens and positions"
     assert calls.get("aten::linear", 0) == 0, f"aten::linear ran {calls['aten::linear']} times in 20 steps"
 
 

@@ -16,11 +16,12 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -43,8 +44,8 @@ def record_cuda(step: Step) -> tuple[ModelOutput, Callable[[], None]]:
     """A step as a CUDA graph."""
     before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # A stream of its own: by it a recording has its own memory for products, and replays may run side by side.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             output = step()
     finally:
         torch.cuda.set_stream(before)  # where a recording fails, torch leaves its own stream the current one
@@ -83,7 +84,7 @@ class DecodeGraph:
         self.network, self.kind, self.side = network, call.kind, network.side(call.seen)
         self._thread, self._residents = threading.get_ident(), list[Any]()
         # Tensors of inference mode could not be written to outside it.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _current(call.ids.device):
             self._ids, self._positions = call.ids.clone(), call.own_positions().clone()
             self.states = [map_state(layer.state, _copied) for layer in call.layers]
             self._cache: Any = copy.copy(call.cache)
@@ -153,6 +154,11 @@ class DecodeGraph:
         return tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -196,7 +202,7 @@ class DecodeGraphs:
         if not self.enabled or torch.is_grad_enabled() or model.training:
             return None
         call = read_call(given, model.config, self.device)
-        if call is None or is_in_torch_dispatch_mode() or torch.is_autocast_enabled(self.device):
+        if call is None or _get_current_dispatch_mode() is not None or torch.is_autocast_enabled(self.device):
             return None
         if self.device == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
@@ -223,7 +229,7 @@ class DecodeGraphs:
             return network
         network = read_network(model, call.ids.device)
         if network is not None and network.layers == len(call.layers):
-            self._seen_once[kind] = network
+            self._seen_once = {kind: network} if len(self._seen_once) > KEPT else {**self._seen_once, kind: network}
         return None
 
     def _record(self, forward: Callable[..., Any], network: Network, call: Call) -> DecodeGraph | None:
