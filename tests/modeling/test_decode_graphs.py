@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import lolcats
 from decode_cases import (
     SETTINGS,
     assert_close,
@@ -25,10 +29,6 @@ from decode_cases import (
     step,
     with_stand_in,
 )
-from torch import Tensor
-from transformers import DynamicCache
-
-import lolcats
 from lolcats import LolcatsError, attention_mode
 from lolcats.modeling.decode_graphs import KEPT, graphs_of
 
