@@ -1,7 +1,7 @@
 """Milliseconds a token of a linearized model with and without CUDA graphs, beside its teacher.
 
 python benchmarks/generate.py [--model demo] [--recipe recommended] [--device cuda] [--batch 1 64] [--context 512]
-    [--tokens 48] [--compiled-teacher]
+    [--tokens 32] [--compiled-teacher]
 
 The layers are those of a recipe, untrained. `generate` is the time of a token in `generate`, the difference of two
 texts, so that reading the prompt does not count; `steps` is that of a forward pass alone, the GPU's work awaited at the
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--compiled-teacher", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)

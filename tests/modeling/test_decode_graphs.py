@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import lolcats
@@ -37,6 +38,10 @@ Tokens = Callable[..., Tensor]
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CLOSE = 1e-5
+FORBIDDEN = {
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount",
+    "lift_fresh", "lift_fresh_copy",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -56,6 +61,17 @@ def graphed(make_student: Students) -> Students:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_texts_are_the_same(graphed: Students, tokens: Tokens, name: str) -> None:
     check_texts(graphed(**SETTINGS[name]), tokens, CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_interpreter")
+@pytest.mark.parametrize("name", ["sliding", "bytes"])
+def test_kernels_that_work_in_place_do_so_in_the_buffers(graphed: Students, tokens: Tokens, name: str) -> None:
+    pytest.importorskip("triton")
+    student, ids = graphed(**SETTINGS[name], impl="triton"), tokens(1, 9)
+    want = eager(student, lambda: forced(student, ids, 6))
+    assert_close(forced(student, ids, 6), want, CLOSE)
+    assert graphs_of(student).replays == 2
 
 
 @pytest.mark.slow
@@ -382,3 +398,36 @@ def test_a_step_that_counts_in_python_is_not_recorded(graphed: Students, tokens:
         for at in range(8, 12):
             step(student, ids[:, at : at + 1], cache)
     assert graphs_of(student).replays == 0
+
+
+class _Watch(TorchDispatchMode):
+    """Finds what a CUDA graph cannot hold: questions to the device, sizes that depend on values, copies from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [x for x in (args[1] or ()) if isinstance(x, Tensor)] if name in ("index", "index_put_") else []
+        if name in FORBIDDEN or any(x.dtype == torch.bool for x in masks):
+            self.found.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_asks_the_device_for_nothing(graphed: Students, tokens: Tokens, name: str) -> None:
+    student, ids, watch = graphed(**SETTINGS[name]), tokens(2, 12), _Watch()
+
+    def record(step: Any) -> Any:
+        with watch:
+            step()
+        return run_again(step)
+
+    graphs_of(student).record = record
+    forced(student, ids, 8)
+    assert graphs_of(student).replays == 3
+    assert not watch.found
+    with watch:  # it does find them
+        assert bool(ids.any()) and len(ids[ids > 0]) and len(torch.tensor([1]))
+    assert len(watch.found) == 3
