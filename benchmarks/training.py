@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from shapes import load
 
 import lolcats
 from lolcats.models.device import describe_device
@@ -39,21 +38,6 @@ def speed(stage: TransferStage | FinetuneStage, device: torch.device, shape: tup
         optimizer.zero_grad()
     _wait(device)
     return steps * ids.numel() / (time.perf_counter() - start)
-
-
-def load(name: str, device: torch.device) -> Any:
-    """A teacher in bfloat16."""
-    if name != "llama-3-8b-shape":
-        return lolcats.load_teacher(name, dtype=torch.bfloat16, device=device)[0]
-    config = LlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, dtype=torch.bfloat16,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 def report(stage: TransferStage | FinetuneStage, device: torch.device, shape: tuple[int, int], steps: int) -> None:

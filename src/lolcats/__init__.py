@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lolcats.export import export_model, load_adapter
     from lolcats.modeling import LinearizedAttention, attention_mode, convert, linearized_layers
     from lolcats.modeling.continuing import continue_from
+    from lolcats.modeling.decode_graphs import set_decode_graphs
     from lolcats.modeling.saved_state import load_state, save_state
     from lolcats.models.teacher import load_teacher
     from lolcats.ops import HybridOutput, HybridSpec, HybridState, LinearState, MapWeights, hybrid_attention
@@ -53,6 +54,7 @@ __all__ = [
     "load_state",
     "load_teacher",
     "save_state",
+    "set_decode_graphs",
     "transfer_attention",
 ]
 
@@ -63,6 +65,7 @@ _PLACES = {
     "lolcats.export": ("export_model", "load_adapter"),
     "lolcats.modeling": ("LinearizedAttention", "attention_mode", "convert", "linearized_layers"),
     "lolcats.modeling.continuing": ("continue_from",),
+    "lolcats.modeling.decode_graphs": ("set_decode_graphs",),
     "lolcats.modeling.saved_state": ("load_state", "save_state"),
     "lolcats.models.teacher": ("load_teacher",),
     "lolcats.ops": (

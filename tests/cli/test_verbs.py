@@ -168,6 +168,7 @@ def test_generate_streams_what_it_would_print(cli: Run, finished: Path) -> None:
     )
     assert streamed.code == whole.code == 0
     assert streamed.out.strip() == whole.out.strip() != ""
+    assert cli("generate", finished, "the cat", *words, "--no-graphs").out == streamed.out
     assert "12 tokens, " in whole.err and "tokens/s" in whole.err and "of state" in whole.err
 
 

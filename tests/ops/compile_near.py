@@ -15,7 +15,7 @@ import torch
 from compile_kernels import compile_launch, type_of  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
-from lolcats.ops.near.kernels import decode, given, launch, select
+from lolcats.ops.near.kernels import decode, given, launch, select, spread
 from lolcats.ops.near.quantize import BITS, PairCodec, plain_map
 from lolcats.ops.near.types import NearSpec
 
@@ -52,7 +52,7 @@ class Compiler:
 def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
     """What is wrong with the kernels of a model whose heads differ."""
     compiler = Compiler()
-    for module in (launch, decode, given, select):
+    for module in (launch, decode, given, select, spread):
         module.on = compiler  # type: ignore[attr-defined]
     if call == "given":
         launch_given(dtype, size, 700)
@@ -61,6 +61,8 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
     else:
         capped = 5.0 if call == "state" else None
         launch_all(dtype, size, NearSpec(256, 4, 192, softcap=capped))
+        for rows in (1, 1000):
+            spread.spread_rows(torch.empty(rows, 1 << (size - 1).bit_length()))
         known = set(compiler.kernels)
         launch_all(dtype, size, NearSpec(1, 4, 177, softcap=capped), n=801)
     return compiler.problems + [f"compiled again: {key}" for key in compiler.kernels - known]

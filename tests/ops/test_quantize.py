@@ -121,3 +121,29 @@ def test_gradients_pass(bits: int) -> None:
     (got[0].sum() + got[1].sum()).backward()
     assert k.grad is not None and v.grad is not None
     assert bool((k.grad == 1).all()) and bool((v.grad == 1).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 1, 128), (5, 2), (300, 8)], ids=str)
+def test_the_kernel_spreads_to_the_same_bits(shape: tuple[int, ...], device: str) -> None:
+    pytest.importorskip("triton")
+    from lolcats.ops.near.kernels.spread import spread_rows
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got, strided = (spread_rows(y.to(device)).cpu() for y in (x, x.mT.contiguous().mT))
+    assert torch.equal(got, spread(x))  # in torch, on the CPU
+    assert torch.equal(strided, got)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_token_alone_has_the_bytes_that_it_has_in_a_text(bits: int) -> None:
+    q, k, v = texts()
+    codec = codec_of(q, k, bits)
+    stored = codec.encode(k, v)
+    for i in (0, 17, 39):
+        alone = codec.encode(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        for got, want in zip(alone, stored, strict=True):
+            assert torch.equal(got, want[:, :, i : i + 1])
+            assert got.is_contiguous()

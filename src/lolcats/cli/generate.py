@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lolcats.cli.load import load_model
-from lolcats.cli.options import Device, Dtype, Model, NewTokens, Seed, Temperature, TopP, sampling
+from lolcats.cli.options import Device, Dtype, Graphs, Model, NewTokens, Seed, Temperature, TopP, sampling
 from lolcats.errors import LolcatsError
 from lolcats.models.conversation import Conversation
 from lolcats.printable import show_bytes, without_controls
@@ -26,6 +26,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    graphs: Graphs = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -38,7 +39,7 @@ def generate(
 
     from lolcats.models.generation import sample
 
-    network, tokenizer = load_model(model, device, dtype)
+    network, tokenizer = _load(model, graphs, device, dtype)
     set_seed(seed)
     streamer = CountingStreamer(tokenizer, silent=not stream)
     cache = DynamicCache(config=network.config)
@@ -56,13 +57,14 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    graphs: Graphs = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model. /reset begins again; /exit, Ctrl-D or Ctrl-C leaves."""
     from transformers import set_seed
 
-    network, tokenizer = load_model(model, device, dtype)
+    network, tokenizer = _load(model, graphs, device, dtype)
     talk = Conversation(network, tokenizer, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
     set_seed(seed)
     prompt = "you> " if sys.stdin.isatty() else ""
@@ -76,6 +78,18 @@ def chat(
         typer.echo()
     except UnicodeDecodeError as error:
         raise LolcatsError(f"standard input is not {error.encoding} (byte {error.start}); convert it first") from error
+
+
+def _load(model: str, graphs: bool, device: str, dtype: str) -> tuple[Any, Any]:
+    """A model that decodes by graphs or not, and its tokenizer."""
+    network, tokenizer = load_model(model, device, dtype)
+    if not graphs:
+        from lolcats.modeling import linearized_layers
+        from lolcats.modeling.decode_graphs import set_decode_graphs
+
+        if linearized_layers(network):  # a teacher has none
+            set_decode_graphs(network, False)
+    return network, tokenizer
 
 
 class CountingStreamer:

@@ -53,6 +53,7 @@ Temperature = Annotated[
     float, typer.Option(callback=_temperature, help="0 always takes the likeliest token; else 0.01 to 100.")
 ]
 TopP = Annotated[float, typer.Option(callback=_top_p, help="Sample from the likeliest tokens of this total share.")]
+Graphs = Annotated[bool, typer.Option(help="On a GPU, replay recorded steps, which is faster.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampling.")]
 
 

@@ -57,6 +57,8 @@ class Call:
     """The rotary embedding of q and k, for mixers that ask for it by `needs_rotation`."""
     reach: Reach | None = None
     """How far the model was made to look back, where that is known."""
+    end: int | None = None
+    """No text is longer after this call; None where that is not known."""
 
     def unrotated(self) -> tuple[Tensor, Tensor]:
         """q and k before rotary embedding, shapes and dtypes as they are.
@@ -64,9 +66,15 @@ class Call:
         Raises:
             LolcatsError: the layer was not given its rotation.
         """
+        k = self.unrotated_keys()
+        assert self.rotation is not None
+        return self.rotation.undo(self.q), k
+
+    def unrotated_keys(self) -> Tensor:
+        """k likewise."""
         if self.rotation is None:
             raise LolcatsError("expected a call with its rotary embedding; set `needs_rotation` in the mixer")
-        return self.rotation.undo(self.q), self.rotation.undo(self.k)
+        return self.rotation.undo(self.k)
 
 
 class State(Protocol):

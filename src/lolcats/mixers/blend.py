@@ -204,6 +204,8 @@ class BlendMixer(Mixer):
         """q and k of the far half and of the score."""
         if self.rotate_far or (self.near_alone and self.score is None):
             return call.q, call.k
+        if self.near_alone:  # q is the far half's alone
+            return call.q, call.unrotated_keys()
         return call.unrotated()
 
     @torch.no_grad()

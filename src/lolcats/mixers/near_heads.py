@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ def capped_queries(call: Call, state: BlendState | None, sinks: int) -> Tensor |
     """
     if call.reach is None or call.rotation is None or not sinks:
         return None
-    if state is None and call.q.shape[2] <= call.reach.tokens:
+    end = call.q.shape[2] if call.end is None and state is None else call.end
+    if end is not None and end <= call.reach.tokens:
         return None
     return call.reach.capped(call.q, call.rotation)
 
@@ -156,6 +158,9 @@ def near_half(
         The output [B, H, N, Dv] and, with `keep`, the states.
     """
     before = (None,) * len(groups) if states is None else (states,) if isinstance(states, NearState) else states
+    if codec is not None and states is not None and keep and call.q.shape[2] == 1:  # once, not by each group
+        k, v = codec.encode(call.k, call.v)
+        call = replace(call, k=k, v=v)
     outs, after = [], []
     for group, state in zip(groups, before, strict=True):
         how = {

@@ -195,8 +195,9 @@ def mixer_interface(
         facts = TokenFacts(None, None)  # softmax attention can do what such a mask says, whatever it is
     else:
         facts = read_facts(mask, batch, tokens, past, read_texts(others, mask, batch, tokens, past, linearized.backend))
+    end = past.seen + tokens if isinstance(past.seen, int) else None
     call = AttentionCall(
-        query, key, value, linearized.hidden, scale, *facts, softcap, s_aux, linearized.rotation, linearized.reach,
+        query, key, value, linearized.hidden, scale, *facts, softcap, s_aux, linearized.rotation, linearized.reach, end,
         mask, past.seen,
     )  # fmt: skip
     out = layer.dispatch(call, linearized)

@@ -158,11 +158,8 @@ class StaticLinearizedLayer(LinearizedLayer):
         self.is_initialized = True
 
     def _hold(self, state: State) -> None:
-        held = [] if self._buffers is None else state_tensors(self._buffers)
-        new = state_tensors(state)
-        if [(t.shape, t.dtype, t.device) for t in held] == [(t.shape, t.dtype, t.device) for t in new]:
-            for old, tensor in zip(held, new, strict=True):
-                old.copy_(tensor)
+        if self._buffers is not None and same_form(self._buffers, state):
+            overwrite(self._buffers, state)
         else:
             self._buffers = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format))
             _keep_address(state_tensors(self._buffers))
@@ -188,6 +185,19 @@ class StaticLinearizedLayer(LinearizedLayer):
         """Forget everything; the tensors stay where they are."""
         super().reset()
         self.counter.zero_()
+
+
+def same_form(one: State, other: State) -> bool:
+    """Whether two states have tensors of the same shapes, dtypes and devices."""
+    forms = [[(t.shape, t.dtype, t.device) for t in state_tensors(state)] for state in (one, other)]
+    return forms[0] == forms[1]
+
+
+def overwrite(held: State, new: State) -> None:
+    """Write a state over another of the same form, whose tensors stay where they are."""
+    for old, tensor in zip(state_tensors(held), state_tensors(new), strict=True):
+        if old is not tensor:
+            old.copy_(tensor)
 
 
 def _keep_address(tensors: list[Tensor]) -> None:

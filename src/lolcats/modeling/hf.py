@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from lolcats.config import LinearizationConfig, check_linearization
 from lolcats.errors import LolcatsError
+from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.install import install
 from lolcats.modeling.old_names import key_mapping, without_renaming
 
@@ -87,6 +89,17 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
                 parameter.data = added[name].to(parameter.device)
         return self
 
+    names = list(inspect.signature(base.forward).parameters)[1:]
+
+    @functools.wraps(base.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            given = dict(zip(names, args, strict=False)) | kwargs
+            replayed = graphs_of(self).step(self, functools.partial(base.forward, self), given)
+            if replayed is not None:
+                return replayed
+        return base.forward(self, *args, **kwargs)
+
     def _no_pages(self: PreTrainedModel) -> None:
         raise AttributeError  # `transformers serve` looks whether it is there, and does without
 
@@ -105,6 +118,8 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
         "__init__": __init__,
         "from_pretrained": from_pretrained,
         "_apply": _apply,
+        "forward": forward,
+        "decodes_by_graphs": True,
         "init_continuous_batching": property(_no_pages),
         "continuous_batching_context_manager": refuse,
         "_is_stateful": True,  # tokens cannot be taken back

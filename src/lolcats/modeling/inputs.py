@@ -44,7 +44,7 @@ def prepare_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     check_mask(mask, tokens, seen, room=mask.ndim == 2 or getattr(cache, "is_compileable", False))
     if mask.ndim == 4:
         return args, kwargs
-    wanted = "position_ids" in names and given.get("position_ids") is None and not _has_many_axes(module)
+    wanted = "position_ids" in names and given.get("position_ids") is None and not has_many_axes(module)
     if not wanted or seen is None or names.index("position_ids") < len(args) or not _pads_left(mask):
         return args, kwargs
     return args, kwargs | {"position_ids": own_positions(mask, tokens.shape[1], seen).to(tokens.device)}
@@ -99,7 +99,7 @@ def check_mask(mask: Tensor, tokens: Tensor, seen: int | Tensor | None, room: bo
         )
 
 
-def _has_many_axes(module: nn.Module) -> bool:
+def has_many_axes(module: nn.Module) -> bool:
     """Whether positions have several axes (of images, say), which no mask tells."""
     rope = getattr(getattr(module, "config", None), "rope_parameters", None)
     return isinstance(rope, dict) and "mrope_section" in rope

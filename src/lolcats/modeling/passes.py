@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
-_blind = False
+_blind = ContextVar("blind", default=False)
 
 
 class Remembered(Generic[T]):
@@ -44,17 +45,16 @@ class Remembered(Generic[T]):
 @contextmanager
 def unseen_values() -> Iterator[None]:
     """Inside, no value is looked at: the caller knows what masks and positions say."""
-    global _blind
-    before, _blind = _blind, True
+    token = _blind.set(True)
     try:
         yield
     finally:
-        _blind = before
+        _blind.reset(token)
 
 
 def looks_at_values() -> bool:
     """Whether values may be looked at: that breaks a graph that is being compiled or recorded."""
-    if _blind or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _blind.get():
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 

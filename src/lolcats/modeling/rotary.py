@@ -79,6 +79,16 @@ class RotaryFinder:
         self._limit = context_limit(model)
         self._sources = [m for m in model.modules() if type(m).__name__.endswith(ROTARY)]
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether later calls find out nothing more."""
+        return self.layout is not None and not self._sources
+
+    @property
+    def known_reach(self) -> Reach | None:
+        """What `reach` found, if it did."""
+        return self._reach
+
     @torch.no_grad()
     def reach(self, rotation: Rotation, position_ids: Tensor | None) -> Reach | None:
         """How far the model was made to look back; None where that, or how it makes its angles, is not known.

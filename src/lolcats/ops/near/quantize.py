@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lolcats.ops.hybrid.api import kernels_available
 from lolcats.ops.near.types import KeptPairs, NearRing, NearState
 from lolcats.ops.types import SinkKeys
 
@@ -85,8 +86,7 @@ class PairCodec(NamedTuple):
 
     def map_keys(self, k: Tensor) -> Tensor:
         """Keys [B, KV, N, D] as they are coded: scaled, in their order, the channels without 8 bits mixed."""
-        order, scale = self._key_map(k)
-        return self._mixed((_wide(k) * scale).gather(-1, order.expand_as(k)))
+        return self._mixed(self._ordered(k))
 
     def map_queries(self, q: Tensor) -> Tensor:
         """Queries [B, H, N, D] whose products with mapped keys are those of q with the keys, in their dtype."""
@@ -113,6 +113,11 @@ class PairCodec(NamedTuple):
     @torch.no_grad()
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes of keys [B, KV, N, `key_bytes`] and values [B, KV, N, Dv b/8 + 2], steps last."""
+        if self.bits == 8 and k.shape == v.shape and k.shape[2] == 1:  # a decoding step: one small kernel for both
+            both = spread(torch.cat([self._ordered(k), _wide(v)], 1))
+            code, step = _coded(both, self.bits)
+            keys, values = torch.cat([_pack(code, self.bits), _step_bytes(step)], -1).chunk(2, 1)
+            return keys.contiguous(), values.contiguous()
         parts = self._coded_keys(k)
         keys = [_pack(code, bits) for code, bits, _ in parts] + [_step_bytes(step) for *_, step in parts]
         code, step = _coded(spread(_wide(v)), self.bits)
@@ -148,6 +153,11 @@ class PairCodec(NamedTuple):
             parts = [(mapped[..., :wide], 8), *parts]
         return [(code, bits, step) for x, bits in parts for code, step in (_coded(x, bits),)]
 
+    def _ordered(self, k: Tensor) -> Tensor:
+        """Keys scaled and in their order."""
+        order, scale = self._key_map(k)
+        return (_wide(k) * scale).gather(-1, order.expand_as(k))
+
     def _keys(self, mapped: Tensor) -> Tensor:
         """`map_keys` undone."""
         order, scale = self._key_map(mapped)
@@ -167,8 +177,15 @@ def spread(x: Tensor) -> Tensor:
     """x [..., n] times an orthogonal matrix that is its own inverse: Hadamard for n a power of 2, else of blocks.
 
     By additions whose order does not depend on the shape: a matrix product would round the same token differently in a
-    text and by itself, and a code would rarely, but then visibly, be another one.
+    text and by itself, and a code would rarely, but then visibly, be another one. On a GPU a kernel does the same
+    additions, which are many small kernels otherwise.
     """
+    if not torch.compiler.is_compiling() and kernels_available(x.device):
+        # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+        from lolcats.ops.near.kernels.spread import spread_rows, spreads
+
+        if spreads(x):
+            return spread_rows(x)
     block = x.shape[-1] & -x.shape[-1]
     y, width = x.unflatten(-1, (block, -1)), 1  # channel c is in block c % m, so each has some of the first ones
     while width < block:

@@ -35,7 +35,7 @@ def near_step(
     """One token of each text.
 
     Args:
-        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv].
+        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]; with `codec` also the bytes that it makes of k and v.
         state: of B texts; with `state_indices` a pool of states of more texts.
         spec: as in `near_attention`.
         score: [B, KV, 1], with kept pairs.
@@ -58,7 +58,7 @@ def near_step(
     """
     decode = None
     sink_q = sink_q if spec.sinks else None
-    if codec is not None:
+    if codec is not None and k.dtype != torch.uint8:
         k, v = codec.encode(k, v)
     eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if impl == "triton" or (impl == "auto" and eager):
