@@ -204,9 +204,7 @@ class BlendMixer(Mixer):
         """q and k of the far half and of the score."""
         if self.rotate_far or (self.near_alone and self.score is None):
             return call.q, call.k
-        if self.near_alone:  # q is the far half's alone
-            return call.q, call.unrotated_keys()
-        return call.unrotated()
+        return (call.q, call.unrotated_keys()) if self.near_alone else call.unrotated()  # q is the far half's alone
 
     @torch.no_grad()
     def _scores(

@@ -29,7 +29,7 @@ from lolcats.errors import LolcatsError
 from lolcats.mixers import State, map_state, state_tensors
 from lolcats.modeling.cache import LinearizedLayer, overwrite, same_form
 from lolcats.modeling.decode_call import Call, read_call
-from lolcats.modeling.head import relative_error, tolerance
+from lolcats.modeling.head import FAILURES, relative_error, tolerance
 from lolcats.modeling.network import Network, read_network
 from lolcats.modeling.passes import unseen_values
 
@@ -77,7 +77,7 @@ class DecodeGraph:
         call: the first step, which is not done here.
 
     Raises:
-        RuntimeError: it cannot be recorded.
+        RuntimeError: it cannot be recorded; or what the family raises (`FAILURES`).
     """
 
     def __init__(self, record: Recorder, forward: Callable[..., Any], network: Network, call: Call) -> None:
@@ -103,8 +103,9 @@ class DecodeGraph:
         """The step on the buffers. Kernels are compiled, and rotations found, in those before the recording."""
         with unseen_values():
             output = forward(
-                input_ids=self._ids, position_ids=self._positions, past_key_values=self._cache, use_cache=True
-            )
+                input_ids=self._ids, position_ids=self._positions, past_key_values=self._cache, use_cache=True,
+                return_dict=True,
+            )  # fmt: skip
         if not all(isinstance(x, Tensor) or x is self._cache for x in output.values()):
             raise RuntimeError(f"the model returns {', '.join(output)}, which are not all tensors")
         return output
@@ -235,7 +236,7 @@ class DecodeGraphs:
     def _record(self, forward: Callable[..., Any], network: Network, call: Call) -> DecodeGraph | None:
         try:
             return DecodeGraph(self.record, forward, network, call)
-        except RuntimeError as error:  # what the model does cannot be in a graph, or there is no memory for one
+        except FAILURES as error:  # what the model does cannot be in a graph, or there is no memory for one
             self._refused.add((*call.kind, len(call.layers)))
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"decoding runs without CUDA graphs, which is slower: {first}", stacklevel=2)

@@ -41,8 +41,8 @@ class Network:
         self.hooks: list[dict[int, Any]] = [h for m in below for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks_then = self._count_hooks()
         self.layers = len(layers)
-        reaches = {layer.rotary.known_reach for layer in layers if layer.mixer.needs_rotation}
-        self._reaches = [reach.tokens for reach in reaches if reach is not None]
+        reaches = (layer.rotary.known_reach for layer in layers if layer.mixer.needs_rotation)
+        self._reaches = {reach.tokens for reach in reaches if reach is not None}
 
     def is_same(self) -> bool:
         """Whether modules, their attributes and hooks, and the places of weights are what they were.
@@ -61,8 +61,9 @@ class Network:
         return sum(seen + 1 > tokens for tokens in self._reaches)
 
     def other(self, seen: int) -> int:
-        """Another number of tokens on the same side."""
-        return next(n for n in (seen // 2, seen + 1000, seen + 1) if n != seen and self.side(n) == self.side(seen))
+        """Another number of tokens on the same side; the same where there is none near it."""
+        others = (n for n in (seen // 2, seen + 1000, seen + 1) if n != seen and self.side(n) == self.side(seen))
+        return next(others, seen)
 
     def _read_addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.weights]
