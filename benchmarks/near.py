@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolcats.evaluation.speed.clock import copy_bandwidth
 from lolcats.mixers import Call
 from lolcats.mixers.scores import attention_given, attention_given_beyond
 from lolcats.models.device import describe_device
 from lolcats.ops.near import NearSpec, near_attention, near_step
 from lolcats.ops.near.kernels import given, launch
 from lolcats.ops.near.selection import EMPTY, select_pairs
-from ops import copy_bandwidth, time_graph  # pyright: ignore[reportAttributeAccessIssue]
+from ops import time_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 CUTS: dict[str, list[dict[str, int]]] = {
     "BY_QUERIES": [
@@ -184,7 +185,7 @@ def main() -> None:
         raise SystemExit("benchmarks/near.py needs a CUDA device: kernels are not timed elsewhere")
     check(args)
     device = describe_device(torch.device("cuda"))
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cuda")) / 1e9
     result = {"date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__}
     result |= {"copy GB/s": bandwidth, "settings": {k: v for k, v in vars(args).items() if k != "json"}}
     print(", ".join(f"{k} {v}" for k, v in result.items()), flush=True)

@@ -26,6 +26,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lolcats.evaluation.speed.clock import copy_bandwidth
 from lolcats.models.device import describe_device
 from lolcats.ops import HybridSpec, MapWeights, hybrid_attention, hybrid_step
 
@@ -235,13 +236,6 @@ def _or_reason(run: Callable[[], Any]) -> float | str:
         return str(error).strip().splitlines()[0][:60]
 
 
-def copy_bandwidth() -> float:
-    """GB/s of a copy on the device, read and written bytes counted."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / time_graph(lambda: target.copy_(source)) / 1e6
-
-
 def main() -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -262,7 +256,7 @@ def main() -> None:
     check(args)
     device = describe_device(torch.device("cuda"))
     head = {"date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__}
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cuda")) / 1e9
     result = {**head, "copy GB/s": bandwidth, "settings": {k: v for k, v in vars(args).items() if k != "json"}}
     print(", ".join(f"{k} {v}" for k, v in result.items()), flush=True)
     jobs = [functools.partial(forward_row, n, args) for n in args.lengths]

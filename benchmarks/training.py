@@ -12,10 +12,10 @@ import argparse
 import time
 
 import torch
-from shapes import load
 
 import lolcats
 from lolcats.models.device import describe_device
+from lolcats.models.shapes import load_or_make
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
 from lolcats.training.graphs import EAGER_STEPS, GraphedStage
@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
-    model = load(args.model, device)
+    model = load_or_make(args.model, torch.bfloat16, device)
     recipe = lolcats.load_config(args.recipe)
     lolcats.convert(model, recipe.linearization.without_text())  # no text here to match
     for layer in lolcats.linearized_layers(model):

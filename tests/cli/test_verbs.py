@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lolcats.cli.generate import cache_bytes
 from lolcats.cli.load import load_model
 from lolcats.cli.tables import show_layers
 from lolcats.evaluation import compare
 from lolcats.evaluation.facts import read_facts
+from lolcats.modeling.cache import cache_bytes
 from lolcats.models.conversation import Conversation
 from lolcats.printable import show_bytes, show_number
 from lolcats.runs.artefact import RECIPE_FILE

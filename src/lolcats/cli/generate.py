@@ -37,6 +37,7 @@ def generate(
 
     from transformers import DynamicCache, set_seed
 
+    from lolcats.modeling.cache import cache_bytes
     from lolcats.models.generation import sample
 
     network, tokenizer = _load(model, graphs, device, dtype)
@@ -134,15 +135,3 @@ def _read_prompt() -> str:
             f"standard input is not {error.encoding} (byte {error.start}); convert it first, for instance with "
             f"iconv -t UTF-8"
         ) from error
-
-
-def cache_bytes(cache: object) -> int:
-    """Bytes that a cache of transformers holds: states of linearized layers, keys and values of the others."""
-    total = 0
-    for layer in getattr(cache, "layers", []):
-        held = getattr(layer, "nbytes", None)
-        if held is None:
-            tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-            held = sum(t.numel() * t.element_size() for t in tensors)
-        total += held
-    return total

@@ -78,13 +78,17 @@ def together(layers: Iterable[LayerMemory]) -> TextMemory:
     return TextMemory(bytes=total, kv_tokens=round(total / token, 2), layers=layers)
 
 
+def part_of(name: str) -> str:
+    """What a tensor of a state is for: a key of `PARTS`, or "state"."""
+    return next((part for part, words in PARTS.items() if set(words) & set(name.split("."))), "state")
+
+
 def _layer_memory(layer: LinearizedAttention, dtype: torch.dtype) -> LayerMemory:
     sizes, spec = layer.mixer.sizes, layer.mixer.state_spec(dtype)
     token = sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * dtype.itemsize
     parts: dict[str, int] = {}
     for name, tensor_bytes in zip(spec.names, spec.sizes, strict=True):
-        part = next((p for p, words in PARTS.items() if set(words) & set(name.split("."))), "state")
-        parts[part] = parts.get(part, 0) + tensor_bytes
+        parts[part_of(name)] = parts.get(part_of(name), 0) + tensor_bytes
     return LayerMemory(
         layer=layer.layer_idx, bytes=spec.nbytes, kv_token_bytes=token, kv_tokens=round(spec.nbytes / token, 2),
         parts={p: round(parts[p] / token, 2) for p in (*PARTS, "state") if parts.get(p, 0) >= SMALLEST_PART * token},

@@ -276,6 +276,15 @@ def state_bytes(cache: Cache) -> int:
     return sum(layer.nbytes for layer in cache.layers if isinstance(layer, LinearizedLayer))
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a cache holds for the whole batch: states of linearized layers, keys and values of the others."""
+    total = state_bytes(cache)
+    for layer in cache.layers:
+        kept = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        total += sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+    return total
+
+
 def to_device(state: State, device: torch.device) -> State:
     """The state on `device` (itself where it is there already)."""
     return state if state.length.device == device else map_state(state, lambda t: t.to(device))

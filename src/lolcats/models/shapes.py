@@ -1,0 +1,50 @@
+"""Models with random weights, for measurements that do not depend on what the weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from lolcats.models.config import read_model_config
+from lolcats.models.folder import check_place, expand_model
+from lolcats.models.teacher import explained, load_teacher
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b-shape": {
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    }
+}  # fmt: skip
+"""Sizes of Llamas by name."""
+
+
+def random_model(source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of which only the configuration is read, in evaluation.
+
+    Args:
+        source: a name of `SHAPES`, a hub name, or a folder with config.json.
+        dtype: of its weights.
+        device: where it is made.
+
+    Raises:
+        LolcatsError: there is no such configuration, or no model can be made of it.
+    """
+    with explained(source), device:
+        return AutoModelForCausalLM.from_config(_config(source), dtype=dtype, trust_remote_code=False).eval()
+
+
+def load_or_make(source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model as `load_teacher` loads it, or one of `SHAPES` with random weights."""
+    if source in SHAPES:
+        return random_model(source, dtype, device)
+    return load_teacher(source, dtype=dtype, device=device)[0]
+
+
+def _config(source: str) -> PretrainedConfig:
+    if source in SHAPES:
+        return LlamaConfig(**SHAPES[source])
+    source = expand_model(source)
+    check_place(source)
+    return read_model_config(source)
