@@ -6,11 +6,12 @@ import os
 import sys
 from typing import Any, cast
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, is_out_of_memory
 from lolcats.printable import MOST_PROBLEMS, one_line
 
 INTERRUPTED = {
     "linearize": "interrupted; the last checkpoint is kept",
+    "generate --input": "interrupted; finished rows are kept: the same command goes on from there",
     "benchmark": "interrupted; what was measured is kept: the same command goes on from there",
     "recall": "interrupted; what was measured is kept: the same command goes on from there",
     "sweep": "interrupted; finished runs and last checkpoints are kept, and the same command goes on with them",
@@ -18,6 +19,7 @@ INTERRUPTED = {
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 HINTS = {
     "base": "--base NAME",
+    "batch_size": "--batch-size N",
     "beyond_context": "lolcats recall --beyond-context",
     "chat": "--chat",
     "fewer_examples": "--num-fewshot TASK=N, in a sweep measure.num_fewshot",
@@ -56,14 +58,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return one_line(f"{error.filename}: {reason}" if error.filename else reason)
-    if _out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory; use smaller batches, shorter sequences or a smaller model"
     return f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
-
-
-def _out_of_memory(error: Exception) -> bool:
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)[:1000])  # torch on CPUs
 
 
 def is_usage_error(error: Exception) -> bool:
