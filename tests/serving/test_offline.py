@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lolcats
+from decode_cases import with_stand_in
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.store import AnswerStore
 from lolcats.serving.offline import generate_batch
@@ -78,6 +79,17 @@ def test_every_row_is_what_generate_writes_for_it_alone(
         zip(range(len(rows)), LENGTHS, counts, strict=True)
     )
     assert {a.finish_reason for a in answers} == {"length"}
+
+
+@pytest.mark.parametrize("settings", [LAYERS[0], LAYERS[3]])
+def test_rows_change_their_texts_in_the_buffers_of_a_recording(
+    make_student: Students, words: PreTrainedTokenizerFast, prompts: list[str], settings: dict[str, Any]
+) -> None:
+    student = make_student(**settings)
+    want = generate_batch(student, words, prompts, batch_size=3, max_new_tokens=6)
+    graphs = with_stand_in(student)
+    assert generate_batch(student, words, prompts, batch_size=3, max_new_tokens=6) == want
+    assert graphs.replays >= 18
 
 
 def test_steps_have_one_shape_and_prompts_come_in_pieces(
