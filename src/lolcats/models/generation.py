@@ -29,6 +29,8 @@ SHOWN = 40
 """Tokens of a text that only shows what a model is like."""
 SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_p")
 """Options that are generation settings; all others go to `generate` as they are."""
+PIECE = 2048
+"""Longer prompts are read in pieces of so many tokens: what a pass needs beside the cache stays the same."""
 NOT_FINITE = (
     "the model's predictions are NaN or infinite, so there is no text: its weights are damaged, or its numbers "
     "overflow (try dtype float32)"
@@ -98,6 +100,8 @@ def write_tokens(
     check_context(model, ids.shape[1] + max_new_tokens, "prompt and continuation")
     options["max_new_tokens"] = max_new_tokens
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    if ids.shape[1] > PIECE and hasattr(model.config, "linearization"):  # not every family can read in pieces
+        settings["prefill_chunk_size"] = PIECE
     ids = ids.to(model.device)
     with own_settings(model, tokenizer, settings) as config:
         return cast(Any, model).generate(
