@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lolcats.models.teacher import load_teacher
     from lolcats.ops import HybridOutput, HybridSpec, HybridState, LinearState, MapWeights, hybrid_attention
     from lolcats.runs.recipe import linearize
+    from lolcats.serving.offline import generate_batch
     from lolcats.training import TrainingData, finetune_lora, transfer_attention
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "convert",
     "export_model",
     "finetune_lora",
+    "generate_batch",
     "hybrid_attention",
     "linearize",
     "linearized_layers",
@@ -77,6 +79,7 @@ _PLACES = {
         "hybrid_attention",
     ),
     "lolcats.runs.recipe": ("linearize",),
+    "lolcats.serving.offline": ("generate_batch",),
     "lolcats.training": ("TrainingData", "finetune_lora", "transfer_attention"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}

@@ -29,13 +29,13 @@ class NotFiniteError(LolcatsError):
     """A model that computes NaN or infinity."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or torch on whatever device, found no memory."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)[:1000])  # torch on CPUs
-
-
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
     """The end of a message about an unknown word: the nearest one that is known, or `otherwise` where none is near."""
     near = difflib.get_close_matches(str(word), sorted(known), 1)
     return f"did you mean {near[0]}?" if near else otherwise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the machine or of a GPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)[:1000])  # torch on CPUs

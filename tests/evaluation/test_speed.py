@@ -157,7 +157,7 @@ def test_prompts_that_do_not_fit_are_read_in_pieces(make_student: Make, monkeypa
         return whole(ids, **given)
 
     monkeypatch.setattr(student, "forward", forward)
-    monkeypatch.setattr("lolcats.evaluation.speed.measure.PIECE", 8)
+    monkeypatch.setattr("lolcats.evaluation.speed.measure.AT_ONCE", 8)
     times = measure_times(student, 2, 11, 2, 1)
     assert times.first_token is None and times.step is not None and times.memory == state_bytes_of(student)
     assert pieces[:3] == [4, 4, 3] and pieces[3:5] == [1, 1]

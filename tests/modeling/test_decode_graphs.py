@@ -31,6 +31,7 @@ from decode_cases import (
     with_stand_in,
 )
 from lolcats import LolcatsError, attention_mode
+from lolcats.mixers import state_tensors
 from lolcats.modeling.decode_graphs import KEPT, graphs_of
 
 Students = Callable[..., Any]
@@ -371,6 +372,32 @@ def test_what_cannot_be_recorded_runs_as_ever(graphed: Students, tokens: Tokens)
     graphs.clear()
     assert_close(forced(student, ids, 8), want, CLOSE)
     assert graphs.replays
+
+
+@pytest.mark.parametrize("forgets", ["everything", "states"])
+def test_a_recording_that_is_wrong_is_not_used(graphed: Students, tokens: Tokens, forgets: str) -> None:
+    student, ids = graphed(**SETTINGS["kept"]), tokens(2, 16)
+    want = eager(student, lambda: forced(student, ids, 8))
+    graphs = graphs_of(student)
+
+    def record(run: Any) -> Any:
+        output, again = run_again(run)
+
+        def replay() -> None:
+            held = [tensor.clone() for tensor in buffers]
+            again()
+            for tensor, old in zip(buffers, held, strict=True):
+                tensor.copy_(old)
+
+        # What a step writes to, found as the tensors of the recording that is being made.
+        frame = run.__closure__ and next(c.cell_contents for c in run.__closure__ if hasattr(c.cell_contents, "states"))
+        buffers = [tensor for state in frame.states for tensor in state_tensors(state)]
+        return output, (lambda: None) if forgets == "everything" else replay
+
+    graphs.record = record
+    with pytest.warns(UserWarning, match="the recorded step is off by"):
+        got = forced(student, ids, 8)
+    assert torch.equal(got, want) and not graphs.recordings
 
 
 def test_a_step_that_counts_in_python_is_not_recorded(graphed: Students, tokens: Tokens) -> None:

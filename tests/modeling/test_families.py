@@ -25,6 +25,7 @@ from lolcats.modeling import (
     linearized_layers,
 )
 from lolcats.modeling.head import OutputHead
+from lolcats.serving.pool import Pool
 from lolcats.training import FinetuneStage, TransferStage
 from lolcats.training.batches import Batch
 from lolcats.training.lora import lora_targets
@@ -101,6 +102,60 @@ def test_left_padding_changes_no_generated_token(make_student: Builder, tokens: 
     options = {"max_new_tokens": 4, "do_sample": False}
     got = student.generate(padded, attention_mask=(padded > 0).long(), **options)
     assert torch.equal(got[:, 3:], student.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_rows_of_a_pool_are_texts_alone(make_student: Builder, tokens: Tokens, teacher: Any) -> None:
+    """Of different lengths, read together or alone, and in the place of another; an idle row beside them."""
+    student, ids = make_student(teacher, window=5, sinks=2), tokens(3, 16)
+    pool, expected = Pool(student, 3, 32), student(ids).logits
+    first, second = pool.read([ids[:1, :4], ids[1:2, :11]]), pool.read([ids[2:, :7]])
+    found = [(first.logits[0], 0, 3), (first.logits[1], 1, 10), (second.logits[0], 2, 6)]
+    pool.put(0, first, 0)
+    pool.put(2, first, 1)
+    at = {0: (0, 4), 2: (1, 11)}  # row of the pool: text, and the place of its next token
+    for step in range(7):
+        if step == 2:  # nothing that is padded gets longer
+            pool.put(0, second, 0)
+            at[0] = (2, 7)
+        if step == 4:  # what is padded gets shorter
+            pool.put(2, first, 0)
+            at[2] = (0, 4)
+        logits = pool.step([int(ids[at[row]]) if row in at else None for row in range(3)])
+        found += [(logits[row], *at[row]) for row in at]
+        at = {row: (text, place + 1) for row, (text, place) in at.items()}
+    for logits, text, place in found:
+        torch.testing.assert_close(logits, expected[text, place], atol=5e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        (
+            "qwen3_next",
+            {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+            r"layer 0 .* LinearAttentionLayer.*batch size of 1",
+        ),
+        ("bart", {"is_decoder": True}, r"BartForCausalLM has positions of its own .*batch size of 1"),
+        ("roberta", {"is_decoder": True, "pad_token_id": 2}, r"RobertaForCausalLM has positions .*batch size of 1"),
+    ],
+    ids=["recurrent layers", "no positions", "positions that begin elsewhere"],
+)
+@torch.no_grad()
+def test_a_pool_of_one_row_holds_what_several_cannot(
+    build: Builder, tokens: Tokens, family: str, settings: dict[str, Any], message: str
+) -> None:
+    model, ids = (
+        build("qwen3_next", layer_types=["linear_attention", "full_attention", "linear_attention"]),
+        tokens(1, 6),
+    )
+    with pytest.raises(LolcatsError, match=r"layer 0 .* LinearAttentionLayer.*batch size of 1"):
+        Pool(model, 2, 4).read([ids[:, :5]])
+    pool = Pool(model, 1, 4)
+    for _ in range(2):
+        pool.put(0, pool.read([ids[:, :5]]), 0)
+        torch.testing.assert_close(pool.step([int(ids[0, 5])])[0], model(ids).logits[0, 5], atol=5e-4, rtol=0)
 
 
 @torch.no_grad()

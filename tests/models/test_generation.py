@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import lolcats
 from lolcats import LolcatsError
 from lolcats.errors import DataError
+from lolcats.models import generation
 from lolcats.models.generation import encode, sample, write_tokens
 
 
@@ -64,6 +66,24 @@ def test_predictions_that_are_no_numbers(model: LlamaForCausalLM, tiny_tokenizer
         model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(LolcatsError, match="NaN or infinite"):
         sample(model, tiny_tokenizer, "the river")
+
+
+def test_long_prompts_of_a_linearized_model_are_read_in_pieces(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(3, 40)[None] % len(tiny_tokenizer)
+    whole = {"teacher": write_tokens(model, tiny_tokenizer, ids, max_new_tokens=3)}
+    lolcats.convert(model, lolcats.LinearizationConfig(mixer="blend", window=6, kept={"pairs": 4, "score": "recency"}))
+    whole["student"] = write_tokens(model, tiny_tokenizer, ids, max_new_tokens=3)
+    monkeypatch.setattr(generation, "PIECE", 15)
+    calls: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: calls.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(write_tokens(model, tiny_tokenizer, ids, max_new_tokens=3), whole["student"])
+    assert calls[:3] == [15, 15, 7]
+    with lolcats.attention_mode(model, "softmax"):
+        assert torch.equal(write_tokens(model, tiny_tokenizer, ids, max_new_tokens=3), whole["teacher"])
 
 
 @pytest.mark.parametrize("prompt", ["", "a\udcffb"])

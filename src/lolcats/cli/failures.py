@@ -12,6 +12,7 @@ from lolcats.printable import MOST_PROBLEMS, one_line
 INTERRUPTED = {
     "bench": "interrupted; what was measured is above and in the files",
     "linearize": "interrupted; the last checkpoint is kept",
+    "generate --input": "interrupted; finished rows are kept: the same command goes on from there",
     "benchmark": "interrupted; what was measured is kept: the same command goes on from there",
     "recall": "interrupted; what was measured is kept: the same command goes on from there",
     "sweep": "interrupted; finished runs and last checkpoints are kept, and the same command goes on with them",
@@ -19,6 +20,7 @@ INTERRUPTED = {
 """What a verb says after Ctrl-C, where it is more than "interrupted"."""
 HINTS = {
     "base": "--base NAME",
+    "batch_size": "--batch-size N",
     "beyond_context": "--beyond-context of lolcats recall and lolcats bench",
     "chat": "--chat",
     "fewer_examples": "--num-fewshot TASK=N, in a sweep measure.num_fewshot",

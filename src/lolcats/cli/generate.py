@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lolcats.cli.generate_file import BATCH_SIZE, CHUNK, FileJob, generate_file
 from lolcats.cli.load import load_model
-from lolcats.cli.options import Device, Dtype, Graphs, Model, NewTokens, Seed, Temperature, TopP, sampling
+from lolcats.cli.options import (
+    Device,
+    Dtype,
+    Graphs,
+    Model,
+    NewTokens,
+    Seed,
+    Temperature,
+    TopP,
+    check_target,
+    expand_path,
+    sampling,
+)
 from lolcats.errors import LolcatsError
 from lolcats.models.conversation import Conversation
 from lolcats.printable import show_bytes, without_controls
@@ -20,17 +34,67 @@ if TYPE_CHECKING:
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads standard input.")
+    ] = None,
     max_new_tokens: NewTokens = 100,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
     graphs: Graphs = True,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", metavar="FILE", callback=expand_path, help="Prompts or messages, a JSON object a line."
+        ),
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE", callback=check_target, help="Answers to --input, a JSON object a line."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Rows of --input that are written at once; default {BATCH_SIZE}.")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of a long row that are read at once; default {CHUNK}.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output where it is there.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Continue a text; speed and size of the state go to stderr."""
+    """Continue a text, or all texts of a file; goes on with a file where it was interrupted."""
+    if source is None:
+        if target is not None or batch_size is not None or chunk is not None or overwrite:
+            raise typer.BadParameter("--output, --batch-size, --chunk and --overwrite belong to --input FILE; give it")
+        _generate_one(model, prompt, max_new_tokens, sampling(temperature, top_p), seed, stream, graphs, device, dtype)
+        return
+    if prompt is not None or not stream:
+        raise typer.BadParameter("PROMPT and --no-stream are of one text, and --input is a file of them; give one")
+    if target is None:
+        raise typer.BadParameter("--input needs --output FILE, where the answers are written")
+    from lolcats.serving.requests import Defaults
+
+    job = FileJob(source, target, batch_size or BATCH_SIZE, chunk or CHUNK, overwrite)
+    generate_file(model, job, Defaults(max_new_tokens, temperature, top_p, seed), device, dtype, graphs)
+
+
+def _generate_one(
+    model: str,
+    prompt: str | None,
+    max_new_tokens: int,
+    options: dict[str, object],
+    seed: int,
+    stream: bool,
+    graphs: bool,
+    device: str,
+    dtype: str,
+) -> None:
+    """One text, printed as it comes; speed and size of the state go to stderr."""
+    if prompt is None:
+        raise typer.BadParameter("give a PROMPT, or --input FILE with --output FILE")
     text = _read_prompt() if prompt == "-" else prompt
     if not text.strip():
         raise LolcatsError("the prompt is empty; give a text to continue")
@@ -40,11 +104,10 @@ def generate(
     from lolcats.modeling.cache import cache_bytes
     from lolcats.models.generation import sample
 
-    network, tokenizer = _load(model, graphs, device, dtype)
+    network, tokenizer = load_model(model, device, dtype, graphs)
     set_seed(seed)
     streamer = CountingStreamer(tokenizer, silent=not stream)
     cache = DynamicCache(config=network.config)
-    options = sampling(temperature, top_p)
     written = sample(network, tokenizer, text, max_new_tokens, streamer=streamer, past_key_values=cache, **options)
     if not stream:
         typer.echo(without_controls(written))
@@ -65,7 +128,7 @@ def chat(
     """Talk with a model. /reset begins again; /exit, Ctrl-D or Ctrl-C leaves."""
     from transformers import set_seed
 
-    network, tokenizer = _load(model, graphs, device, dtype)
+    network, tokenizer = load_model(model, device, dtype, graphs)
     talk = Conversation(network, tokenizer, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
     set_seed(seed)
     prompt = "you> " if sys.stdin.isatty() else ""
@@ -79,18 +142,6 @@ def chat(
         typer.echo()
     except UnicodeDecodeError as error:
         raise LolcatsError(f"standard input is not {error.encoding} (byte {error.start}); convert it first") from error
-
-
-def _load(model: str, graphs: bool, device: str, dtype: str) -> tuple[Any, Any]:
-    """A model that decodes by graphs or not, and its tokenizer."""
-    network, tokenizer = load_model(model, device, dtype)
-    if not graphs:
-        from lolcats.modeling import linearized_layers
-        from lolcats.modeling.decode_graphs import set_decode_graphs
-
-        if linearized_layers(network):  # a teacher has none
-            set_decode_graphs(network, False)
-    return network, tokenizer
 
 
 class CountingStreamer:

@@ -59,12 +59,22 @@ def read_results(source: str) -> Results:
     return read_results(Path(source) / RESULTS_FILE, "delete it to go on without the numbers")
 
 
-def load_model(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, ready to run; a linearized model keeps its own format unless `dtype` names another."""
+def load_model(
+    source: str, device: str, dtype: str, graphs: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, ready to run; a linearized model keeps its own format unless `dtype` names another.
+
+    `graphs` says whether it decodes by CUDA graphs.
+    """
+    from lolcats.modeling import linearized_layers
+    from lolcats.modeling.decode_graphs import set_decode_graphs
     from lolcats.models.device import choose_device, choose_dtype
     from lolcats.models.teacher import load_teacher
     from lolcats.runs.artefact import RECIPE_FILE
 
     folder, place = find_model(source), choose_device(device)
     own = dtype == "auto" and (Path(folder) / RECIPE_FILE).is_file()
-    return load_teacher(folder, dtype=None if own else choose_dtype(dtype, place), device=place)
+    model, tokenizer = load_teacher(folder, dtype=None if own else choose_dtype(dtype, place), device=place)
+    if not graphs and linearized_layers(model):  # a teacher has none
+        set_decode_graphs(model, False)
+    return model, tokenizer

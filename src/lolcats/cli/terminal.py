@@ -17,8 +17,8 @@ from lolcats.printable import printable
 class SafeConsole(Console):
     """A console for names, paths and results of others: no markup, no emoji codes, control characters written out."""
 
-    def __init__(self, width: int | None = None) -> None:
-        super().__init__(width=width, markup=False, emoji=False, highlight=False)
+    def __init__(self, width: int | None = None, stderr: bool = False) -> None:
+        super().__init__(width=width, stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string as text; written out here already, so that tables know how wide it is."""

@@ -88,16 +88,32 @@ class DecodeGraph:
             self._ids, self._positions = call.ids.clone(), call.own_positions().clone()
             self.states = [map_state(layer.state, _copied) for layer in call.layers]
             self._cache: Any = copy.copy(call.cache)
-            outputs: list[Tensor] = []
-            for seen in (network.other(call.seen), call.seen):
-                self._cache.layers = [_HeldLayer(state, seen) for state in self.states]
-                for state, layer in zip(self.states, call.layers, strict=True):
-                    overwrite(state, layer.state)
-                outputs.append(cast(Any, self._run(forward)).logits)
-            if not relative_error(*outputs) <= tolerance(outputs[0].dtype):
+            other, _ = self._two_steps(forward, call, network.other(call.seen))
+            expected = self._two_steps(forward, call, call.seen)
+            if not relative_error(other, expected[0]) <= tolerance(other.dtype):
                 raise RuntimeError("the model's step depends on numbers that a recording would not change")
             self._output, self._replay = record(lambda: self._run(forward))
+            self._check(call, expected)
         self._own = {t.untyped_storage().data_ptr() for state in self.states for t in state_tensors(state)}
+
+    def _two_steps(self, forward: Callable[..., Any], call: Call, seen: int) -> list[Tensor]:
+        """Logits of the call and of one after it, run as ever; the second reads what the first has written."""
+        self._cache.layers = [_HeldLayer(state, seen) for state in self.states]
+        self._begin(call)
+        return [cast(Any, self._run(forward)).logits.clone() for _ in range(2)]
+
+    def _begin(self, call: Call) -> None:
+        for state, layer in zip(self.states, call.layers, strict=True):
+            overwrite(state, layer.state)
+
+    def _check(self, call: Call, expected: list[Tensor]) -> None:
+        """Replay two steps and compare: a recording that is wrong must not be found out by its texts."""
+        self._begin(call)
+        for want in expected:
+            self._replay()
+            got = cast(Any, self._output).logits
+            if not (error := relative_error(got, want)) <= tolerance(want.dtype):
+                raise RuntimeError(f"the recorded step is off by {error:.2g} of its logits")
 
     def _run(self, forward: Callable[..., Any]) -> ModelOutput:
         """The step on the buffers. Kernels are compiled, and rotations found, in those before the recording."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lolcats.errors import LolcatsError
@@ -52,7 +53,7 @@ class Conversation:
         from lolcats.models.generation import encode, write_tokens
 
         self.messages.append({"role": "user", "content": text})
-        prompt = encode(self.tokenizer, self._render(), add_special_tokens=False)
+        prompt = encode(self.tokenizer, render(self.tokenizer, self.messages), add_special_tokens=False)
         ids = prompt[0].tolist()
         if self.seen != ids[: len(self.seen)] or len(ids) <= len(self.seen):
             self.forget_state()  # the template writes earlier turns differently from what the model wrote
@@ -64,14 +65,18 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
-    def _render(self) -> str:
-        """The messages as the template writes them; it came with the model, and may raise anything."""
-        try:
-            rendered = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            raise LolcatsError(
-                f"the chat template of this model failed: {reason(error)}; mend chat_template in its folder, or let it "
-                "continue a text",
-                hint="generate",
-            ) from error
-        return str(rendered)
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The messages as the template writes them, up to where the answer begins.
+
+    Raises:
+        LolcatsError: the template fails; it came with the model, and may raise anything.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))  # type: ignore[arg-type]
+    except Exception as error:
+        raise LolcatsError(
+            f"the chat template of this model failed: {reason(error)}; mend chat_template in its folder, or let it "
+            "continue a text",
+            hint="generate",
+        ) from error

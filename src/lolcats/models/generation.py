@@ -29,6 +29,12 @@ SHOWN = 40
 """Tokens of a text that only shows what a model is like."""
 SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_p")
 """Options that are generation settings; all others go to `generate` as they are."""
+PIECE = 2048
+"""Longer prompts are read in pieces of so many tokens: what a pass needs beside the cache stays the same."""
+NOT_FINITE = (
+    "the model's predictions are NaN or infinite, so there is no text: its weights are damaged, or its numbers "
+    "overflow (try dtype float32)"
+)
 
 
 def sample(
@@ -94,6 +100,8 @@ def write_tokens(
     check_context(model, ids.shape[1] + max_new_tokens, "prompt and continuation")
     options["max_new_tokens"] = max_new_tokens
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    if ids.shape[1] > PIECE and hasattr(model.config, "linearization"):  # not every family can read in pieces
+        settings["prefill_chunk_size"] = PIECE
     ids = ids.to(model.device)
     with own_settings(model, tokenizer, settings) as config:
         return cast(Any, model).generate(
@@ -110,10 +118,7 @@ class _Finite(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if not scores.amax(-1).isfinite().all():
-            raise LolcatsError(
-                "the model's predictions are NaN or infinite, so there is no text: its weights are damaged, or its "
-                "numbers overflow (try dtype float32)"
-            )
+            raise LolcatsError(NOT_FINITE)
         return scores
 
 
@@ -129,8 +134,7 @@ def own_settings(
         settings: what else `GenerationConfig` takes.
     """
     before = model.generation_config
-    rows = vocabulary_size(model)
-    ends = [token for token in _tokens(getattr(before, "eos_token_id", None)) if rows is None or token < rows]
+    ends = end_tokens(model)
     fill = [*_tokens(getattr(before, "pad_token_id", None)), *_tokens(tokenizer.pad_token_id), *ends, 0]
     config = GenerationConfig(
         eos_token_id=ends or None, pad_token_id=fill[0], **({"do_sample": False} | settings), use_cache=True
@@ -140,6 +144,13 @@ def own_settings(
         yield config
     finally:
         model.generation_config = before
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, of those that the model can make."""
+    rows = vocabulary_size(model)
+    ends = _tokens(getattr(model.generation_config, "eos_token_id", None))
+    return [token for token in ends if rows is None or token < rows]
 
 
 def _tokens(value: object) -> list[int]:

@@ -18,11 +18,12 @@ from lolcats.modeling import linearized_layers
 from lolcats.modeling.cache import cache_bytes
 from lolcats.modeling.decode_graphs import Recorder, graphs_of
 from lolcats.modeling.head import FAILURES
+from lolcats.models.generation import PIECE
 
 WARM = 3
 """Steps before the clock starts: kernels are compiled and steps recorded in them."""
-PIECE = 8192
-"""Tokens of all texts that are read at once where there is no memory to read them whole."""
+AT_ONCE = 8192
+"""Tokens of all texts that are read at once where there is no memory to read them as `generate` does."""
 GRAPH, EAGER = "graph", "eager"
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _round(model: PreTrainedModel, ids: Tensor, tokens: int, whole: bool, memory: _Memory) -> Times:
-    """Read prompts [B, N], in pieces unless `whole`, and decode."""
+    """Read prompts [B, N], as ever where `whole` and there is memory for it, else little by little; and decode."""
     times, device = Times(), ids.device
     memory.begin()
     read = _unless_full(lambda: _read_whole(model, ids), device) if whole else None
@@ -137,7 +138,7 @@ def _round(model: PreTrainedModel, ids: Tensor, tokens: int, whole: bool, memory
     def decode() -> None:
         cache = DynamicCache(config=model.config) if read is None else read[0]
         if read is None:
-            _read(model, ids, cache, max(1, PIECE // len(ids)))
+            _read(model, ids, cache, max(1, AT_ONCE // len(ids)))
         step = _stepping(model, ids[:, -1:].clone(), cache)
         _repeat(step, WARM)
         memory.begin()
@@ -150,9 +151,10 @@ def _round(model: PreTrainedModel, ids: Tensor, tokens: int, whole: bool, memory
 
 
 def _read_whole(model: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, float]:
-    """A cache of prompts [B, N], and the seconds until the first token."""
+    """A cache of prompts [B, N], read as `write_tokens` has them read, and the seconds until the first token."""
     cache = DynamicCache(config=model.config)
-    return cache, seconds(lambda: _read(model, ids, cache, ids.shape[1]).argmax(-1), ids.device)
+    piece = PIECE if linearized_layers(model) else ids.shape[1]
+    return cache, seconds(lambda: _read(model, ids, cache, piece).argmax(-1), ids.device)
 
 
 def _static(model: PreTrainedModel, shape: tuple[int, int], tokens: int, repeat: int, record: Recorder) -> Times | None:
@@ -160,7 +162,7 @@ def _static(model: PreTrainedModel, shape: tuple[int, int], tokens: int, repeat:
     device, memory, taken = model.device, _Memory(model.device, shape[0]), list[float]()
     # Room for the steps before the recording and in it, for those before the clock starts, and for those that count.
     cache = StaticCache(config=model.config, max_cache_len=shape[1] + 2 * WARM + tokens + 1)
-    ids, piece = _prompts(model, shape, 0), max(1, PIECE // shape[0])
+    ids, piece = _prompts(model, shape, 0), max(1, AT_ONCE // shape[0])
     try:
         _read(model, ids, cache, piece)
         step = _stepping(model, ids[:, -1:].clone(), cache)

@@ -1,4 +1,4 @@
-"""A picture of rows: speed and memory against context, a line a model and batch, with what was computed as broken lines."""
+"""A picture of rows: speed and memory against context, a line a model and batch; computed numbers are broken lines."""
 
 from __future__ import annotations
 

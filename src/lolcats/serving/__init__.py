@@ -1,0 +1,1 @@
+"""Text for many prompts at once."""
