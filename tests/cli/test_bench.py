@@ -36,6 +36,7 @@ def read_csv(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(Path(name).read_text())))
 
 
+@pytest.mark.slow
 def test_a_model_by_a_recipe(cli: Run, place: Path) -> None:
     """Table, CSV, JSON and plot have the same rows, with where and when they were measured."""
     files = ["--csv", "x.csv", "--json", "x.json", "--plot", "x.png"]
@@ -53,13 +54,14 @@ def test_a_model_by_a_recipe(cli: Run, place: Path) -> None:
         line = kept[cells[0], cells[2], cells[3]]
         assert float(cells[6].replace(",", "")) == pytest.approx(1e3 * float(line["step_seconds"]), rel=0.01)
         assert line["engine"] == "transformers" and line["date"] and line["torch"] == torch.__version__
-        assert line["device"].startswith("cpu") and float(line["memory"]) == float(line["text_bytes"])
+        assert line["device"].startswith("cpu") and float(line["text_memory"]) == float(line["text_memory_computed"])
     assert len(memory) == 8 and all(cells[-4:-2] == cells[-2:] for cells in memory)
     for part in ("untrained", "GB/s of a copy", "teacher sdpa, student hybrid", "x.png", "lolcats "):
         assert part in answer.out, answer.out
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_its_teacher(cli: Run, finished: Path) -> None:
     answer = cli("bench", finished, *SMALL)
     assert answer.code == 0, answer.err
@@ -67,21 +69,24 @@ def test_a_finished_run_and_its_teacher(cli: Run, finished: Path) -> None:
     assert {cells[0] for cells in rows_of(cli("bench", finished, "--teacher", "none", *SMALL).out)} == {"student"}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_linearized(cli: Run, place: Path) -> None:
     answer = cli("bench", place / "teacher", *SMALL, "--random-weights")
     assert answer.code == 0 and "is not linearized; --recipe" in answer.out and "random" in answer.out
     assert {cells[0] for cells in rows_of(answer.out)} == {"teacher"}
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_cell(cli: Run, place: Path) -> None:
     words = ["bench", place / "teacher", "--context", "9", "--tokens", "2", "--repeat", "1", "--device", "cpu"]
     answer = cli(*words, "--batch", "1,999999999", "--csv", "x.csv", "--plot", "x.png")
     assert answer.code == 0 and Path("x.png").exists(), answer.err
     assert "out of memory" in answer.out, "in one line, for memory; cells of speeds may be broken"
     first, second = read_csv("x.csv")
-    assert first["step_seconds"] and (second["step_seconds"], second["ratio"], second["memory"]) == ("", "", "")
+    assert first["step_seconds"] and (second["step_seconds"], second["ratio"], second["text_memory"]) == ("", "", "")
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_ctrl_c(cli: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the table, and in every file that was named."""
     real = speed.measure_speed
@@ -94,7 +99,7 @@ def test_what_was_measured_before_ctrl_c(cli: Run, place: Path, monkeypatch: pyt
 
     monkeypatch.setattr(speed, "measure_speed", interrupted)
     answer = cli("bench", place / "teacher", *SMALL, "--csv", "x.csv", "--json", "x.json", "--plot", "x.png")
-    assert answer.code == 130 and answer.err == "interrupted; what was measured is above and in the files\n"
+    assert answer.code == 130 and answer.err == "interrupted; rows that were measured are above and in the files\n"
     assert len(rows_of(answer.out)) == 2 * 3 and Path("x.png").exists()
     assert len(Path("x.csv").read_text().splitlines()) == 4 and len(json.loads(Path("x.json").read_text())["rows"]) == 3
 
@@ -119,9 +124,11 @@ def test_refusals(cli: Run, place: Path, words: list[str], parts: list[str]) -> 
     cli("bench", place / "teacher", *words).refused(*parts)
 
 
+@pytest.mark.slow
 def test_what_models_cannot_be(cli: Run, place: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("bench", finished, "--recipe", "hybrid").refused("is linearized already")
     cli("bench", finished, "--teacher", finished / "model", *SMALL).refused("is linearized itself")
     cli("bench", "./no-model").refused("no such folder")
+    cli("bench", finished, "--teacher", "./gone").refused("./gone", "no such folder")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cli("bench", "./no-model", "--plot", "x.png").refused("matplotlib")

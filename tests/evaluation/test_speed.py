@@ -82,6 +82,7 @@ def test_bytes_of_blend_beside_softmax(make_student: Make) -> None:
     assert cost.text(10) == 2 * (pairs + scores + 8) + 10 * 2 * 2 * 6 * 4
 
 
+@pytest.mark.slow
 def test_rows(make_student: Make, make_teacher: Make) -> None:
     """A row a model, batch and context, each as its numbers say; what a text takes is what the cache holds."""
     settings = SpeedSettings((1, 3), (9, 17), tokens=2, repeat=2)
@@ -103,13 +104,15 @@ def test_rows(make_student: Make, make_teacher: Make) -> None:
     assert teacher.step_bytes == teacher.weight_bytes + 3 * 3 * 2 * 2 * 6 * 4 * (17 + WARM + 1)
 
 
-def test_graphs_are_what_counts(make_student: Make, make_teacher: Make) -> None:
+@pytest.mark.slow
+def test_graphs_are_what_counts(make_student: Make, make_teacher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student that replays says so; a teacher is also recorded with a static cache, and the faster one counts."""
     student = make_student(window=5, sinks=2)
     with_stand_in(student)
     times = measure_times(student, 2, 9, 2, 1)
     assert times.steps == GRAPH and times.memory == state_bytes_of(student)
     replays: list[int] = []
+    monkeypatch.setattr("lolcats.evaluation.speed.measure.AT_ONCE", 8)  # a static cache is filled in pieces
 
     def record(step: Any) -> Any:
         def replay() -> None:
@@ -132,6 +135,7 @@ def state_bytes_of(student: Any) -> int:
     return sum(layer.mixer.state_spec(student.dtype).nbytes for layer in linearized_layers(student))
 
 
+@pytest.mark.slow
 def test_no_memory_is_a_cell(make_teacher: Make) -> None:
     """Prompts of more bytes than any machine has, asked of torch itself; and texts, which are not even tried."""
     with pytest.raises(RuntimeError) as refused:
@@ -145,6 +149,7 @@ def test_no_memory_is_a_cell(make_teacher: Make) -> None:
     assert full.ratio is full.decode_speed is full.prefill_speed is None
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit_are_read_in_pieces(make_student: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding is measured though reading all prompts at once is not."""
     student = make_student(window=5, sinks=2)
@@ -202,6 +207,7 @@ def test_contexts_end_where_the_model_does(make_teacher: Make) -> None:
         SpeedSettings().contexts_of(make_teacher(max_position_embeddings=30))
 
 
+@pytest.mark.slow
 def test_subjects(model_folder: Path, make_student: Make, tmp_path: Path) -> None:
     """A linearized model and its teacher; or a model before and after its conversion by a recipe."""
 
@@ -236,3 +242,19 @@ def test_random_weights_of_a_linearized_model(make_student: Make, tmp_path: Path
 def test_bandwidth_is_that_of_a_copy() -> None:
     """Between a floppy disk and what no memory does."""
     assert 1e6 < copy_bandwidth(CPU, 2**20) < 1e13 and math.isfinite(copy_bandwidth(CPU, 2**20))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(make_student: Make, make_teacher: Make) -> None:
+    """Both decode by CUDA graphs, peaks are above what the texts take, and what does not fit is a cell."""
+    settings = SpeedSettings((1, 4), (300,), tokens=4, repeat=2)
+    student = make_student(window=5, sinks=2).cuda()
+    rows = list(measure_speed(iter([("student", student), ("teacher", make_teacher().cuda())]), settings, BANDWIDTH))
+    assert [row.times.steps for row in rows] == [GRAPH] * 4
+    for row in rows:
+        assert row.times.memory is not None and row.times.memory >= row.text_bytes
+        assert row.times.reading_memory is not None and row.times.first_token and row.times.step
+    assert measure_times(student, 10**7, 10**4, 1, 1) == Times()
+    eager = SpeedSettings((2,), (300,), tokens=4, repeat=1, graphs=False)
+    (row,) = measure_speed(iter([("teacher", make_teacher().cuda())]), eager, BANDWIDTH)
+    assert row.times.steps == EAGER

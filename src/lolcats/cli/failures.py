@@ -10,7 +10,7 @@ from lolcats.errors import LolcatsError, is_out_of_memory
 from lolcats.printable import MOST_PROBLEMS, one_line
 
 INTERRUPTED = {
-    "bench": "interrupted; what was measured is above and in the files",
+    "bench": "interrupted; rows that were measured are above and in the files",
     "linearize": "interrupted; the last checkpoint is kept",
     "generate --input": "interrupted; finished rows are kept: the same command goes on from there",
     "benchmark": "interrupted; what was measured is kept: the same command goes on from there",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -68,7 +68,7 @@ def measure_times(
     if linearized or record is None:
         return found
     recorder = record
-    with _maskable(model):
+    with _recordable(model):
         other = _unless_full(lambda: _static(model, (batch, context), tokens, repeat, recorder), device)
     if other is not None and (found.step is None or (other.step or found.step) < found.step):
         found.step, found.steps, found.memory = other.step, other.steps, other.memory
@@ -185,17 +185,20 @@ def _static(model: PreTrainedModel, shape: tuple[int, int], tokens: int, repeat:
 
 
 @contextmanager
-def _maskable(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, SDPA in place of FlashAttention, which cannot leave out what a static cache has not filled yet."""
-    attention = model.config._attn_implementation
-    if not str(attention).startswith("flash"):
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(str(attention))
+def _recordable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a step with a static cache can be recorded: its GPU is the current one, and SDPA stands in for
+    FlashAttention, which cannot leave out what the cache has not filled yet.
+    """
+    attention = str(model.config._attn_implementation)
+    with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+        if not attention.startswith("flash"):
+            yield
+            return
+        model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(attention)
 
 
 def _prompts(model: PreTrainedModel, shape: tuple[int, int], seed: int) -> Tensor:

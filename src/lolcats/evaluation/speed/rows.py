@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from lolcats.evaluation.speed.measure import Times
 
@@ -55,12 +55,27 @@ class Row:
 
     def numbers(self) -> dict[str, object]:
         """All of it by name, for files."""
-        own = {name: value for name, value in asdict(self).items() if name not in ("times", "limit")}
-        times = asdict(self.times)
-        step, first = times.pop("step"), times.pop("first_token")
-        seconds = {"first_token_seconds": first, "step_seconds": step, "step_limit_seconds": self.limit}
-        speeds = {"prefill_tokens_per_second": self.prefill_speed, "decode_tokens_per_second": self.decode_speed}
-        return own | seconds | {"ratio": self.ratio} | speeds | times
+        return {
+            "engine": self.engine,
+            "variant": self.variant,
+            "attention": self.attention,
+            "dtype": self.dtype,
+            "steps": self.times.steps,
+            "batch": self.batch,
+            "context": self.context,
+            "tokens": self.tokens,
+            "first_token_seconds": self.times.first_token,
+            "prefill_tokens_per_second": self.prefill_speed,
+            "step_seconds": self.times.step,
+            "step_limit_seconds": self.limit,
+            "ratio": self.ratio,
+            "decode_tokens_per_second": self.decode_speed,
+            "step_bytes": self.step_bytes,
+            "weight_bytes": self.weight_bytes,
+            "text_memory": self.times.memory,
+            "text_memory_computed": self.text_bytes,
+            "text_memory_reading": self.times.reading_memory,
+        }
 
 
 def to_csv(rows: Iterable[Row], about: Mapping[str, object]) -> str:

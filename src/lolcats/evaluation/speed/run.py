@@ -20,6 +20,7 @@ from lolcats.modeling import convert, linearized_layers
 from lolcats.modeling.decode_graphs import record_cuda, set_decode_graphs
 from lolcats.models.context import check_context, context_limit
 from lolcats.models.device import choose_dtype, memory_size
+from lolcats.models.folder import check_place, expand_model
 from lolcats.models.shapes import SHAPES, random_model
 from lolcats.models.teacher import load_teacher
 
@@ -104,6 +105,8 @@ class Subjects:
         Raises:
             LolcatsError: a model cannot be loaded, or linearized, or is linearized where it must not be.
         """
+        if self.teacher is not None and self.recipe is None:  # found before the student has taken its time
+            check_place(expand_model(self.teacher))
         model = self._load(self.source, None)
         if self.recipe is not None:
             yield from self._converted(model, self.recipe)
@@ -125,7 +128,10 @@ class Subjects:
             raise LolcatsError(f"{self.source} is linearized already; give no recipe, or a model that is not")
         settings = load_config(recipe).linearization
         if self.teacher is not None:
+            attention = model.config._attn_implementation
             yield "teacher", _fastest(model)
+            if model.config._attn_implementation != attention:
+                model.set_attn_implementation(str(attention))
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         ids = torch.randint(0, vocabulary, (1, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
         yield "student", convert(model, settings, input_ids=ids.to(self.device))
