@@ -1,0 +1,1 @@
+"""Linearized models behind serving engines."""

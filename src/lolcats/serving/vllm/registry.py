@@ -1,0 +1,49 @@
+"""Telling vLLM of linearized models."""
+
+# pyright: reportMissingImports=false
+# vLLM is not installed where the rest of the package is checked.
+
+from __future__ import annotations
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+import lolcats.modeling.hf  # noqa: F401  # teaches AutoConfig the model type lolcats
+from lolcats.serving.vllm.config import LinearizedModelConfig, Refused, refused_config
+from lolcats.serving.vllm.model import PREFIX
+
+
+def register_models(refusal: str | None) -> None:
+    """Register the linearized models of every family of transformers' causal language models.
+
+    Args:
+        refusal: why none of them can be served, or None.
+    """
+    known = set(ModelRegistry.get_supported_archs())
+    families = {str(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    if refusal is None:
+        _register_layer()
+    for family in sorted(families):
+        name = f"{PREFIX}{family}"
+        if name in known:
+            continue
+        if refusal is None and family in known:
+            ModelRegistry.register_model(name, f"lolcats.serving.vllm.model:{name}")
+            MODELS_CONFIG_MAP[name] = LinearizedModelConfig
+            continue
+        reason = refusal or f"vLLM has no model {family}, so its linearized ones cannot be served by vLLM"
+        ModelRegistry.register_model(name, Refused)
+        MODELS_CONFIG_MAP[name] = refused_config(f"{reason}; `transformers serve` can serve them")
+
+
+def _register_layer() -> None:
+    from vllm.config import CompilationConfig
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+
+    from lolcats.serving.vllm.layer import OPERATION
+
+    # CUSTOM is the name that vLLM keeps for others.
+    register_backend(MambaAttentionBackendEnum.CUSTOM, "lolcats.serving.vllm.metadata.StateBackend", is_mamba=True)
+    if OPERATION not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(OPERATION)  # compiled graphs are split there
