@@ -9,7 +9,7 @@ Algorithm, for a text and a key head (a program):
 3. the new token is written to its slot, that of the oldest key, when all has been read.
 Which slots are filled follows from the length of the text. `advance_kernel` counts the token afterwards: all programs
 of a text read the length. With `indices` the states are a pool of P, of which text b has row indices[b], or none (-1).
-The rows of a tensor may lie apart, as in pages that a serving engine hands out.
+The rows of a tensor may lie apart, as in the pages of a serving engine.
 
 Shapes: q, out [B, H, D or Dv]; ring [P, KV, R, .], R = W slots (2 W when terraced); kv [P, S, F, Dv] fp32; k_sum
 [P, S, F] fp32; maps [heads, D, width]; P = B without indices.
@@ -361,7 +361,8 @@ def decode_step(
         either(maps.log_scale, q), window_factor, either(sink_logits, q), either(decay, q), either(active, q),
         either(indices, q), *parts, *state.linear, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        *(x.stride(0) for x in (*parts, *state.linear)), spec.score_scale(size), KV_HEADS=kv_heads, KV_GROUP=heads // kv_heads, STATES=state_heads // kv_heads,
+        *(x.stride(0) for x in (*parts, *state.linear)), spec.score_scale(size),
+        KV_HEADS=kv_heads, KV_GROUP=heads // kv_heads, STATES=state_heads // kv_heads,
         BG=padded(heads // kv_heads), D=size, BD=max(SMALLEST, padded(size)), WIDTH=width, F=features,
         BF=max(SMALLEST, padded(width)), DV=dv, BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind],
         WINDOW=spec.window, TERRACED=spec.window_kind == "terraced", RING=spec.slots,

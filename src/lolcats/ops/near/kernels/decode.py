@@ -7,7 +7,7 @@ Algorithm, for a text and a key head (a program):
 3. what has entered is written, when all has been read.
 Which slots are filled follows from the length of the text and, of kept pairs, from their scores. `advance_kernel`
 counts the token afterwards: all programs of a text read the length. With `indices` the states are a pool of which
-text b has row indices[b], or none (-1). The rows of a tensor may lie apart, as in pages that a serving engine hands out.
+text b has row indices[b], or none (-1). The rows of a tensor may lie apart, as in the pages of a serving engine.
 
 Shapes: q, out [B, H, D or Dv]; ring [rows, KV, w, .], kept [rows, KV, P, .], sinks [rows, KV, s, .].
 Bytes: the state once read, KV (w + P + s) (D + Dv) numbers per text. Numbers of 8 or 4 bits (`PairCodec`) are decoded
@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.decode import advance_kernel, ring_positions, state_row
-from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile
+from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
 from lolcats.ops.near.kernels.launch import device_of, refusal
 from lolcats.ops.near.kernels.tiles import SIZES, capped
 from lolcats.ops.near.quantize import CURVE as LEVEL_CURVE

@@ -20,9 +20,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from lolcats.mixers import Call, Mixer, Rotation
 from lolcats.mixers.base import map_state, put_rows
-from lolcats.serving.vllm.metadata import StateMetadata
-from lolcats.serving.vllm.pages import StatePages
-from lolcats.serving.vllm.rotary import rotation_at
+from lolcats.serving.vllm_plugin.metadata import StateMetadata
+from lolcats.serving.vllm_plugin.pages import StatePages
+from lolcats.serving.vllm_plugin.rotary import rotation_at
 
 OPERATION = "lolcats::linearized_attention"
 """Where vLLM splits compiled graphs."""
@@ -112,7 +112,9 @@ class Step:
         """What the mixer is given for the tokens at `token` [B, N]."""
         q, k, v = (x[token].transpose(1, 2) for x in (self.q, self.k, self.v))
         layer, hidden = self.layer, self.hidden[token]
-        return Call(q, k, v, hidden, layer.scale, padding, softcap=layer.softcap, rotation=self._rotation(token, hidden))
+        return Call(
+            q, k, v, hidden, layer.scale, padding, softcap=layer.softcap, rotation=self._rotation(token, hidden)
+        )
 
     def _rotation(self, token: Tensor, hidden: Tensor) -> Rotation | None:
         if not self.layer.mixer.needs_rotation:

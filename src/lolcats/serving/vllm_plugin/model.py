@@ -16,9 +16,9 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models import ModelRegistry
 
 from lolcats.errors import LolcatsError
-from lolcats.serving.vllm.install import install
-from lolcats.serving.vllm.plan import make_plan
-from lolcats.serving.vllm.weights import MixerWeights
+from lolcats.serving.vllm_plugin.install import install
+from lolcats.serving.vllm_plugin.plan import make_plan
+from lolcats.serving.vllm_plugin.weights import MixerWeights
 
 PREFIX = "Linearized"
 COPIES = (get_temporal_copy_spec,)
@@ -29,7 +29,9 @@ COPIES = (get_temporal_copy_spec,)
 def linearized_class(base: type[nn.Module]) -> type[nn.Module]:
     """vLLM's class of a family -> that of its linearized models."""
     if getattr(base, "is_hybrid", False):
-        raise LolcatsError(f"{base.__name__} has layers with states of its own in vLLM; it can be served by transformers")
+        raise LolcatsError(
+            f"{base.__name__} has layers with states of its own in vLLM; `transformers serve` can serve it"
+        )
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)

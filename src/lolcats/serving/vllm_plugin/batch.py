@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ def group_rows(starts: Sequence[int], device: torch.device | str = "cpu") -> lis
         starts: [texts + 1], the place of the first token of each text, and at last the end of all.
         device: of the indices, which are made on the host.
     """
-    lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - begin for begin, end in itertools.pairwise(starts)]
     groups: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] <= WASTE * lengths[number]:

