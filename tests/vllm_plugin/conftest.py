@@ -28,7 +28,7 @@ os.environ |= {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.filterwarnings("default"))  # vLLM's own
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM's own
 
 
 @pytest.fixture(scope="session")
