@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,15 @@ def test_fewer_pages_than_requests(linearized: Callable[..., Path]) -> None:
 def test_a_compiled_model(linearized: Callable[..., Path]) -> None:
     folder = linearized(**RECOMMENDED)
     assert_same(by_vllm(folder, enforce_eager=False)[0], by_generate(folder), CODED)
+
+
+def test_texts_beyond_the_context(
+    teacher: Path, linearized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sinks are seen at its end, and pairs that are older than it are dropped."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    short = shutil.copytree(teacher, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))
+    folder = linearized(short, **RECOMMENDED | {"bits": 16})
+    assert_same(by_vllm(folder, max_model_len=512)[0], by_generate(folder), EXACT)

@@ -12,8 +12,9 @@ from lolcats.serving.vllm_plugin import installed_version, version_refusal
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs too; that command wants a distribution named vllm, which the one for CPUs is not."""
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-"""vLLM sends its maker a report of what it runs on unless it is told not to."""
+SETTINGS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+"""For vLLM's environment: it sends its maker a report of what it runs on unless it is told not to; and a text may be
+longer than a model's context, where that is asked for, only if this is set too."""
 
 
 def check_engine() -> None:
@@ -38,7 +39,7 @@ def run_server(model: str, options: Sequence[str]) -> None:
         SystemExit: vLLM does not understand the options.
     """
     check_engine()
-    for name, value in QUIET.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     sys.argv = ["lolcats serve", "--model", model, *options]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)

@@ -13,13 +13,21 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.modules import GLOBAL
 from lolcats.printable import show_bytes
 from lolcats.serving.vllm_plugin.memory import state_memory
 from lolcats.serving.vllm_plugin.model import PREFIX
 from lolcats.serving.vllm_plugin.plan import make_plan
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+class StatefulModelConfig(ModelConfig):
+    """vLLM's settings of a model; it takes one whose layers all see the whole text for one without states."""
+
+    @property
+    def is_hybrid(self) -> bool:
+        """It has states."""
+        return True
 
 
 class LinearizedModelConfig(VerifyAndUpdateConfig):
@@ -30,11 +38,7 @@ class LinearizedModelConfig(VerifyAndUpdateConfig):
         """Make vLLM see a model with states."""
         if (family := _family(model_config)) is not None:
             family.verify_and_update_model_config(model_config)
-        config = model_config.hf_text_config
-        types = getattr(config, "layer_types", None)
-        if types is not None and all(kind == GLOBAL for kind in types):
-            # vLLM takes such a model for one without states; and one without types for one of sliding windows.
-            config.layer_types = config.sliding_window = None
+        model_config.__class__ = StatefulModelConfig
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -16,10 +16,10 @@ from vllm.v1.attention.backend import AttentionType
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers import Sizes
-from lolcats.serving.vllm_plugin.layer import Inputs, LinearizedAttention
+from lolcats.serving.vllm_plugin.layer import Facts, Inputs, LinearizedAttention
 from lolcats.serving.vllm_plugin.pages import StatePages
 from lolcats.serving.vllm_plugin.plan import Plan, make_mixer, make_plan
-from lolcats.serving.vllm_plugin.rotary import check_rotary, rotary_of
+from lolcats.serving.vllm_plugin.rotary import check_rotary, extend_rotaries, reach_of, rotary_of
 
 
 def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAttention]:
@@ -35,6 +35,8 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAt
             f"expected attention over the whole text in layers {list(plan.layers)} of vLLM's "
             f"{type(model).__name__}; it has none in {missing}"
         )
+    if beyond(vllm_config):
+        extend_rotaries(model, vllm_config.model_config.max_model_len)
     inputs = Inputs()
     layers = {
         index: _replace(model, found[index], plan, place, inputs, vllm_config)
@@ -42,6 +44,16 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAt
     }
     _allocate(layers, plan, vllm_config)
     return layers
+
+
+def context_of(vllm_config: VllmConfig) -> int:
+    """Tokens of text that the model was made for; 0 where its config does not say."""
+    return getattr(vllm_config.model_config.hf_text_config, "max_position_embeddings", None) or 0
+
+
+def beyond(vllm_config: VllmConfig) -> bool:
+    """Whether texts may be longer than what the model was made for."""
+    return 0 < context_of(vllm_config) < vllm_config.model_config.max_model_len
 
 
 def global_attention(model: nn.Module) -> dict[int, str]:
@@ -64,13 +76,16 @@ def _replace(
     sizes = Sizes(
         attention.num_heads, attention.num_kv_heads, attention.head_size, attention.head_size_v, hidden_size
     )  # fmt: skip
-    mixer, dtype = make_mixer(plan.config, sizes, place).float(), vllm_config.model_config.dtype
-    if mixer.state_spec(dtype) != plan.specs[place]:
+    mixer, model_config = make_mixer(plan.config, sizes, place).float(), vllm_config.model_config
+    if mixer.state_spec(model_config.dtype) != plan.specs[place]:
         raise LolcatsError(f"layer {plan.layers[place]} has other sizes than the model's config tells: {sizes}")
-    rotary = _find_rotary(parent, sizes, dtype) if mixer.needs_rotation else None
+    rotary = _find_rotary(parent, sizes, model_config.dtype) if mixer.needs_rotation else None
     watch(parent, rotary, hidden_size, inputs)
-    softcap = getattr(attention.impl, "logits_soft_cap", None) or None
-    new = LinearizedAttention(attention.layer_name, mixer, float(attention.impl.scale), softcap, rotary, inputs)
+    facts = Facts(
+        float(attention.impl.scale), getattr(attention.impl, "logits_soft_cap", None) or None, rotary,
+        None if rotary is None or not beyond(vllm_config) else reach_of(rotary, context_of(vllm_config)),
+    )  # fmt: skip
+    new = LinearizedAttention(attention.layer_name, mixer, facts, inputs)
     setattr(parent, child, new)
     return new
 
@@ -107,7 +122,8 @@ def watch(parent: nn.Module, rotary: nn.Module | None, hidden_size: int, inputs:
         inputs.positions = kwargs["positions"] if "positions" in kwargs else args[0]
 
     parent.register_forward_pre_hook(note_hidden, with_kwargs=True)
-    if rotary is not None and not rotary._forward_pre_hooks:  # layers may share it
+    if rotary is not None and rotary not in inputs.watched:  # layers may share it
+        inputs.watched.append(rotary)
         rotary.register_forward_pre_hook(note_positions, with_kwargs=True)
 
 

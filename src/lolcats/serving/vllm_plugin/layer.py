@@ -11,14 +11,14 @@ Legend: T tokens of a step, B requests, N tokens of a row, H query heads, KV key
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from lolcats.mixers import Call, Mixer, Rotation
+from lolcats.mixers import Call, Mixer, Reach
 from lolcats.mixers.base import map_state, put_rows
 from lolcats.serving.vllm_plugin.metadata import StateMetadata
 from lolcats.serving.vllm_plugin.pages import StatePages
@@ -36,6 +36,21 @@ class Inputs:
         """[T, d_model]."""
         self.positions: Tensor | None = None
         """[T], of which its rotary module was told; None where it rotates nothing."""
+        self.watched: list[nn.Module] = []
+        """Rotary modules that tell."""
+
+
+class Facts(NamedTuple):
+    """What the family does around its attention."""
+
+    scale: float
+    """Of scores."""
+    softcap: float | None
+    """Of scores."""
+    rotary: nn.Module | None
+    """Its rotary module, for mixers that need to know."""
+    reach: Reach | None
+    """The context of the model, where texts may be longer."""
 
 
 class LinearizedAttention(nn.Module):
@@ -44,19 +59,14 @@ class LinearizedAttention(nn.Module):
     Args:
         name: of the layer that it replaces, which vLLM looks it up by.
         mixer: with its parameters.
-        scale: of scores.
-        softcap: of scores, or None.
-        rotary: the family's rotary module, for mixers that need to know.
+        facts: of the family.
         inputs: where hooks leave what the attention module is called with.
     """
 
-    def __init__(
-        self, name: str, mixer: Mixer, scale: float, softcap: float | None, rotary: nn.Module | None, inputs: Inputs
-    ) -> None:
+    def __init__(self, name: str, mixer: Mixer, facts: Facts, inputs: Inputs) -> None:
         super().__init__()
-        self.layer_name, self.mixer, self.scale, self.softcap = name, mixer, scale, softcap
-        self.rotary = [rotary]  # in a list, since it belongs to the family's module
-        self.inputs = inputs
+        self.layer_name, self.mixer, self.inputs = name, mixer, inputs
+        self.facts = facts  # its rotary module is the family's, not one of ours
         self.pages: StatePages | None = None
         self.number = 0
 
@@ -111,16 +121,14 @@ class Step:
     def call(self, token: Tensor, padding: Tensor | None) -> Call:
         """What the mixer is given for the tokens at `token` [B, N]."""
         q, k, v = (x[token].transpose(1, 2) for x in (self.q, self.k, self.v))
-        layer, hidden = self.layer, self.hidden[token]
+        facts, hidden, rotation, reach = self.layer.facts, self.hidden[token], None, None
+        if self.layer.mixer.needs_rotation:
+            positions = None if self.positions is None else self.positions[token]
+            rotation = rotation_at(facts.rotary, positions, hidden)
+            reach = None if positions is None else facts.reach
         return Call(
-            q, k, v, hidden, layer.scale, padding, softcap=layer.softcap, rotation=self._rotation(token, hidden)
-        )
-
-    def _rotation(self, token: Tensor, hidden: Tensor) -> Rotation | None:
-        if not self.layer.mixer.needs_rotation:
-            return None
-        positions = None if self.positions is None else self.positions[token]
-        return rotation_at(self.layer.rotary[0], positions, hidden)
+            q, k, v, hidden, facts.scale, padding, softcap=facts.softcap, rotation=rotation, reach=reach
+        )  # fmt: skip
 
 
 def _linearized_attention(

@@ -28,12 +28,10 @@ COPIES = (get_temporal_copy_spec,)
 @functools.cache
 def linearized_class(base: type[nn.Module]) -> type[nn.Module]:
     """vLLM's class of a family -> that of its linearized models."""
-    if getattr(base, "is_hybrid", False):
-        raise LolcatsError(
-            f"{base.__name__} has layers with states of its own in vLLM; `transformers serve` can serve it"
-        )
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        if getattr(base, "is_hybrid", False):  # not sooner: vLLM looks at the class in a process of its own
+            raise LolcatsError(f"{base.__name__} has layers with states of its own in vLLM; serve it by transformers")
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.linearized = install(self, vllm_config)
 

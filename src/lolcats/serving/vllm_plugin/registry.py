@@ -28,13 +28,22 @@ def register_models(refusal: str | None) -> None:
         name = f"{PREFIX}{family}"
         if name in known:
             continue
-        if refusal is None and family in known:
+        reason = refusal or family_refusal(family, known)
+        if reason is None:
             ModelRegistry.register_model(name, f"lolcats.serving.vllm_plugin.model:{name}")
             MODELS_CONFIG_MAP[name] = LinearizedModelConfig
-            continue
-        reason = refusal or f"vLLM has no model {family}, so its linearized ones cannot be served by vLLM"
-        ModelRegistry.register_model(name, Refused)
-        MODELS_CONFIG_MAP[name] = refused_config(f"{reason}; `transformers serve` can serve them")
+        else:
+            ModelRegistry.register_model(name, Refused)
+            MODELS_CONFIG_MAP[name] = refused_config(f"{reason}; `transformers serve` can serve it")
+
+
+def family_refusal(family: str, known: set[str]) -> str | None:
+    """Why linearized models of a family cannot be served by vLLM, or None; `known` are the families that it has."""
+    if family not in known:
+        return f"vLLM has no {family}, so it cannot serve linearized ones"
+    if getattr(ModelRegistry.models[family], "module_name", "").endswith(".transformers"):
+        return f"vLLM runs {family} by the code of transformers, where linearized layers cannot be put in"
+    return None
 
 
 def _register_layer() -> None:

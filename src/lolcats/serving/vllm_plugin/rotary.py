@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
-from lolcats.mixers import Rotation
+from lolcats.mixers import Reach, Rotation
 from lolcats.mixers.rotation import Layout
 
 CACHE = "cos_sin_cache"
@@ -19,6 +19,41 @@ CACHE = "cos_sin_cache"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Relative: what rounding does."""
 UNROTATED = Layout("none")
+
+
+def extend_rotaries(model: nn.Module, tokens: int) -> None:
+    """Have the rotary modules of a model know positions up to `tokens`, where they know fewer.
+
+    Raises:
+        LolcatsError: there are none, or one whose angles depend on how many positions it knows.
+    """
+    rotaries = [module for module in model.modules() if isinstance(getattr(module, CACHE, None), Tensor)]
+    if not rotaries:
+        raise LolcatsError(
+            f"{type(model).__name__} cannot read texts of {tokens:,} tokens: its positions end with its context; set "
+            "max_model_len to that"
+        )
+    for rotary in rotaries:
+        known = cast(Tensor, getattr(rotary, CACHE))
+        if len(known) < tokens:
+            setattr(rotary, CACHE, _longer(rotary, known, tokens))
+
+
+@torch.no_grad()
+def _longer(rotary: Any, known: Tensor, tokens: int) -> Tensor:
+    rotary.max_position_embeddings = tokens
+    longer = rotary._compute_cos_sin_cache().to(known)
+    if len(longer) < tokens or not torch.allclose(longer[: len(known)], known):
+        raise LolcatsError(
+            f"{type(rotary).__name__} has other angles in longer texts; set max_model_len to the model's context"
+        )
+    return longer
+
+
+def reach_of(rotary: nn.Module, limit: int) -> Reach:
+    """What mixers are told of a model's context of `limit` tokens."""
+    cache = cast(Tensor, getattr(rotary, CACHE))
+    return Reach(limit, rotation_at(rotary, torch.tensor([[limit - 1]], device=cache.device), cache))
 
 
 def rotary_of(attention: nn.Module) -> nn.Module | None:
