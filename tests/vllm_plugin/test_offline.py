@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_plugin.equality import LENGTHS, assert_same, by_generate, by_vllm
+from vllm_plugin.equality import LENGTHS, assert_same, beginning, by_generate, by_vllm
 
 pytestmark = pytest.mark.slow
 EXACT, CODED = 1e-3, 0.15
@@ -63,6 +63,14 @@ def test_fewer_pages_than_requests(linearized: Callable[..., Path]) -> None:
     """Pages are used again, and nothing of the text before stays in them; a prompt of one token has nothing else."""
     folder = linearized(**RECOMMENDED)
     assert_same(by_vllm(folder, num_gpu_blocks_override=3)[0], by_generate(folder), CODED)
+
+
+@pytest.mark.parametrize("settings", [RECOMMENDED, {"mixer": "hybrid", "window": 16}], ids=["blend", "hybrid"])
+def test_bfloat16(settings: dict[str, Any], linearized: Callable[..., Path]) -> None:
+    """As far as rounding goes, which another token would make larger."""
+    folder = linearized(**settings)
+    got = by_vllm(folder, dtype="bfloat16")[0]
+    assert_same(beginning(got, 1), beginning(by_generate(folder), 1), 0.5)
 
 
 def test_a_compiled_model(linearized: Callable[..., Path]) -> None:

@@ -93,7 +93,8 @@ def complete(client: OpenAI, folder: Path) -> Callable[..., Any]:
 
 def test_the_server_says_what_generate_says(complete: Callable[..., Any], folder: Path) -> None:
     """Two prompts at once, with log probabilities."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [PROMPT, "a long river ran"]
     answer = complete(texts, logprobs=1)
     for text, choice in zip(texts, answer.choices, strict=True):

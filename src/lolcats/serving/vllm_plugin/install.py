@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionType
 
 from lolcats.errors import LolcatsError
@@ -28,7 +29,12 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAt
     Raises:
         LolcatsError: the model is not what its settings say, or does what a mixer here does not see.
     """
-    plan = make_plan(vllm_config)
+    # vLLM builds models in the format of their weights; mixers and their states have formats of their own.
+    with set_default_torch_dtype(torch.float32):
+        return _install(model, vllm_config, make_plan(vllm_config))
+
+
+def _install(model: nn.Module, vllm_config: VllmConfig, plan: Plan) -> dict[int, LinearizedAttention]:
     found = global_attention(model)
     if missing := [index for index in plan.layers if index not in found]:
         raise LolcatsError(

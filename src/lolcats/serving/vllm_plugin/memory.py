@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -24,7 +23,7 @@ def state_memory(vllm_config: VllmConfig) -> int | None:
         return None if not envs.VLLM_CPU_KVCACHE_SPACE else int(envs.VLLM_CPU_KVCACHE_SPACE * 2**30)
     if not current_platform.is_cuda():
         return None
-    total = torch.cuda.get_device_properties(0).total_memory
+    total = current_platform.get_device_total_memory()  # without a context on the device
     return max(0, int(total * cache.gpu_memory_utilization) - weight_bytes(vllm_config.model_config.model))
 
 

@@ -80,7 +80,8 @@ def rotation_at(rotary: nn.Module | None, positions: Tensor | None, hidden: Tens
 def check_rotary(rotary: nn.Module, name: str, head_dim: int, kv_heads: int, dtype: torch.dtype) -> None:
     """Raise LolcatsError unless the module does to queries and keys what `rotation_at` says."""
     cache = cast(Tensor, getattr(rotary, CACHE))
-    positions = torch.linspace(0, len(cache) - 1, 5, device=cache.device).long()
+    last = len(cache) - 1
+    positions = torch.tensor([0, 1, last // 3, last // 2, last], device=cache.device)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(5, kv_heads * head_dim, generator=generator).to(cache.device, dtype) for _ in range(2))
     rotation = rotation_at(rotary, positions[None], q)
