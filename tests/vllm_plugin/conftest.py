@@ -25,10 +25,9 @@ os.environ |= {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM's own
+def pytest_configure(config: pytest.Config) -> None:
+    if installed_version() is not None:
+        config.addinivalue_line("filterwarnings", "ignore")  # vLLM's own, until the last socket
 
 
 @pytest.fixture(scope="session")

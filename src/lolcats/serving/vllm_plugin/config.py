@@ -16,7 +16,8 @@ from lolcats.errors import LolcatsError
 from lolcats.printable import show_bytes
 from lolcats.serving.vllm_plugin.memory import state_memory
 from lolcats.serving.vllm_plugin.model import PREFIX
-from lolcats.serving.vllm_plugin.plan import make_plan
+from lolcats.serving.vllm_plugin.plan import linearization, make_plan
+from lolcats.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -51,6 +52,10 @@ class LinearizedModelConfig(VerifyAndUpdateConfig):
             family.verify_and_update_config(vllm_config)
         refuse(vllm_config)
         tell_memory(vllm_config)
+        if isinstance(vllm_config.additional_config, dict):
+            # vLLM keeps compiled models under a hash of this among others.
+            settings = linearization(vllm_config).model_dump(mode="json")
+            vllm_config.additional_config |= {"lolcats": [__version__, settings]}
 
 
 def _family(model_config: ModelConfig) -> type[VerifyAndUpdateConfig] | None:
