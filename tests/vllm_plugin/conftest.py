@@ -15,14 +15,17 @@ from lolcats import LinearizationConfig, convert
 from lolcats.serving.vllm_plugin import installed_version
 from tiny import chat_tokenizer, perturb
 
-collect_ignore_glob = ["test_*.py"] if installed_version() is None else []
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-}
+collect_ignore_glob: list[str] = []
+if installed_version() is None:
+    collect_ignore_glob.append("test_*.py")
+else:
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def pytest_configure(config: pytest.Config) -> None:
