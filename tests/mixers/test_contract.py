@@ -307,6 +307,22 @@ def test_slots_are_rows_of_a_pool(name: str, settings: dict[str, Any]) -> None:
     assert new.length.tolist() == [0, 1, 0, 1, 0]
 
 
+@torch.no_grad()
+def test_a_slot_of_minus_one_is_a_row_without_a_text(name: str, settings: dict[str, Any]) -> None:
+    """As an engine pads its batches; rows lie apart, as in its pages."""
+    mixer, prompt = make(name, settings), make_call(rows=4, tokens=9)
+    pool = map_state(mixer(prompt, keep=True)[1], lambda t: torch.stack([t, t], 1)[:, 0])
+    before, token = copied(pool), make_call(rows=3, tokens=1, seed=3)
+    expected, rows = mixer.step(part(token, slice(None), slice(1, 2)), map_state(copied(pool), lambda t: t[[2]]))
+    out, _ = mixer.step(token, pool, slots=torch.tensor([-1, 2, -1]))
+    torch.testing.assert_close(out[1:2], expected, **EXACT)
+    same_states(mixer, map_state(pool, lambda t: t[[2]]), rows)
+    mixer.step(token, pool, slots=torch.tensor([-1, -1, -1]))
+    for x, y in zip(state_tensors(pool), state_tensors(before), strict=True):
+        assert torch.equal(x[[0, 1, 3]], y[[0, 1, 3]])
+    assert pool.length.tolist() == [9, 9, 10, 9]
+
+
 def test_gradients_are_those_of_the_function(name: str, settings: dict[str, Any]) -> None:
     if settings.get("bits", 16) < 16:
         pytest.skip("rounding has no derivative: its gradient is that of no rounding")

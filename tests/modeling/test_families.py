@@ -172,9 +172,14 @@ def test_packed_texts_are_apart(make_student: Builder, tokens: Tokens, teacher: 
 
 @torch.no_grad()
 def test_saved_and_loaded(make_student: Builder, tokens: Tokens, teacher: Any, tmp_path: Any) -> None:
-    student = make_student(teacher, window=5)
-    student.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    teacher.save_pretrained(tmp_path / "teacher")  # what was loaded is saved in the form that the files had
+    for before in (teacher, AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")):
+        check_files(make_student(before, window=5), tokens, tmp_path / "student")
+
+
+def check_files(student: Any, tokens: Tokens, folder: Any) -> None:
+    student.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert type(loaded) is type(student)
     assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lolcats.ops import HybridOutput, HybridSpec, HybridState, WindowRing, hybrid_attention
 from lolcats.ops.hybrid.layout import held_positions, in_order
+from lolcats.ops.types import map_state
+
+S = TypeVar("S")
 
 CAP = 0.7  # the scores of the tests are about +-1: most are bent, none is flat
 CPU_IMPLEMENTATIONS = ("reference", "chunked", "recurrent")
@@ -199,3 +202,8 @@ def scalar_truth(tensors: Tensors, case: Case, row: int = 0) -> Tensor:
             for d in range(case.value_size):
                 out[h, i, d] = sum(w * v[kh][j][d] for j, w in weights.items()) / total
     return out
+
+
+def rows_apart(pool: S) -> S:
+    """The same pool with its rows further apart than they are long, as in the pages of a serving engine."""
+    return map_state(pool, lambda t: torch.stack([t, torch.full_like(t, 9)], 1)[:, 0])

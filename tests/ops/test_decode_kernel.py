@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Tensors, make
+from helpers import Case, Tensors, make, rows_apart
 from test_kernels import assert_near, map_weights, name_of
 from torch import Tensor
 
@@ -99,15 +99,17 @@ def test_windows_of_several_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["triton", "recurrent"])
+@pytest.mark.parametrize(("impl", "apart"), [("triton", False), ("triton", True), ("recurrent", True)])
 @pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=name_of)
 @torch.no_grad()
-def test_a_pool_of_states(case: Case, impl: str) -> None:
+def test_a_pool_of_states(case: Case, impl: str, apart: bool) -> None:
     """Rows of a pool of six, in any order, are stepped as a batch is; no other row is touched, nor read."""
     case = case._replace(batch=3, n=20)
     tensors, maps, plain = start(case, "hedgehog")
     pool = plain.map(lambda t: torch.cat([t, t]).fill_(7) if t.is_floating_point() else torch.cat([t, t]))
     places = torch.tensor([4, 1, 2], device=DEVICE)
+    if apart:
+        pool = rows_apart(pool)
     for held, rows in zip(pool.tensors(), plain.tensors(), strict=True):
         held[places] = rows
     addresses = [t.data_ptr() for t in pool.tensors()]
@@ -168,5 +170,5 @@ def test_a_pool_that_the_kernel_cannot_change_in_place() -> None:
     case = Case(1, 5)
     tensors, maps, state = start(case, "hedgehog")
     pool = state.map(lambda t: torch.stack([t, t], -1)[..., 0])
-    with torch.no_grad(), pytest.raises(ValueError, match=r"a pool of contiguous tensors; use impl 'auto'"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"a pool of contiguous rows; use impl 'auto'"):
         step(tensors, 0, maps, pool, case, "triton", state_indices=torch.arange(2, device=DEVICE))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import rows_apart
 from torch import Tensor
 
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
@@ -110,7 +111,7 @@ def test_pairs_in_fewer_bits(bits: int) -> None:
     codec = PairCodec(bits, measure_keys(x.q, x.k, torch.arange(20, device=DEVICE).roll(10)))
     spec = NearSpec(4, 2, 3, softcap=2.0, reach=8)
     plain = codec.encode_state(empty_near_state(x.k, x.v, spec))
-    pool = plain.map(lambda t: torch.cat([t, t]))
+    pool = rows_apart(plain.map(lambda t: torch.cat([t, t])))
     places = torch.tensor([5, 0, 3], device=DEVICE)
     for i in range(14):
         held = torch.arange(3, device=DEVICE) != i % 5
@@ -122,13 +123,14 @@ def test_pairs_in_fewer_bits(bits: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, _ordered(plain), strict=True))
 
 
-@pytest.mark.parametrize("impl", ["triton", "chunked"])
+@pytest.mark.parametrize(("impl", "apart"), [("triton", False), ("triton", True), ("chunked", True)])
 @torch.no_grad()
-def test_a_pool_of_states(impl: str) -> None:
+def test_a_pool_of_states(impl: str, apart: bool) -> None:
     """Rows of a pool of six, in any order, are stepped as a batch is; no other row is touched, nor read."""
     spec, x = NearSpec(4, 2, 3), texts(16)
     plain = begun(x, 8, spec)
     pool = plain.map(lambda t: torch.full_like(torch.cat([t, t]), 7))
+    pool = rows_apart(pool) if apart else pool
     places = torch.tensor([4, 1, 2], device=DEVICE)
     for held, rows in zip(pool.tensors(), plain.tensors(), strict=True):
         held[places] = rows
@@ -168,7 +170,7 @@ def test_refused() -> None:
         (x._replace(q=x.q.half()), state, {}, "queries and values of one dtype"),
         (x._replace(k=x.k.clone().requires_grad_()), state, {}, "no gradients; decode under"),
         (x, exact, {}, "scores of float32 in the state; got torch.float64"),
-        (x, pool, {"state_indices": torch.arange(3, device=DEVICE)}, "a pool of contiguous tensors; use impl 'auto'"),
+        (x, pool, {"state_indices": torch.arange(3, device=DEVICE)}, "a pool of contiguous rows; use impl 'auto'"),
     ]
     for tokens, held, options, message in calls:
         with pytest.raises(ValueError, match=message):

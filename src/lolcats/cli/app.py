@@ -26,6 +26,7 @@ from lolcats.cli.plan_memory import plan_memory
 from lolcats.cli.plot import plot
 from lolcats.cli.recall import recall
 from lolcats.cli.select_layers import select_layers
+from lolcats.cli.serve import serve
 from lolcats.cli.sweep import sweep, sweep_job
 from lolcats.cli.terminal import write_anything
 from lolcats.printable import printable
@@ -58,6 +59,8 @@ for verb in (
 ):  # fmt: skip
     app.command(cls=_Verb)(verb)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)
+foreign = {"allow_extra_args": True, "ignore_unknown_options": True}  # options of vLLM
+app.command(cls=_Verb, context_settings=foreign)(serve)
 
 
 def _print_version(wanted: bool) -> None:

@@ -53,7 +53,7 @@ def describe(error: Exception) -> str:
     pydantic: Any = sys.modules.get("pydantic")  # --help need not import it
     if pydantic is not None and isinstance(error, pydantic.ValidationError):
         problems = cast(Any, error).errors(include_url=False)[:MOST_PROBLEMS]
-        return one_line("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems))
+        return one_line("\n".join(_problem(p) for p in problems))
     if isinstance(error, LolcatsError):
         return one_line(str(error) + (f" ({HINTS[error.hint]})" if error.hint else ""))
     if isinstance(error, OSError):
@@ -62,6 +62,12 @@ def describe(error: Exception) -> str:
     if is_out_of_memory(error):
         return "out of memory; use smaller batches, shorter sequences or a smaller model"
     return f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
+
+
+def _problem(problem: Any) -> str:
+    """One of pydantic's; those of a whole object, as vLLM's settings are one, have no place."""
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}" if place else problem["msg"].removeprefix("Value error, ")
 
 
 def is_usage_error(error: Exception) -> bool:

@@ -103,10 +103,20 @@ def state_bytes(state: Any) -> int:
     return sum(t.numel() * t.element_size() for t in state_tensors(state))
 
 
+def take_rows(pool: Any, slots: Tensor) -> Any:
+    """The states in the rows `slots` [B] of a pool; for -1, a row without a text, any."""
+    return map_state(pool, lambda t: t.index_select(0, slots.clamp_min(0)))
+
+
 def put_rows(pool: Any, rows: Any, slots: Tensor) -> None:
-    """Write the states of some texts over the rows `slots` [B] of a pool."""
-    for held, new in zip(state_tensors(pool), state_tensors(rows), strict=True):
-        held.index_copy_(0, slots, new.to(held.dtype))
+    """Write the states of some texts over the rows `slots` [B] of a pool, where these are not -1."""
+    # Not by a mask, for which the host would have to wait: rows without a text do what one with a text does.
+    held = slots >= 0
+    source = torch.where(held, torch.arange(len(slots), device=slots.device), held.byte().argmax())
+    target = slots.index_select(0, source).clamp_min(0)
+    for old, new in zip(state_tensors(pool), state_tensors(rows), strict=True):
+        kept = torch.where(held.any(), new.to(old.dtype), old.index_select(0, target)) if len(slots) else new
+        old.index_copy_(0, target, kept.index_select(0, source))
 
 
 class StateSpec(NamedTuple):
@@ -206,7 +216,8 @@ class Mixer(nn.Module):
         Args:
             call: the token of each row.
             state: of these rows; with `slots`, a pool of states of more rows.
-            slots: [B] int64, which rows of the pool the texts are; each at most once.
+            slots: [B] int64, which rows of the pool the texts are; each at most once. -1 is a row without a text, whose
+                output means nothing.
             mode: one of `modes`.
 
         Returns:
@@ -216,7 +227,7 @@ class Mixer(nn.Module):
         # By way of the module's call, which brings its weights where they are kept elsewhere (accelerate's offloading).
         if slots is None:
             return self(call, state, keep=True, mode=mode)
-        out, new = self(call, map_state(state, lambda t: t.index_select(0, slots)), keep=True, mode=mode)
+        out, new = self(call, take_rows(state, slots), keep=True, mode=mode)
         put_rows(state, new, slots)
         return out, state
 

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lolcats.mixers.base import Call, Mixer, Sizes, map_state, put_rows
+from lolcats.mixers.base import Call, Mixer, Sizes, map_state, put_rows, take_rows
 from lolcats.mixers.far import FarHalf
 from lolcats.mixers.near_heads import (
     BlendState,
@@ -133,7 +133,7 @@ class BlendMixer(Mixer):
         """See `Mixer.step`."""
         if slots is None:
             return super().step(call, state, mode=mode)
-        far = None if state.far is None else map_state(state.far, lambda t: t.index_select(0, slots))
+        far = take_rows(state.far, slots)
         out, new = self._run(call, BlendState(state.near, far), True, mode, slots)
         if state.far is not None and new is not None and new.far is not None:
             put_rows(state.far, new.far, slots)

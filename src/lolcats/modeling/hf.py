@@ -16,6 +16,10 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.generation.configuration_utils import GenerationMode
 
 from lolcats.config import LinearizationConfig, check_linearization
@@ -61,7 +65,19 @@ def linearized_config_class(base: type[PretrainedConfig]) -> type[PretrainedConf
     model_class = linearized_model_class(_model_class(base), new)
     AutoModelForCausalLM.register(new, model_class, exist_ok=True)
     setattr(transformers, model_class.__name__, model_class)  # where `transformers serve` looks up `architectures`
+    _convert_weights_as(_model_class(base), base.model_type, model_class)
     return new
+
+
+def _convert_weights_as(base: type[PreTrainedModel], model_type: str, new: type[PreTrainedModel]) -> None:
+    """Have transformers change names and shapes in files of a class as in those of its family (experts, for instance).
+
+    It looks for what to do by the class's name and by `model_type`, and finds nothing by ours; but what it has loaded
+    by the family's, it saves in the form that the family's files have.
+    """
+    own = get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(model_type)
+    if own is not None:
+        register_checkpoint_conversion_mapping(new.__name__, own, overwrite=True)
 
 
 def _model_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:

@@ -1,1 +1,1 @@
-"""Text for many prompts at once."""
+"""Text for many prompts at once, in this process and behind serving engines."""

@@ -17,6 +17,9 @@ from lolcats.ops.types import HybridSpec, HybridState, LinearState, SinkKeys, Wi
 FULL_DECAY = -800.0
 """exp of it is 0 in float64 too. Below it sums of decays lose what is between them, and far below they overflow."""
 
+ROWS_APART = "it needs a pool of contiguous rows"
+"""Why a kernel does not take one; see `contiguous_rows`."""
+
 
 class Inputs(NamedTuple):
     """The tensors of one call, checked; shapes as in `hybrid_attention`."""
@@ -270,3 +273,8 @@ def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
         )
     linear = LinearState(accumulator(state_heads, features, value_size), accumulator(state_heads, features))
     return HybridState(linear, ring, sinks, torch.zeros(batch, dtype=torch.long, device=device))
+
+
+def contiguous_rows(x: Tensor) -> bool:
+    """Whether each row of a pool's tensor is in one piece; rows may lie apart."""
+    return x[:1].is_contiguous()

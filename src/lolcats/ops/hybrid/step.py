@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.api import kernels_available, resolve_impl
 from lolcats.ops.hybrid.checks import check_step
+from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
 from lolcats.ops.hybrid.recurrent import leaving_keys, recurrent_step
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridSpec, HybridState
@@ -123,8 +124,8 @@ def _use_kernel(
         return False
     needs_grad = any(t.requires_grad for t in (q, v, window_factor, *(() if maps is None else (maps.q, maps.k))))
     reason = _refusal(q, v, maps, spec, needs_grad)
-    if reason is None and state_indices is not None and not all(t.is_contiguous() for t in state.tensors()):
-        reason = "it needs a pool of contiguous tensors"
+    if reason is None and state_indices is not None and not all(contiguous_rows(t) for t in state.tensors()):
+        reason = ROWS_APART
     if reason is not None and impl == "triton":
         raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
     return reason is None

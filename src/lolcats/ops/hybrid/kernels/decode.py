@@ -9,6 +9,7 @@ Algorithm, for a text and a key head (a program):
 3. the new token is written to its slot, that of the oldest key, when all has been read.
 Which slots are filled follows from the length of the text. `advance_kernel` counts the token afterwards: all programs
 of a text read the length. With `indices` the states are a pool of P, of which text b has row indices[b], or none (-1).
+The rows of a tensor may lie apart, as in the pages of a serving engine.
 
 Shapes: q, out [B, H, D or Dv]; ring [P, KV, R, .], R = W slots (2 W when terraced); kv [P, S, F, Dv] fp32; k_sum
 [P, S, F] fp32; maps [heads, D, width]; P = B without indices.
@@ -115,6 +116,14 @@ def decode_kernel(
     k_h,
     v_b,
     v_h,
+    length_row,
+    ring_k_row,
+    ring_v_row,
+    ring_decay_row,
+    sink_k_row,
+    sink_v_row,
+    kv_row,
+    k_sum_row,
     scale,
     KV_HEADS: tl.constexpr,
     KV_GROUP: tl.constexpr,
@@ -149,10 +158,9 @@ def decode_kernel(
     text, alive = state_row(active, indices, batch, HAS_ACTIVE, HAS_INDICES)
     if alive == 0:
         return
-    now = tl.load(length + text).to(tl.int32)
+    now = tl.load(length + text * length_row).to(tl.int32)
     own = now % RING  # slot of the new token, so far of the oldest key
     dtype = v.dtype.element_ty
-    pair = text * KV_HEADS + kv_head
     HEADS: tl.constexpr = KV_HEADS * KV_GROUP
     PARTS: tl.constexpr = 2 if MAP == HEDGEHOG else 1
 
@@ -160,8 +168,8 @@ def decode_kernel(
     d = tl.arange(0, BD)
     column = tl.arange(0, BV)
     g = tl.arange(0, BG)
-    ring_k += pair * RING * D
-    ring_v += pair * RING * DV
+    ring_k += text * ring_k_row + kv_head * RING * D
+    ring_v += text * ring_v_row + kv_head * RING * DV
     k_new = tl.load(k + batch * k_b + kv_head * k_h + d, mask=d < D, other=0.0)
     v_new = tl.load(v + batch * v_b + kv_head * v_h + column, mask=column < DV, other=0.0)
     q_rows = q + batch * q_b + kv_head * KV_GROUP * q_h
@@ -174,8 +182,8 @@ def decode_kernel(
         denominator += 1.0
     if SINKS > 0:
         sink = tl.arange(0, BS)
-        sink_k += pair * SINKS * D
-        sink_v += pair * SINKS * DV
+        sink_k += text * sink_k_row + kv_head * SINKS * D
+        sink_v += text * sink_v_row + kv_head * SINKS * DV
         here = (sink == now)[:, None]
         sk = tl.where(here, k_new[None, :], load_tile(sink_k, D, 0, SINKS, 0, BS, D, BD).to(dtype))
         sv = tl.where(here, v_new[None, :], load_tile(sink_v, DV, 0, SINKS, 0, BS, DV, BV).to(dtype))
@@ -211,10 +219,9 @@ def decode_kernel(
     USERS: tl.constexpr = KV_GROUP // STATES
     for state in range(STATES):
         state_head = kv_head * STATES + state
-        at = text * (KV_HEADS * STATES) + state_head
         w_at = map_k + state_head * D * WIDTH
         b_k = load_bias(bias_k + state_head * WIDTH, WIDTH, BF, MAP)
-        losses = ring_decay + at * RING
+        losses = ring_decay + text * ring_decay_row + state_head * RING
         fade = 1.0
         gone = 0.0
         passed = 0.0
@@ -236,9 +243,10 @@ def decode_kernel(
         tiles = ()
         sums = ()
         for i in tl.static_range(PARTS):
-            to = kv + at * F * DV + i * WIDTH * DV
+            to = kv + text * kv_row + (state_head * F + i * WIDTH) * DV
+            sums_at = k_sum + text * k_sum_row + state_head * F + i * WIDTH + f
             tile = load_matrix(to, WIDTH, BF, DV, DV, 0, BV) * fade
-            total = tl.load(k_sum + at * F + i * WIDTH + f, mask=f < WIDTH, other=0.0) * fade
+            total = tl.load(sums_at, mask=f < WIDTH, other=0.0) * fade
             if TERRACED:
                 later = gone  # log decay of the leaving keys from this block on
                 for first in range(0, leaving, BW):
@@ -259,7 +267,7 @@ def decode_kernel(
                 total += part
                 tile += part[:, None] * v_left[None, :]
             store_matrix(to, tile, WIDTH, BF, DV, DV, 0, BV)
-            tl.store(k_sum + at * F + i * WIDTH + f, total, mask=f < WIDTH)
+            tl.store(sums_at, total, mask=f < WIDTH)
             tiles = tiles + (tile,)
             sums = sums + (total,)
         if HAS_DECAY:
@@ -289,11 +297,12 @@ def decode_kernel(
 
 
 @triton.jit
-def advance_kernel(length, active, indices, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr):
+def advance_kernel(length, active, indices, length_row, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr):
     """Grid: (batch,). One token more."""
     text, alive = state_row(active, indices, tl.program_id(0).to(tl.int64), HAS_ACTIVE, HAS_INDICES)
     if alive != 0:
-        tl.store(length + text, tl.load(length + text) + 1)
+        own = length + text * length_row
+        tl.store(own, tl.load(own) + 1)
 
 
 def step_refusal(q: Tensor, v: Tensor, maps: MapWeights, spec: HybridSpec) -> str | None:
@@ -325,7 +334,7 @@ def decode_step(
     sink_logits: Tensor | None = None,
     state_indices: Tensor | None = None,
 ) -> Tensor:
-    """`hybrid_step` with contiguous tensors in `state`, which are changed in place; returns the output [B, H, 1, Dv].
+    """`hybrid_step` with contiguous rows in `state`, which are changed in place; returns the output [B, H, 1, Dv].
 
     Args: as there; the state's linear half has one state per map of the keys (a query head with decay).
     """
@@ -345,14 +354,15 @@ def decode_step(
     active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
     flags = {"HAS_ACTIVE": active is not None, "HAS_INDICES": indices is not None}
     features = state.linear.kv.shape[2]
+    parts = state.length, window.k, window.v, either(window.log_decay, q), *((q, q) if sinks is None else sinks)
     rows = min(128, LARGEST_TILE // max(padded(size), padded(dv)))  # of a tile of keys or values
     on(decode_kernel, (batch, kv_heads))(
         q, k, v, maps.q.contiguous(), map_k.contiguous(), either(maps.bias_q, q), either(bias_k, q),
         either(maps.log_scale, q), window_factor, either(sink_logits, q), either(decay, q), either(active, q),
-        either(indices, q), state.length, window.k, window.v, either(window.log_decay, q),
-        *((q, q) if sinks is None else sinks),
-        *state.linear, out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        spec.score_scale(size), KV_HEADS=kv_heads, KV_GROUP=heads // kv_heads, STATES=state_heads // kv_heads,
+        either(indices, q), *parts, *state.linear, out,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        *(x.stride(0) for x in (*parts, *state.linear)), spec.score_scale(size),
+        KV_HEADS=kv_heads, KV_GROUP=heads // kv_heads, STATES=state_heads // kv_heads,
         BG=padded(heads // kv_heads), D=size, BD=max(SMALLEST, padded(size)), WIDTH=width, F=features,
         BF=max(SMALLEST, padded(width)), DV=dv, BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind],
         WINDOW=spec.window, TERRACED=spec.window_kind == "terraced", RING=spec.slots,
@@ -361,5 +371,7 @@ def decode_step(
         LEARNED=sink_logits is not None, HAS_FACTOR=maps.log_scale is not None, HAS_DECAY=decay is not None,
         PRECISION=precision(v.dtype), **flags, num_warps=4, num_stages=1,
     )  # fmt: skip
-    on(advance_kernel, (batch,))(state.length, either(active, q), either(indices, q), **flags, num_warps=1)
+    on(advance_kernel, (batch,))(
+        state.length, either(active, q), either(indices, q), state.length.stride(0), **flags, num_warps=1
+    )
     return out

@@ -7,7 +7,7 @@ Algorithm, for a text and a key head (a program):
 3. what has entered is written, when all has been read.
 Which slots are filled follows from the length of the text and, of kept pairs, from their scores. `advance_kernel`
 counts the token afterwards: all programs of a text read the length. With `indices` the states are a pool of which
-text b has row indices[b], or none (-1).
+text b has row indices[b], or none (-1). The rows of a tensor may lie apart, as in the pages of a serving engine.
 
 Shapes: q, out [B, H, D or Dv]; ring [rows, KV, w, .], kept [rows, KV, P, .], sinks [rows, KV, s, .].
 Bytes: the state once read, KV (w + P + s) (D + Dv) numbers per text. Numbers of 8 or 4 bits (`PairCodec`) are decoded
@@ -30,6 +30,7 @@ from torch import Tensor
 from lolcats.ops.hybrid.kernels.decode import advance_kernel, ring_positions, state_row
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile
+from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
 from lolcats.ops.near.kernels.launch import device_of, refusal
 from lolcats.ops.near.kernels.tiles import SIZES, capped
 from lolcats.ops.near.quantize import CURVE as LEVEL_CURVE
@@ -84,17 +85,24 @@ def read_pairs(
     return tile.to(like.dtype)
 
 
-@triton.jit(do_not_specialize=SIZES)
+ROWS = [f"{name}_row" for name in ("length", "ring_k", "ring_v", "ring_s", "kept_k", "kept_v", "kept_s", "kept_p")]
+"""Distances of the rows of a state's tensors, which depend on sizes. `ALIGNED` says that those of pairs are multiples
+of 16: else the compiler could not read more than a number at a time."""
+
+
+@triton.jit(do_not_specialize=[*SIZES, *ROWS, "sink_k_row", "sink_v_row"])
 def near_decode(
     q, k, v, score, sink_logits, active, indices, length,
     ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, sink_k, sink_v, sink_q, out,
-    q_b, q_h, k_b, k_h, v_b, v_h, window, pairs, reach, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, length_row, ring_k_row, ring_v_row, ring_s_row, kept_k_row, kept_v_row, kept_s_row,
+    kept_p_row, sink_k_row, sink_v_row, window, pairs, reach, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BITS: tl.constexpr, WIDE: tl.constexpr, WK: tl.constexpr, BWK: tl.constexpr, WV: tl.constexpr, BWV: tl.constexpr,
     SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr, BP: tl.constexpr,
     SOFTCAP: tl.constexpr, LEARNED: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
-    HAS_SINK_Q: tl.constexpr, HAS_REACH: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SINK_Q: tl.constexpr, HAS_REACH: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch, key heads)."""
     batch = tl.program_id(0).to(tl.int64)
@@ -102,15 +110,17 @@ def near_decode(
     text, alive = state_row(active, indices, batch, HAS_ACTIVE, HAS_INDICES)
     if alive == 0:
         return
-    now = tl.load(length + text).to(tl.int32)
+    now = tl.load(length + text * length_row).to(tl.int32)
     own = now % window  # slot of the new token, so far of the oldest
-    pair = text * KV_HEADS + kv_head
     g = tl.arange(0, BG)
     kc = tl.arange(0, BWK)
     vc = tl.arange(0, BWV)
     one = tl.arange(0, 1)
-    ring_k += pair * window * WK
-    ring_v += pair * window * WV
+    if ALIGNED:
+        ring_k_row, ring_v_row = tl.multiple_of(ring_k_row, 16), tl.multiple_of(ring_v_row, 16)
+        kept_k_row, kept_v_row = tl.multiple_of(kept_k_row, 16), tl.multiple_of(kept_v_row, 16)
+    ring_k += text * ring_k_row + kv_head * window * WK
+    ring_v += text * ring_v_row + kv_head * window * WV
     k += batch * k_b + kv_head * k_h
     v += batch * v_b + kv_head * v_h
     q_tile = load_tile(q + batch * q_b + kv_head * GROUP * q_h, q_h, 0, GROUP, 0, BG, D, BD)
@@ -124,8 +134,8 @@ def near_decode(
         denominator += 1.0
     if SINKS > 0:
         sink = tl.arange(0, BS)
-        sink_k += pair * SINKS * WK
-        sink_v += pair * SINKS * WV
+        sink_k += text * sink_k_row + kv_head * SINKS * WK
+        sink_v += text * sink_v_row + kv_head * SINKS * WV
         sk = read_pairs(sink_k, sink, sink < SINKS, q_tile, WK, D, BD, BITS, WIDE)
         sk = tl.where((sink == now)[:, None], k_new, sk)
         sv = read_pairs(sink_v, sink, sink < SINKS, q_tile, WV, DV, BV, BITS, 0)
@@ -137,11 +147,11 @@ def near_decode(
         sink_scores = tl.where(((sink <= now) & (sink < SINKS))[None, :], sink_scores, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
     if HAS_PAIRS:
-        kept_k += pair * pairs * WK
-        kept_v += pair * pairs * WV
-        kept_score += pair * pairs
-        kept_position += pair * pairs
-        ring_score += pair * window
+        kept_k += text * kept_k_row + kv_head * pairs * WK
+        kept_v += text * kept_v_row + kv_head * pairs * WV
+        kept_score += text * kept_s_row + kv_head * pairs
+        kept_position += text * kept_p_row + kv_head * pairs
+        ring_score += text * ring_s_row + kv_head * window
         place = tl.arange(0, BP)
         marks = tl.load(kept_score + place, mask=place < pairs, other=float("inf"))
         lowest = tl.min(marks, 0)
@@ -227,8 +237,8 @@ def step_refusal(
             return f"it takes scores of float32 in the state; got {state.kept.score.dtype}"
         if state.kept.score.shape[2] > LARGEST_PAIRS:
             return f"it takes up to {LARGEST_PAIRS} kept pairs; got {state.kept.score.shape[2]}"
-    if in_pool and not all(t.is_contiguous() for t in state.tensors()):
-        return "it needs a pool of contiguous tensors"
+    if in_pool and not all(contiguous_rows(t) for t in state.tensors()):
+        return ROWS_APART
     return None
 
 
@@ -245,7 +255,7 @@ def decode_step(
     codec: PairCodec | None = None,
     sink_q: Tensor | None = None,
 ) -> Tensor:
-    """`near_step` with contiguous tensors in `state`, which are changed in place; returns the output [B, H, 1, Dv].
+    """`near_step` with contiguous rows in `state`, which are changed in place; returns the output [B, H, 1, Dv].
 
     With a codec k and v are bytes, as it encodes them.
     """
@@ -262,12 +272,12 @@ def decode_step(
     active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
     sink_q = None if sink_q is None else sink_q.to(q.dtype).contiguous()
     flags = {"HAS_ACTIVE": active is not None, "HAS_INDICES": indices is not None}
+    parts = state.length, ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q, q)), *(sinks or (q, q))
     with device_of(v):
         on(near_decode, (batch, kv_heads))(
-            q, k, v, either(score, q), either(sink_logits, q), either(active, q), either(indices, q), state.length,
-            ring.k, ring.v, either(ring.score, q), *(kept or (q, q, q, q)), *(sinks or (q, q)), either(sink_q, q), out,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            spec.window, spec.pairs, spec.reach or 0, spec.product_scale(size),
+            q, k, v, either(score, q), either(sink_logits, q), either(active, q), either(indices, q), *parts,
+            either(sink_q, q), out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            *(x.stride(0) for x in parts), spec.window, spec.pairs, spec.reach or 0, spec.product_scale(size),
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=padded(heads // kv_heads), D=size,
             BD=max(SMALLEST, padded(size)), DV=dv, BV=max(SMALLEST, padded(dv)),
             BITS=16 if codec is None else codec.bits, WIDE=0 if codec is None else codec.wide(size),
@@ -275,7 +285,10 @@ def decode_step(
             SINKS=spec.sinks, BS=padded(spec.sinks), HAS_PAIRS=spec.pairs > 0, BP=padded(spec.pairs),
             SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, **flags,
             HAS_SINK_Q=sink_q is not None, HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), K=KEYS,
+            ALIGNED=all(x.stride(0) % 16 == 0 for x in (*ring[:2], *(kept or ())[:2])),
             STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
         )  # fmt: skip
-        on(advance_kernel, (batch,))(state.length, either(active, q), either(indices, q), **flags, num_warps=1)
+        on(advance_kernel, (batch,))(
+            state.length, either(active, q), either(indices, q), state.length.stride(0), **flags, num_warps=1
+        )
     return out if codec is None else spread(out.float()).to(out.dtype)
