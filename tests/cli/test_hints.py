@@ -11,8 +11,8 @@ from lolcats.cli.failures import HINTS, describe
 from lolcats.errors import DataError
 
 ROOT = Path(lolcats.__file__).parent
-OTHERS = {"hub.py": "hf download", "jobs.py": "sweep-job"}
-"""File -> another command whose options it names: of the hub, and that of a sweep's own processes."""
+OTHERS = {"hub.py": "hf download", "jobs.py": "sweep-job", "server.py": "of vLLM, as on its command line"}
+"""File -> another command whose options it names: of the hub, that of a sweep's own processes, and vLLM's server."""
 
 
 def sources() -> list[Path]:

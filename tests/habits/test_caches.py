@@ -1,4 +1,4 @@
-"""Caches: kept between calls, copied, and not taken back."""
+"""Caches: kept between calls, copied, and taken back by a call."""
 
 from __future__ import annotations
 
@@ -42,15 +42,23 @@ def test_long_text_in_segments(model: Any, tokenizer: Any) -> None:
     assert cache.get_seq_length() == ids.shape[1]
 
 
-def test_assisted_generation_is_refused(model: Any, inputs: Any) -> None:
-    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, {"assistant_early_exit": 1}):
-        with pytest.raises(ValueError, match="takes tokens back"):
-            model.generate(**inputs, max_new_tokens=8, **options)
+@pytest.mark.parametrize("draft", ["lookup", "assistant", "early exit"])
+def test_assisted_generation(model: Any, inputs: Any, draft: str) -> None:
+    options = {
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": copy.deepcopy(model)},
+        "early exit": {"assistant_early_exit": 1},
+    }[draft]
+    text = model.generate(**inputs, do_sample=False, max_new_tokens=8, **options)
+    assert torch.equal(text, model.generate(**inputs, do_sample=False, max_new_tokens=8))
 
 
-def test_cropping_a_cache_is_refused(model: Any, inputs: Any) -> None:
-    cache = model(**inputs).past_key_values
-    with pytest.raises((ValueError, RuntimeError), match="crop"):
+def test_crop_the_last_call_from_a_cache(model: Any, inputs: Any) -> None:
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        model(inputs["input_ids"][:, :4], past_key_values=cache)
+    cache.crop(-3)
+    with pytest.raises(LolcatsError, match="crop"):
         cache.crop(-2)
 
 

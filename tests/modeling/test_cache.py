@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from lolcats.mixers import state_tensors
-from lolcats.modeling import LinearizedLayer, attention_mode, state_bytes
+from lolcats.modeling import attention_mode, state_bytes
 
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
@@ -110,17 +110,6 @@ def test_reset_forgets_everything(make_student: Students, tokens: Tokens) -> Non
     assert cache.get_seq_length() == 0
     assert state_bytes(cache) == 0
     torch.testing.assert_close(student(ids, past_key_values=cache).logits, student(ids).logits, atol=1e-5, rtol=0)
-
-
-def test_crop_is_refused_in_words(make_student: Students, tokens: Tokens) -> None:
-    cache = filled(make_student(window=4), tokens())
-    with pytest.raises((ValueError, RuntimeError), match=r"forget|crop"):
-        cache.crop(-3)
-    assert cache.get_seq_length() == 24
-    assert isinstance(cache.layers[0], LinearizedLayer)
-    with pytest.raises(ValueError, match=r"cannot forget its last tokens"):
-        cache.layers[0].crop(3)
-    cache.layers[0].crop(0)
 
 
 def test_update_by_another_attention_is_refused(make_student: Students, tokens: Tokens) -> None:

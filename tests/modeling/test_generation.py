@@ -139,11 +139,6 @@ def test_continuing_from_a_returned_cache(make_student: Students, tokens: Tokens
     assert torch.equal(more, generate(student, ids, max_new_tokens=11))
 
 
-def test_assisted_generation_is_refused_in_words(make_student: Students, tokens: Tokens) -> None:
-    with pytest.raises(ValueError, match=r"forget|crop|assisted|stateful|roll"):
-        generate(make_student(window=4), tokens(1, 8).repeat(1, 3), prompt_lookup_num_tokens=3)
-
-
 def test_sample_returns_only_the_continuation(
     make_teacher: Callable[..., LlamaForCausalLM], make_student: Students, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -67,27 +67,6 @@ def test_attention_weights_stand_at_their_layers(
     assert [len(step) for step in out.attentions] == [3, 3]
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"use_mtp": True}])
-def test_generation_that_takes_tokens_back_is_refused_at_once(
-    make_student: Students, tokens: Tokens, options: dict[str, Any]
-) -> None:
-    calls: list[Any] = []
-    student = make_student(window=4)
-    student.register_forward_pre_hook(lambda *args: calls.append(args))
-    with pytest.raises(LolcatsError, match=r"assisted generation takes tokens back"):
-        student.generate(tokens(1), max_new_tokens=4, **options)
-    assert not calls
-    assert student._is_stateful
-
-
-def test_a_student_is_no_assistant_and_has_none(teacher: Any, make_student: Students, tokens: Tokens) -> None:
-    student = make_student(window=4)
-    with pytest.raises(LolcatsError, match=r"cannot be the assistant"):
-        teacher.generate(tokens(1), max_new_tokens=4, assistant_model=student)
-    with pytest.raises(LolcatsError, match=r"takes tokens back"):
-        student.generate(tokens(1), max_new_tokens=4, assistant_model=teacher)
-
-
 def test_a_layer_that_runs_twice_in_a_pass_is_refused(make_student: Students, tokens: Tokens) -> None:
     student, layer = make_student(window=4), LinearizedLayer()
     for _ in range(2):  # two passes

@@ -41,7 +41,7 @@ HOLDS = {
 LIMITS = """\
 * Text further back than the window is remembered in a state of fixed size, so exact recall over long distances suffers
   most. Perplexity hardly shows that: compare this model with the controls above, and test what you need.
-* Cropping the cache, and so assisted generation, is not possible.
+* Of the cache only the tokens of the last call can be taken back (cropped), which is enough for assisted generation.
 * It was trained on the text named above and keeps best what resembles it. It has the base model's faults and biases."""
 
 

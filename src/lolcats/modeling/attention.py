@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 
 from lolcats.errors import LolcatsError
-from lolcats.mixers import Mixer, Rotation, equal_window
+from lolcats.mixers import Call, Mixer, Rotation, equal_window
 from lolcats.mixers.blend import BlendMixer
 from lolcats.mixers.softmax import capped_softmax
 from lolcats.mixers.window import share_map
@@ -30,6 +30,7 @@ from lolcats.modeling.masks import NAME, TokenFacts, plain_tensor, softmax_mask
 from lolcats.modeling.old_names import ADDED_BY_0_1, new_name
 from lolcats.modeling.passes import check_first_visit
 from lolcats.modeling.rotary import RotaryFinder
+from lolcats.modeling.taking_back import HeldCall
 
 SOFTMAX, FULL, EQUAL_WINDOW = "softmax", "full", "equal_window"
 """Modes of every linearized layer: its teacher, its mixer as it is, and a plain window of the bytes of its state, of
@@ -129,9 +130,14 @@ class LinearizedAttention(nn.Module):
         return self._with_cache(call, layer)
 
     def _with_cache(self, call: AttentionCall, layer: LinearizedLayer) -> Tensor:
+        outs = [self._advance(part, layer) for part in layer.record.parts(call)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _advance(self, call: Call, layer: LinearizedLayer) -> Tensor:
         if layer.state is not None:
             layer.state = to_device(layer.state, call.q.device)
         mixer, mode = self._acting(call)
+        layer.record.prepare(HeldCall(mixer, mode, call, layer.point))
         out, state = mixer(call, layer.state, keep=True, mode=mode)
         layer.advance(state, call.q.shape[2], whole=call.padding is None and call.segments is None)
         return out
@@ -149,7 +155,7 @@ class LinearizedAttention(nn.Module):
         share_map(self._window[dtype], self.mixer)
         return self._window[dtype]
 
-    def _acting(self, call: AttentionCall) -> tuple[Mixer, str]:
+    def _acting(self, call: Call) -> tuple[Mixer, str]:
         """What computes the present mode, and in which of its own."""
         if self.mode != EQUAL_WINDOW:
             return self.mixer, self.mode

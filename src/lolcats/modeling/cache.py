@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from lolcats.errors import LolcatsError
 from lolcats.mixers import State, map_state, state_tensors
 from lolcats.mixers.base import state_bytes as bytes_of
+from lolcats.modeling.taking_back import Point, Record
 
 
 class Past(NamedTuple):
@@ -42,7 +43,7 @@ class LinearizedLayer(CacheLayerMixin):
     """State of one linearized attention layer."""
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = False  # not everything that was read can be taken back
     is_sliding = False
     supports_early_init = False
 
@@ -52,6 +53,16 @@ class LinearizedLayer(CacheLayerMixin):
         self.seen = 0
         self.passes = 0
         self.whole = True
+        self.record = Record()  # by which tokens can be taken back
+
+    def activate_past_recording(self) -> None:
+        """Have `crop` take back tokens of long calls too; transformers calls this before assisted generation."""
+        self.record.long = True
+
+    @property
+    def point(self) -> Point:
+        """Where the layer is."""
+        return Point(self.state, self.seen, self.whole)
 
     def advance(self, state: State, tokens: int, whole: bool = True) -> None:
         """Keep the state after `tokens` more tokens (padding counted: `seen` is what position counters use).
@@ -93,18 +104,24 @@ class LinearizedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused unless nothing is removed: folded keys cannot be taken out of the sums again."""
-        if tokens_to_remove != 0:
-            raise LolcatsError(
-                "a linearized model cannot forget its last tokens (crop): their keys may already be folded into the "
-                "state. Keep a copy of the cache from before them instead; assisted generation is not possible"
-            )
+        """Take back the last n tokens for -n; for n > 0 leave n, as older releases of transformers ask.
+
+        Raises:
+            LolcatsError: so many cannot be taken back; the message says how many can.
+        """
+        seen = int(self.get_seq_length())
+        count = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if count and self.is_initialized:
+            self.state, self.seen, self.whole = self.record.back(count, seen)
+            self.is_initialized, self.passes = self.state is not None, self.passes + 1
 
     def reset(self) -> None:
         """Forget everything."""
         self.state, self.seen, self.is_initialized, self.whole = None, 0, False, True
+        self.record.clear()
 
     def _map(self, fn: Any) -> None:
+        self.record.clear()
         if self.state is not None:
             self.state = map_state(self.state, fn)
 
@@ -158,6 +175,7 @@ class StaticLinearizedLayer(LinearizedLayer):
         self.is_initialized = True
 
     def _hold(self, state: State) -> None:
+        self.record.clear()  # of states that are written over nothing comes back
         if self._buffers is not None and same_form(self._buffers, state):
             overwrite(self._buffers, state)
         else:

@@ -12,6 +12,7 @@ cache always holds its own state, and whatever else reads or changes a cache nee
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 import weakref
@@ -32,6 +33,7 @@ from lolcats.modeling.decode_call import Call, read_call
 from lolcats.modeling.head import FAILURES, relative_error, tolerance
 from lolcats.modeling.network import Network, read_network
 from lolcats.modeling.passes import unseen_values
+from lolcats.modeling.taking_back import moved_out
 
 KEPT = 4
 """Recordings of a model, each with its buffers; the one that was not used for longest goes."""
@@ -94,7 +96,8 @@ class DecodeGraph:
                 raise RuntimeError("the model's step depends on numbers that a recording would not change")
             self._output, self._replay = record(lambda: self._run(forward))
             self._check(call, expected)
-        self._own = {t.untyped_storage().data_ptr() for state in self.states for t in state_tensors(state)}
+        own = {t.untyped_storage().data_ptr() for state in self.states for t in state_tensors(state)}
+        self._moved_out = functools.partial(moved_out, own)
 
     def _two_steps(self, forward: Callable[..., Any], call: Call, seen: int) -> list[Tensor]:
         """Logits of the call and of one after it, run as ever; the second reads what the first has written."""
@@ -145,6 +148,8 @@ class DecodeGraph:
 
     def run(self, call: Call) -> ModelOutput:
         """The step."""
+        for layer in call.layers:
+            layer.record.prepare_step(layer.point)
         self._settle(call.layers)
         self._ids.copy_(call.ids)
         self._positions.copy_(call.own_positions())
@@ -155,20 +160,19 @@ class DecodeGraph:
         return type(self._output)(**parts)
 
     def _settle(self, layers: list[Any]) -> None:
-        """Bring the states of these layers into the buffers, after a copy for those whose states are there."""
+        """Bring the states of these layers into the buffers, after a copy of what else is there and still needed."""
         self._thread = threading.get_ident()
         if self._is_home(layers):
             return
         for ref in self._residents:
-            if (other := ref()) is not None and other not in layers and other.state is not None:
-                other.state = map_state(other.state, self._moved_out)
+            if (other := ref()) is not None:
+                other.record.map(self._moved_out)
+                if other not in layers:
+                    other.state = map_state(other.state, self._moved_out)
         for layer, state in zip(layers, self.states, strict=True):
             overwrite(state, layer.state)
             layer.state = state
         self._residents = [weakref.ref(layer) for layer in layers]
-
-    def _moved_out(self, tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
