@@ -131,8 +131,8 @@ class Record:
             raise LolcatsError(
                 f"a linearized model cannot forget its last {count} tokens (crop): {held} can be taken back. These are "
                 f"the tokens of the last call, where it had 2 to {HELD} in all rows, in a DynamicCache and without "
-                f"gradients; of a larger one the last {HELD} of each row, after cache.activate_past_recording(). Earlier "
-                "ones are folded into the state: keep a copy of the cache from before them"
+                f"gradients; of a larger one the last {HELD} of each row, after cache.activate_past_recording(). "
+                "Earlier ones are folded into the state: keep a copy of the cache from before them"
             )
         steps = min(count, len(self.steps))
         points = [self.steps.pop() for _ in range(steps)]
