@@ -151,6 +151,11 @@ def test_what_is_folded_is_refused(make_student: Students, tokens: Tokens) -> No
     cache.crop(-6)
     refuses(after(student, ids[:, :10], ids[:, 10:16], ids[:, 16:17]), 1, 0)
     refuses(after(student, ids), 1, 0)
+    many = after(student, tokens(8, 9))
+    refuses(many, 1, 0)
+    many.activate_past_recording()
+    student(tokens(8, 9), past_key_values=many)
+    many.crop(-9)
     with torch.enable_grad():
         refuses(after(student, ids[:, :10]), 1, 0)
     static = StaticCache(student.config, max_cache_len=40)

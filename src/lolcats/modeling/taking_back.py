@@ -20,7 +20,7 @@ from lolcats.errors import LolcatsError
 from lolcats.mixers import Call, Mixer, map_state, state_tensors
 
 HELD = 64
-"""Tokens of a call that are held; also steps of one token."""
+"""Tokens of a call that are held (of all rows together, if nobody asks for it); also steps of one token."""
 
 
 class Point(NamedTuple):
@@ -92,7 +92,10 @@ class Record:
             self.prepare_step(held.before)
         else:
             self.clear()
-            self.call = held if held.tokens <= HELD and _may_be_held(held.call) else None
+            size = (
+                held.tokens if self.long else held.tokens * len(held.call.q)
+            )  # unasked, batches of prompts are not held
+            self.call = held if size <= HELD and _may_be_held(held.call) else None
 
     def prepare_step(self, before: Point) -> None:
         """The same for a step of one token, which may be written over the state that there is."""
@@ -127,9 +130,9 @@ class Record:
         if count > (held := self.tokens(seen)):
             raise LolcatsError(
                 f"a linearized model cannot forget its last {count} tokens (crop): {held} can be taken back. These are "
-                f"the tokens of the last call, where it had 2 to {HELD}, in a DynamicCache and without gradients; of a "
-                f"longer one the last {HELD}, after cache.activate_past_recording(). Tokens before that are folded "
-                "into the state: keep a copy of the cache from before them"
+                f"the tokens of the last call, where it had 2 to {HELD} in all rows, in a DynamicCache and without "
+                f"gradients; of a larger one the last {HELD} of each row, after cache.activate_past_recording(). "
+                "Earlier ones are folded into the state: keep a copy of the cache from before them"
             )
         steps = min(count, len(self.steps))
         points = [self.steps.pop() for _ in range(steps)]
