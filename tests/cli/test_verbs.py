@@ -14,7 +14,7 @@ from lolcats.cli.load import load_model
 from lolcats.cli.tables import show_layers
 from lolcats.evaluation import compare
 from lolcats.evaluation.facts import read_facts
-from lolcats.modeling.cache import cache_bytes
+from lolcats.modeling.cache_contents import cache_bytes
 from lolcats.models.conversation import Conversation
 from lolcats.printable import show_bytes, show_number
 from lolcats.runs.artefact import RECIPE_FILE

@@ -17,7 +17,7 @@ from lolcats import LolcatsError, load_state, save_state
 from lolcats.mixers import state_tensors
 from lolcats.modeling import LinearizedLayer
 from lolcats.modeling.decode_graphs import graphs_of
-from lolcats.modeling.hf import record_past
+from lolcats.modeling.generating import record_past
 from lolcats.modeling.taking_back import HELD
 
 Students = Callable[..., Any]

@@ -101,7 +101,7 @@ def _generate_one(
 
     from transformers import DynamicCache, set_seed
 
-    from lolcats.modeling.cache import cache_bytes
+    from lolcats.modeling.cache_contents import cache_bytes
     from lolcats.models.generation import sample
 
     network, tokenizer = load_model(model, device, dtype, graphs)

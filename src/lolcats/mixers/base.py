@@ -216,8 +216,7 @@ class Mixer(nn.Module):
         Args:
             call: the token of each row.
             state: of these rows; with `slots`, a pool of states of more rows.
-            slots: [B] int64, which rows of the pool the texts are; each at most once. -1 is a row without a text, whose
-                output means nothing.
+            slots: [B] int64, the texts' rows of the pool, each at most once; -1 is no text, whose output means nothing.
             mode: one of `modes`.
 
         Returns:

@@ -1,7 +1,8 @@
 """Transformers models with linearized attention."""
 
 from lolcats.modeling.attention import AttentionCall, LinearizedAttention, attention_mode, linearized_layers
-from lolcats.modeling.cache import LinearizedLayer, state_bytes
+from lolcats.modeling.cache import LinearizedLayer
+from lolcats.modeling.cache_contents import state_bytes
 from lolcats.modeling.check import Fact, FamilyCheck, check_family, check_model
 from lolcats.modeling.convert import convert
 from lolcats.modeling.hf import LolcatsConfig

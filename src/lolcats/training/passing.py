@@ -19,7 +19,7 @@ from lolcats.config import FinetuneConfig, OptimConfig
 from lolcats.data import PackedDataset, long_texts
 from lolcats.errors import LolcatsError
 from lolcats.modeling import linearized_layers
-from lolcats.modeling.cache import detach_cache
+from lolcats.modeling.cache_contents import detach_cache
 from lolcats.models.context import check_context, context_limit
 from lolcats.training.batches import Batch, step_rows
 
