@@ -195,7 +195,8 @@ def graphed(student: Any) -> Any:
 @pytest.mark.parametrize("disturbed", [False, True])
 @pytest.mark.parametrize("name", ["terraced", "heads"])
 def test_buffers_of_graphs_stay_right(make_student: Students, tokens: Tokens, name: str, disturbed: bool) -> None:
-    student, ids, other = graphed(make_student(**SETTINGS[name])), tokens(1, 40), tokens(1, 30, 1)
+    settings = SETTINGS[name] | ({"bits": 16} if name == "heads" else {})  # rounding in few bits is not continuous
+    student, ids, other = graphed(make_student(**settings)), tokens(1, 40), tokens(1, 30, 1)
     want, found, at = eager(student, lambda: student(ids).logits), [], 8
     cache = after(student, ids[:, :at])
     for stay in (0, 1, 3, 5, 0):

@@ -137,7 +137,8 @@ def test_only_the_main_process_writes_the_run(tmp_path: Path, model_folder: Path
     stages = [f"{stage}.{word}" for stage in ("transfer", "finetune") for word in words]
     command = [str(script), "linearize", str(model_folder), "name=two",
                f"runs_dir={tmp_path / 'runs'}", f"data.sources=[{text_file}]", "data.sequence_length=24",
-               "data.validation_sequences=2", "device=cpu", "finetune.merge=false", *stages]  # fmt: skip
+               "data.validation_sequences=2", "device=cpu", "finetune.merge=false", "linearization.window=8",
+               "linearization.kept.pairs=8", "linearization.budget=uniform", *stages]  # fmt: skip
     first = run_together(command, 2, tmp_path)
     assert [code for code, _ in first] == [0, 0], first
     run = tmp_path / "runs" / "two"

@@ -285,7 +285,7 @@ def decode_step(
             SINKS=spec.sinks, BS=padded(spec.sinks), HAS_PAIRS=spec.pairs > 0, BP=padded(spec.pairs),
             SOFTCAP=float(spec.softcap or 0.0), LEARNED=sink_logits is not None, **flags,
             HAS_SINK_Q=sink_q is not None, HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), K=KEYS,
-            ALIGNED=all(x.stride(0) % 16 == 0 for x in (*ring[:2], *(kept or ())[:2])),
+            ALIGNED=codec is None and all(x.stride(0) % 16 == 0 for x in (*ring[:2], *(kept or ())[:2])),
             STAGES=3 if q.element_size() == 2 else 1, num_warps=4,
         )  # fmt: skip
         on(advance_kernel, (batch,))(
