@@ -109,8 +109,9 @@ def test_ctrl_c_keeps_what_is_finished(cli: Run, finished: Path, environment: di
     write_rows(*({"prompt": f"the cat {row}", "max_new_tokens": 30} for row in range(MANY)))
     words = ["generate", str(finished), "--input", "in.jsonl", "--batch-size", "2", "--temperature", "1", "--output"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lolcats.cli", *words, "out.jsonl"], env=environment, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "lolcats.cli", *words, "out.jsonl"], env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
+    )  # fmt: skip
     kept = Path("out.jsonl.progress")
     while process.poll() is None and not (kept.exists() and _answers(kept) > 2):
         time.sleep(0.02)
