@@ -114,3 +114,17 @@ def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
     with hold(tmp_path / "lock", "busy"):
         assert subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True).stdout.strip() == "busy"
     assert subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True).stdout.strip() == "held"
+
+
+def test_what_a_writer_leaves_when_it_is_killed_goes_with_its_folder(tmp_path: Path) -> None:
+    """safetensors writes to a file of its own first."""
+    target = tmp_path / "a.safetensors"
+    code = KILLED.replace("else atomic_file)(place)", "else atomic_file)(place, apart=True)").replace(
+        "else temporary)", 'else temporary.parent / ".tmpAb3dEf")'
+    )
+    place = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code, str(target), "file"], cwd=place, check=False)
+    assert [item.name for item in tmp_path.rglob("*") if item.is_file()] == [".tmpAb3dEf"]
+    with atomic_file(target, apart=True) as temporary:
+        temporary.write_text("whole")
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"] and target.read_text() == "whole"

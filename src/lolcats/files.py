@@ -123,18 +123,26 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, apart: bool = False) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end, when its content is on the disk.
+
+    Args:
+        path: of the file.
+        apart: in a temporary folder, for writers that make temporary files of their own, as safetensors does: what they
+            leave when they are killed is removed with the folder.
 
     Raises:
         LolcatsError: the disk is full or the place cannot be written; what was there before is untouched then.
     """
     temporary = _beside(path, "tmp")
+    file = temporary / path.name if apart else temporary
     try:
         remove_leftovers(path)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        if apart:
+            temporary.mkdir(parents=True)
+        yield file
+        _flush(file)
+        os.replace(file, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error

@@ -89,7 +89,7 @@ def save_state(cache: Cache, path: str | Path, model: PreTrainedModel, *, overwr
     facts = StateFacts(network_identity(model), str(model.dtype), tokens, layers)
     text = json.dumps(facts._replace(layers=[layer._asdict() for layer in layers])._asdict())  # type: ignore[list-item]
     metadata = {MARK: VERSION, "facts": text, "digest": _digest(text, tensors)}
-    with atomic_file(path) as temporary:
+    with atomic_file(path, apart=True) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata)
 

@@ -31,7 +31,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         raise LolcatsError(f"cannot write {path}: {error.strerror or error}") from error
     ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     content = json.dumps({**metadata, "tensors": len(ready)})
-    with atomic_file(path) as temporary:
+    with atomic_file(path, apart=True) as temporary:
         save_file(ready, temporary, metadata={"format": FORMAT, "content": content})
 
 
