@@ -17,7 +17,7 @@ from compile_kernels import compile_launch, type_of  # puts the package there
 from lolcats.ops.near.blocks import empty_near_state
 from lolcats.ops.near.kernels import decode, given, launch, select, spread
 from lolcats.ops.near.quantize import BITS, PairCodec, plain_map
-from lolcats.ops.near.types import NearSpec
+from lolcats.ops.near.types import NearPart, NearSpec, NearState
 
 
 class Compiler:
@@ -89,13 +89,18 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
         launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
         state = empty_near_state(k, k, spec)
         q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)
-        decode.decode_step(q, k, k, state, spec, score, lengths, torch.empty(heads), lengths)
+        decode.decode_step(q, k, k, parts(state, spec), score, lengths, torch.empty(heads), lengths)
         far = spec._replace(reach=8192)
-        decode.decode_step(q, k, k, state, far, score, lengths, torch.empty(heads), lengths, sink_q=q)
+        decode.decode_step(q, k, k, parts(state, far), score, lengths, torch.empty(heads), lengths, sink_q=q)
         for bits in BITS:
             codec = PairCodec(bits, plain_map(kv_heads, size))
             stored = codec.encode(k, k)
-            decode.decode_step(q, *stored, codec.encode_state(state), spec, score, lengths, None, lengths, codec)
+            decode.decode_step(q, *stored, parts(codec.encode_state(state), spec), score, lengths, None, lengths, codec)
+
+
+def parts(state: NearState, spec: NearSpec) -> list[NearPart]:
+    """All key heads of a state."""
+    return [NearPart(spec, state, tuple(range(state.ring.k.shape[1])))]
 
 
 def launch_given(dtype: torch.dtype, size: int, n: int) -> None:

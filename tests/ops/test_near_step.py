@@ -9,7 +9,7 @@ import torch
 from helpers import rows_apart
 from torch import Tensor
 
-from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
+from lolcats.ops.near import NearPart, NearSpec, NearState, empty_near_state, near_attention, near_step, near_steps
 from lolcats.ops.near.quantize import PairCodec, measure_keys
 
 pytest.importorskip("triton")
@@ -121,6 +121,35 @@ def test_pairs_in_fewer_bits(bits: int) -> None:
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         found = _ordered(pool.map(lambda t: t[places]))
         assert all(torch.equal(a, b) for a, b in zip(found, _ordered(plain), strict=True))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@torch.no_grad()
+def test_key_heads_of_several_sizes_at_once(bits: int) -> None:
+    """In one call as each by itself, whatever their order; values of a power of two are mixed back in the kernel."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, score = (
+        torch.randn(2, h, 12, *size, generator=generator).to(DEVICE) for h, *size in ((8, 32), (4, 32), (4, 16), (4,))
+    )
+    specs = {(0, 2): NearSpec(3, 2, 5), (3,): NearSpec(70, 2), (1,): NearSpec(1, 2, 66)}
+    codec = None if bits == 16 else PairCodec(8, measure_keys(q, k, torch.arange(32, device=DEVICE).roll(16)))
+    codecs = {heads: codec and PairCodec(8, codec.key_map[:, list(heads)]) for heads in specs}
+    states = {heads: empty_near_state(k[:, list(heads)], v[:, list(heads)], spec) for heads, spec in specs.items()}
+    states = {heads: codecs[heads].encode_state(state) if codec else state for heads, state in states.items()}
+    parts = [NearPart(spec, states[heads].map(lambda t: t.clone()), heads) for heads, spec in specs.items()]
+    for i in range(12):
+        one_q, one_k, one_v, mark = (x[:, :, i : i + 1] for x in (q, k, v, score))
+        stored = (one_k, one_v) if codec is None else codec.encode(one_k, one_v)
+        done = near_steps(one_q, *stored, parts, score=mark, donate=True, codec=codec, impl="triton")
+        assert done is not None
+        for part, new in zip(parts, done[1], strict=True):
+            heads, two = list(part.heads), [h for head in part.heads for h in (2 * head, 2 * head + 1)]
+            want, states[part.heads] = near_step(
+                one_q[:, two], one_k[:, heads], one_v[:, heads], states[part.heads], part.spec, impl="chunked",
+                score=mark[:, heads] if part.spec.pairs else None, codec=codecs[part.heads],
+            )  # fmt: skip
+            torch.testing.assert_close(done[0][:, two], want, rtol=2e-5, atol=2e-5)
+            assert_same(new, states[part.heads])
 
 
 @pytest.mark.parametrize(("impl", "apart"), [("triton", False), ("triton", True), ("chunked", True)])

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes, state_bytes
-from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
+from lolcats.ops.near import (
+    NearPart,
+    NearSpec,
+    NearState,
+    empty_near_state,
+    kept_until,
+    near_attention,
+    near_step,
+    near_steps,
+)
 from lolcats.ops.near.quantize import PairCodec, plain_map
 
 Split = tuple[tuple[int, int], ...]
@@ -61,6 +70,11 @@ class HeadGroup(NamedTuple):
             x.narrow(dim, head * each, each) for head in self.heads
         ]  # no index, which a GPU would have to wait for
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def told(self, call: Call) -> NearSpec:
+        """What near attention is told."""
+        reach = None if call.reach is None else call.reach.tokens
+        return self.spec._replace(scale=call.scale, softcap=call.softcap, reach=reach)
 
     def codec(self, codec: PairCodec | None) -> PairCodec | None:
         """That of the layer for these heads."""
@@ -158,9 +172,17 @@ def near_half(
         The output [B, H, N, Dv] and, with `keep`, the states.
     """
     before = (None,) * len(groups) if states is None else (states,) if isinstance(states, NearState) else states
-    if codec is not None and states is not None and keep and call.q.shape[2] == 1:  # once, not by each group
-        k, v = codec.encode(call.k, call.v)
-        call = replace(call, k=k, v=v)
+    if states is not None and keep and call.q.shape[2] == 1:
+        if codec is not None:  # once, not by each group
+            k, v = codec.encode(call.k, call.v)
+            call = replace(call, k=k, v=v)
+        parts = [NearPart(group.told(call), st, group.heads) for group, st in zip(groups, before, strict=True) if st]
+        done = near_steps(
+            call.q, call.k, call.v, parts, score=score, active=lengths, sink_logits=call.sink_logits, sink_q=sink_q,
+            state_indices=slots, donate=True, codec=codec, impl=impl,
+        )  # fmt: skip
+        if done is not None:
+            return done[0], _states(done[1])
     outs, after = [], []
     for group, state in zip(groups, before, strict=True):
         how = {
@@ -187,8 +209,7 @@ def _one_group(
 ) -> tuple[Tensor, NearState | None]:
     """A group's output and state; `how` is what step and attention have in common."""
     q, k, v = (group.take(x) for x in (call.q, call.k, call.v))
-    reach = None if call.reach is None else call.reach.tokens
-    spec = group.spec._replace(scale=call.scale, softcap=call.softcap, reach=reach)
+    spec = group.told(call)
     if state is not None and keep and q.shape[2] == 1:
         return near_step(q, k, v, state, spec, active=lengths, state_indices=slots, donate=True, **how)
     return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, **how)

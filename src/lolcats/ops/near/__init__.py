@@ -2,12 +2,13 @@
 
 from lolcats.ops.near.api import near_attention
 from lolcats.ops.near.blocks import empty_near_state, kept_until
-from lolcats.ops.near.step import near_step
-from lolcats.ops.near.types import KeptPairs, NearOutput, NearRing, NearSpec, NearState
+from lolcats.ops.near.step import near_step, near_steps
+from lolcats.ops.near.types import KeptPairs, NearOutput, NearPart, NearRing, NearSpec, NearState
 
 __all__ = [
     "KeptPairs",
     "NearOutput",
+    "NearPart",
     "NearRing",
     "NearSpec",
     "NearState",
@@ -15,4 +16,5 @@ __all__ = [
     "kept_until",
     "near_attention",
     "near_step",
+    "near_steps",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lolcats.ops.hybrid.layout import take_tokens
 from lolcats.ops.near.attend import attend, with_sink_queries
 from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.selection import EMPTY
-from lolcats.ops.near.types import KeptPairs, NearRing, NearSpec, NearState
+from lolcats.ops.near.types import KeptPairs, NearPart, NearRing, NearSpec, NearState
 from lolcats.ops.types import SinkKeys
 
 
@@ -56,17 +56,16 @@ def near_step(
     Raises:
         ValueError: "triton" cannot run the step; the message says why.
     """
-    decode = None
     sink_q = sink_q if spec.sinks else None
     if codec is not None and k.dtype != torch.uint8:
         k, v = codec.encode(k, v)
-    eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if impl == "triton" or (impl == "auto" and eager):
-        decode = _kernel(impl, q, k, v, state, state_indices, sink_logits, codec)
-    if decode is not None:
-        if state_indices is None:
-            state = state.map(lambda t: t.contiguous() if donate else t.clone(memory_format=torch.contiguous_format))
-        return decode(q, k, v, state, spec, score, active, sink_logits, state_indices, codec, sink_q), state
+    part = NearPart(spec, state, tuple(range(k.shape[1])))
+    done = near_steps(
+        q, k, v, (part,), score=score, active=active, sink_logits=sink_logits, sink_q=sink_q,
+        state_indices=state_indices, donate=donate, codec=codec, impl=impl,
+    )  # fmt: skip
+    if done is not None:
+        return done[0], done[1][0]
     if state_indices is None:
         return _torch_step(q, k, v, state, spec, score, active, sink_logits, codec, sink_q)
     held = state_indices >= 0
@@ -80,28 +79,73 @@ def near_step(
     return out, state
 
 
-def _kernel(
-    impl: str,
+def near_steps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: NearState,
+    parts: Sequence[NearPart],
+    *,
+    score: Tensor | None = None,
+    active: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    sink_q: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    donate: bool = False,
+    codec: PairCodec | None = None,
+    impl: str = "auto",
+    mapped: bool = False,
+) -> tuple[Tensor, list[NearState]] | None:
+    """`near_step` of key heads whose sizes differ, by a kernel for all of them; None where it is not to run.
+
+    Args:
+        q: [B, H, 1, D]; k and v: [B, KV, 1, .], with a codec the bytes that it makes of them.
+        parts: the key heads by their sizes, all KV of them.
+        score: [B, KV, 1], where there are kept pairs.
+        mapped: q and sink_q are as the codec maps them.
+        active, sink_logits, sink_q, state_indices, donate, codec, impl: as in `near_step`.
+
+    Returns:
+        The output [B, H, 1, Dv] and the new state of each part.
+
+    Raises:
+        ValueError: impl is "triton" and the kernel cannot run the step; the message says why.
+    """
+    eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if impl != "triton" and not (impl == "auto" and eager):
+        return None
+    if (reason := _refusal(q, k, v, parts, state_indices, sink_logits, codec)) is not None:
+        if impl == "triton":
+            raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
+        return None
+    from lolcats.ops.near.kernels.decode import decode_step
+
+    if state_indices is None:
+        copy = torch.Tensor.contiguous if donate else _own_copy
+        parts = [part._replace(state=part.state.map(copy)) for part in parts]
+    out = decode_step(q, k, v, parts, score, active, sink_logits, state_indices, codec, sink_q, mapped)
+    return out, [part.state for part in parts]
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Sequence[NearPart],
     state_indices: Tensor | None,
     sink_logits: Tensor | None,
     codec: PairCodec | None,
-) -> Callable[..., Tensor] | None:
-    """The kernel of a step, or None where it cannot run and is not asked for by name."""
-    reason = "it needs the package triton, which is not installed here"
-    if importlib.util.find_spec("triton") is not None:
-        # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-        from lolcats.ops.near.kernels.decode import decode_step, step_refusal
+) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the package triton, which is not installed here"
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.near.kernels.decode import step_refusal
 
-        reason = step_refusal(q, k, v, state, state_indices is not None, sink_logits, codec)
-        if reason is None:
-            return decode_step
-    if impl == "triton":
-        raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
-    return None
+    return step_refusal(q, k, v, parts, state_indices is not None, sink_logits, codec)
 
 
 def _torch_step(

@@ -84,6 +84,15 @@ class NearState(NamedTuple):
         return state_tensors(self)
 
 
+class NearPart(NamedTuple):
+    """Key heads of the same sizes, of a layer whose key heads may differ, and their state."""
+
+    spec: NearSpec
+    state: NearState
+    heads: tuple[int, ...]
+    """Their numbers in the layer, in the order in which the state has them."""
+
+
 class NearOutput(NamedTuple):
     """What `near_attention` returns."""
 

@@ -28,16 +28,23 @@ FEW, MANY = 4, 32
 """Rows of a program, in a decoding step and in a text."""
 
 
+@triton.jit
+def mixed_rows(y, N: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of y [ROWS, N], N = 2^LEVELS, as a Hadamard matrix has them, not yet scaled."""
+    for level in tl.static_range(LEVELS):
+        parts = tl.permute(tl.reshape(y, [ROWS, N // 2 // 2**level, 2, 2**level]), [0, 1, 3, 2])
+        one, two = tl.split(parts)
+        y = tl.reshape(tl.permute(tl.join(one + two, one - two), [0, 1, 3, 2]), [ROWS, N])
+    return y
+
+
 @triton.jit(do_not_specialize=["rows"])
 def spread_kernel(x, out, rows, scale, N: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr):
     """Grid: (rows / ROWS,)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * N + tl.arange(0, N)[None, :]
     y = tl.load(x + at, mask=(row < rows)[:, None], other=0.0)
-    for level in tl.static_range(LEVELS):
-        parts = tl.permute(tl.reshape(y, [ROWS, N // 2 // 2**level, 2, 2**level]), [0, 1, 3, 2])
-        one, two = tl.split(parts)
-        y = tl.reshape(tl.permute(tl.join(one + two, one - two), [0, 1, 3, 2]), [ROWS, N])
+    y = mixed_rows(y, N, LEVELS, ROWS)
     tl.store(out + at, y * scale, mask=(row < rows)[:, None])
 
 
