@@ -15,7 +15,7 @@ import torch
 from compile_kernels import compile_launch, type_of  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
-from lolcats.ops.near.kernels import decode, given, launch, select, spread
+from lolcats.ops.near.kernels import decode_launch, given, launch, select, spread
 from lolcats.ops.near.quantize import BITS, PairCodec, plain_map
 from lolcats.ops.near.types import NearPart, NearSpec, NearState
 
@@ -52,7 +52,7 @@ class Compiler:
 def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
     """What is wrong with the kernels of a model whose heads differ."""
     compiler = Compiler()
-    for module in (launch, decode, given, select, spread):
+    for module in (launch, decode_launch, given, select, spread):
         module.on = compiler  # type: ignore[attr-defined]
     if call == "given":
         launch_given(dtype, size, 700)
@@ -89,13 +89,15 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
         launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), False)
         state = empty_near_state(k, k, spec)
         q, k, score = q[:, :, :1], k[:, :, :1], torch.empty(batch, kv_heads, 1)
-        decode.decode_step(q, k, k, parts(state, spec), score, lengths, torch.empty(heads), lengths)
+        decode_launch.decode_step(q, k, k, parts(state, spec), score, lengths, torch.empty(heads), lengths)
         far = spec._replace(reach=8192)
-        decode.decode_step(q, k, k, parts(state, far), score, lengths, torch.empty(heads), lengths, sink_q=q)
+        decode_launch.decode_step(q, k, k, parts(state, far), score, lengths, torch.empty(heads), lengths, sink_q=q)
         for bits in BITS:
             codec = PairCodec(bits, plain_map(kv_heads, size))
             stored = codec.encode(k, k)
-            decode.decode_step(q, *stored, parts(codec.encode_state(state), spec), score, lengths, None, lengths, codec)
+            decode_launch.decode_step(
+                q, *stored, parts(codec.encode_state(state), spec), score, lengths, None, lengths, codec
+            )
 
 
 def parts(state: NearState, spec: NearSpec) -> list[NearPart]:

@@ -133,9 +133,11 @@ def test_key_heads_of_several_sizes_at_once(bits: int) -> None:
     )
     specs = {(0, 2): NearSpec(3, 2, 5), (3,): NearSpec(70, 2), (1,): NearSpec(1, 2, 66)}
     codec = None if bits == 16 else PairCodec(8, measure_keys(q, k, torch.arange(32, device=DEVICE).roll(16)))
-    codecs = {heads: codec and PairCodec(8, codec.key_map[:, list(heads)]) for heads in specs}
+    codecs = {heads: None if codec is None else PairCodec(8, codec.key_map[:, list(heads)]) for heads in specs}
     states = {heads: empty_near_state(k[:, list(heads)], v[:, list(heads)], spec) for heads, spec in specs.items()}
-    states = {heads: codecs[heads].encode_state(state) if codec else state for heads, state in states.items()}
+    states = {
+        heads: state if (own := codecs[heads]) is None else own.encode_state(state) for heads, state in states.items()
+    }
     parts = [NearPart(spec, states[heads].map(lambda t: t.clone()), heads) for heads, spec in specs.items()]
     for i in range(12):
         one_q, one_k, one_v, mark = (x[:, :, i : i + 1] for x in (q, k, v, score))

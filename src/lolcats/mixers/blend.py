@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Mixer, Sizes, map_state, put_rows, take_rows
 from lolcats.mixers.far import FarHalf
+from lolcats.mixers.near_decode import near_of_call, prepared_step
 from lolcats.mixers.near_heads import (
     BlendState,
     HeadGroup,
@@ -37,7 +38,6 @@ from lolcats.mixers.near_heads import (
     group_heads,
     keeps_pairs,
     kept_until_of,
-    near_half,
     positions_of,
     read_split,
     windows_of,
@@ -47,11 +47,14 @@ from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.texts import find_texts, one_row, rows_of
 from lolcats.ops.near import NearSpec
+from lolcats.ops.near.prepared import Prepared
 from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
 from lolcats.ops.near.selection import EMPTY
 
 NOT_FAR = ("near_only", "window_only", "no_attention")
 """Modes that leave the far half out."""
+BLIND = ("window_only", "linear_only", "no_attention")
+"""Modes that keep no pairs."""
 
 
 class BlendMixer(Mixer):
@@ -143,7 +146,9 @@ class BlendMixer(Mixer):
         self, call: Call, state: BlendState | None, keep: bool, mode: str, slots: Tensor | None = None
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
-        q, k = self._for_far(call)
+        ready = self._prepared(call, state, mode, slots) if keep else None
+        far_reads = not self.near_alone or (self.score is not None and (ready is None or ready.score is None))
+        q, k = self._for_far(call) if far_reads else (call.q, call.k)
         sink_q = capped_queries(call, state, self.settings.sinks)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
         if texts is not None:
@@ -151,7 +156,9 @@ class BlendMixer(Mixer):
             call = rows_of(call, texts)
             q, k = texts.take(q), texts.take(k)
             sink_q = None if sink_q is None else texts.take(sink_q)
-        out, new = self._rows(call, q, k, None if texts is None else texts.lengths, state, keep, mode, slots, sink_q)
+        out, new = self._rows(
+            call, q, k, None if texts is None else texts.lengths, state, keep, mode, slots, sink_q, ready
+        )
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -160,19 +167,20 @@ class BlendMixer(Mixer):
 
     def _rows(
         self, call: Call, q: Tensor, k: Tensor, lengths: Tensor | None, state: BlendState | None, keep: bool, mode: str,
-        slots: Tensor | None, sink_q: Tensor | None,
+        slots: Tensor | None, sink_q: Tensor | None, ready: Prepared | None,
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
         """A text in each row, padding on the right only; q and k are the far half's, `sink_q` of `capped_queries`."""
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             held = None if state is None else state.far
             return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
-        score = self._scores(call, k, state, mode, slots)
+        score = None if ready is None else ready.score
+        score = self._scores(call, k, state, mode, slots) if score is None else score
         if sink_q is not None and call.reach is not None:
             beyond = positions_of(call, state, slots) >= call.reach.tokens
             sink_q = torch.where(beyond[:, None, :, None], sink_q, call.q)
         near, far = (None, None) if state is None else state
-        y, near = near_half(
-            self.groups, call, near, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
+        y, near = near_of_call(
+            self.groups, call, near, ready, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
             impl=self.near_impl, sink_q=sink_q,
         )  # fmt: skip
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
@@ -180,6 +188,13 @@ class BlendMixer(Mixer):
             y = self._join(y, y_far, call.hidden, mode)
         y = torch.zeros_like(y) if mode == "no_attention" else y
         return y, BlendState(near, far) if keep and near is not None else None
+
+    def _prepared(self, call: Call, state: BlendState | None, mode: str, slots: Tensor | None) -> Prepared | None:
+        score = self.score if keeps_pairs(self.groups) and mode not in BLIND else None
+        return prepared_step(
+            self.groups, call, None if state is None else state.near, score=score, rotated=self.rotate_far, slots=slots,
+            codec=self.codec, impl=self.near_impl,
+        )  # fmt: skip
 
     @property
     def codec(self) -> PairCodec | None:
@@ -197,8 +212,7 @@ class BlendMixer(Mixer):
         if mode == "linear_only":
             return far
         assert self.share is not None
-        share = self.share(hidden).sigmoid()[..., None]
-        return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
+        return self.share.join(near, far, hidden)
 
     def _for_far(self, call: Call) -> tuple[Tensor, Tensor]:
         """q and k of the far half and of the score."""
@@ -214,7 +228,7 @@ class BlendMixer(Mixer):
         if self.score is None or not keeps_pairs(self.groups):
             return None
         rows, kv_heads, n = call.k.shape[:3]
-        if mode in ("window_only", "linear_only", "no_attention"):
+        if mode in BLIND:
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
         position = positions_of(call, state, slots)
         return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))

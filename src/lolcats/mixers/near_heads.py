@@ -19,14 +19,12 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes, state_bytes
 from lolcats.ops.near import (
-    NearPart,
     NearSpec,
     NearState,
     empty_near_state,
     kept_until,
     near_attention,
     near_step,
-    near_steps,
 )
 from lolcats.ops.near.quantize import PairCodec, plain_map
 
@@ -172,17 +170,9 @@ def near_half(
         The output [B, H, N, Dv] and, with `keep`, the states.
     """
     before = (None,) * len(groups) if states is None else (states,) if isinstance(states, NearState) else states
-    if states is not None and keep and call.q.shape[2] == 1:
-        if codec is not None:  # once, not by each group
-            k, v = codec.encode(call.k, call.v)
-            call = replace(call, k=k, v=v)
-        parts = [NearPart(group.told(call), st, group.heads) for group, st in zip(groups, before, strict=True) if st]
-        done = near_steps(
-            call.q, call.k, call.v, parts, score=score, active=lengths, sink_logits=call.sink_logits, sink_q=sink_q,
-            state_indices=slots, donate=True, codec=codec, impl=impl,
-        )  # fmt: skip
-        if done is not None:
-            return done[0], _states(done[1])
+    if codec is not None and states is not None and keep and call.q.shape[2] == 1:  # once, not by each group
+        k, v = codec.encode(call.k, call.v)
+        call = replace(call, k=k, v=v)
     outs, after = [], []
     for group, state in zip(groups, before, strict=True):
         how = {
@@ -195,7 +185,7 @@ def near_half(
         out, state = _one_group(group, call, state, lengths, keep, slots, how)
         outs.append(out)
         after.append(state)
-    return _join(groups, outs), _states(after) if keep else None
+    return _join(groups, outs), joined_states(after) if keep else None
 
 
 def _one_group(
@@ -233,7 +223,7 @@ def empty_near(
             key_map = plain_map(len(group.heads), sizes.head_dim, device)
             state = PairCodec(bits, key_map).encode_state(state)
         states.append(state)
-    return _states(states)
+    return joined_states(states)
 
 
 def kept_until_of(groups: tuple[HeadGroup, ...], call: Call, score: Tensor, lengths: Tensor | None) -> Tensor:
@@ -255,7 +245,7 @@ def head_bytes(spec: NearSpec, sizes: Sizes, dtype: torch.dtype, bits: int) -> i
     return state_bytes(state) - LENGTH_BYTES
 
 
-def _states(states: list[NearState]) -> NearStates:
+def joined_states(states: list[NearState]) -> NearStates:
     return states[0] if len(states) == 1 else tuple(states)
 
 

@@ -77,6 +77,11 @@ class Share(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(self.weight.dtype)).transpose(1, 2)
 
+    def join(self, near: Tensor, far: Tensor, input: Tensor) -> Tensor:
+        """(1 - share) near + share far, [B, H, N, Dv] in the dtype of near."""
+        share = self(input).sigmoid()[..., None]
+        return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
+
     def match(self, mass: Tensor, window: Window, sinks: int) -> None:
         """Give each head the mean of `mass` [B, H, N] over the queries that have far keys, if there are any."""
         begin = (

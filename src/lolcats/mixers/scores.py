@@ -21,6 +21,7 @@ from lolcats.errors import LolcatsError
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.ops.near.given import head_windows, kernel_given
+from lolcats.ops.near.prepared import ScoreCall, ScoreWeights
 
 SCORES = ("learned", "self_recall", "recency", "random", "oracle")
 HIDDEN_WIDTH, PAIR_WIDTH = 128, 64
@@ -73,6 +74,13 @@ class LearnedScore(nn.Module):
             from_pair = self.from_pair(nnf.gelu(self.read_pair(torch.cat(pair, -1))))
             return from_hidden.unflatten(-1, (self.kv_heads, 2)).transpose(1, 2) + from_pair
 
+    def weights(self) -> ScoreWeights:
+        """For a kernel."""
+        first, pair, last = self.read_hidden, self.read_pair, self.from_hidden
+        return ScoreWeights(
+            first.weight, first.bias, pair.weight, pair.bias, last.weight, last.bias, self.from_pair.weight
+        )
+
 
 class KeyScores(nn.Module):
     """The score of a layer's keys.
@@ -107,6 +115,19 @@ class KeyScores(nn.Module):
             score = (score * RESOLUTION).round() / RESOLUTION
         # What fades does so at one rate, so it is the same to let what comes later start higher.
         return score if self.fade is None else score + (position / self.fade)[:, None]
+
+    def told(self, call: Call, rotated: bool) -> ScoreCall | None:
+        """What a kernel needs to make the score of a decoding step; None where it is not a learned one, or recalls.
+
+        Args:
+            call: one token of each text.
+            rotated: whether the score reads keys as they are after their rotation.
+        """
+        if self.network is None or self.network.reads_error:
+            return None
+        turn = None if rotated else call.rotation
+        score = ScoreCall(call.hidden, self.network.weights(), self.mix, self.fade, RESOLUTION)
+        return score if turn is None else score._replace(cos=turn.cos, sin=turn.sin, layout=turn.layout)
 
     def _fresh(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:
         if self.network is not None:

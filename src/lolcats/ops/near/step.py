@@ -110,14 +110,12 @@ def near_steps(
     Raises:
         ValueError: impl is "triton" and the kernel cannot run the step; the message says why.
     """
-    eager = q.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if impl != "triton" and not (impl == "auto" and eager):
-        return None
-    if (reason := _refusal(q, k, v, parts, state_indices, sink_logits, codec)) is not None:
+    reason = step_refusal(q, k, v, parts, state_indices, sink_logits, codec, impl)
+    if reason is not None:
         if impl == "triton":
             raise ValueError(f"impl 'triton' cannot run this decoding step: {reason}; use impl 'auto'")
         return None
-    from lolcats.ops.near.kernels.decode import decode_step
+    from lolcats.ops.near.kernels.decode_launch import decode_step
 
     if state_indices is None:
         copy = torch.Tensor.contiguous if donate else _own_copy
@@ -130,7 +128,7 @@ def _own_copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _refusal(
+def step_refusal(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -138,14 +136,19 @@ def _refusal(
     state_indices: Tensor | None,
     sink_logits: Tensor | None,
     codec: PairCodec | None,
+    impl: str,
 ) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Why `near_steps` does not run its kernel, or None; k and v may not be coded yet."""
+    if impl not in ("auto", "triton"):
+        return f"impl is {impl!r}"
+    if impl == "auto" and (not q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return "it is for a GPU, in code that keeps no gradients"
     if importlib.util.find_spec("triton") is None:
         return "it needs the package triton, which is not installed here"
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.near.kernels.decode import step_refusal
+    from lolcats.ops.near.kernels import decode_launch
 
-    return step_refusal(q, k, v, parts, state_indices is not None, sink_logits, codec)
+    return decode_launch.step_refusal(q, k, v, parts, state_indices is not None, sink_logits, codec)
 
 
 def _torch_step(

@@ -1,15 +1,17 @@
 """One decoding step in place: the oldest pair may enter the kept ones, the new token enters the ring, the output.
 
-Algorithm, in two kernels for all key heads of a layer, whose sizes may differ:
-1. `near_decode`: a program has a part of what a text and a key head see: softmax of the group's query heads over tiles
+Algorithm, in three kernels for all key heads of a layer, whose sizes may differ:
+1. `near_begin`: of each text and key head the lowest kept score, and whether the pair that leaves takes its place;
+2. `near_decode`: a program has a part of what a text and a key head see: softmax of the group's query heads over tiles
    of kept pairs, then of the ring, with a running row maximum. The first program also has the new token and the sinks.
-   The pair that leaves stands in the slot of the ring that the new token will take; it is seen if its score is higher
-   than the lowest kept one, and then that one is not;
-2. `near_finish`: what the programs of a head have found is joined, and, as all has been read, what has entered is
+   The pair that leaves stands in the slot of the ring that the new token will take; it is seen if it enters, and then
+   the pair that it replaces is not;
+3. `near_finish`: what the programs of a head have found is joined, and, as all has been read, what has entered is
    written and the token is counted.
 Which slots are filled follows from the length of the text and, of kept pairs, from their scores. With `indices` the
 states are a pool of which text b has row indices[b], or none (-1). The rows of a tensor may lie apart, as in the pages
-of a serving engine. Where the tensors of a key head lie, and its sizes, stand in a table on the device (`head_table`).
+of a serving engine. Where the tensors of a key head lie, and its sizes, stand in a table on the device
+(`decode_launch.head_table`).
 
 Shapes: q, out [B, H, D or Dv]; ring [rows, heads, w, .], kept [rows, heads, P, .], sinks [rows, heads, s, .].
 Bytes: the state once read, KV (w + P + s) (D + Dv) numbers per text. Numbers of 8 or 4 bits (`PairCodec`) are decoded
@@ -24,41 +26,21 @@ scaled and mixed: the kernel is given queries that the codec maps, and its outpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.decode import ring_positions, state_row
-from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, load_tile
-from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
-from lolcats.ops.near.kernels.launch import device_of, refusal
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.kernels.tiles import capped
 from lolcats.ops.near.quantize import CURVE as LEVEL_CURVE
 from lolcats.ops.near.quantize import STEP_BYTES as BYTES_OF_STEP
-from lolcats.ops.near.quantize import PairCodec, spread
-from lolcats.ops.near.types import NearPart
 
-LARGEST_PAIRS = 4096
-"""Scores of kept pairs that a program holds in registers."""
-KEYS = 64
-"""Slots of a tile."""
-PROGRAMS = 800
-"""That a kernel is cut into where there is enough to do: some for each multiprocessor of a large GPU."""
-LARGEST_PART, MOST_PARTS = 8, 32
-"""Tiles of a program at most, unless a head had more than so many programs."""
-JOINED = 8
-"""Programs of a head that are joined at once."""
 CURVE, STEP_BYTES = tl.constexpr(LEVEL_CURVE), tl.constexpr(BYTES_OF_STEP)
 
 COLUMNS = tl.constexpr(23)
-"""Of `head_table`: addresses of ring k, v and score, of kept k, v, score and position, of sinks k and v, and of the
+"""Of a head table: addresses of ring k, v and score, of kept k, v, score and position, of sinks k and v, and of the
 lengths; the distances of their rows; window, pairs, and the number of the key head among those of these sizes."""
-KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8}
 
 
 @triton.jit
@@ -171,6 +153,44 @@ def place(table, text, inner, column: tl.constexpr, kind: tl.constexpr):
 NUMBERS = ["reach", "part", "splits"]
 
 
+@triton.jit
+def near_begin(
+    active, indices, table, changes,
+    KV_HEADS: tl.constexpr, SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, BP: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Grid: (batch, key heads): [length, kept slot of the lowest score, whether the pair that leaves enters]."""
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    table += head * COLUMNS
+    text, alive = state_row(active, indices, batch, HAS_ACTIVE, HAS_INDICES)
+    if alive == 0:
+        return
+    inner, window, pairs, _, _ = sizes_of(table, 1, K)
+    length, at_length = place(table, text, 0, 9, tl.int64)
+    now = tl.load(length + at_length).to(tl.int32)
+    to = changes + (batch * KV_HEADS + head) * 3
+    tl.store(to, now)
+    if HAS_PAIRS:
+        kept_score, at_score = place(table, text, inner * pairs, 5, tl.float32)
+        kept_position, at_position = place(table, text, inner * pairs, 6, tl.int32)
+        ring_score, at_ring_score = place(table, text, inner * window, 2, tl.float32)
+        order = tl.arange(0, BP)
+        marks = tl.load(kept_score + at_score + order, mask=order < pairs, other=float("inf"))
+        since = tl.load(kept_position + at_position + order, mask=order < pairs, other=-1)
+        left = tl.load(ring_score + at_ring_score + now % window, mask=pairs > 0, other=-float("inf"))
+        lowest = tl.min(marks, 0)
+        enters = (now - window >= SINKS) & (left > lowest)
+        # Of equal ones the latest goes, as in a text that is read at once.
+        since = tl.where(marks == lowest, since, -1)
+        worst = tl.min(tl.where(since == tl.max(since, 0), order, BP), 0)
+        tl.store(to + 1, worst)
+        tl.store(to + 2, enters.to(tl.int32))
+    else:
+        tl.store(to + 1, 0)
+        tl.store(to + 2, 0)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def near_decode(
     q, k, v, sink_q, active, indices, table, sums, tops, changes,
@@ -178,12 +198,12 @@ def near_decode(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BITS: tl.constexpr, WIDE: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, KIND: tl.constexpr,
-    SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr, BP: tl.constexpr,
+    SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
     HAS_SINK_Q: tl.constexpr, HAS_REACH: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (batch, key heads, splits): numerators, [maximum, denominator], and by the first what will change."""
+    """Grid: (batch, key heads, splits): numerators, and [maximum, denominator]."""
     batch = tl.program_id(0).to(tl.int64)
     head, split = tl.program_id(1), tl.program_id(2)
     table += head * COLUMNS
@@ -191,8 +211,8 @@ def near_decode(
     inner, window, pairs, kept_tiles, programs = sizes_of(table, part, K)
     if (alive == 0) | (split >= programs):
         return
-    length, at_length = place(table, text, 0, 9, tl.int64)
-    now = tl.load(length + at_length).to(tl.int32)
+    change = changes + (batch * KV_HEADS + head) * 3
+    now, worst, enters = tl.load(change), tl.load(change + 1), tl.load(change + 2) != 0
     own = now % window  # slot of the new token, so far of the oldest
     ring_k, at_ring_k = place(table, text, inner * window * WK, 0, KIND)
     ring_v, at_ring_v = place(table, text, inner * window * WV, 1, KIND)
@@ -203,30 +223,12 @@ def near_decode(
         kept_k, kept_v = tl.multiple_of(kept_k, 16), tl.multiple_of(kept_v, 16)
         at_ring_k, at_ring_v = tl.multiple_of(at_ring_k, 16), tl.multiple_of(at_ring_v, 16)
         at_kept_k, at_kept_v = tl.multiple_of(at_kept_k, 16), tl.multiple_of(at_kept_v, 16)
-    worst = window * 0
-    enters = window < 0
     if HAS_PAIRS:
         kept_score, at_score = place(table, text, inner * pairs, 5, tl.float32)
         kept_position, at_position = place(table, text, inner * pairs, 6, tl.int32)
-        ring_score, at_ring_score = place(table, text, inner * window, 2, tl.float32)
-        order = tl.arange(0, BP)
-        marks = tl.load(kept_score + at_score + order, mask=order < pairs, other=float("inf"))
-        since = tl.load(kept_position + at_position + order, mask=order < pairs, other=-1)
-        left = tl.load(ring_score + at_ring_score + own, mask=pairs > 0, other=-float("inf"))
-        lowest = tl.min(marks, 0)
-        enters = (now - window >= SINKS) & (left > lowest)
-        # Of equal ones the latest goes, as in a text that is read at once.
-        since = tl.where(marks == lowest, since, -1)
-        worst = tl.min(tl.where(since == tl.max(since, 0), order, BP), 0)
         kept_score += at_score
         kept_position += at_position
     begins = split == 0
-    if begins:
-        to = changes + (batch * KV_HEADS + head) * 3
-        tl.store(to, now)
-        tl.store(to + 1, worst)
-        tl.store(to + 2, enters.to(tl.int32))
-
     q_tile = load_tile(q + batch * q_b + head * GROUP * q_h, q_h, 0, GROUP, 0, BG, D, BD)
     sink_tile, new_tile = q_tile, q_tile
     if HAS_SINK_Q:
@@ -240,14 +242,15 @@ def near_decode(
     denominator = tl.where(begins, 1.0, 0.0) + tl.zeros((BG,), tl.float32)
     acc = denominator[:, None] * (v_new.to(tl.float32) * tl.sum(v_factor, 0))
     if SINKS > 0:
-        sink = tl.arange(0, BS)
-        there = sink < tl.where(begins, tl.minimum(now, SINKS), 0)
-        sink_k, at_sink_k = place(table, text, inner * SINKS * WK, 7, KIND)
-        sink_v, at_sink_v = place(table, text, inner * SINKS * WV, 8, KIND)
-        top, denominator, acc = add_pairs(
-            top, denominator, acc, sink_tile, sink_k, at_sink_k, sink_v, at_sink_v, sink, there, there, scale,
-            D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
-        )  # fmt: skip
+        if begins:
+            sink = tl.arange(0, BS)
+            there = sink < tl.minimum(now, SINKS)
+            sink_k, at_sink_k = place(table, text, inner * SINKS * WK, 7, KIND)
+            sink_v, at_sink_v = place(table, text, inner * SINKS * WV, 8, KIND)
+            top, denominator, acc = add_pairs(
+                top, denominator, acc, sink_tile, sink_k, at_sink_k, sink_v, at_sink_v, sink, there, there, scale,
+                D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
+            )  # fmt: skip
     first_tile, end_tile = split * part, split * part + part
     if HAS_PAIRS:
         for tile in tl.range(first_tile, tl.minimum(end_tile, kept_tiles), 1, num_stages=STAGES):
@@ -368,148 +371,3 @@ def near_finish(
     if inner == 0:
         length, at_length = place(table, text, 0, 9, tl.int64)
         tl.store(length + at_length, (now + 1).to(tl.int64))
-
-
-def step_refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parts: Sequence[NearPart],
-    in_pool: bool,
-    sink_logits: Tensor | None,
-    codec: PairCodec | None = None,
-) -> str | None:
-    """Why `decode_step` does not take a call, or None."""
-    numbers = (q, k, v)
-    if codec is not None:
-        numbers = q, q, q[..., :1].expand(*q.shape[:3], codec.value_size(v.shape[3]))
-    if (reason := refusal(*numbers, False, sink_logits)) is not None:
-        return reason
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sink_logits) if x is not None):
-        return "it gives no gradients; decode under torch.no_grad()"
-    if codec is None and q.dtype != v.dtype:
-        return f"it takes queries and values of one dtype; got {q.dtype} and {v.dtype}"
-    for part in parts:
-        kept = part.state.kept
-        if kept is not None and kept.score.dtype != torch.float32:
-            return f"it takes scores of float32 in the state; got {kept.score.dtype}"
-        if kept is not None and kept.score.shape[2] > LARGEST_PAIRS:
-            return f"it takes up to {LARGEST_PAIRS} kept pairs; got {kept.score.shape[2]}"
-        if in_pool and not all(contiguous_rows(t) for t in part.state.tensors()):
-            return ROWS_APART
-    return None
-
-
-def decode_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parts: Sequence[NearPart],
-    score: Tensor | None = None,
-    active: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    state_indices: Tensor | None = None,
-    codec: PairCodec | None = None,
-    sink_q: Tensor | None = None,
-    mapped: bool = False,
-) -> Tensor:
-    """`near_step` of all key heads, with contiguous rows in their states, which are changed in place.
-
-    Args:
-        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]. With a codec k and v are bytes, as it encodes them.
-        parts: the key heads by their sizes, all KV of them.
-        score: [B, KV, 1], with kept pairs.
-        mapped: q and sink_q are as the codec maps them.
-        active, sink_logits, state_indices, codec, sink_q: as in `near_step`.
-
-    Returns:
-        The output [B, H, 1, Dv].
-    """
-    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
-    spec, ring = parts[0].spec, parts[0].state.ring
-    if codec is not None:
-        dv = codec.value_size(dv)
-        if not mapped:
-            q = codec.map_queries(q)
-            sink_q = None if sink_q is None else codec.map_queries(sink_q)
-    group, pairs = heads // kv_heads, max(part.spec.pairs for part in parts)
-    q, k, v = (x if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 else _own(x) for x in (q, k, v))
-    make = torch.empty if active is None and state_indices is None else torch.zeros
-    out = make(batch, heads, 1, dv, dtype=q.dtype, device=q.device)
-    score = None if score is None else score.float().contiguous()
-    # `active` is often a column of a wide mask.
-    active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
-    sink_q = None if sink_q is None else sink_q.to(q.dtype).contiguous()
-    part, splits = _cut(parts, batch)
-    found = {"dtype": torch.float32, "device": q.device}
-    sums, tops = (torch.empty(batch * kv_heads * splits * group, n, **found) for n in (dv, 2))
-    changes = torch.empty(batch * kv_heads, 3, dtype=torch.int32, device=q.device)
-    wide_dv, of_q, of_table = max(SMALLEST, padded(dv)), padded(group), head_table(parts, q.device)
-    levels = dv.bit_length() - 1 if codec is not None and dv == wide_dv else 0
-    both = {
-        "KV_HEADS": kv_heads, "GROUP": group, "DV": dv, "BV": wide_dv, "WK": k.shape[3], "WV": v.shape[3],
-        "KIND": KINDS[ring.k.dtype], "SINKS": spec.sinks, "HAS_PAIRS": pairs > 0, "HAS_ACTIVE": active is not None,
-        "HAS_INDICES": indices is not None, "K": KEYS,
-    }  # fmt: skip
-    with device_of(v):
-        on(near_decode, (batch, kv_heads, splits))(
-            q, k, v, either(sink_q, q), either(active, q), either(indices, q), of_table, sums, tops, changes,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), spec.reach or 0,
-            spec.product_scale(size), part, splits, BG=of_q, D=size, BD=max(SMALLEST, padded(size)),
-            BITS=16 if codec is None else codec.bits, WIDE=0 if codec is None else codec.wide(size),
-            BS=padded(spec.sinks), BP=padded(pairs), SOFTCAP=float(spec.softcap or 0.0), HAS_SINK_Q=sink_q is not None,
-            HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), ALIGNED=codec is None and _aligned(parts),
-            STAGES=3 if q.element_size() == 2 else 1, num_warps=4, **both,
-        )  # fmt: skip
-        few = triton.next_power_of_2(group)
-        on(near_finish, (batch, kv_heads))(
-            k, v, either(score, tops), either(sink_logits, q), either(active, q), either(indices, q), of_table, sums,
-            tops, changes, out, k.stride(0), k.stride(1), v.stride(0), v.stride(1), part, splits, BG=few,
-            BWK=padded(k.shape[3]), BWV=padded(v.shape[3]), LEARNED=sink_logits is not None, LEVELS=levels,
-            FACTOR=dv**-0.5, J=max(1, min(JOINED, 4096 // (few * wide_dv))), num_warps=4, **both,
-        )  # fmt: skip
-    return out if codec is None or levels else spread(out.float()).to(out.dtype)
-
-
-def _own(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _cut(parts: Sequence[NearPart], batch: int) -> tuple[int, int]:
-    """Tiles of a program, and programs of the largest key head."""
-    tiles = [
-        triton.cdiv(part.spec.pairs, KEYS) + triton.cdiv(part.spec.window, KEYS) for part in parts for _ in part.heads
-    ]
-    part = max(1, min(LARGEST_PART, batch * sum(tiles) // PROGRAMS), triton.cdiv(max(tiles), MOST_PARTS))
-    return part, triton.cdiv(max(tiles), part)
-
-
-def _aligned(parts: Sequence[NearPart]) -> bool:
-    """Whether keys and values can be read many numbers at a time."""
-    stored = [x for part in parts for x in (*part.state.ring[:2], *(part.state.kept or ())[:2])]
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[3] % 16 == 0 for x in stored)
-
-
-def head_table(parts: Sequence[NearPart], device: torch.device) -> Tensor:
-    """Where the tensors of each key head lie, and its sizes: [KV, `COLUMNS`] int64.
-
-    It is kept with the first of the tensors that it names: as long as these are where they are, no step makes it anew,
-    and a recorded step has it in the same place.
-    """
-    rows = [_table_row(part) for part in parts]
-    key = [*rows, [part.heads for part in parts]]
-    holder = parts[0].state.ring.k
-    held = getattr(holder, "_head_table", None)
-    if held is None or held[0] != key or held[1].device != device:
-        by_head = {head: [*row, i] for part, row in zip(parts, rows, strict=True) for i, head in enumerate(part.heads)}
-        table = torch.tensor([by_head[head] for head in range(len(by_head))], dtype=torch.int64)
-        held = holder._head_table = (key, table.to(device))  # type: ignore[attr-defined]
-    return held[1]
-
-
-def _table_row(part: NearPart) -> list[int]:
-    state = part.state
-    none = (None,) * 4
-    tensors = (*state.ring, *(state.kept or none), *(state.sinks or none[:2]), state.length)
-    places = [0 if x is None else x.data_ptr() for x in tensors]
-    return [*places, *(0 if x is None else x.stride(0) for x in tensors), part.spec.window, part.spec.pairs]

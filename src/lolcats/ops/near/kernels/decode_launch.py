@@ -1,0 +1,183 @@
+"""Launches the kernels of a decoding step (`decode.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
+from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
+from lolcats.ops.near.kernels.decode import near_begin, near_decode, near_finish
+from lolcats.ops.near.kernels.launch import device_of, refusal
+from lolcats.ops.near.quantize import PairCodec, spread
+from lolcats.ops.near.types import NearPart
+
+LARGEST_PAIRS = 4096
+"""Scores of kept pairs that a program holds in registers."""
+KEYS = 64
+"""Slots of a tile."""
+FEW_WARPS, WARPS = 2, 4
+"""Of a program of `near_decode`: few where it has several tiles of more than 64 numbers. (Measured on an H200, as the
+other numbers here; loads in stages, which need copies of 4 bytes each, take four times as long.)"""
+PROGRAMS = 800
+"""That a kernel is cut into where there is enough to do: some for each multiprocessor of a large GPU."""
+LARGEST_PART, MOST_PARTS = 8, 32
+"""Tiles of a program at most, unless a head had more than so many programs."""
+JOINED = 8
+"""Programs of a head that are joined at once."""
+KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8}
+
+
+def step_refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Sequence[NearPart],
+    in_pool: bool,
+    sink_logits: Tensor | None,
+    codec: PairCodec | None = None,
+) -> str | None:
+    """Why `decode_step` does not take a call, whose k and v may not be coded yet, or None."""
+    numbers = (q, k, v)
+    if codec is not None and v.dtype == torch.uint8:
+        numbers = q, q, q[..., :1].expand(*q.shape[:3], codec.value_size(v.shape[3]))
+    if (reason := refusal(*numbers, False, sink_logits)) is not None:
+        return reason
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sink_logits) if x is not None):
+        return "it gives no gradients; decode under torch.no_grad()"
+    if codec is None and q.dtype != v.dtype:
+        return f"it takes queries and values of one dtype; got {q.dtype} and {v.dtype}"
+    for part in parts:
+        kept = part.state.kept
+        if kept is not None and kept.score.dtype != torch.float32:
+            return f"it takes scores of float32 in the state; got {kept.score.dtype}"
+        if kept is not None and kept.score.shape[2] > LARGEST_PAIRS:
+            return f"it takes up to {LARGEST_PAIRS} kept pairs; got {kept.score.shape[2]}"
+        if in_pool and not all(contiguous_rows(t) for t in part.state.tensors()):
+            return ROWS_APART
+    return None
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Sequence[NearPart],
+    score: Tensor | None = None,
+    active: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    codec: PairCodec | None = None,
+    sink_q: Tensor | None = None,
+    mapped: bool = False,
+) -> Tensor:
+    """`near_step` of all key heads, with contiguous rows in their states, which are changed in place.
+
+    Args:
+        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]. With a codec k and v are bytes, as it encodes them.
+        parts: the key heads by their sizes, all KV of them.
+        score: [B, KV, 1], with kept pairs.
+        mapped: q and sink_q are as the codec maps them.
+        active, sink_logits, state_indices, codec, sink_q: as in `near_step`.
+
+    Returns:
+        The output [B, H, 1, Dv].
+    """
+    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
+    spec, ring = parts[0].spec, parts[0].state.ring
+    if codec is not None:
+        dv = codec.value_size(dv)
+        if not mapped:
+            q = codec.map_queries(q)
+            sink_q = None if sink_q is None else codec.map_queries(sink_q)
+    group, pairs = heads // kv_heads, max(part.spec.pairs for part in parts)
+    q, k, v = (x if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 else _own(x) for x in (q, k, v))
+    make = torch.empty if active is None and state_indices is None else torch.zeros
+    out = make(batch, heads, 1, dv, dtype=q.dtype, device=q.device)
+    score = None if score is None else score.float().contiguous()
+    # `active` is often a column of a wide mask.
+    active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
+    sink_q = None if sink_q is None else sink_q.to(q.dtype).contiguous()
+    part, splits = _cut(parts, batch)
+    found = {"dtype": torch.float32, "device": q.device}
+    sums, tops = (torch.empty(batch * kv_heads * splits * group, n, **found) for n in (dv, 2))
+    changes = torch.empty(batch * kv_heads, 3, dtype=torch.int32, device=q.device)
+    wide_dv, of_q, of_table = max(SMALLEST, padded(dv)), padded(group), head_table(parts, q.device)
+    aligned = codec is None and _aligned(parts)
+    levels = dv.bit_length() - 1 if codec is not None and dv == wide_dv else 0
+    both = {
+        "KV_HEADS": kv_heads, "GROUP": group, "DV": dv, "BV": wide_dv, "WK": k.shape[3], "WV": v.shape[3],
+        "KIND": KINDS[ring.k.dtype], "SINKS": spec.sinks, "HAS_PAIRS": pairs > 0, "HAS_ACTIVE": active is not None,
+        "HAS_INDICES": indices is not None, "K": KEYS,
+    }  # fmt: skip
+    flags = {name: both[name] for name in ("KV_HEADS", "SINKS", "HAS_PAIRS", "HAS_ACTIVE", "HAS_INDICES", "K")}
+    with device_of(v):
+        on(near_begin, (batch, kv_heads))(
+            either(active, q), either(indices, q), of_table, changes, BP=padded(pairs), **flags, num_warps=2
+        )
+        on(near_decode, (batch, kv_heads, splits))(
+            q, k, v, either(sink_q, q), either(active, q), either(indices, q), of_table, sums, tops, changes,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), spec.reach or 0,
+            spec.product_scale(size), part, splits, BG=of_q, D=size, BD=max(SMALLEST, padded(size)),
+            BITS=16 if codec is None else codec.bits, WIDE=0 if codec is None else codec.wide(size),
+            BS=padded(spec.sinks), SOFTCAP=float(spec.softcap or 0.0), HAS_SINK_Q=sink_q is not None,
+            HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), ALIGNED=aligned,
+            STAGES=3 if aligned and q.element_size() == 2 else 1,
+            num_warps=FEW_WARPS if size > 64 and part > 1 else WARPS, **both,
+        )  # fmt: skip
+        few = triton.next_power_of_2(group)
+        on(near_finish, (batch, kv_heads))(
+            k, v, either(score, tops), either(sink_logits, q), either(active, q), either(indices, q), of_table, sums,
+            tops, changes, out, k.stride(0), k.stride(1), v.stride(0), v.stride(1), part, splits, BG=few,
+            BWK=padded(k.shape[3]), BWV=padded(v.shape[3]), LEARNED=sink_logits is not None, LEVELS=levels,
+            FACTOR=dv**-0.5, J=max(1, min(JOINED, 4096 // (few * wide_dv))), num_warps=4, **both,
+        )  # fmt: skip
+    return out if codec is None or levels else spread(out.float()).to(out.dtype)
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _cut(parts: Sequence[NearPart], batch: int) -> tuple[int, int]:
+    """Tiles of a program, and programs of the largest key head."""
+    tiles = [
+        triton.cdiv(part.spec.pairs, KEYS) + triton.cdiv(part.spec.window, KEYS) for part in parts for _ in part.heads
+    ]
+    part = max(1, min(LARGEST_PART, batch * sum(tiles) // PROGRAMS), triton.cdiv(max(tiles), MOST_PARTS))
+    return part, triton.cdiv(max(tiles), part)
+
+
+def _aligned(parts: Sequence[NearPart]) -> bool:
+    """Whether keys and values can be read many numbers at a time."""
+    stored = [x for part in parts for x in (*part.state.ring[:2], *(part.state.kept or ())[:2])]
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[3] % 16 == 0 for x in stored)
+
+
+def head_table(parts: Sequence[NearPart], device: torch.device) -> Tensor:
+    """Where the tensors of each key head lie, and its sizes: [KV, `COLUMNS`] int64.
+
+    It is kept with the first of the tensors that it names: as long as these are where they are, no step makes it anew,
+    and a recorded step has it in the same place.
+    """
+    rows = [_table_row(part) for part in parts]
+    key = [*rows, [part.heads for part in parts]]
+    holder = parts[0].state.ring.k
+    held = getattr(holder, "_head_table", None)
+    if held is None or held[0] != key or held[1].device != device:
+        by_head = {head: [*row, i] for part, row in zip(parts, rows, strict=True) for i, head in enumerate(part.heads)}
+        table = torch.tensor([by_head[head] for head in range(len(by_head))], dtype=torch.int64)
+        held = holder._head_table = (key, table.to(device))  # type: ignore[attr-defined]
+    return held[1]
+
+
+def _table_row(part: NearPart) -> list[int]:
+    state = part.state
+    none = (None,) * 4
+    tensors = (*state.ring, *(state.kept or none), *(state.sinks or none[:2]), state.length)
+    places = [0 if x is None else x.data_ptr() for x in tensors]
+    return [*places, *(0 if x is None else x.stride(0) for x in tensors), part.spec.window, part.spec.pairs]
