@@ -17,7 +17,7 @@ from lolcats.mixers.rotation import Layout, Rotation, layouts
 from lolcats.mixers.scores import RESOLUTION, KeyScores
 from lolcats.ops.near.prepare import prepare_refusal, prepare_step
 from lolcats.ops.near.prepared import Prepared, ScoreCall, ScoreWeights
-from lolcats.ops.near.quantize import PairCodec, measure_keys
+from lolcats.ops.near.quantize import PairCodec, measure_keys, spread
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,13 +140,13 @@ def assert_same(got: Prepared, want: Prepared) -> None:
 
 CASES = [
     Case(),
-    Case(5, 3, 3, 64, 64, 100, angles=64),
-    Case(2, 4, 8, 128, 128, 600, angles=128, dtype=torch.bfloat16),
-    Case(5, 3, 3, 64, 32, 100, angles=64, fade=None, dtype=torch.float16),
-    Case(5, 4, 3, 64, 64, 100, angles=64, pooled=True, dtype=torch.bfloat16),
-    Case(17, 1, 1, 16, 16, 33, layout=None),
-    Case(5, 3, 3, 64, 64, coded=False, angles=64, pooled=True),
-    Case(5, 3, 3, 64, 64, scored=False),
+    Case(2, 3, 3, 64, 64, 70, angles=64),
+    Case(1, 4, 8, 128, 128, 150, angles=128, dtype=torch.bfloat16),
+    Case(2, 3, 3, 64, 32, 70, angles=64, fade=None, dtype=torch.float16),
+    Case(5, 4, 1, 64, 64, 33, angles=64, pooled=True, dtype=torch.bfloat16),
+    Case(17, 1, 1, 16, 16, 33, layout=None, coded=False),
+    Case(2, 3, 3, 64, 64, coded=False, angles=64, pooled=True),
+    Case(2, 3, 3, 64, 64, scored=False),
     Case(1, 4, 1, coded=False, scored=False),
 ]
 
@@ -194,7 +194,7 @@ def test_a_map_that_changes_is_seen() -> None:
 
 def test_a_text_has_its_score_in_every_batch() -> None:
     """Bit by bit; as the other texts have in a batch of which it is the last."""
-    case = Case(18, hidden=100)
+    case = Case(18, coded=False, hidden=33)
     step = make(case)
     together = step.prepared(case)
     call = step.call
@@ -208,7 +208,7 @@ def test_a_text_has_its_score_in_every_batch() -> None:
 
 def test_a_layer_with_a_large_mean() -> None:
     """Its normalization loses no more digits than torch's."""
-    case = Case(3, hidden=600, fade=None, coded=False)
+    case = Case(3, hidden=100, fade=None, coded=False)
     step = make(case)
     step.call.hidden += 300
     assert_same(step.prepared(case), step.in_torch(case))
@@ -220,6 +220,17 @@ def test_extremes() -> None:
     step = make(case)
     step.call.k.zero_()
     step.call.v.mul_(1e8)
+    assert_same(step.prepared(case), step.in_torch(case))
+
+
+def test_numbers_between_two_codes() -> None:
+    """Their codes show how the quotient by a step is rounded: it is a whole number, but not by the step's inverse."""
+    case = Case(4, size=64, value_size=64, scored=False)
+    step = make(case)
+    level = torch.randint(-127, -64, (4, 1, 1, 64), generator=torch.Generator().manual_seed(0)).float()
+    level[..., 0] = 127.5
+    size = torch.tensor([7, 13, 15, 255])[:, None, None, None] / 1024
+    step.call.v.copy_(spread(level * size))
     assert_same(step.prepared(case), step.in_torch(case))
 
 
