@@ -18,6 +18,7 @@ from lolcats.modeling import head
 from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.fused import Fused, FusedMLP, FusedNorm, fused_copy
 from lolcats.ops.elementwise import NormForm
+from odd_modules import OTHERS, FickleRMSNorm, Gated, TwoRMSNorm
 
 pytest.importorskip("triton")
 Builder = Callable[..., Any]
@@ -123,91 +124,6 @@ def test_what_users_put_on_modules_is_left_alone(teacher: Any, tokens: Tokens) -
     assert len([fused for fused in fused_of(copied) if isinstance(fused, FusedNorm)]) == 5
 
 
-class CenteredRMSNorm(nn.Module):
-    """One that takes the mean away first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.linspace(0.5, 2, 12)), 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x - x.mean(-1, keepdim=True)
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class NarrowRMSNorm(CenteredRMSNorm):
-    """A root that is bounded: what only small rows show."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt((x.pow(2).mean(-1, keepdim=True) + self.eps).clamp_min(1e-4)) * self.weight
-
-
-class TwoRMSNorm(CenteredRMSNorm):
-    """One that is told how many rows there are."""
-
-    def forward(self, x: Tensor, rows: int) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[:rows]
-
-
-class Gated(nn.Module):
-    """The MLP of most families; the others do a little more."""
-
-    def __init__(self, act_fn: nn.Module | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
-        self.act_fn = nn.SiLU() if act_fn is None else act_fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Clamped(Gated):
-    """As in gpt-oss and its like: what is small is not changed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x).clamp(max=7), self.up_proj(x).clamp(-7, 7)
-        return self.down_proj(self.act_fn(gate) * up)
-
-
-class Scaled(Gated):
-    """With a multiplier."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 1.01 * super().forward(x)
-
-
-class Normed(Gated):
-    """With a norm before the last product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(product / product.norm(dim=-1, keepdim=True))
-
-
-class Swapped(Gated):
-    """With the activation on the other side."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
-
-
-class Zero(Gated):
-    """Which tells nothing of its activation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for p in self.parameters():
-            p.zero_()
-
-
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "centered": CenteredRMSNorm, "narrow": NarrowRMSNorm, "clamped": Clamped, "scaled": Scaled, "normed": Normed,
-    "swapped": Swapped, "zero": Zero, "relu": lambda: Gated(nn.ReLU()), "gelu": lambda: Gated(nn.GELU()),
-    "no weight": lambda: nn.RMSNorm(12, 1e-6, elementwise_affine=False),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_formulas_are_left_alone(name: str) -> None:
     model, x = nn.Sequential(OTHERS[name]()), torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
@@ -278,18 +194,6 @@ def test_recorded_steps_are_fused(
         assert_close(forced(student, ids, 8), want, 1e-5 if dtype == torch.float32 else 0.01)
         assert graphs_of(student).replays == replays
     assert [graph.is_fused for graph in graphs_of(student).recordings] == [True]
-
-
-class FickleRMSNorm(nn.Module):
-    """A norm that is another one for single tokens, which random rows do not show."""
-
-    def __init__(self, own: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = own.weight, own.variance_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-        return normed.flip(-1) if x.shape[1] == 1 else normed
 
 
 def test_fused_steps_that_are_wrong_are_recorded_without(make_student: Builder, tokens: Tokens) -> None:
