@@ -9,6 +9,9 @@ import dataclasses
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+import torch
+
 
 def hasten() -> None:
     """Change the interpreter of this process. Where Triton has changed, what is not found stays as it is."""
@@ -63,3 +66,16 @@ def known_by_name(get: Any) -> Any:
         return known[name]
 
     return dtype_of
+
+
+def rounded_to_nearest(convert: Any) -> Any:
+    """`_convert_float`, which cuts numbers off when it makes bfloat16 of float32; compiled kernels round them."""
+    from triton import language
+
+    def converted(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if (source, target) != (language.float32, language.bfloat16):
+            return convert(data, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+
+    return converted

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import lolcats
-from interpreter import hasten
+from interpreter import hasten, rounded_to_nearest
 from lolcats.config import LinearizationConfig, RunConfig, load_config
 from lolcats.data import PackedDataset
 from lolcats.files import write_bytes
@@ -78,6 +78,15 @@ def fast_interpreter() -> None:
     """For tests that run Triton's kernels: its interpreter, where there is no GPU, wastes two thirds of its time."""
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         hasten()
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of kernels to the last bit: has the interpreter round to bfloat16 as compiled kernels do."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter, "_convert_float", rounded_to_nearest(interpreter._convert_float))
 
 
 @pytest.fixture

@@ -35,6 +35,11 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: the first of its message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, of the machine or of a GPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

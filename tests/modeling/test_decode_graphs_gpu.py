@@ -25,6 +25,7 @@ from decode_cases import (
 )
 from lolcats.modeling import attention_mode
 from lolcats.modeling.decode_graphs import graphs_of
+from lolcats.modeling.fused import fused_copy
 
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
@@ -183,3 +184,16 @@ def test_a_model_of_usual_sizes(make_teacher: Students, ids_of: Tokens, recipe: 
     ids = ids_of(2, 700)
     want = eager(student, lambda: forced(student, ids, 640))
     assert_close(forced(student, ids, 640), want, CLOSE[torch.bfloat16])
+    assert [graph.is_fused for graph in graphs_of(student).recordings] == [True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_kernels_are_found_for_all_norms_and_products(
+    make_teacher: Students, ids_of: Tokens, dtype: torch.dtype
+) -> None:
+    teacher = make_teacher().to("cuda", dtype)
+    copied = fused_copy(teacher, torch.device("cuda"))
+    assert copied is not None
+    assert_close(copied(ids_of(2, 8)).logits, teacher(ids_of(2, 8)).logits, CLOSE[dtype])
+    fused = [vars(module)["forward"].found[dtype] for module in copied.modules() if "forward" in vars(module)]
+    assert len(fused) == 10 and None not in fused

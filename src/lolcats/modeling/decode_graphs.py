@@ -17,7 +17,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -26,32 +25,21 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.mixers import State, map_state, state_tensors
 from lolcats.modeling.cache import LinearizedLayer, overwrite, same_form
 from lolcats.modeling.decode_call import Call, read_call
+from lolcats.modeling.fused import fused_copy
 from lolcats.modeling.head import FAILURES, relative_error, tolerance
 from lolcats.modeling.network import Network, read_network
 from lolcats.modeling.passes import unseen_values
+from lolcats.modeling.recorders import Recorder, current_device, record_cuda
 from lolcats.modeling.taking_back import moved_out
 
 KEPT = 4
 """Recordings of a model, each with its buffers; the one that was not used for longest goes."""
-Step = Callable[[], ModelOutput]
-Recorder = Callable[[Step], tuple[ModelOutput, Callable[[], None]]]
-"""Records a step, which it may run: what the step returns, and what makes it anew in the same tensors."""
-
-
-def record_cuda(step: Step) -> tuple[ModelOutput, Callable[[], None]]:
-    """A step as a CUDA graph."""
-    before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-    try:
-        # A stream of its own: by it a recording has its own memory for products, and replays may run side by side.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-            output = step()
-    finally:
-        torch.cuda.set_stream(before)  # where a recording fails, torch leaves its own stream the current one
-    return output, graph.replay
+Forward = Callable[..., Any]
+"""A forward pass, of arguments by name."""
 
 
 class _HeldLayer(LinearizedLayer):
@@ -77,16 +65,19 @@ class DecodeGraph:
         forward: of the family.
         network: what the recording takes for granted of the model.
         call: the first step, which is not done here.
+        fused: the same as `forward` by fewer kernels, which is recorded if that can be; None: there is no such thing.
 
     Raises:
         RuntimeError: it cannot be recorded; or what the family raises (`FAILURES`).
     """
 
-    def __init__(self, record: Recorder, forward: Callable[..., Any], network: Network, call: Call) -> None:
+    def __init__(
+        self, record: Recorder, forward: Forward, network: Network, call: Call, fused: Forward | None = None
+    ) -> None:
         self.network, self.kind, self.side = network, call.kind, network.side(call.seen)
         self._thread, self._residents = threading.get_ident(), list[Any]()
         # Tensors of inference mode could not be written to outside it.
-        with torch.inference_mode(False), torch.no_grad(), _current(call.ids.device):
+        with torch.inference_mode(False), torch.no_grad(), current_device(call.ids.device):
             self._ids, self._positions = call.ids.clone(), call.own_positions().clone()
             self.states = [map_state(layer.state, _copied) for layer in call.layers]
             self._cache: Any = copy.copy(call.cache)
@@ -94,12 +85,29 @@ class DecodeGraph:
             expected = self._two_steps(forward, call, call.seen)
             if not relative_error(other, expected[0]) <= tolerance(other.dtype):
                 raise RuntimeError("the model's step depends on numbers that a recording would not change")
-            self._output, self._replay = record(lambda: self._run(forward))
-            self._check(call, expected)
+            problem = "" if fused is None else self._make_fused(record, fused, call, expected)
+            self.is_fused = fused is not None and not problem
+            if not self.is_fused:
+                self._make(record, forward, call, expected)
+                if problem:
+                    warnings.warn(f"steps are recorded without fused kernels: {problem}", stacklevel=2)
         own = {t.untyped_storage().data_ptr() for state in self.states for t in state_tensors(state)}
         self._moved_out = functools.partial(moved_out, own)
 
-    def _two_steps(self, forward: Callable[..., Any], call: Call, seen: int) -> list[Tensor]:
+    def _make_fused(self, record: Recorder, fused: Forward, call: Call, expected: list[Tensor]) -> str:
+        """Record the step of fewer kernels; why that fails, or "" where it does not."""
+        try:
+            self._two_steps(fused, call, call.seen)  # here kernels are compiled, and modules compared with theirs
+            self._make(record, fused, call, expected)
+        except Exception as error:  # Triton's compiler raises what it likes; what is only faster must not end a text
+            return first_line(error)
+        return ""
+
+    def _make(self, record: Recorder, forward: Forward, call: Call, expected: list[Tensor]) -> None:
+        self._output, self._replay = record(lambda: self._run(forward))
+        self._check(call, expected)
+
+    def _two_steps(self, forward: Forward, call: Call, seen: int) -> list[Tensor]:
         """Logits of the call and of one after it, run as ever; the second reads what the first has written."""
         self._cache.layers = [_HeldLayer(state, seen) for state in self.states]
         self._begin(call)
@@ -118,7 +126,7 @@ class DecodeGraph:
             if not (error := relative_error(got, want)) <= tolerance(want.dtype):
                 raise RuntimeError(f"the recorded step is off by {error:.2g} of its logits")
 
-    def _run(self, forward: Callable[..., Any]) -> ModelOutput:
+    def _run(self, forward: Forward) -> ModelOutput:
         """The step on the buffers. Kernels are compiled, and rotations found, in those before the recording."""
         with unseen_values():
             output = forward(
@@ -175,11 +183,6 @@ class DecodeGraph:
         self._residents = [weakref.ref(layer) for layer in layers]
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -191,10 +194,13 @@ class DecodeGraphs:
         enabled: whether steps are recorded at all.
         record: how.
         device: type of the devices on which.
+        fuses: whether with fewer kernels (`modeling.fused`), where they can be.
     """
 
-    def __init__(self, enabled: bool = True, record: Recorder = record_cuda, device: str = "cuda") -> None:
-        self.enabled, self.record, self.device = enabled, record, device
+    def __init__(
+        self, enabled: bool = True, record: Recorder = record_cuda, device: str = "cuda", fuses: bool = True
+    ) -> None:
+        self.enabled, self.record, self.device, self.fuses = enabled, record, device, fuses
         self.recordings: list[DecodeGraph] = []
         """The last used one first."""
         self.replays = 0
@@ -205,19 +211,19 @@ class DecodeGraphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a model, and a model that was pickled, record anew."""
-        return DecodeGraphs, (self.enabled, self.record, self.device)
+        return DecodeGraphs, (self.enabled, self.record, self.device, self.fuses)
 
     def clear(self) -> None:
         """Forget all recordings. Texts that are in their buffers keep them."""
         with self._lock:
             self.recordings, self._seen_once, self._refused = [], {}, set()
 
-    def step(self, model: Any, forward: Callable[..., Any], given: dict[str, Any]) -> ModelOutput | None:
+    def step(self, model: Any, forward: Forward, given: dict[str, Any]) -> ModelOutput | None:
         """The output of a call, replayed; None where it is to run as ever.
 
         Args:
             model: a linearized model.
-            forward: its family's.
+            forward: its family's, which takes the model first.
             given: arguments by name.
         """
         if not self.enabled or torch.is_grad_enabled() or model.training:
@@ -230,7 +236,7 @@ class DecodeGraphs:
         with self._lock:
             graph = next((graph for graph in self.recordings if graph.takes(call)), None)
             if graph is None and (network := self._warm_network(model, call)) is not None:
-                graph = self._record(forward, network, call)
+                graph = self._record(model, forward, network, call)
             if graph is None or not call.is_plain():
                 return None
             self.recordings = [graph, *(other for other in self.recordings if other is not graph)][:KEPT]
@@ -253,13 +259,14 @@ class DecodeGraphs:
             self._seen_once = {kind: network} if len(self._seen_once) > KEPT else {**self._seen_once, kind: network}
         return None
 
-    def _record(self, forward: Callable[..., Any], network: Network, call: Call) -> DecodeGraph | None:
+    def _record(self, model: Any, forward: Forward, network: Network, call: Call) -> DecodeGraph | None:
+        copied = fused_copy(model, call.ids.device) if self.fuses else None
+        fused = None if copied is None else functools.partial(forward, copied)
         try:
-            return DecodeGraph(self.record, forward, network, call)
+            return DecodeGraph(self.record, functools.partial(forward, model), network, call, fused)
         except FAILURES as error:  # what the model does cannot be in a graph, or there is no memory for one
             self._refused.add((*call.kind, len(call.layers)))
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"decoding runs without CUDA graphs, which is slower: {first}", stacklevel=2)
+            warnings.warn(f"decoding runs without CUDA graphs, which is slower: {first_line(error)}", stacklevel=2)
             return None
 
 

@@ -111,7 +111,7 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             given = dict(zip(names, args, strict=False)) | kwargs
-            replayed = graphs_of(self).step(self, functools.partial(base.forward, self), given)
+            replayed = graphs_of(self).step(self, base.forward, given)
             if replayed is not None:
                 return replayed
         return base.forward(self, *args, **kwargs)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from lolcats.errors import first_line
 from lolcats.modeling.passes import unseen_values
 from lolcats.training.batches import Batch
 
@@ -113,8 +114,7 @@ class GraphedStage:
         try:
             self._recording = self._record(batch)
         except RuntimeError as error:  # what the model does cannot be in a graph: a question to the device, say
-            first = str(error).strip().splitlines()[0]
-            warnings.warn(f"{self.name} runs without CUDA graphs, which is slower: {first}", stacklevel=2)
+            warnings.warn(f"{self.name} runs without CUDA graphs, which is slower: {first_line(error)}", stacklevel=2)
             return False
         return True
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed import TCPStore, is_initialized  # pyright: ignore[reportPrivateImportUsage]
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.training.process_watch import KILLED, ProcessWatch, lives, own_place
 
 MEETING_SECONDS = 60.0
@@ -60,9 +60,8 @@ def meet(accelerator: Accelerator | None) -> ProcessWatch:
         return ProcessWatch(store, rank, [place for _, place in told], meeting)
     except RuntimeError as error:  # torch's connection errors are of this kind
         _check_alive(told)
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LolcatsError(
-            f"process {rank} of {processes} cannot reach process 0, which may have ended: {text}"
+            f"process {rank} of {processes} cannot reach process 0, which may have ended: {first_line(error)}"
         ) from error
 
 

@@ -16,8 +16,9 @@ from lolcats.errors import is_out_of_memory
 from lolcats.evaluation.speed.clock import release, seconds
 from lolcats.modeling import linearized_layers
 from lolcats.modeling.cache_contents import cache_bytes
-from lolcats.modeling.decode_graphs import Recorder, graphs_of
+from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.head import FAILURES
+from lolcats.modeling.recorders import Recorder
 from lolcats.models.generation import PIECE
 
 WARM = 3

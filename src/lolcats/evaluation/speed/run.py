@@ -17,7 +17,8 @@ from lolcats.evaluation.speed.limit import StepBytes, step_bytes
 from lolcats.evaluation.speed.measure import WARM, Times, measure_times
 from lolcats.evaluation.speed.rows import ENGINE, Row
 from lolcats.modeling import convert, linearized_layers
-from lolcats.modeling.decode_graphs import record_cuda, set_decode_graphs
+from lolcats.modeling.decode_graphs import set_decode_graphs
+from lolcats.modeling.recorders import record_cuda
 from lolcats.models.context import check_context, context_limit
 from lolcats.models.device import choose_dtype, memory_size
 from lolcats.models.folder import check_place, expand_model

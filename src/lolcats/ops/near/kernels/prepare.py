@@ -1,0 +1,397 @@
+"""What comes before the attention of a decoding step, in two launches: the score of the new key, and the codec.
+
+1. `read_hidden_kernel`: the product of the layer's input and the first matrix of the score's hidden part, in parts: a
+   program has a few outputs, a slice of the input's channels and up to 16 texts. Normalization comes afterwards, as
+   W (x - m) r = r (W x - m W 1), so nothing waits for mean and variance: each slice has its own sum and sum of squares
+   about its mean.
+2. `prepare_kernel`, three programs for each text and key head: the score from these parts, from k before its rotation
+   and from v; the bytes of k and v; the queries of the group as the codec maps them.
+
+Bytes and queries are those of `PairCodec`, bit by bit: all is done by the same additions in the same order, divisions
+are rounded correctly, and no product is fused with an addition (`enable_fp_fusion`). A score may differ from torch's by
+the order of its sums; no sum depends on how many texts there are.
+
+Legend: B batch, H query heads, KV key heads, D key size, Dv value size.
+Bytes: the matrices of the score, what comes in and what goes out; in between the parts, some 128 R (B + 1), where R is
+the width of the hidden part.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
+# Triton's language is not Python: its types are not what a checker of Python takes them for.
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lolcats.ops.hybrid.kernels.launch import either, on, precision
+from lolcats.ops.near.kernels.launch import device_of
+from lolcats.ops.near.prepared import Prepared, ScoreCall
+from lolcats.ops.near.quantize import OCTAVE, STEP_BYTES, PairCodec
+
+TEXTS, OUTPUTS = 16, 32
+"""Of a program of `read_hidden_kernel`."""
+WANTED_SLICES = 32
+"""Into how many slices channels are cut, more where these were too large: a hundred programs run for one text too."""
+SMALLEST_SLICE, LARGEST_SLICE = 32, 128
+"""Channels of a slice; a program holds them in registers, which 256 overflow."""
+EPS = tl.constexpr(1e-5)
+"""Of the normalization, as `layer_norm` has it."""
+OCTAVES = 16
+"""`measure_keys` gives no larger scale than 2 to this, and no smaller one than 2 to minus this."""
+LARGEST_SCALE = tl.constexpr(OCTAVES * OCTAVE)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def read_hidden_kernel(
+    hidden, weight, parts, hidden_b, rows,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BB: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows / BB, WIDTH / BN, SLICES).
+
+    `parts`: [SLICES, rows + 1, WIDTH] products, of which the last row is W 1; then [SLICES, rows, 2] sums and squares.
+    """
+    row = tl.program_id(0) * BB + tl.arange(0, BB)
+    output = tl.program_id(1) * BN + tl.arange(0, BN)
+    part = tl.program_id(2)
+    channel = part * SLICE + tl.arange(0, SLICE)
+    inside = (row < rows)[:, None] & (channel < SIZE)[None, :]
+    x = tl.load(hidden + row.to(tl.int64)[:, None] * hidden_b + channel[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    w = tl.load(weight + output[:, None] * SIZE + channel[None, :], mask=(channel < SIZE)[None, :], other=0.0)
+    products = tl.dot(x, tl.trans(w), input_precision=PRECISION)
+    to = parts + part * (rows + 1) * WIDTH
+    tl.store(to + row[:, None] * WIDTH + output[None, :], products, mask=(row < rows)[:, None])
+    if tl.program_id(0) == 0:
+        tl.store(to + rows * WIDTH + output, tl.sum(w, 1))
+    if tl.program_id(1) == 0:
+        total = tl.sum(x, 1)
+        count = tl.minimum(SIZE - part * SLICE, SLICE)
+        off = tl.where(inside, x - (total / count)[:, None], 0.0)
+        moments = parts + SLICES * (rows + 1) * WIDTH + (part * rows + row) * 2
+        tl.store(moments, total, mask=row < rows)
+        tl.store(moments + 1, tl.sum(off * off, 1), mask=row < rows)
+
+
+@triton.jit
+def gelu(x):
+    """The exact one."""
+    return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def round_even(x):
+    """The nearest whole number, of two the even one: what float32 cannot hold of x + 2^23 is rounded so."""
+    size = tl.abs(x)
+    whole = (size + 8388608.0) - 8388608.0
+    return tl.where(size < 8388608.0, tl.where(x < 0, -whole, whole), x)
+
+
+@triton.jit
+def hidden_numbers(
+    parts, bias, last, last_bias, batch, kv_head, rows,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """What the layer's input says of a key head: the logs of the largest and of the summed attention."""
+    part = tl.arange(0, BS)
+    output = tl.arange(0, WIDTH)
+    inside = part < SLICES
+    of_part = parts + SLICES * (rows + 1) * WIDTH + (part * rows + batch) * 2
+    totals = tl.load(of_part, mask=inside, other=0.0)
+    squares = tl.load(of_part + 1, mask=inside, other=0.0)
+    from_row = parts + part[:, None] * (rows + 1) * WIDTH + output[None, :]
+    products = tl.sum(tl.load(from_row + batch * WIDTH, mask=inside[:, None], other=0.0), 0)
+    of_one = tl.sum(tl.load(from_row + rows * WIDTH, mask=inside[:, None], other=0.0), 0)
+    mean = tl.sum(totals, 0) / SIZE
+    count = tl.minimum(SIZE - part * SLICE, SLICE).to(tl.float32)
+    apart = totals / tl.where(inside, count, 1.0) - mean
+    variance = tl.sum(tl.where(inside, squares + count * apart * apart, 0.0), 0) / SIZE
+    y = (products - mean * of_one) / tl.sqrt(variance + EPS) + tl.load(bias + output)
+    y = gelu(y)
+    last += 2 * kv_head * WIDTH + output
+    largest = tl.sum(y * tl.load(last), 0) + tl.load(last_bias + 2 * kv_head)
+    summed = tl.sum(y * tl.load(last + WIDTH), 0) + tl.load(last_bias + 2 * kv_head + 1)
+    return largest, summed
+
+
+@triton.jit
+def unrotated_key(
+    k, cos, sin, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ANGLE: tl.constexpr,
+):  # fmt: skip
+    """The key [D] at k before its rotation, rounded to its dtype, in float32; see `Turn`."""
+    column = tl.arange(0, D)
+    y = tl.load(k + column).to(tl.float32)
+    if WIDTH > 0:
+        place = column - FIRST
+        turned = (place >= 0) & (place < WIDTH)
+        if INTERLEAVED:
+            second = place % 2 == 1
+            pair = place // 2
+            partner = tl.where(second, column - 1, column + 1)
+        else:
+            second = place >= WIDTH // 2
+            pair = tl.where(second, place - WIDTH // 2, place)
+            partner = tl.where(second, column - WIDTH // 2, column + WIDTH // 2)
+        other = tl.load(k + partner, mask=turned, other=0.0).to(tl.float32)
+        c = tl.load(cos + pair * ANGLE, mask=turned, other=1.0).to(tl.float32)
+        s = tl.load(sin + pair * ANGLE, mask=turned, other=0.0).to(tl.float32)
+        size = c * c + s * s
+        c = tl.div_rn(c, size)
+        s = tl.div_rn(-s, size)
+        back = tl.where(second, y * c + other * s, y * c - other * s)
+        y = tl.where(turned, back, y).to(k.dtype.element_ty).to(tl.float32)
+    return y
+
+
+@triton.jit
+def pair_numbers(
+    k_row, v, weight, bias, last, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """What a pair, the key as [D] and the value at v, says of its key."""
+    output = tl.arange(0, WIDTH)
+    key = tl.arange(0, D)
+    value = tl.arange(0, DV)
+    weight += output[:, None] * (D + DV)
+    y = tl.sum(tl.load(weight + key[None, :]) * k_row[None, :], 1)
+    v_row = tl.load(v + value).to(tl.float32)
+    y += tl.sum(tl.load(weight + D + value[None, :]) * v_row[None, :], 1)
+    y = gelu(y + tl.load(bias + output))
+    return tl.sum(y * tl.load(last + output), 0), tl.sum(y * tl.load(last + WIDTH + output), 0)
+
+
+@triton.jit
+def spread_tile(y, ROWS: tl.constexpr, N: tl.constexpr, LEVELS: tl.constexpr):
+    """Rows [ROWS, N] as `spread_kernel` spreads them, but for the factor."""
+    for level in tl.static_range(LEVELS):
+        parts = tl.permute(tl.reshape(y, [ROWS, N // 2 // 2**level, 2, 2**level]), [0, 1, 3, 2])
+        one, two = tl.split(parts)
+        y = tl.reshape(tl.permute(tl.join(one + two, one - two), [0, 1, 3, 2]), [ROWS, N])
+    return y
+
+
+@triton.jit
+def store_codes(to, y, N: tl.constexpr, BY_INVERSE: tl.constexpr):
+    """The bytes of spread numbers y [1, N]."""
+    column = tl.arange(0, N)
+    largest = tl.max(tl.abs(y), 1)
+    if BY_INVERSE:
+        step = largest * (1.0 / 127.5)
+    else:
+        step = tl.div_rn(largest, 127.5)
+    step = tl.minimum(tl.maximum(step, 1e-7), 6e4).to(tl.float16)
+    code = round_even(tl.div_rn(y, step.to(tl.float32)[:, None]) + 127.5)
+    code = tl.minimum(tl.maximum(code, 0.0), 255.0)
+    tl.store(to + column[None, :], code.to(tl.int32).to(tl.uint8))
+    bits = step.to(tl.int16, bitcast=True).to(tl.int32)
+    last = to + N + tl.arange(0, 1)
+    tl.store(last, (bits & 255).to(tl.uint8))
+    tl.store(last + 1, ((bits >> 8) & 255).to(tl.uint8))
+
+
+@triton.jit
+def read_map(key_map, scales, kv_head, KV_HEADS: tl.constexpr, D: tl.constexpr):
+    """The channels of a key head in their order, and the scale of each: [D]."""
+    order = tl.load(key_map + kv_head * D + tl.arange(0, D)).to(tl.int32)
+    octave = tl.load(key_map + (KV_HEADS + kv_head) * D + order).to(tl.int32)
+    octave = tl.minimum(tl.maximum(octave, -LARGEST_SCALE), LARGEST_SCALE)
+    return order, tl.load(scales + LARGEST_SCALE + octave)
+
+
+@triton.jit(do_not_specialize=["rows", "length_row"])
+def prepare_kernel(
+    q, k, v, key_map, scales, parts, read_hidden_bias, from_hidden, from_hidden_bias, read_pair, read_pair_bias,
+    from_pair, cos, sin, length, indices, q_out, k_out, v_out, score_out,
+    q_b, q_h, k_b, k_h, v_b, v_h, cos_b, sin_b, length_row, rows, mix, rest, resolution, fade, k_root, v_root,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, D_LEVELS: tl.constexpr,
+    DV: tl.constexpr, DV_LEVELS: tl.constexpr, HAS_CODEC: tl.constexpr, HAS_SCORE: tl.constexpr,
+    HAS_FADE: tl.constexpr, HAS_INDICES: tl.constexpr, BY_INVERSE: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BS: tl.constexpr,
+    PAIR_WIDTH: tl.constexpr, FIRST: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ANGLE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B, KV, tasks): the score, then pairs, then queries, whichever are wanted.
+
+    Outputs: q [B, H, D], k and v [B, KV, size + 2] of bytes, score [B, KV].
+    """
+    batch = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    task = tl.program_id(2)
+    head = batch * KV_HEADS + kv_head
+    k += batch * k_b + kv_head * k_h
+    v += batch * v_b + kv_head * v_h
+    if HAS_SCORE:
+        if task == 0:
+            k_row = unrotated_key(k, cos + batch * cos_b, sin + batch * sin_b, D, FIRST, TURNED, INTERLEAVED, ANGLE)
+            largest, summed = pair_numbers(k_row, v, read_pair, read_pair_bias, from_pair, D, DV, PAIR_WIDTH)
+            by_hidden, by_hidden_sum = hidden_numbers(
+                parts, read_hidden_bias, from_hidden, from_hidden_bias, batch, kv_head, rows, SIZE, WIDTH, SLICE,
+                SLICES, BS,
+            )  # fmt: skip
+            score = mix * (by_hidden + largest) + rest * (by_hidden_sum + summed)
+            score = tl.div_rn(round_even(score * resolution), resolution)
+            if HAS_FADE:
+                text = batch
+                if HAS_INDICES:
+                    text = tl.maximum(tl.load(indices + batch).to(tl.int64), 0)
+                position = tl.load(length + text * length_row).to(tl.float32)
+                if BY_INVERSE:
+                    score += position * fade
+                else:
+                    score += tl.div_rn(position, fade)
+            tl.store(score_out + head, score)
+        task -= 1
+    if HAS_CODEC:
+        if task == 0:
+            order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
+            key = (tl.load(k + order).to(tl.float32) * scale)[None, :]
+            store_codes(k_out + head * (D + 2), spread_tile(key, 1, D, D_LEVELS) * k_root, D, BY_INVERSE)
+            value = tl.load(v + tl.arange(0, DV))[None, :].to(tl.float32)
+            store_codes(v_out + head * (DV + 2), spread_tile(value, 1, DV, DV_LEVELS) * v_root, DV, BY_INVERSE)
+        if task == 1:
+            order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
+            g = tl.arange(0, BG)
+            is_head = (g < GROUP)[:, None]
+            from_q = q + batch * q_b + (kv_head * GROUP + g)[:, None] * q_h + order[None, :]
+            queries = tl.load(from_q, mask=is_head, other=0.0).to(tl.float32)
+            queries = spread_tile(tl.div_rn(queries, scale[None, :]), BG, D, D_LEVELS) * k_root
+            to = q_out + (head * GROUP + g)[:, None] * D + tl.arange(0, D)[None, :]
+            tl.store(to, queries.to(q_out.dtype.element_ty), mask=is_head)
+
+
+class Turn(NamedTuple):
+    """Which channels a rotation turns, and where their angles are; from a `Layout` of `lolcats.mixers.rotation`."""
+
+    first: int = 0
+    """The first channel that is turned."""
+    width: int = 0
+    """So many are; 0 without a rotation."""
+    interleaved: bool = False
+    """Neighbours make a pair, instead of channels that are half the width apart."""
+    angle: int = 1
+    """The angle of pair i is at i times this."""
+
+    @classmethod
+    def of(cls, score: ScoreCall | None, size: int) -> Turn:
+        """Of keys of `size` channels."""
+        if score is None or score.cos is None or score.layout is None or score.layout[0] == "none":
+            return cls()
+        pairs, place, angles = score.layout
+        width = score.cos.shape[-1] * (2 if angles == "single" else 1)
+        first = 0 if place == "first" else size - width
+        return cls(first, width, pairs == "interleaved", 2 if angles == "repeat" else 1)
+
+
+class Slices(NamedTuple):
+    """How the channels of a layer's input are cut."""
+
+    size: int = 0
+    """Of the input."""
+    slice: int = 0
+    """Channels of a slice."""
+    number: int = 0
+
+    @classmethod
+    def of(cls, score: ScoreCall | None) -> Slices:
+        """The same for any number of texts, so that a text has the same score in every batch."""
+        if score is None:
+            return cls()
+        size = score.hidden.shape[-1]
+        wanted = triton.next_power_of_2(triton.cdiv(size, WANTED_SLICES))
+        width = min(max(wanted, SMALLEST_SLICE), LARGEST_SLICE)
+        return cls(size, width, triton.cdiv(size, width))
+
+
+@functools.cache
+def scales_on(device: torch.device) -> Tensor:
+    """Every scale that a map of keys may give, [2 `LARGEST_SCALE` + 1]: by torch, whose last bit others may not have.
+
+    It is made once, and for good: a step that was recorded as a CUDA graph may read it.
+    """
+    numbers = torch.arange(-OCTAVES * OCTAVE, OCTAVES * OCTAVE + 1, dtype=torch.float32, device=device)
+    return (numbers / OCTAVE).exp2()
+
+
+def code_pairs_and_score(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codec: PairCodec | None,
+    score: ScoreCall | None,
+    length: Tensor,
+    state_indices: Tensor | None,
+) -> Prepared:
+    """`prepare_step` of what `prepare_refusal` lets through; a codec or a score is wanted."""
+    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    done = Prepared(q, k, v, None)
+    if codec is not None:
+        done = Prepared(
+            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            *(torch.empty(batch, kv_heads, 1, n + STEP_BYTES, dtype=torch.uint8, device=q.device) for n in (size, dv)),
+            None,
+        )
+    if score is not None:
+        done = done._replace(score=torch.empty(batch, kv_heads, 1, dtype=torch.float32, device=q.device))
+    with device_of(v):
+        parts = None if score is None else _read_hidden(score)
+        key_map, scales = (q, q) if codec is None else (codec.key_map.contiguous(), scales_on(q.device))
+        pointers, numbers, constants = _score_arguments(score, parts, q, size)
+        indices = None if state_indices is None else state_indices.contiguous()
+        on(prepare_kernel, (batch, kv_heads, (score is not None) + 2 * (codec is not None)))(
+            q, k, v, key_map, scales, *pointers, length, either(indices, q), *done[:3], either(done.score, q),
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *numbers[:2],
+            length.stride(0), batch, *numbers[2:], size**-0.5, dv**-0.5,
+            KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=triton.next_power_of_2(heads // kv_heads),
+            D=size, D_LEVELS=size.bit_length() - 1, DV=dv, DV_LEVELS=dv.bit_length() - 1,
+            HAS_CODEC=codec is not None, HAS_SCORE=score is not None, HAS_INDICES=indices is not None,
+            BY_INVERSE=q.is_cuda, **constants, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return done
+
+
+def _read_hidden(score: ScoreCall) -> Tensor:
+    """The parts of the hidden part; see `read_hidden_kernel`."""
+    hidden, weight, cut = score.hidden, score.weights.read_hidden.contiguous(), Slices.of(score)
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    batch, width = hidden.shape[0], weight.shape[0]
+    numbers = cut.number * ((batch + 1) * width + 2 * batch)
+    parts = torch.empty(numbers, dtype=torch.float32, device=hidden.device)
+    on(read_hidden_kernel, (triton.cdiv(batch, TEXTS), width // OUTPUTS, cut.number))(
+        hidden, weight, parts, hidden.stride(0), batch,
+        SIZE=cut.size, WIDTH=width, SLICE=cut.slice, SLICES=cut.number, BB=TEXTS, BN=OUTPUTS,
+        PRECISION=precision(torch.float32), num_warps=4,
+    )  # fmt: skip
+    return parts
+
+
+def _score_arguments(
+    score: ScoreCall | None, parts: Tensor | None, other: Tensor, size: int
+) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
+    """Pointers, numbers and constants of `prepare_kernel`; `other` is for pointers that are not read."""
+    cut, turn = Slices.of(score), Turn.of(score, size)
+    constants = {
+        "SIZE": cut.size, "SLICE": cut.slice, "SLICES": cut.number, "BS": triton.next_power_of_2(max(1, cut.number)),
+        "FIRST": turn.first, "TURNED": turn.width, "INTERLEAVED": turn.interleaved, "ANGLE": turn.angle,
+        "HAS_FADE": score is not None and score.fade is not None,
+    }  # fmt: skip
+    if score is None or parts is None:
+        return [other] * 9, [0, 0, 0.0, 0.0, 0.0, 0.0], constants | {"WIDTH": 1, "PAIR_WIDTH": 1}
+    w = score.weights
+    angles = [other if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (score.cos, score.sin)]
+    # One rotation may be that of all texts.
+    steps = [x.stride(0) if turn.width and x.shape[0] > 1 else 0 for x in angles]
+    # By what torch divides on each device: on a GPU it multiplies by the inverse of a number of the host.
+    fade = float(score.fade or 1)
+    numbers = [*steps, score.mix, 1 - score.mix, float(score.resolution), 1 / fade if other.is_cuda else fade]
+    pointers = [x.contiguous() for x in (*w[1:2], *w[4:6], *w[2:4], *w[6:])]
+    constants |= {"WIDTH": w.read_hidden.shape[0], "PAIR_WIDTH": w.read_pair.shape[0]}
+    return [parts, *pointers, *angles], numbers, constants

@@ -1,0 +1,90 @@
+"""What a decoding step needs before its attention, at once: the score of the new key; q, k and v as pairs are coded.
+
+In torch this is dozens of small operations on a token's few numbers, which take longer than the attention itself. The
+kernels do them in two launches (`kernels/prepare.py`); where they cannot, `prepare_refusal` says why, and the caller
+does it in torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from lolcats.ops.near.prepared import Prepared, ScoreCall
+from lolcats.ops.near.quantize import PairCodec
+
+
+def prepare_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    codec: PairCodec | None,
+    score: ScoreCall | None,
+    length: Tensor,
+    state_indices: Tensor | None = None,
+) -> Prepared:
+    """One token of each text as `codec` codes it, and the score of its key; by kernels.
+
+    Args:
+        q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv]; float32, bfloat16 or float16.
+        codec: of stored pairs, 8 bits; None leaves q, k and v as they are.
+        score: what the score is made of, or None.
+        length: [rows] int64, tokens before this one, of the texts or of a pool of more texts.
+        state_indices: [B] int32 or int64, the row of each text in the pool; -1 is a row without a text, of which all
+            that is returned means nothing.
+
+    Returns:
+        The same bytes and queries as the codec makes, and the score up to the order in which products are added up.
+
+    Raises:
+        ValueError: the kernels do not take this; the message says why.
+    """
+    if codec is None and score is None:
+        return Prepared(q, k, v, None)
+    if (reason := prepare_refusal(q, k, v, codec=codec, score=score)) is not None:
+        raise ValueError(f"the kernels cannot prepare this decoding step: {reason}; prepare it in torch")
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.near.kernels.prepare import code_pairs_and_score
+
+    return code_pairs_and_score(q, k, v, codec, score, length, state_indices)
+
+
+def prepare_refusal(q: Tensor, k: Tensor, v: Tensor, *, codec: PairCodec | None, score: ScoreCall | None) -> str | None:
+    """Why `prepare_step` does not take a call, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the package triton, which is not installed here"
+    from lolcats.ops.near.kernels.launch import refusal  # as above
+
+    if (reason := refusal(q, k, v, False, None)) is not None:
+        return reason
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "it gives no gradients; decode under torch.no_grad()"
+    if q.shape[2] != 1:
+        return f"it takes one token of each text; got {q.shape[2]}"
+    if codec is not None and codec.bits != 8:
+        return f"it codes in 8 bits; got a codec of {codec.bits}"
+    if not (_is_power(k.shape[3]) and _is_power(v.shape[3])):
+        return f"it takes head sizes that are powers of 2; got D {k.shape[3]}, Dv {v.shape[3]}"
+    return None if score is None else _score_refusal(score, k, v)
+
+
+def _score_refusal(score: ScoreCall, k: Tensor, v: Tensor) -> str | None:
+    weights, width = score.weights, k.shape[3] + v.shape[3]
+    if any(x.dtype != torch.float32 or x.device != k.device for x in weights):
+        return f"it takes weights of the score of float32 on {k.device}"
+    if score.hidden.dtype == torch.float64:
+        return "it takes a layer's input of float32 or less; got float64"
+    if weights.read_pair.shape[1] != width:
+        return f"it takes a score that reads a key and a value, {width} numbers; got {weights.read_pair.shape[1]}"
+    sizes = weights.read_hidden.shape[0], weights.read_pair.shape[0]
+    if not all(_is_power(size) and 32 <= size <= 128 for size in sizes):
+        return f"it takes scores of 32, 64 or 128 hidden numbers in each part; got {sizes[0]} and {sizes[1]}"
+    return None
+
+
+def _is_power(size: int) -> bool:
+    """Whether of 2."""
+    return size & (size - 1) == 0

@@ -1,0 +1,57 @@
+"""Compile what prepares a decoding step as `compile_near.py` does its kernels: python compile_prepare.py DTYPE SIZE.
+
+Other numbers of texts, and of tokens before them, take the same ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from compile_near import Compiler  # puts the package there
+
+from lolcats.ops.near.kernels import prepare
+from lolcats.ops.near.prepared import ScoreCall, ScoreWeights
+from lolcats.ops.near.quantize import PairCodec, plain_map
+
+HEADS, KV_HEADS, HIDDEN = 9, 3, 576
+SHAPES = [(128, HIDDEN), (128,), (64, 0), (64,), (2 * KV_HEADS, 128), (2 * KV_HEADS,), (2, 64)]
+
+
+def run(dtype: torch.dtype, size: int) -> list[str]:
+    """What is wrong with the kernels."""
+    compiler = Compiler()
+    prepare.on = compiler  # type: ignore[attr-defined]
+    launch_all(dtype, size, batch=2)
+    known = set(compiler.kernels)
+    launch_all(dtype, size, batch=33)
+    return compiler.problems + [f"compiled again: {key}" for key in compiler.kernels - known]
+
+
+def launch_all(dtype: torch.dtype, size: int, batch: int) -> None:
+    """With and without codec and score, in a pool and not, rotated in one way, another and none."""
+    codec = PairCodec(8, plain_map(KV_HEADS, size))
+    weights = ScoreWeights(*(torch.empty(a, *(b or 2 * size for b in rest)) for a, *rest in SHAPES))
+    angles = torch.empty(batch, 1, size)
+    score = ScoreCall(torch.empty(batch, 1, HIDDEN, dtype=dtype), weights, 0.5, 1000, 1024)
+    turned = score._replace(cos=angles, sin=angles, layout=("half", "first", "cat"))
+    neighbours = turned._replace(
+        cos=angles[..., :8].clone(), sin=angles[..., :8].clone(), layout=("interleaved", "last", "single"), fade=None
+    )
+    length = torch.zeros(2 * batch, dtype=torch.int64)
+    launch(dtype, size, batch, codec, turned, length, length[:batch])
+    launch(dtype, size, batch, codec, neighbours, length, None)
+    launch(dtype, size, batch, codec, None, length, None)
+    launch(dtype, size, batch, None, score, length, None)
+
+
+def launch(dtype: torch.dtype, size: int, batch: int, *arguments: Any) -> None:
+    """Launch what there is for a token of each of `batch` texts, laid out as by a layer."""
+    q, k = (torch.empty(batch, 1, heads, size, dtype=dtype).transpose(1, 2) for heads in (HEADS, KV_HEADS))
+    prepare.code_pairs_and_score(q, k, k, *arguments)
+
+
+if __name__ == "__main__":
+    for line in run(getattr(torch, sys.argv[1]), int(sys.argv[2])):
+        print(line)
