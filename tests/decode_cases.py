@@ -123,6 +123,33 @@ def check_interleaved(student: Any, make_ids: Callable[..., Tensor], tolerance: 
         assert_close(step(student, one[:, at : at + 1], caches[0]), want[0][:, at - 8], tolerance)
 
 
+def check_generated(
+    student: Any, make_ids: Callable[..., Tensor], batches: tuple[int, ...], replays: int, options: dict[str, Any]
+) -> None:
+    """`generate` writes the same tokens for several batches, each twice, by so many replays of a batch or more."""
+    graphs = graphs_of(student)
+    for rows in batches:
+        ids = make_ids(rows, 12)
+        settings = {"do_sample": False, "attention_mask": padded(ids), **options}
+
+        def write(ids: Tensor = ids, settings: dict[str, Any] = settings) -> list[list[int]]:
+            torch.manual_seed(0)
+            return student.generate(ids, **settings).tolist()
+
+        want, before = eager(student, write), graphs.replays
+        assert [write(), write()] == [want, want]
+        assert graphs.replays - before >= replays
+
+
+def check_beyond_context(student: Any, make_ids: Callable[..., Tensor], tolerance: float) -> None:
+    """Steps before and after the end of the model's context, which have a recording each."""
+    reach = student.config.max_position_embeddings
+    ids = torch.cat([make_ids(2, reach - 8, 3), make_ids(2, 24)], 1)
+    want = eager(student, lambda: forced(student, ids, reach - 8))
+    assert_close(forced(student, ids, reach - 8), want, tolerance)
+    assert len(graphs_of(student).recordings) == 2
+
+
 def check_rows_move(student: Any, make_ids: Callable[..., Tensor], tolerance: float) -> None:
     """Rows are reordered, repeated and dropped between steps."""
     ids = make_ids(3, 24)

@@ -90,6 +90,14 @@ def test_refused_before_the_model_is_loaded(cli: Run, words: list[str], parts: l
     assert not Path("x").exists() and not list(Path().glob("*.progress"))
 
 
+def test_a_file_of_progress_that_is_none_is_named_in_words_of_this_command(cli: Run, finished: Path) -> None:
+    write_rows(ROWS[0])
+    Path("out.jsonl.progress").write_text("mine")
+    answer = cli("generate", finished, "--input", "in.jsonl", "--output", "out.jsonl")
+    answer.refused("out.jsonl.progress cannot hold finished answers", "move it away")
+    assert "evaluation" not in answer.err and Path("out.jsonl.progress").read_text() == "mine"
+
+
 def test_a_teacher_writes_too(cli: Run, place: Path) -> None:
     """Whose softmax attention keeps more for longer texts; rows of several lengths at once."""
     write_rows(ROWS[0], {"prompt": "the"})

@@ -19,6 +19,8 @@ import lolcats
 from decode_cases import (
     SETTINGS,
     assert_close,
+    check_beyond_context,
+    check_generated,
     check_interleaved,
     check_rows_move,
     check_texts,
@@ -51,7 +53,6 @@ def graphed(make_student: Students) -> Students:
 
     def make(**settings: Any) -> Any:
         student = make_student(**settings)
-        student.generation_config.eos_token_id = None
         with_stand_in(student)
         return student
 
@@ -94,30 +95,12 @@ def test_rows_move_between_steps(graphed: Students, tokens: Tokens, name: str) -
     ids=str,
 )
 def test_generate_writes_the_same(graphed: Students, tokens: Tokens, options: dict[str, Any]) -> None:
-    student = graphed(**SETTINGS["kept"])
-    for rows in (3, 1):
-        ids = tokens(rows, 12)
-        settings = {"do_sample": False, "max_new_tokens": 10, "attention_mask": padded(ids), **options}
-
-        def write(ids: Tensor = ids, settings: dict[str, Any] = settings) -> Tensor:
-            torch.manual_seed(0)
-            return student.generate(ids, **settings)
-
-        want = eager(student, write)
-        before = graphs_of(student).replays
-        assert torch.equal(write(), want)
-        assert torch.equal(write(), want)
-        assert graphs_of(student).replays >= before + 17
+    check_generated(graphed(**SETTINGS["kept"]), tokens, (3, 1), 17, {"max_new_tokens": 10, **options})
 
 
 @pytest.mark.slow
 def test_beyond_the_context_sinks_are_seen_from_its_end(graphed: Students, tokens: Tokens) -> None:
-    student, ids = graphed(**SETTINGS["kept"]), tokens(2, 24)
-    reach = student.config.max_position_embeddings
-    ids = torch.cat([tokens(2, reach - 8, 3), ids], 1)
-    want = eager(student, lambda: forced(student, ids, reach - 8))
-    assert_close(forced(student, ids, reach - 8), want, CLOSE)
-    assert len(graphs_of(student).recordings) == 2
+    check_beyond_context(graphed(**SETTINGS["kept"]), tokens, CLOSE)
 
 
 @pytest.mark.slow

@@ -61,10 +61,11 @@ def generate_file(model: str, job: FileJob, defaults: Defaults, device: str, dty
     from lolcats.serving.offline import answer_all
     from lolcats.serving.requests import read_requests
 
-    if job.progress.exists():
-        say(out, f"going on with rows that were finished before ({job.progress})")
+    goes_on = job.progress.exists()
     try:
         with AnswerStore(job.progress) as store:
+            if goes_on:
+                say(out, f"going on with rows that were finished before ({job.progress})")
             with _bar(out) as counter:
                 network, tokenizer = load_model(model, device, dtype, graphs)
                 requests = read_requests(network, tokenizer, [row for row, _ in rows], defaults, job.batch_size)
