@@ -94,13 +94,13 @@ def check_texts(student: Any, make_ids: Callable[..., Tensor], tolerance: float)
     """Texts of several batches, with and without padding, one after the other and each twice."""
     graphs = graphs_of(student)
     for rows, is_padded in ((1, False), (3, False), (3, True), (1, False)):
-        ids = make_ids(rows, 22)
+        ids = make_ids(rows, 17)
         mask = padded(ids[:, :10]) if is_padded else None
         want = eager(student, lambda ids=ids, mask=mask: forced(student, ids, 10, mask))
         for _ in range(2):
             before = graphs.replays
             assert_close(forced(student, ids, 10, mask), want, tolerance)
-            assert graphs.replays - before >= 11, f"{graphs.replays - before} of 12 steps were replayed (batch {rows})"
+            assert graphs.replays - before >= 6, f"{graphs.replays - before} of 7 steps were replayed (batch {rows})"
 
 
 def check_interleaved(student: Any, make_ids: Callable[..., Tensor], tolerance: float) -> None:

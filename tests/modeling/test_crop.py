@@ -267,9 +267,11 @@ def test_steps_of_graphs_too(make_student: Students, tokens: Tokens, name: str) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_interpreter")
 @pytest.mark.parametrize("name", ["sliding", "bytes"])
-def test_steps_that_are_written_in_place_too(make_student: Students, tokens: Tokens, name: str) -> None:
+def test_steps_that_are_written_in_place_too(
+    make_teacher: Students, make_student: Students, tokens: Tokens, name: str
+) -> None:
     pytest.importorskip("triton")
-    check_steps(make_student(**SETTINGS[name], impl="triton"), tokens(1, 13), (6,))
+    check_steps(make_student(make_teacher(num_hidden_layers=1), **SETTINGS[name], impl="triton"), tokens(1, 13), (6,))
 
 
 def test_so_many_steps_are_held(make_student: Students, tokens: Tokens) -> None:
