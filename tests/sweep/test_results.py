@@ -32,7 +32,7 @@ def fake(make_sweep: Callable[..., Sweep], shared_runs: Path) -> Callable[..., T
     def make(value: Callable[[int, int], float | None], **parts: object) -> Table:
         quick: dict[str, object] = {"transfer": {"enabled": False}, "finetune": {"enabled": False}}
         if not parts or parts == SEEDS:
-            parts, quick["runs_dir"] = SEEDS, str(shared_runs)
+            parts, quick["runs_dir"] = dict(SEEDS), str(shared_runs)
         sweep = make_sweep(quick, **parts)
         numbers = SweepMeasurement(
             "numbers",
