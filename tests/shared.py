@@ -140,7 +140,7 @@ def make_student(_llama: LlamaForCausalLM) -> Callable[..., PreTrainedModel]:
     """Convert a copy of the teacher with the given settings and perturb what was added."""
 
     def make(model: PreTrainedModel | None = None, **settings: Any) -> PreTrainedModel:
-        converted = convert(copy.deepcopy(_llama if model is None else model), LinearizationConfig(**settings))
+        converted = convert(copy.deepcopy(_llama if model is None else model), LinearizationConfig(**settings), seed=0)
         return perturb(converted)
 
     return make

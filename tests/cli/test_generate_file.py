@@ -50,6 +50,19 @@ def test_rows_have_their_answers_in_order(cli: Run, finished: Path) -> None:
     assert sorted(os.listdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_texts_longer_than_those_of_the_measurement_are_noted(cli: Run, finished: Path) -> None:
+    """In a line that says how long those were; once for a file."""
+    measured = json.loads((finished / "model" / "lolcats_results.json").read_text())["evaluation"]["length"]
+    said = f"measured on texts of {measured}: lolcats evaluate {finished} --length {measured + 1} --by-position"
+    write_rows({"prompt": "the", "max_new_tokens": 2}, {"prompt": "the", "max_new_tokens": measured})
+    lines = cli("generate", finished, "--input", "in.jsonl", "--output", "out.jsonl").err.splitlines()
+    lines += cli("generate", finished, "the", "--max-new-tokens", measured).err.splitlines()
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert len(notes) == 2 and all(said in line for line in notes), lines
+    short = cli("generate", finished, "the", "--max-new-tokens", measured - 1)
+    assert short.code == 0 and "note" not in short.err
+
+
 def test_what_is_there_is_replaced_only_when_asked(cli: Run, finished: Path) -> None:
     """And never the input."""
     write_rows(ROWS[0])
@@ -88,6 +101,14 @@ def test_refused_before_the_model_is_loaded(cli: Run, words: list[str], parts: l
     Path("empty.jsonl").write_text("\n")
     cli("generate", "nothing", *words).refused(*parts)
     assert not Path("x").exists() and not list(Path().glob("*.progress"))
+
+
+def test_a_file_of_progress_that_is_none_is_named_in_words_of_this_command(cli: Run, finished: Path) -> None:
+    write_rows(ROWS[0])
+    Path("out.jsonl.progress").write_text("mine")
+    answer = cli("generate", finished, "--input", "in.jsonl", "--output", "out.jsonl")
+    answer.refused("out.jsonl.progress cannot hold finished answers", "move it away")
+    assert "evaluation" not in answer.err and Path("out.jsonl.progress").read_text() == "mine"
 
 
 def test_a_teacher_writes_too(cli: Run, place: Path) -> None:

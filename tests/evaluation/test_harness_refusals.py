@@ -76,7 +76,7 @@ def test_other_weights_find_nothing(model: PreTrainedModel, tiny_tokenizer: PreT
 def test_progress_of_something_else_is_left_alone(tmp_path: Path) -> None:
     """A file that is no progress is neither read nor overwritten."""
     (tmp_path / "x.progress").write_text("my notes, which are much longer than the header of a database\n" * 20)
-    with pytest.raises(LolcatsError, match=r"x\.progress cannot hold the progress .* move it away"):
+    with pytest.raises(LolcatsError, match=r"x\.progress cannot hold finished answers: .* move it away"):
         AnswerStore(tmp_path / "x.progress")
     assert (tmp_path / "x.progress").read_text().startswith("my notes")
 

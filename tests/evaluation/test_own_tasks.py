@@ -132,7 +132,7 @@ def test_damaged_progress_is_named(tmp_path: Path) -> None:
         progress.put(f"key{number}", "a" * 100)
     progress._database.execute("INSERT INTO answers VALUES ('odd', '{')")
     progress._database.commit()
-    with pytest.raises(LolcatsError, match=r"x.progress is damaged .*delete it: what it held is measured anew"):
+    with pytest.raises(LolcatsError, match=r"x.progress is damaged .*delete it: what it held is done anew"):
         progress.get("odd")
     progress._database.close()
     content = bytearray(file.read_bytes())

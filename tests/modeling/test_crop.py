@@ -163,6 +163,22 @@ def test_what_is_folded_is_refused(make_student: Students, tokens: Tokens) -> No
     refuses(static, 2, 0)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_refusal_changes_no_layer(make_student: Students, tokens: Tokens, loaded: bool, tmp_path: Path) -> None:
+    student, ids = make_student(**LAYERS["mixed-heads"]), tokens(1, 20)  # softmax comes first
+    cache = after(student, ids[:, :10], ids[:, 10:16])
+    if loaded:
+        save_state(cache, tmp_path / "state", student)
+        cache = load_state(tmp_path / "state", student)
+    before = [t.clone() for t in held(cache)]
+    refuses(cache, 8, 0 if loaded else 6)
+    assert all(torch.equal(one, other) for one, other in zip(before, held(cache), strict=True))
+    assert isinstance(copy.deepcopy(cache), DynamicCache)
+    if not loaded:
+        cache.crop(-6)
+        assert_same(cache, after(student, ids[:, :10]))
+
+
 def test_padding_is_taken_back_too(make_student: Students, tokens: Tokens) -> None:
     student, ids = make_student(window=4, sinks=2).double(), tokens(2, 20)
     mask = torch.ones_like(ids)
@@ -251,9 +267,11 @@ def test_steps_of_graphs_too(make_student: Students, tokens: Tokens, name: str) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_interpreter")
 @pytest.mark.parametrize("name", ["sliding", "bytes"])
-def test_steps_that_are_written_in_place_too(make_student: Students, tokens: Tokens, name: str) -> None:
+def test_steps_that_are_written_in_place_too(
+    make_teacher: Students, make_student: Students, tokens: Tokens, name: str
+) -> None:
     pytest.importorskip("triton")
-    check_steps(make_student(**SETTINGS[name], impl="triton"), tokens(1, 13), (6,))
+    check_steps(make_student(make_teacher(num_hidden_layers=1), **SETTINGS[name], impl="triton"), tokens(1, 13), (6,))
 
 
 def test_so_many_steps_are_held(make_student: Students, tokens: Tokens) -> None:

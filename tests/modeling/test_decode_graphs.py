@@ -19,6 +19,8 @@ import lolcats
 from decode_cases import (
     SETTINGS,
     assert_close,
+    check_beyond_context,
+    check_generated,
     check_interleaved,
     check_rows_move,
     check_texts,
@@ -49,9 +51,8 @@ FORBIDDEN = {
 def graphed(make_student: Students) -> Students:
     """A student that decodes by the stand-in."""
 
-    def make(**settings: Any) -> Any:
-        student = make_student(**settings)
-        student.generation_config.eos_token_id = None
+    def make(model: Any = None, **settings: Any) -> Any:
+        student = make_student(model, **settings)
         with_stand_in(student)
         return student
 
@@ -67,9 +68,11 @@ def test_texts_are_the_same(graphed: Students, tokens: Tokens, name: str) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_interpreter")
 @pytest.mark.parametrize("name", ["sliding", "bytes"])
-def test_kernels_that_work_in_place_do_so_in_the_buffers(graphed: Students, tokens: Tokens, name: str) -> None:
+def test_kernels_that_work_in_place_do_so_in_the_buffers(
+    make_teacher: Students, graphed: Students, tokens: Tokens, name: str
+) -> None:
     pytest.importorskip("triton")
-    student, ids = graphed(**SETTINGS[name], impl="triton"), tokens(1, 9)
+    student, ids = graphed(make_teacher(num_hidden_layers=1), **SETTINGS[name], impl="triton"), tokens(1, 9)
     want = eager(student, lambda: forced(student, ids, 6))
     assert_close(forced(student, ids, 6), want, CLOSE)
     assert graphs_of(student).replays == 2
@@ -94,30 +97,12 @@ def test_rows_move_between_steps(graphed: Students, tokens: Tokens, name: str) -
     ids=str,
 )
 def test_generate_writes_the_same(graphed: Students, tokens: Tokens, options: dict[str, Any]) -> None:
-    student = graphed(**SETTINGS["kept"])
-    for rows in (3, 1):
-        ids = tokens(rows, 12)
-        settings = {"do_sample": False, "max_new_tokens": 10, "attention_mask": padded(ids), **options}
-
-        def write(ids: Tensor = ids, settings: dict[str, Any] = settings) -> Tensor:
-            torch.manual_seed(0)
-            return student.generate(ids, **settings)
-
-        want = eager(student, write)
-        before = graphs_of(student).replays
-        assert torch.equal(write(), want)
-        assert torch.equal(write(), want)
-        assert graphs_of(student).replays >= before + 17
+    check_generated(graphed(**SETTINGS["kept"]), tokens, (3, 1), 9, {"max_new_tokens": 6, **options})
 
 
 @pytest.mark.slow
 def test_beyond_the_context_sinks_are_seen_from_its_end(graphed: Students, tokens: Tokens) -> None:
-    student, ids = graphed(**SETTINGS["kept"]), tokens(2, 24)
-    reach = student.config.max_position_embeddings
-    ids = torch.cat([tokens(2, reach - 8, 3), ids], 1)
-    want = eager(student, lambda: forced(student, ids, reach - 8))
-    assert_close(forced(student, ids, reach - 8), want, CLOSE)
-    assert len(graphs_of(student).recordings) == 2
+    check_beyond_context(graphed(**SETTINGS["kept"]), tokens, CLOSE)
 
 
 @pytest.mark.slow
@@ -184,7 +169,7 @@ def test_without_a_mask_padding_is_missed(graphed: Students, tokens: Tokens) -> 
 
 @pytest.mark.slow
 def test_what_changes_the_model_is_noticed(graphed: Students, tokens: Tokens) -> None:
-    student, ids = graphed(**SETTINGS["kept"]), tokens(2, 20)
+    student, ids = graphed(**SETTINGS["kept"]), tokens(2, 14)
     graphs = graphs_of(student)
 
     def same() -> None:
@@ -200,7 +185,7 @@ def test_what_changes_the_model_is_noticed(graphed: Students, tokens: Tokens) ->
         same()
     replays = graphs.replays
     same()
-    assert graphs.replays == replays + 12, "the first recording is still of use"
+    assert graphs.replays == replays + 6, "the first recording is still of use"
     weight = student.model.layers[1].mlp.down_proj.weight
     weight.mul_(1.5)  # in place: the recording reads it
     same()
@@ -209,7 +194,7 @@ def test_what_changes_the_model_is_noticed(graphed: Students, tokens: Tokens) ->
     student.model.layers[0] = copy.deepcopy(student.model.layers[2])
     student.model.layers[0].self_attn.inner.layer_idx = 0
     same()
-    assert graphs.replays > replays + 40
+    assert graphs.replays > replays + 18
     assert len(graphs.recordings) == KEPT
 
 

@@ -14,12 +14,13 @@ import lolcats
 from decode_cases import (
     SETTINGS,
     assert_close,
+    check_beyond_context,
+    check_generated,
     check_interleaved,
     check_rows_move,
     check_texts,
     eager,
     forced,
-    padded,
     read,
     step,
 )
@@ -41,9 +42,7 @@ def graphed(make_student: Students) -> Students:
     """A student on the GPU."""
 
     def make(dtype: torch.dtype, **settings: Any) -> Any:
-        student = make_student(**settings).to("cuda", dtype)
-        student.generation_config.eos_token_id = None
-        return student
+        return make_student(**settings).to("cuda", dtype)
 
     return make
 
@@ -84,19 +83,7 @@ def test_rows_move_between_steps(graphed: Students, ids_of: Tokens, name: str) -
 @pytest.mark.parametrize("name", ["sliding", "heads"])
 def test_generate_writes_the_same(graphed: Students, ids_of: Tokens, name: str, options: dict[str, Any]) -> None:
     student = graphed(torch.float32, **SETTINGS[name])
-    for rows in (3, 1, 3):
-        ids = ids_of(rows, 12)
-        settings = {"do_sample": False, "max_new_tokens": 24, "attention_mask": padded(ids), **options}
-
-        def write(ids: Tensor = ids, settings: dict[str, Any] = settings) -> Tensor:
-            torch.manual_seed(0)
-            return student.generate(ids, **settings)
-
-        want = eager(student, write)
-        before = graphs_of(student).replays
-        assert write().tolist() == want.tolist()
-        assert write().tolist() == want.tolist()
-        assert graphs_of(student).replays >= before + 40
+    check_generated(student, ids_of, (3, 1, 3), 40, {"max_new_tokens": 24, **options})
 
 
 @pytest.mark.parametrize("name", ["sliding", "heads"])
@@ -114,12 +101,7 @@ def test_a_replay_is_a_replay(graphed: Students, ids_of: Tokens, name: str) -> N
 
 
 def test_beyond_the_context_sinks_are_seen_from_its_end(graphed: Students, ids_of: Tokens) -> None:
-    student, ids = graphed(torch.float32, **SETTINGS["kept"]), ids_of(2, 24)
-    reach = student.config.max_position_embeddings
-    ids = torch.cat([ids_of(2, reach - 8, 3), ids], 1)
-    want = eager(student, lambda: forced(student, ids, reach - 8))
-    assert_close(forced(student, ids, reach - 8), want, CLOSE[torch.float32])
-    assert len(graphs_of(student).recordings) == 2
+    check_beyond_context(graphed(torch.float32, **SETTINGS["kept"]), ids_of, CLOSE[torch.float32])
 
 
 def test_modes_and_weights_are_noticed(graphed: Students, ids_of: Tokens) -> None:

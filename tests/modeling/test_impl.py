@@ -33,11 +33,13 @@ def decode(student: Any, ids: Tensor) -> tuple[Tensor, list[bool]]:
 
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow), "reference", "chunked", "recurrent"])
 @torch.no_grad()
-def test_a_step_is_made_the_way_that_was_asked_for(make_student: Students, tokens: Tokens, impl: str) -> None:
-    ids = tokens(1, FIRST + MORE)
-    student = make_student(window=4, sinks=1, impl=impl).to("cuda" if torch.cuda.is_available() else "cpu")
+def test_a_step_is_made_the_way_that_was_asked_for(
+    make_teacher: Students, make_student: Students, tokens: Tokens, impl: str
+) -> None:
+    ids, teacher = tokens(1, FIRST + MORE), make_teacher(num_hidden_layers=1)
+    student = make_student(teacher, window=4, sinks=1, impl=impl).to("cuda" if torch.cuda.is_available() else "cpu")
     got, in_place = decode(student, ids.to(student.device))
-    expected = make_student(window=4, sinks=1)(ids).logits[:, FIRST:]
+    expected = make_student(teacher, window=4, sinks=1)(ids).logits[:, FIRST:]
     torch.testing.assert_close(got.cpu(), expected, atol=5e-4, rtol=0)
     assert in_place == [impl == "triton"] * MORE
 

@@ -191,3 +191,22 @@ def test_a_teacher_that_is_not_finite_is_named_with_its_layer(teacher: LlamaForC
         broken.v_proj.weight[0, 0] = torch.nan
     with pytest.raises(LolcatsError, match=r"layer 1 is not finite"):
         convert(teacher, LinearizationConfig(window=4, start="matched"), input_ids=tokens(3, 30))
+
+
+@pytest.mark.parametrize("settings", [{"decay": "gate"}, {"mixer": "blend", "window": 4, "kept": {"pairs": 2}}])
+def test_a_seed_is_all_that_the_start_depends_on(teacher: LlamaForCausalLM, settings: dict[str, Any]) -> None:
+    def start(seed: int | None, before: int) -> list[Tensor]:
+        torch.manual_seed(before)
+        expected = torch.get_rng_state()
+        model = convert(copy.deepcopy(teacher), LinearizationConfig(**settings), seed=seed)
+        assert torch.equal(torch.get_rng_state(), expected) == (seed is not None)
+        return [p for layer in linearized_layers(model) for p in layer.mixer.parameters()]
+
+    def same(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    draws = settings.get("mixer") == "blend"  # the gate starts with zeros
+    assert same(start(3, 1), start(3, 2))
+    assert same(start(3, 1), start(4, 1)) != draws
+    assert same(start(None, 3), start(3, 1))
+    assert same(start(None, 3), start(None, 4)) != draws

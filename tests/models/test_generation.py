@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import lolcats
 from lolcats import LolcatsError
 from lolcats.errors import DataError
+from lolcats.modeling.cache_contents import cache_bytes
 from lolcats.models import generation
 from lolcats.models.generation import encode, sample, write_tokens
 
@@ -84,6 +97,55 @@ def test_long_prompts_of_a_linearized_model_are_read_in_pieces(
     assert calls[:3] == [15, 15, 7]
     with lolcats.attention_mode(model, "softmax"):
         assert torch.equal(write_tokens(model, tiny_tokenizer, ids, max_new_tokens=3), whole["teacher"])
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.uses: Counter[int] = Counter()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id(tensor) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(id(tensor))
+                weakref.finalize(tensor, self._drop, id(tensor), storage.data_ptr(), storage.nbytes())
+                self.uses[storage.data_ptr()] += 1
+                self.bytes += storage.nbytes() if self.uses[storage.data_ptr()] == 1 else 0
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _drop(self, tensor: int, place: int, size: int) -> None:
+        self.known.discard(tensor)
+        self.uses[place] -= 1
+        self.bytes -= size if self.uses[place] == 0 else 0
+
+
+@pytest.mark.parametrize(
+    "layer", [{"window": 8, "sinks": 2}, {"mixer": "blend", "window": 8, "bits": 8, "kept": {"pairs": 8}}], ids=str
+)
+def test_memory_does_not_grow_with_the_prompt(
+    make_teacher: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast, layer: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """But for the tokens themselves; and in the end there is one state, the cache's own."""
+    monkeypatch.setattr(generation, "PIECE", 32)
+    teacher = make_teacher(num_hidden_layers=1, vocab_size=len(tiny_tokenizer))
+    model = lolcats.convert(teacher, lolcats.LinearizationConfig(**layer), seed=0)
+    peaks = {}
+    write_tokens(model, tiny_tokenizer, torch.full((1, 40), 5), max_new_tokens=2)  # what is made once
+    for length in (96, 384):
+        cache, held = DynamicCache(config=model.config), Held()
+        with held:
+            write_tokens(model, tiny_tokenizer, torch.full((1, length), 5), max_new_tokens=2, past_key_values=cache)
+        peaks[length] = held.peak
+        assert held.bytes == cache_bytes(cache)
+    assert peaks[384] - peaks[96] <= 4 * 8 * (384 - 96), f"{peaks}: more than ids, mask and a copy of each"
 
 
 @pytest.mark.parametrize("prompt", ["", "a\udcffb"])

@@ -2,6 +2,8 @@
 
 The interpreter takes Python that Triton's compiler refuses, so passing there is not enough. Run as a program, in a
 process of its own where the interpreter is off: python compile_kernels.py KIND WINDOW_KIND.
+
+Each is compiled once: that texts of other lengths take the same ones is a part of what is checked.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import bare  # noqa: F401  # the package's __init__ imports transformers
@@ -30,6 +33,39 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+class Compiler:
+    """Takes the place of `on`: launches run nothing; they compile what is new, or with `dry` only note it."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+        self.problems: list[str] = []
+        self.dry = False
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Any:
+        del grid
+
+        def take(*arguments: Any, **named: Any) -> None:
+            key = compiled_for(kernel, arguments, named)
+            if not self.dry and key not in self.kernels and (problem := compile_launch(kernel, arguments, named)):
+                self.problems.append(problem)
+            self.kernels.add(key)
+
+        return take
+
+    def again(self, known: set[str]) -> list[str]:
+        """What was compiled, or would have been, beside `known`."""
+        return [f"compiled again: {key}" for key in sorted(self.kernels - known)]
+
+
+def compiled_for(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """What tells one compiled form of a kernel from another, in Triton's own words."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))
+    bound, kinds, options = bind(*arguments, **named)
+    parts = [f"{name}: {kind[0] if kind[1] is None else kind}" for name, kind in zip(bound, kinds, strict=True)]
+    return "; ".join([kernel.__name__, *parts, *(f"{name}={value}" for name, value in options.items())])
 
 
 def compile_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
@@ -42,7 +78,7 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     options = {name: value for name, value in named.items() if name in OPTIONS}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(source, target=TARGET, options=options)
     except Exception as error:
         return f"{kernel.__name__}: {str(error).strip()[-300:]}"
     used = compiled.metadata.shared
@@ -58,16 +94,22 @@ def type_of(value: Any) -> str:
 
 
 def run(kind: str, window_kind: str) -> list[str]:
-    """Launch forward and backward with kernels that are compiled and not run."""
-    problems: list[str] = []
-
-    def on(kernel: Any, grid: tuple[int, ...]) -> Any:
-        del grid
-        return lambda *arguments, **named: problems.append(compile_launch(kernel, arguments, named))
-
+    """What is wrong with the kernels of forward and backward passes and, with maps, of a step."""
+    compiler = Compiler()
     for module in (launch, backward, decode):
-        module.on = on  # type: ignore[attr-defined]
-    batch, heads, kv_heads, n, size, width = 2, 4, 2, 700, 64, 32
+        module.on = compiler  # type: ignore[attr-defined]
+    launch_all(kind, window_kind, 700)
+    compiler.dry = True
+    launch_all(kind, window_kind, 100)  # one tile, so without states
+    known = set(compiler.kernels)
+    for n in (1, 101, 128, 129, 704, 1000, 3000):  # 1 and multiples of 16 are what Triton compiles anew for
+        launch_all(kind, window_kind, n)
+    return compiler.problems + compiler.again(known)
+
+
+def launch_all(kind: str, window_kind: str, n: int) -> None:
+    """Launch what there is for texts of n tokens."""
+    batch, heads, kv_heads, size, width = 2, 4, 2, 64, 32
     q, k = (torch.empty(batch, n, h, size, dtype=torch.bfloat16).transpose(1, 2) for h in (heads, kv_heads))
     given, plain = kind == "given", window_kind == "sliding"
     features = torch.empty(batch, heads, n, width, dtype=torch.bfloat16)
@@ -87,7 +129,6 @@ def run(kind: str, window_kind: str) -> list[str]:
     if not given:
         wide = spec._replace(window=200)  # slots for several tiles
         step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, wide, logits)
-    return [problem for problem in problems if problem]
 
 
 def step(maps: MapWeights, q: torch.Tensor, k: torch.Tensor, spec: HybridSpec, logits: torch.Tensor | None) -> None:

@@ -9,44 +9,14 @@ CALL is "plain" (whole texts, forward and backward, and a step), "state" (what c
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
-from compile_kernels import compile_launch, type_of  # puts the package there
+from compile_kernels import Compiler  # puts the package there
 
 from lolcats.ops.near.blocks import empty_near_state
 from lolcats.ops.near.kernels import decode_launch, given, launch, select, spread
 from lolcats.ops.near.quantize import BITS, PairCodec, plain_map
 from lolcats.ops.near.types import NearPart, NearSpec, NearState
-
-
-class Compiler:
-    """Takes the place of `on`: launches compile, and run nothing."""
-
-    def __init__(self) -> None:
-        self.kernels: set[str] = set()
-        self.problems: list[str] = []
-
-    def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Any:
-        del grid
-
-        def take(*arguments: Any, **named: Any) -> None:
-            key = self.key(kernel, arguments, named)
-            if key not in self.kernels and (problem := compile_launch(kernel, arguments, named)):
-                self.problems.append(problem)
-            self.kernels.add(key)
-
-        return take
-
-    def key(self, kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
-        """What Triton compiles anew for: types, numbers that are constants, and what divides the others."""
-        parts = [kernel.__name__, *(f"{name}={value}" for name, value in named.items())]
-        for value, param in zip(arguments, kernel.params, strict=False):
-            part = type_of(value)
-            if part == "i32" and not param.do_not_specialize:
-                part += ", one" if value == 1 else f", {value % 16 == 0}"
-            parts.append(part)
-        return "; ".join(parts)
 
 
 def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
@@ -65,7 +35,7 @@ def run(dtype: torch.dtype, size: int, call: str) -> list[str]:
             spread.spread_rows(torch.empty(rows, 1 << (size - 1).bit_length()))
         known = set(compiler.kernels)
         launch_all(dtype, size, NearSpec(1, 4, 177, softcap=capped), n=801)
-    return compiler.problems + [f"compiled again: {key}" for key in compiler.kernels - known]
+    return compiler.problems + compiler.again(known)
 
 
 def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> None:

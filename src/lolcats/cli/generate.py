@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lolcats.cli.generate_file import BATCH_SIZE, CHUNK, FileJob, generate_file
-from lolcats.cli.load import load_model
+from lolcats.cli.load import length_note, load_model
 from lolcats.cli.options import (
     Device,
     Dtype,
@@ -26,7 +26,7 @@ from lolcats.cli.options import (
 )
 from lolcats.errors import LolcatsError
 from lolcats.models.conversation import Conversation
-from lolcats.printable import show_bytes, without_controls
+from lolcats.printable import one_line, show_bytes, without_controls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,9 +102,11 @@ def _generate_one(
     from transformers import DynamicCache, set_seed
 
     from lolcats.modeling.cache_contents import cache_bytes
-    from lolcats.models.generation import sample
+    from lolcats.models.generation import encode, sample
 
     network, tokenizer = load_model(model, device, dtype, graphs)
+    if (note := length_note(model, encode(tokenizer, text).shape[1] + max_new_tokens)) is not None:
+        typer.echo(one_line(note), err=True)
     set_seed(seed)
     streamer = CountingStreamer(tokenizer, silent=not stream)
     cache = DynamicCache(config=network.config)

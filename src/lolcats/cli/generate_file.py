@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lolcats.cli.failures import Interrupted
-from lolcats.cli.load import load_model
+from lolcats.cli.load import length_note, load_model
 from lolcats.cli.sweep_tables import show_time
 from lolcats.cli.tables import say
 from lolcats.cli.terminal import SafeConsole
@@ -61,14 +61,18 @@ def generate_file(model: str, job: FileJob, defaults: Defaults, device: str, dty
     from lolcats.serving.offline import answer_all
     from lolcats.serving.requests import read_requests
 
-    if job.progress.exists():
-        say(out, f"going on with rows that were finished before ({job.progress})")
+    goes_on = job.progress.exists()
     try:
         with AnswerStore(job.progress) as store:
+            if goes_on:
+                say(out, f"going on with rows that were finished before ({job.progress})")
             with _bar(out) as counter:
                 network, tokenizer = load_model(model, device, dtype, graphs)
                 requests = read_requests(network, tokenizer, [row for row, _ in rows], defaults, job.batch_size)
                 _say_refused(out, requests, [where for _, where in rows])
+                longest = max(request.prompt_tokens + request.max_new_tokens for request in requests)
+                if (note := length_note(model, longest)) is not None:
+                    say(out, one_line(note))
                 answers = answer_all(network, tokenizer, requests, job.batch_size, job.chunk, store, counter.show)
             write_text(job.target, "".join(_line(answer) for answer in answers))
     except KeyboardInterrupt as error:

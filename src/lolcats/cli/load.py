@@ -59,6 +59,20 @@ def read_results(source: str) -> Results:
     return read_results(Path(source) / RESULTS_FILE, "delete it to go on without the numbers")
 
 
+def length_note(source: str, tokens: int) -> str | None:
+    """What to say of a text that is longer than those on which a model was measured; None of others, or if unknown."""
+    try:
+        measured = read_results(find_model(source)).evaluation.length
+    except LolcatsError:  # the numbers are not needed here
+        return None
+    if measured is None or tokens <= measured:
+        return None
+    return (
+        f"note: prompt and continuation may have {tokens:,} tokens, and this model was measured on texts of "
+        f"{measured:,}: lolcats evaluate {source} --length {tokens} --by-position shows what it does beyond"
+    )
+
+
 def load_model(
     source: str, device: str, dtype: str, graphs: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -133,7 +133,7 @@ def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedMod
     try:
         model, _ = load_teacher(teacher, dtype=student.dtype, device=student.device)
         settings = LinearizationConfig(**student.config.linearization)  # type: ignore[attr-defined]
-        convert(model, settings.without_text())
+        convert(model, settings.without_text(), seed=0)
         measured = measured_buffers(student)
         for name, held in measured_buffers(model).items():
             held.copy_(measured[name])

@@ -1,4 +1,4 @@
-"""Finished answers on disk, so that an evaluation that was interrupted goes on where it was."""
+"""Finished answers on disk, so that an evaluation or a batch job that was interrupted goes on where it was."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lolcats.identity import key_of
 class AnswerStore:
     """Answers under keys, each on disk before the next is computed.
 
-    A key names all that an answer depends on, so a changed model or setting finds nothing under it. Benchmarks and
-    recall tasks of any model may share a file.
+    A key names all that an answer depends on, so a changed model or setting finds nothing under it. Benchmarks,
+    recall tasks and batch jobs of any model may share a file.
 
     Args:
         file: an SQLite database, made when missing; None keeps everything in memory.
@@ -38,7 +38,7 @@ class AnswerStore:
             self._database.commit()
         except (sqlite3.Error, OSError) as error:
             raise LolcatsError(
-                f"{file} cannot hold the progress of an evaluation: {error}; move it away, or write elsewhere"
+                f"{file} cannot hold finished answers: {error}; move it away, or write elsewhere"
             ) from error
 
     def get(self, key: str) -> Any:
@@ -47,7 +47,7 @@ class AnswerStore:
             row = self._database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
             return None if row is None else json.loads(row[0])
         except (sqlite3.Error, ValueError, TypeError) as error:
-            raise LolcatsError(f"{self.file} is damaged ({error}); delete it: what it held is measured anew") from error
+            raise LolcatsError(f"{self.file} is damaged ({error}); delete it: what it held is done anew") from error
 
     def put(self, key: str, value: Any) -> None:
         """Keep an answer; it is on disk when this returns. Numbers come back exactly as they were."""

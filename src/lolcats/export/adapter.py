@@ -140,7 +140,7 @@ def load_adapter(
     if not name:
         raise LolcatsError(f"{source} does not say what its base model is; give base=...")
     model, tokenizer = load_teacher(name, dtype=dtype, device=device)
-    convert(model, layer.without_text())  # the start is overwritten by what was trained
+    convert(model, layer.without_text(), seed=0)  # the start is overwritten by what was trained
     model.config.linearization = layer.model_dump(mode="json")  # type: ignore[attr-defined]
     return _put_adapter(model, folder, name), tokenizer
 

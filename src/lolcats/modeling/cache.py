@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from lolcats.errors import LolcatsError
 from lolcats.mixers import State, map_state, state_tensors
 from lolcats.mixers.base import state_bytes as bytes_of
-from lolcats.modeling.taking_back import Point, Record
+from lolcats.modeling.taking_back import CanRefuse, Point, Record, refuse_first
 
 
 class Past(NamedTuple):
@@ -38,7 +38,7 @@ class Past(NamedTuple):
     """Which one; only in eager code."""
 
 
-class LinearizedLayer(CacheLayerMixin):
+class LinearizedLayer(CacheLayerMixin, CanRefuse):
     """State of one linearized attention layer."""
 
     is_compileable = False
@@ -102,8 +102,8 @@ class LinearizedLayer(CacheLayerMixin):
         """-1: no maximum."""
         return -1
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last n tokens for -n; for n > 0 leave n, as older releases of transformers ask.
+    def tokens_back(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` takes back.
 
         Raises:
             LolcatsError: so many cannot be taken back; the message says how many can.
@@ -111,7 +111,18 @@ class LinearizedLayer(CacheLayerMixin):
         seen = int(self.get_seq_length())
         count = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         if count and self.is_initialized:
-            self.state, self.seen, self.whole = self.record.back(count, seen)
+            self.record.check(count, seen)
+            return count
+        return 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last n tokens for -n; for n > 0 leave n, as older releases of transformers ask.
+
+        Raises:
+            LolcatsError: as `tokens_back`; nothing has changed.
+        """
+        if count := self.tokens_back(tokens_to_remove):
+            self.state, self.seen, self.whole = self.record.back(count, self.seen)
             self.is_initialized, self.passes = self.state is not None, self.passes + 1
 
     def reset(self) -> None:
@@ -263,6 +274,8 @@ def linearized_layer(cache: Cache, layer_idx: int) -> LinearizedLayer:
     """
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
+    if layer_idx > 0 and not isinstance(cache.layers[layer_idx - 1], LinearizedLayer):
+        refuse_first(cache)
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinearizedLayer):
         return layer

@@ -85,7 +85,7 @@ def check_family(model: PreTrainedModel, input_ids: Tensor | None = None) -> Fam
     Raises:
         LolcatsError: the model cannot be linearized.
     """
-    return check_model(convert(copy.deepcopy(model), LinearizationConfig()), input_ids)
+    return check_model(convert(copy.deepcopy(model), LinearizationConfig(), seed=0), input_ids)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def convert(
     *,
     input_ids: Tensor | None = None,
     decide: Callable[[Callable[[], list[Any]]], list[Any]] | None = None,
+    seed: int | None = None,
 ) -> PreTrainedModel:
     """Replace softmax attention by a linear one, in place. No weight of the model changes.
 
@@ -41,6 +43,7 @@ def convert(
         input_ids: [B, N] token ids of real text, needed where the layers start from text (`start="matched"`) or share a
             budget whose split is to be found; one batch is enough.
         decide: of several processes, does something in one of them and gives all what it returned; None: there is one.
+        seed: of the new parameters' random start; torch's generator then stays as it was. None: they are drawn from it.
 
     Returns:
         The same object; its class is now a `Linearized...` subclass of its family's class.
@@ -63,16 +66,28 @@ def convert(
         check_token_ids(input_ids, model, "input_ids")
     _check_layers(model, config)  # refuse before anything changes
     mark_as_linearized(model, config)
-    random = torch.get_rng_state()
-    install(model, config)
-    if config.searches:
-        assert input_ids is not None
-        torch.set_rng_state(random)  # the layers start as those of settings that bring this split along
-        config = _share_budget(model, config, input_ids, decide or (lambda action: action()))
+    with _drawn_from(seed):
+        random = torch.get_rng_state()
+        install(model, config)
+        if config.searches:
+            assert input_ids is not None
+            torch.set_rng_state(random)  # the layers start as those of settings that bring this split along
+            config = _share_budget(model, config, input_ids, decide or (lambda action: action()))
     if config.starts_from_text:
         assert input_ids is not None
         start_from_text(model, linearized_layers(model), input_ids)
     return model
+
+
+@contextmanager
+def _drawn_from(seed: int | None) -> Iterator[None]:
+    """Random numbers of the CPU, where layers are made, come from a seed, if there is one, for a while."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _share_budget(

@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from lolcats.errors import LolcatsError
 from lolcats.modeling.attention import linearized_layers
 from lolcats.modeling.cache import linearized_layer
+from lolcats.modeling.taking_back import PartlyLinearizedCache
 
 
 def generation_methods(base: type[PreTrainedModel]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def record_past(model: PreTrainedModel, cache: Any, drafts: bool) -> None:
     Raises:
         LolcatsError: the cache of a model that does not draft holds tokens already.
     """
-    if type(cache) is not DynamicCache:
+    if type(cache) not in (DynamicCache, PartlyLinearizedCache):
         return
     if not drafts and (seen := cache.get_seq_length()) > 0:
         raise LolcatsError(

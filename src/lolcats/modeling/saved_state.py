@@ -33,6 +33,7 @@ from lolcats.mixers import Mixer, StateSpec, map_state, state_tensors
 from lolcats.mixers.base import state_names
 from lolcats.modeling.attention import linearized_layers
 from lolcats.modeling.cache import LinearizedLayer
+from lolcats.modeling.taking_back import refuse_first
 
 VERSION = "1"
 """Of the format."""
@@ -118,6 +119,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> DynamicCache:
         else:
             new = _softmax(held, layer, cache.layers[index], f"{where} layer {index}")
         cache.layers[index] = new
+    if len(mixers) < len(facts.layers):
+        refuse_first(cache)
     if facts.model != network_identity(model):  # after the layers, of which more can be said
         raise LolcatsError(f"{where} the text was read by one with other weights or settings; {AGAIN}")
     return cache

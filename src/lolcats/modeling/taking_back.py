@@ -7,6 +7,7 @@ of it is to stay; or its state from before each step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers import Call, Mixer, map_state, state_tensors
@@ -121,12 +123,8 @@ class Record:
         first = self.call.before if self.call is not None else next(iter(self.steps), None)
         return held if first is not None and first.seen + held == seen else 0
 
-    def back(self, count: int, seen: int) -> Point:
-        """Where the layer was `count` of its `seen` tokens ago; what is left can still be taken back.
-
-        Raises:
-            LolcatsError: it is not known.
-        """
+    def check(self, count: int, seen: int) -> None:
+        """Raise LolcatsError where it is not known what the layer was `count` of its `seen` tokens ago."""
         if count > (held := self.tokens(seen)):
             raise LolcatsError(
                 f"a linearized model cannot forget its last {count} tokens (crop): {held} can be taken back. These are "
@@ -134,6 +132,10 @@ class Record:
                 f"gradients; of a larger one the last {HELD} of each row, after cache.activate_past_recording(). "
                 "Earlier ones are folded into the state: keep a copy of the cache from before them"
             )
+
+    def back(self, count: int, seen: int) -> Point:
+        """Where the layer was `count` of its `seen` tokens ago, if `check` allows; the others can be taken back yet."""
+        self.check(count, seen)
         steps = min(count, len(self.steps))
         points = [self.steps.pop() for _ in range(steps)]
         if count == steps:
@@ -142,6 +144,31 @@ class Record:
         stay, held_call = self.call.tokens - (count - steps), self.call
         self.call = held_call._replace(call=span(held_call.call, 0, stay)) if stay else None
         return held_call.before if self.call is None else self.call.after()
+
+
+class CanRefuse(ABC):
+    """A layer of the cache that may not be able to forget."""
+
+    @abstractmethod
+    def tokens_back(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` is to take back; raises LolcatsError where it cannot."""
+
+
+class PartlyLinearizedCache(DynamicCache):
+    """A cache in which a layer with softmax attention, which can forget any token, comes before a linearized one."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As there, but a layer that has to refuse does so before any other has forgotten something."""
+        for layer in self.layers:
+            if isinstance(layer, CanRefuse):
+                layer.tokens_back(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+
+def refuse_first(cache: Cache) -> None:
+    """Have the layers of a plain cache asked, from now on, before any of them forgets tokens."""
+    if type(cache) is DynamicCache and not torch.compiler.is_compiling():
+        cache.__class__ = PartlyLinearizedCache
 
 
 def span(call: Call, start: int, stop: int) -> Call:

@@ -135,7 +135,7 @@ class Subjects:
                 model.set_attn_implementation(str(attention))
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         ids = torch.randint(0, vocabulary, (1, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
-        yield "student", convert(model, settings, input_ids=ids.to(self.device))
+        yield "student", convert(model, settings, input_ids=ids.to(self.device), seed=0)
 
     def _load(self, source: str, dtype: torch.dtype | None) -> PreTrainedModel:
         """A model of a dtype; None chooses it."""

@@ -29,6 +29,7 @@ import triton.language as tl
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
+    LENGTHS,
     load_bias,
     load_part,
     load_rows,
@@ -45,7 +46,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def output_terms(out, grad, delta, o_b, o_h, o_n, g_b, g_h, g_n, tokens, HEADS: tl.constexpr, DV: tl.constexpr,
                  BV: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """delta_i = do_i.o_i, fp32. Grid: (blocks of C, batch x HEADS)."""
@@ -57,7 +58,7 @@ def output_terms(out, grad, delta, o_b, o_h, o_n, g_b, g_h, g_n, tokens, HEADS: 
     store_vector(delta + (batch * HEADS + head) * tokens, first, tokens, tl.sum(o * g, 1), C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def query_features(
     q,
     k,
@@ -98,7 +99,7 @@ def query_features(
     tokens,
     segments,
     groups,
-    SEGMENT: tl.constexpr,
+    segment_tiles,
     REACH: tl.constexpr,
     MIXED: tl.constexpr,
     KV_GROUP: tl.constexpr,
@@ -159,7 +160,7 @@ def query_features(
     if HAS_STATES:
         row_head = (row * (HEADS // STATE_GROUP) + head // STATE_GROUP).to(tl.int64)
         at = row_head * groups + group
-        at_before = row_head * segments + group // SEGMENT
+        at_before = row_head * segments + group // segment_tiles
         fade = 1.0
         if HAS_DECAY and SPLIT:
             fade = tl.exp(tl.load(local_decay + at))
@@ -228,7 +229,7 @@ def query_features(
         store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, C, WIDTH, BF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def key_features(
     q,
     k,
@@ -269,7 +270,7 @@ def key_features(
     tokens,
     segments,
     groups,
-    SEGMENT: tl.constexpr,
+    segment_tiles,
     REACH: tl.constexpr,
     FIRST: tl.constexpr,
     KV_GROUP: tl.constexpr,
@@ -332,7 +333,7 @@ def key_features(
     dphi_back = tl.zeros((C, BF), tl.float32)
     if HAS_STATES:
         at = (row * HEADS + head).to(tl.int64) * groups + group
-        at_after = (row * HEADS + head).to(tl.int64) * segments + group // SEGMENT
+        at_after = (row * HEADS + head).to(tl.int64) * segments + group // segment_tiles
         fade = 1.0
         if HAS_DECAY and SPLIT:
             fade = tl.exp(tl.load(local_decay + at))
@@ -408,7 +409,7 @@ def key_features(
         store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, C, WIDTH, BF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def weight_kernel(
     x,
     dy,

@@ -21,6 +21,7 @@ import triton.language as tl
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
+    LENGTHS,
     changing_one,
     load_bias,
     load_part,
@@ -34,7 +35,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def key_values(
     q,
     k,
@@ -67,7 +68,7 @@ def key_values(
     tokens,
     segments,
     groups,
-    SEGMENT: tl.constexpr,
+    segment_tiles,
     REACH: tl.constexpr,
     FIRST: tl.constexpr,
     KV_GROUP: tl.constexpr,
@@ -135,7 +136,7 @@ def key_values(
         # the state: later queries
         if HAS_STATES:
             at = (row * HEADS + head).to(tl.int64) * groups + group
-            at_after = (row * HEADS + head).to(tl.int64) * segments + group // SEGMENT
+            at_after = (row * HEADS + head).to(tl.int64) * segments + group // segment_tiles
             fade = 1.0
             if HAS_DECAY and SPLIT:
                 fade = tl.exp(tl.load(local_decay + at))

@@ -29,6 +29,7 @@ import triton.language as tl
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
+    LENGTHS,
     LOG2E,
     add_softmax,
     cap,
@@ -48,7 +49,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q,
     k,
@@ -91,8 +92,8 @@ def forward_kernel(
     tokens,
     segments,
     groups,
+    segment_tiles,
     scale,
-    SEGMENT: tl.constexpr,
     REACH: tl.constexpr,
     T: tl.constexpr,
     MIXED: tl.constexpr,
@@ -202,7 +203,7 @@ def forward_kernel(
     if HAS_STATES:
         row_head = (row * (HEADS // STATE_GROUP) + head // STATE_GROUP).to(tl.int64)
         at = row_head * groups + group
-        at_before = row_head * segments + group // SEGMENT
+        at_before = row_head * segments + group // segment_tiles
         fade = 1.0
         if HAS_DECAY and SPLIT:
             fade = tl.exp(tl.load(local_decay + at))

@@ -317,8 +317,8 @@ def sum_states(
         p.tokens_of(source), p.values_of(values, value_block), sums if given else p.map_of(weight), either(bias, sums),
         either(x.factor, sums), inverse, delta, either(x.log_decay, sums), either(keep, sums), either(c.rows, sums),
         p.state_of(local, value_block), local_sum, local_decay, sums, decays, *strides(source), *strides(values),
-        p.tokens, segments, groups,
-        SEGMENT=segment, REVERSE=reverse, X_GROUP=1 if reverse or given else heads // p.kv_heads,
+        p.tokens, segments, groups, segment,
+        REVERSE=reverse, X_GROUP=1 if reverse or given else heads // p.kv_heads,
         V_GROUP=1 if reverse else heads // p.kv_heads, REACH=reach, HEADS=heads, SINKS=p.spec.sinks,
         **{**p.sizes(), "BV": value_block},
         **{**flags(x, c), "HAS_FACTOR": reverse and x.factor is not None}, HAS_KEEP=keep is not None,
@@ -339,12 +339,12 @@ def sum_states(
 
 def state_arguments(
     p: Plan, states: States | None, other: Tensor, block: int
-) -> tuple[tuple[Any, ...], tuple[int, int], dict[str, Any]]:
+) -> tuple[tuple[Any, ...], tuple[int, int, int], dict[str, Any]]:
     """Pointers, sizes and constants for a kernel that reads states."""
     if states is None:
-        return (other,) * 5, (1, 1), {"SEGMENT": 1, "HAS_STATES": False, "SPLIT": False}
-    constants = {"SEGMENT": states.segment, "HAS_STATES": True, "SPLIT": states.split}
-    return states.pointers(p, block), (states.segments, p.groups), constants
+        return (other,) * 5, (1, 1, 1), {"HAS_STATES": False, "SPLIT": False}
+    numbers = states.segments, p.groups, states.segment
+    return states.pointers(p, block), numbers, {"HAS_STATES": True, "SPLIT": states.split}
 
 
 def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:

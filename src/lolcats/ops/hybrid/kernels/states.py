@@ -1,6 +1,6 @@
 """The states: sums of phi(x) value^T over all that is out of reach of each tile.
 
-Algorithm: the text of each head is cut into segments of SEGMENT tiles. `sum_segments` walks each segment block by
+Algorithm: the text of each head is cut into segments of so many tiles. `sum_segments` walks each segment block by
 block, all of them in parallel and the two halves of a hedgehog map apart, and writes what it has summed before each
 tile (`local`) and in the end (`sums`); `scan_segments` turns the sums into what comes before (after, for the backward
 pass) each segment. Readers add the two.
@@ -27,6 +27,7 @@ import triton.language as tl
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
+    LENGTHS,
     load_bias,
     load_part,
     load_rows,
@@ -38,7 +39,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_segments(
     x,
     values,
@@ -64,7 +65,7 @@ def sum_segments(
     tokens,
     segments,
     tiles,
-    SEGMENT: tl.constexpr,
+    segment_tiles,
     REACH: tl.constexpr,
     REVERSE: tl.constexpr,
     X_GROUP: tl.constexpr,
@@ -122,8 +123,8 @@ def sum_segments(
     weighted_sum = tl.zeros((C, BF), tl.float32)  # over rows: k_sum; added up where it is stored
     log_decay = 0.0
     BLOCKS: tl.constexpr = T // C
-    for step in range(SEGMENT * BLOCKS):
-        place = segment * SEGMENT * BLOCKS + (SEGMENT * BLOCKS - 1 - step if REVERSE else step)
+    for step in range(segment_tiles * BLOCKS):
+        place = segment * segment_tiles * BLOCKS + (segment_tiles * BLOCKS - 1 - step if REVERSE else step)
         tile_at = place // BLOCKS
         if step % BLOCKS == 0:
             if tile_at < tiles:
@@ -182,7 +183,7 @@ def sum_segments(
             tl.store(decays + row_head * segments + segment, log_decay)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scan_segments(
     sums,
     before,

@@ -25,6 +25,9 @@ GIVEN: tl.constexpr = tl.constexpr(0)
 HEDGEHOG: tl.constexpr = tl.constexpr(1)
 T2R: tl.constexpr = tl.constexpr(2)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LENGTHS = ["tokens", "segments", "groups", "tiles", "segment_tiles", "splits"]
+"""Numbers that a kernel is told at run time, whatever divides them: they come from the length of a text, and a kernel
+made anew for each would take seconds where a forward pass takes milliseconds."""
 
 
 @triton.jit
