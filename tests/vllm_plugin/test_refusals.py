@@ -25,7 +25,7 @@ SIZES = {
     "max_position_embeddings": 1024,
 }  # fmt: skip
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "several devices": ({"tensor_parallel_size": 2}, "tensor_parallel_size 2 .*states are not split over devices yet"),
+    "a state in pieces": ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "a state has no tokens"),
     "guesses": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         "tokens cannot be taken back from a state",
