@@ -54,10 +54,21 @@ def written_by(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[Text]:
     return texts
 
 
-def by_vllm(folder: Path, passes: int = 1, lengths: tuple[int, ...] = LENGTHS, **options: Any) -> list[list[Text]]:
-    """What vLLM writes, all prompts at once, in pieces of 64 tokens and five requests; as often as asked."""
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+def by_vllm(
+    folder: Path,
+    passes: int = 1,
+    lengths: tuple[int, ...] = LENGTHS,
+    adapters: tuple[Path | None, ...] = (None,),
+    **options: Any,
+) -> list[list[Text]]:
+    """What vLLM writes, all prompts at once, in pieces of 64 tokens and five requests.
 
+    As often as asked, with each of the LoRA adapters.
+    """
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    gc.freeze()  # what is imported is a million objects, and vLLM has garbage collected often
     given = {
         "enforce_eager": True, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 5,
         "max_num_batched_tokens": 64, "enable_prefix_caching": False, "skip_tokenizer_init": True,
@@ -65,8 +76,10 @@ def by_vllm(folder: Path, passes: int = 1, lengths: tuple[int, ...] = LENGTHS, *
     engine = LLM(model=str(folder), **given | options)
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=1)
     found = []
-    for _ in range(passes):
-        results = engine.generate([{"prompt_token_ids": p} for p in prompts(lengths)], params, use_tqdm=False)
+    asked = [{"prompt_token_ids": p} for p in prompts(lengths)]
+    for number, adapter in enumerate(adapters * passes):
+        request = None if adapter is None else LoRARequest(adapter.name, number + 1, str(adapter))
+        results = engine.generate(asked, params, use_tqdm=False, lora_request=request)
         found.append([_text(result) for result in results])
     engine.llm_engine.engine_core.shutdown()
     del engine

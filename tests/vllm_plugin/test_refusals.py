@@ -30,7 +30,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         "tokens cannot be taken back from a state",
     ),
-    "adapters": ({"enable_lora": True}, "LoRA adapters; merge them into the model"),
     "no memory for a request": ({"kv_cache_memory_bytes": 4096}, r"the states of a request take .*and vLLM has about"),
 }
 

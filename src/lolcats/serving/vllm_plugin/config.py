@@ -72,7 +72,6 @@ def refuse(vllm_config: VllmConfig) -> None:
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
         "speculative decoding: tokens cannot be taken back from a state; leave the speculative_config out":
             vllm_config.speculative_config is not None,
-        "LoRA adapters; merge them into the model": vllm_config.lora_config is not None,
         "a kv_transfer_config: states are not sent between servers": vllm_config.kv_transfer_config is not None,
     }  # fmt: skip
     for what, asked in wanted.items():

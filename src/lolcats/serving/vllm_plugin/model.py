@@ -15,15 +15,18 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.utils import WeightsMapper
 
 from lolcats.errors import LolcatsError
 from lolcats.serving.vllm_plugin.install import install
 from lolcats.serving.vllm_plugin.plan import make_plan, whole_mixers
-from lolcats.serving.vllm_plugin.weights import MixerWeights
+from lolcats.serving.vllm_plugin.weights import INNER, MixerWeights
 
 PREFIX = "Linearized"
 COPIES = (get_temporal_copy_spec,)
 """How vLLM copies the tensors of a page: there is one."""
+NAMES = WeightsMapper(orig_to_new_substr={INNER: "."})
+"""For what vLLM reads by module names beside the weights: adapters, and which modules a quantization leaves out."""
 
 
 @functools.cache
@@ -51,6 +54,7 @@ def linearized_class(base: type[nn.Module]) -> type[nn.Module]:
         "__init__": __init__,
         "__module__": __name__,
         "load_weights": load_weights,
+        "hf_to_vllm_mapper": getattr(base, "hf_to_vllm_mapper", WeightsMapper()) | NAMES,
         "is_hybrid": True,
         "has_inner_state": True,
         "supports_mamba_prefix_caching": True,
