@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 LENGTHS = (1, 3, 16, 17, 33, 64, 65, 131, 257)
+FEW = (1, 33, 131)
+"""Of prompts where other tests have the rest."""
 NEW = 24
 
 
@@ -26,17 +28,21 @@ class Text(NamedTuple):
     """Tokens of the prompt that were not read again."""
 
 
-def prompts() -> list[list[int]]:
-    """Of all lengths, no two alike."""
-    return [[(7 * i * i + 3 * i + 11 * j) % 240 + 5 for i in range(n)] for j, n in enumerate(LENGTHS)]
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    """Of these lengths, no two alike."""
+    return [[(7 * i * i + 3 * i + 11 * j) % 240 + 5 for i in range(n)] for j, n in enumerate(lengths)]
+
+
+def by_generate(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> list[Text]:
+    """What transformers writes, a prompt at a time."""
+    return written_by(AutoModelForCausalLM.from_pretrained(folder), lengths)
 
 
 @torch.no_grad()
-def by_generate(folder: Path) -> list[Text]:
-    """What transformers writes, a prompt at a time."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+def written_by(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[Text]:
+    """The same of a model in memory."""
     texts = []
-    for prompt in prompts():
+    for prompt in prompts(lengths):
         ids = torch.tensor([prompt])
         result: Any = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None,
@@ -48,10 +54,21 @@ def by_generate(folder: Path) -> list[Text]:
     return texts
 
 
-def by_vllm(folder: Path, passes: int = 1, **options: Any) -> list[list[Text]]:
-    """What vLLM writes, all prompts at once, in pieces of 64 tokens and five requests; as often as asked."""
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+def by_vllm(
+    folder: Path,
+    passes: int = 1,
+    lengths: tuple[int, ...] = LENGTHS,
+    adapters: tuple[Path | None, ...] = (None,),
+    **options: Any,
+) -> list[list[Text]]:
+    """What vLLM writes, all prompts at once, in pieces of 64 tokens and five requests.
 
+    As often as asked, with each of the LoRA adapters.
+    """
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    gc.freeze()  # what is imported is a million objects, and vLLM has garbage collected often
     given = {
         "enforce_eager": True, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 5,
         "max_num_batched_tokens": 64, "enable_prefix_caching": False, "skip_tokenizer_init": True,
@@ -59,8 +76,10 @@ def by_vllm(folder: Path, passes: int = 1, **options: Any) -> list[list[Text]]:
     engine = LLM(model=str(folder), **given | options)
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=1)
     found = []
-    for _ in range(passes):
-        results = engine.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+    asked = [{"prompt_token_ids": p} for p in prompts(lengths)]
+    for number, adapter in enumerate(adapters * passes):
+        request = None if adapter is None else LoRARequest(adapter.name, number + 1, str(adapter))
+        results = engine.generate(asked, params, use_tqdm=False, lora_request=request)
         found.append([_text(result) for result in results])
     engine.llm_engine.engine_core.shutdown()
     del engine
@@ -78,10 +97,10 @@ def _text(result: Any) -> Text:
 def assert_same(got: list[Text], expected: list[Text], tolerance: float) -> None:
     """Equal tokens with log probabilities within `tolerance`, up to a place where two tokens are as close as that."""
     compared = 0
-    for prompt, one, two in zip(prompts(), got, expected, strict=True):
+    for number, (one, two) in enumerate(zip(got, expected, strict=True)):
         for place, (token, wanted) in enumerate(zip(one.tokens, two.tokens, strict=True)):
             every = two.every[place]
-            where = f"prompt of {len(prompt)}, token {place}"
+            where = f"prompt {number}, token {place}"
             assert float(every[wanted] - every[token]) <= tolerance, f"{where}: another token"
             assert abs(one.logprobs[place] - float(every[token])) <= tolerance, f"{where}: another probability"
             compared += 1

@@ -25,12 +25,11 @@ SIZES = {
     "max_position_embeddings": 1024,
 }  # fmt: skip
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "several devices": ({"tensor_parallel_size": 2}, "tensor_parallel_size 2 .*states are not split over devices yet"),
+    "a state in pieces": ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "a state has no tokens"),
     "guesses": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         "tokens cannot be taken back from a state",
     ),
-    "adapters": ({"enable_lora": True}, "LoRA adapters; merge them into the model"),
     "no memory for a request": ({"kv_cache_memory_bytes": 4096}, r"the states of a request take .*and vLLM has about"),
 }
 

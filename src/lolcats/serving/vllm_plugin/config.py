@@ -16,7 +16,8 @@ from lolcats.errors import LolcatsError
 from lolcats.printable import show_bytes
 from lolcats.serving.vllm_plugin.memory import state_memory
 from lolcats.serving.vllm_plugin.model import PREFIX
-from lolcats.serving.vllm_plugin.plan import linearization, make_plan
+from lolcats.serving.vllm_plugin.plan import linearization, make_plan, whole_sizes
+from lolcats.serving.vllm_plugin.shard import check_shards
 from lolcats.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")
@@ -66,17 +67,18 @@ def refuse(vllm_config: VllmConfig) -> None:
     """Raise LolcatsError where the settings ask for what linearized models do not do."""
     parallel = vllm_config.parallel_config
     wanted = {
-        f"tensor_parallel_size {parallel.tensor_parallel_size} (states are not split over devices yet); use 1, and "
-        "several servers for more requests": parallel.tensor_parallel_size > 1,
         f"pipeline_parallel_size {parallel.pipeline_parallel_size}; use 1": parallel.pipeline_parallel_size > 1,
+        "context parallelism: a state has no tokens to divide; leave the context_parallel_sizes at 1":
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
         "speculative decoding: tokens cannot be taken back from a state; leave the speculative_config out":
             vllm_config.speculative_config is not None,
-        "LoRA adapters; merge them into the model": vllm_config.lora_config is not None,
         "a kv_transfer_config: states are not sent between servers": vllm_config.kv_transfer_config is not None,
     }  # fmt: skip
     for what, asked in wanted.items():
         if asked:
             raise LolcatsError(f"a linearized model cannot be served with {what}")
+    values = linearization(vllm_config).values()
+    check_shards(parallel.tensor_parallel_size, whole_sizes(vllm_config), values)
 
 
 def tell_memory(vllm_config: VllmConfig) -> None:
@@ -84,8 +86,8 @@ def tell_memory(vllm_config: VllmConfig) -> None:
     plan, limit = make_plan(vllm_config), vllm_config.scheduler_config.max_num_seqs
     each = plan.request_bytes
     logger.info(
-        "lolcats: %d linearized layers, whose states take %s for each request, however long",
-        len(plan.layers), show_bytes(each),
+        "lolcats: %d linearized layers, whose states take %s for each request%s, however long",
+        len(plan.layers), show_bytes(each), " on each device" if plan.shard.ranks > 1 else "",
     )  # fmt: skip
     memory = state_memory(vllm_config)
     if memory is None:

@@ -19,11 +19,11 @@ from lolcats.errors import LolcatsError
 from lolcats.mixers import Sizes
 from lolcats.serving.vllm_plugin.layer import Facts, Inputs, LinearizedAttention
 from lolcats.serving.vllm_plugin.pages import StatePages
-from lolcats.serving.vllm_plugin.plan import Plan, make_mixer, make_plan
+from lolcats.serving.vllm_plugin.plan import Plan, make_mixer
 from lolcats.serving.vllm_plugin.rotary import check_rotary, extend_rotaries, reach_of, rotary_of
 
 
-def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAttention]:
+def install(model: nn.Module, vllm_config: VllmConfig, plan: Plan) -> dict[int, LinearizedAttention]:
     """Replace the chosen attention modules of a model that vLLM has just built; their layers by index.
 
     Raises:
@@ -31,7 +31,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> dict[int, LinearizedAt
     """
     # vLLM builds models in the format of their weights; mixers and their states have formats of their own.
     with set_default_torch_dtype(torch.float32):
-        return _install(model, vllm_config, make_plan(vllm_config))
+        return _install(model, vllm_config, plan)
 
 
 def _install(model: nn.Module, vllm_config: VllmConfig, plan: Plan) -> dict[int, LinearizedAttention]:
@@ -82,8 +82,8 @@ def _replace(
     sizes = Sizes(
         attention.num_heads, attention.num_kv_heads, attention.head_size, attention.head_size_v, hidden_size
     )  # fmt: skip
-    mixer, model_config = make_mixer(plan.config, sizes, place).float(), vllm_config.model_config
-    if mixer.state_spec(model_config.dtype) != plan.specs[place]:
+    mixer, model_config = make_mixer(plan.config, plan.whole, place, plan.shard).float(), vllm_config.model_config
+    if sizes != mixer.sizes:
         raise LolcatsError(f"layer {plan.layers[place]} has other sizes than the model's config tells: {sizes}")
     rotary = _find_rotary(parent, sizes, model_config.dtype) if mixer.needs_rotation else None
     watch(parent, rotary, hidden_size, inputs)

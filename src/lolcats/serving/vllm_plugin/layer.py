@@ -97,10 +97,11 @@ class LinearizedAttention(nn.Module):
         assert self.pages is not None
         meta: StateMetadata = every[self.pages.layer_name]
         pool = self.pages.pool(self.number)
-        if meta.num_decode_tokens:
-            tokens = torch.arange(meta.num_decode_tokens, device=q.device)[:, None]
+        if meta.decode_slots is not None:
+            count = len(meta.decode_slots)
+            tokens = torch.arange(count, device=q.device)[:, None]
             y, _ = self.mixer.step(step.call(tokens, None), pool, slots=meta.decode_slots)
-            out[: meta.num_decode_tokens] = y[:, :, 0]
+            out[:count] = y[:, :, 0]
         for rows in meta.prompts:
             slots = meta.prompt_slots(rows)
             state = map_state(pool, lambda t, slots=slots: t.index_select(0, slots))

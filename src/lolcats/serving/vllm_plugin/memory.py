@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 
 def state_memory(vllm_config: VllmConfig) -> int | None:
-    """Bytes, about; None where it cannot be told."""
+    """Bytes on each device, about; None where it cannot be told."""
     cache = vllm_config.cache_config
     given = getattr(cache, "kv_cache_memory_bytes", None)
     if given is not None:
@@ -24,7 +24,8 @@ def state_memory(vllm_config: VllmConfig) -> int | None:
     if not current_platform.is_cuda():
         return None
     total = current_platform.get_device_total_memory()  # without a context on the device
-    return max(0, int(total * cache.gpu_memory_utilization) - weight_bytes(vllm_config.model_config.model))
+    weights = weight_bytes(vllm_config.model_config.model) // vllm_config.parallel_config.tensor_parallel_size
+    return max(0, int(total * cache.gpu_memory_utilization) - weights)
 
 
 def weight_bytes(model: str) -> int:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 
@@ -46,12 +47,8 @@ class StateMetadata(BaseMambaAttentionMetadata):
     prompts: tuple[Rows, ...] = ()
     """Their tokens are counted from the first of the step."""
 
-    @property
-    def decode_slots(self) -> Tensor:
-        """[num_decodes] int64, pages of the requests that decode; -1 for a row without a request."""
-        assert self.state_indices_tensor_d is not None
-        slots = self.state_indices_tensor_d[: self.num_decode_tokens, 0].long()
-        return slots.masked_fill(slots == NO_PAGE, -1)
+    decode_slots: Tensor | None = None
+    """[rows] int64, pages of the requests that decode, -1 for a row without a request; None where none do."""
 
     def prompt_slots(self, rows: Rows) -> Tensor:
         """[B] int64, pages of the prompts in these rows."""
@@ -65,21 +62,49 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
     metadata_cls = StateMetadata
     needs_causal_conv1d_metadata = False
     supports_update_block_table = False  # pages are cleared in `build`, which each group of layers has to come through
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Graphs read what was there when they were recorded, so its memory stays.
+        self.decode_slots = torch.full_like(self.state_indices_tensor_d[:, 0], -1, dtype=torch.int64)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Whole decoding steps are recorded where that is asked for by name; else what lies between the layers."""
+        if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> StateMetadata:
-        """See the base."""
-        meta = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
-        ends, starts = common_attn_metadata.seq_lens_cpu_upper_bound, common_attn_metadata.query_start_loc_cpu
+        """See the base. Rows that fill up a graph have no tokens, and the page that is nobody's."""
+        common, prefilling = common_attn_metadata, common_attn_metadata.is_prefilling
+        if common.max_query_len == 1 and prefilling is not None:
+            # Such a step runs as a recorded one, whatever its tokens are of: prompts of one token decode from a page
+            # that was cleared.
+            common = common.replace(is_prefilling=torch.zeros_like(prefilling))
+        meta = super().build(common_prefix_len, common, *args, **kwargs)
+        ends, starts = common.seq_lens_cpu_upper_bound, common.query_start_loc_cpu
         assert ends is not None
         starts = starts[: meta.num_decodes + meta.num_prefills + 1]
-        self._clear(meta, ends[: len(starts) - 1] == starts.diff())
+        counts = starts.diff()
+        self._clear(meta, (ends[: len(counts)] == counts) & (counts > 0))
+        if meta.num_decode_tokens:
+            meta.decode_slots = self._keep_slots(meta)
         if meta.num_prefills:
-            device = common_attn_metadata.query_start_loc.device
+            device = common.query_start_loc.device
             meta.prompts = tuple(group_rows(starts[meta.num_decodes :].tolist(), device))
         return meta
+
+    def _keep_slots(self, meta: StateMetadata) -> Tensor:
+        """`decode_slots` of a step, where graphs look for them."""
+        assert meta.state_indices_tensor_d is not None
+        pages = meta.state_indices_tensor_d[:, 0].long()
+        slots = pages.masked_fill(pages == NO_PAGE, -1)
+        if len(slots) <= len(self.decode_slots):
+            slots = self.decode_slots[: len(slots)].copy_(slots)
+        return slots[: meta.num_decode_tokens]
 
     def _clear(self, meta: StateMetadata, begins: Tensor) -> None:
         """Empty the pages of those requests of a step of which all tokens so far are in it: `begins` [B]."""

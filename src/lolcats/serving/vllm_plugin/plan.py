@@ -14,6 +14,7 @@ from lolcats.config import LinearizationConfig
 from lolcats.mixers import Mixer, Sizes, StateSpec, build_mixer
 from lolcats.modeling.modules import GLOBAL, choose_layers
 from lolcats.serving.vllm_plugin.layout import PageLayout
+from lolcats.serving.vllm_plugin.shard import Shard
 
 
 class Plan(NamedTuple):
@@ -22,11 +23,16 @@ class Plan(NamedTuple):
     config: LinearizationConfig
     layers: tuple[int, ...]
     """Indices in the model."""
+    whole: Sizes
+    """Of what arrives at a layer on all devices together."""
+    shard: Shard
+    """This device."""
     specs: tuple[StateSpec, ...]
-    """Of each."""
+    """Of each layer's state on this device."""
     pages: tuple[PageLayout, ...]
     """One of all layers where no other layer keeps anything, else one for each: vLLM gives the pages of different kinds
-    of layers one size, which shall not be that of a whole model's states."""
+    of layers one size, which shall not be that of a whole model's states. vLLM wants pages of all devices to have one
+    size too, so they have that of the largest."""
 
     @property
     def page_bytes(self) -> int:
@@ -35,7 +41,7 @@ class Plan(NamedTuple):
 
     @property
     def request_bytes(self) -> int:
-        """Of the states of one request."""
+        """Of the states of one request, on each device."""
         return sum(page.nbytes for page in self.pages)
 
 
@@ -44,31 +50,50 @@ def linearization(vllm_config: VllmConfig) -> LinearizationConfig:
     return LinearizationConfig(**vllm_config.model_config.hf_config.linearization)
 
 
-def make_plan(vllm_config: VllmConfig) -> Plan:
-    """From the config alone; the model itself must turn out to have these layers (`install`)."""
+def make_plan(vllm_config: VllmConfig, rank: int = 0) -> Plan:
+    """From the config alone; the model itself must turn out to have these layers (`install`).
+
+    Args:
+        vllm_config: of the model.
+        rank: of this device, where a model is divided over several.
+    """
     config, model = linearization(vllm_config), vllm_config.model_config
-    available = global_layers(model.hf_text_config)
-    layers = choose_layers(available, config.layers)
-    sizes = sizes_of(vllm_config)
-    with torch.device("meta"):
-        mixers = [make_mixer(config, sizes, place) for place in range(len(layers))]
-    specs = tuple(mixer.state_spec(model.dtype) for mixer in mixers)
+    layers = choose_layers(global_layers(model.hf_text_config), config.layers)
+    whole, ranks = whole_sizes(vllm_config), vllm_config.parallel_config.tensor_parallel_size
     alone = len(layers) == model.hf_text_config.num_hidden_layers
-    pages = (PageLayout.of(specs),) if alone else tuple(PageLayout.of([spec]) for spec in specs)
-    return Plan(config, tuple(layers), specs, pages)
+    shards = [Shard(number, ranks) for number in range(ranks)]
+    specs = [_specs(config, whole, shard, len(layers), model.dtype) for shard in shards]
+    pages = [(PageLayout.of(own),) if alone else tuple(PageLayout.of([spec]) for spec in own) for own in specs]
+    largest = [max(page.nbytes for page in same) for same in zip(*pages, strict=True)]
+    own = tuple(page._replace(nbytes=nbytes) for page, nbytes in zip(pages[rank], largest, strict=True))
+    return Plan(config, tuple(layers), whole, shards[rank], specs[rank], own)
 
 
-def make_mixer(config: LinearizationConfig, sizes: Sizes, place: int) -> Mixer:
-    """The mixer of the linearized layer of this number; its parameters mean nothing yet."""
-    return build_mixer(config.mixer, sizes, **config.values(place)).requires_grad_(False)
+def _specs(
+    config: LinearizationConfig, whole: Sizes, shard: Shard, count: int, dtype: torch.dtype
+) -> tuple[StateSpec, ...]:
+    with torch.device("meta"):
+        mixers = [make_mixer(config, whole, place, shard) for place in range(count)]
+    return tuple(mixer.state_spec(dtype) for mixer in mixers)
 
 
-def sizes_of(vllm_config: VllmConfig) -> Sizes:
-    """Of what arrives at the layers."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    size = model.get_head_size()
-    heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-    return Sizes(heads, kv_heads, size, size, model.hf_text_config.hidden_size)
+def make_mixer(config: LinearizationConfig, whole: Sizes, place: int, shard: Shard) -> Mixer:
+    """A device's part of the mixer of the linearized layer of this number; its parameters mean nothing yet."""
+    values = shard.values(config.values(place), whole)
+    return build_mixer(config.mixer, shard.sizes(whole), **values).requires_grad_(False)
+
+
+def whole_mixers(plan: Plan) -> dict[int, Mixer]:
+    """The mixers with the heads of all devices, by the index of their layers; without memory for their parameters."""
+    with torch.device("meta"):
+        return {index: make_mixer(plan.config, plan.whole, place, Shard()) for place, index in enumerate(plan.layers)}
+
+
+def whole_sizes(vllm_config: VllmConfig) -> Sizes:
+    """Of what arrives at a layer on all devices together."""
+    model = vllm_config.model_config
+    size, heads = model.get_head_size(), model.model_arch_config.total_num_attention_heads
+    return Sizes(heads, model.get_total_num_kv_heads(), size, size, model.hf_text_config.hidden_size)
 
 
 def global_layers(config: Any) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
 from lolcats.modeling.old_names import new_name
+from lolcats.serving.vllm_plugin.shard import Shard
 
 MIXER, INNER = ".mixer.", ".inner."
 
@@ -28,14 +29,19 @@ class MixerWeights:
             else:
                 yield name.replace(INNER, ".", 1), tensor
 
-    def load(self, mixers: Mapping[int, nn.Module]) -> None:
+    def load(self, mixers: Mapping[int, nn.Module], whole: Mapping[int, nn.Module], shard: Shard) -> None:
         """Fill the mixers, by the index of their layers.
+
+        Args:
+            mixers: with the heads of this device.
+            whole: the same with all heads, for their shapes.
+            shard: which heads this device has.
 
         Raises:
             LolcatsError: tensors are missing, left over or of other shapes.
         """
         for index, mixer in mixers.items():
-            found, expected = self._found.pop(index, {}), mixer.state_dict()
+            found, expected = self._found.pop(index, {}), whole[index].state_dict()
             shapes = [{name: tuple(x.shape) for name, x in part.items()} for part in (found, expected)]
             if shapes[0] != shapes[1]:
                 wrong = sorted(dict(shapes[0].items() ^ shapes[1].items()))
@@ -43,7 +49,8 @@ class MixerWeights:
                     f"the model's folder and its settings do not fit: of the mixer of layer {index}, {wrong[0]} is "
                     "missing, left over or of another shape"
                 )
-            mixer.load_state_dict(found)
+            parts = {name: shard.take(found[name], part.shape) for name, part in mixer.state_dict().items()}
+            mixer.load_state_dict(parts)
         if self._found:
             raise LolcatsError(f"the folder has a mixer in layer {min(self._found)}, and its settings have none there")
 
