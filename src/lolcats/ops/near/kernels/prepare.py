@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.launch import either, on, precision
 from lolcats.ops.near.kernels.launch import device_of
+from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.prepared import Prepared, ScoreCall
 from lolcats.ops.near.quantize import OCTAVE, STEP_BYTES, PairCodec
 
@@ -169,16 +170,6 @@ def pair_numbers(
 
 
 @triton.jit
-def spread_tile(y, ROWS: tl.constexpr, N: tl.constexpr, LEVELS: tl.constexpr):
-    """Rows [ROWS, N] as `spread_kernel` spreads them, but for the factor."""
-    for level in tl.static_range(LEVELS):
-        parts = tl.permute(tl.reshape(y, [ROWS, N // 2 // 2**level, 2, 2**level]), [0, 1, 3, 2])
-        one, two = tl.split(parts)
-        y = tl.reshape(tl.permute(tl.join(one + two, one - two), [0, 1, 3, 2]), [ROWS, N])
-    return y
-
-
-@triton.jit
 def store_codes(to, y, N: tl.constexpr, BY_INVERSE: tl.constexpr):
     """The bytes of spread numbers y [1, N]."""
     column = tl.arange(0, N)
@@ -253,16 +244,16 @@ def prepare_kernel(
         if task == 0:
             order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
             key = (tl.load(k + order).to(tl.float32) * scale)[None, :]
-            store_codes(k_out + head * (D + 2), spread_tile(key, 1, D, D_LEVELS) * k_root, D, BY_INVERSE)
+            store_codes(k_out + head * (D + 2), mixed_rows(key, D, D_LEVELS, 1) * k_root, D, BY_INVERSE)
             value = tl.load(v + tl.arange(0, DV))[None, :].to(tl.float32)
-            store_codes(v_out + head * (DV + 2), spread_tile(value, 1, DV, DV_LEVELS) * v_root, DV, BY_INVERSE)
+            store_codes(v_out + head * (DV + 2), mixed_rows(value, DV, DV_LEVELS, 1) * v_root, DV, BY_INVERSE)
         if task == 1:
             order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
             g = tl.arange(0, BG)
             is_head = (g < GROUP)[:, None]
             from_q = q + batch * q_b + (kv_head * GROUP + g)[:, None] * q_h + order[None, :]
             queries = tl.load(from_q, mask=is_head, other=0.0).to(tl.float32)
-            queries = spread_tile(tl.div_rn(queries, scale[None, :]), BG, D, D_LEVELS) * k_root
+            queries = mixed_rows(tl.div_rn(queries, scale[None, :]), D, D_LEVELS, BG) * k_root
             to = q_out + (head * GROUP + g)[:, None] * D + tl.arange(0, D)[None, :]
             tl.store(to, queries.to(q_out.dtype.element_ty), mask=is_head)
 
