@@ -84,7 +84,7 @@ def run(kind: str, window_kind: str) -> list[str]:
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
     if not given:
-        wide = spec._replace(window=200)  # slots for several tiles
+        wide = spec._replace(window=200, fold=16)  # several tiles of tokens, and keys that wait
         step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, wide, logits)
     return [problem for problem in problems if problem]
 

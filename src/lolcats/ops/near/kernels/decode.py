@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.decode import advance_kernel, ring_positions, state_row
+from lolcats.ops.hybrid.kernels.decode import advance_kernel, state_row
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, add_softmax, load_tile, store_tile
 from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
@@ -43,6 +43,14 @@ LARGEST_PAIRS = 4096
 KEYS = 64
 """Slots of a tile."""
 CURVE, STEP_BYTES = tl.constexpr(LEVEL_CURVE), tl.constexpr(BYTES_OF_STEP)
+
+
+@triton.jit
+def ring_positions(now, slot, ring):
+    """Positions of the tokens in slots of the ring that holds `now`, and which slots are filled."""
+    age = now % ring - slot
+    position = now - tl.where(age < 0, age + ring, age)
+    return position, (slot < ring) & (position >= 0)
 
 
 @triton.jit
@@ -183,7 +191,7 @@ def near_decode(
             top, denominator, acc = add_softmax(top, denominator, acc, s, values, PRECISION)
     for first in tl.range(0, window, K, num_stages=STAGES):
         slot = first + tl.arange(0, K)
-        position, inside = ring_positions(now, slot, window, False, window)
+        position, inside = ring_positions(now, slot, window)
         keys = read_pairs(ring_k, slot, slot < window, q_tile, WK, D, BD, BITS, WIDE)
         keys = tl.where((slot == own)[:, None], k_new, keys)
         values = read_pairs(ring_v, slot, slot < window, q_tile, WV, DV, BV, BITS, 0)
