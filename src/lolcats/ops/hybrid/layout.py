@@ -199,13 +199,18 @@ def slots_in_order(length: Tensor, slots: int) -> Tensor:
     return (length[:, None] + torch.arange(slots, device=length.device)) % max(1, slots)
 
 
+def at_hand(length: Tensor) -> bool:
+    """Whether the host may ask for the length: of one text, on a CPU, in eager code."""
+    return len(length) == 1 and length.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def in_order(window: WindowRing, length: Tensor) -> WindowRing:
     """The ring with its tokens oldest first, so that the last is at the right end; empty slots are on the left."""
     slots = window.k.shape[2]
 
     def take(x: Tensor) -> Tensor:
-        if len(length) == 1 and length.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x.roll(-int(length) % max(1, slots), 2)  # a fifth of the time, and the length is at hand
+        if at_hand(length):
+            return x.roll(-int(length) % max(1, slots), 2)  # a fifth of the time
         rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1) * slots
         rows = rows + slots_in_order(length, slots)[:, None]
         return x.flatten(0, 2).index_select(0, rows.flatten()).view(x.shape)
@@ -256,8 +261,7 @@ def fold(
 def later_decay(log_decay: Tensor) -> Tensor:
     """The sum over all tokens after each: [..., T] -> [..., T]."""
     # Not the sum from each on less its own: beside a strong decay a weak one would be lost.
-    following = torch.nn.functional.pad(log_decay[..., 1:], (0, 1))
-    return following.flip(-1).cumsum(-1).flip(-1)
+    return torch.nn.functional.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
 
 
 def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
@@ -267,7 +271,6 @@ def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
     decays = inputs.log_decay is not None
     state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
     features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
-    slots = spec.slots
 
     def zeros(*shape: int, like: Tensor) -> Tensor:
         return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
@@ -276,10 +279,10 @@ def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
         return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
     ring = WindowRing(
-        zeros(kv_heads, slots, size, like=inputs.k),
-        zeros(kv_heads, slots, value_size, like=inputs.v),
-        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
-        accumulator(inputs.q.shape[1], slots) if decays else None,
+        zeros(kv_heads, spec.slots, size, like=inputs.k),
+        zeros(kv_heads, spec.slots, value_size, like=inputs.v),
+        zeros(inputs.phi_k.shape[1], spec.slots, features, like=inputs.phi_k),
+        accumulator(inputs.q.shape[1], spec.slots) if decays else None,
     )
     sinks = None
     if spec.sinks:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lolcats.ops.hybrid.layout import (
     FULL_DECAY,
     Inputs,
+    at_hand,
     empty_state,
     fold,
     held_positions,
@@ -175,8 +176,8 @@ def _fold_block(
     count = phi_leaving.shape[2]
     oldest = held.position[:, :count]
     entering = (oldest >= 0) & (oldest < held.summed)
-    if oldest.device.type == "cpu" and not torch.compiler.is_compiling() and not entering.any():
-        return LinearState(*(t.to(dtype) for t in state.linear))  # where the host can know it: half of a step's bytes
+    if at_hand(state.length) and not entering.any():
+        return LinearState(*(t.to(dtype) for t in state.linear))
     decay = None if held.decay is None else held.decay[:, :, :count]
     return fold(state, phi_leaving, held.v[:, :, :count], decay, entering, oldest >= spec.sinks, dtype)
 
