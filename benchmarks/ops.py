@@ -1,7 +1,7 @@
 """Hybrid attention by the Triton kernels, feature maps included, against other attention: a dated table on a GPU.
 
 python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads 32] [--kv-heads 8] [--size 128]
-    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--no-peers] [--json FILE]
+    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--fold 1 16] [--no-peers] [--json FILE]
 
 Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
 form on the same numbers; a result that is off stops the program. The peers, where they are installed: SDPA with flash
@@ -212,21 +212,31 @@ def backward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decode_row(batch: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    """One decoding step with a full ring, beside the time of its bytes at `bandwidth` (GB/s) and plain torch."""
-    x = Inputs(args.window + 6, args, batch=batch)
-    state = hybrid_attention(x.q, x.k, x.v, x.maps, x.factor, x.spec, impl="triton", return_state=True).state
+def decode_row(batch: int, fold: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """A decoding step with a full ring, in the mean over a block of `fold` keys, beside its bytes and plain torch.
+
+    The texts of the batch are of all lengths modulo `fold`, so as many of them complete their block in each step.
+    """
+    x = Inputs(args.window + 2 * fold, args, batch=batch)
+    spec = x.spec._replace(fold=fold)
+    mask = torch.arange(x.q.shape[2], device="cuda") >= torch.arange(batch, device="cuda")[:, None] % fold
+    state = hybrid_attention(
+        x.q, x.k, x.v, x.maps, x.factor, spec, attention_mask=mask, impl="triton", return_state=True
+    ).state
     assert state is not None
     q, k, v = (t[:, :, -1:].contiguous() for t in (x.q, x.k, x.v))
 
-    def step(impl: str) -> Any:
-        return hybrid_step(q, k, v, x.maps, x.factor, state, x.spec, donate=True, impl=impl)
+    def steps(impl: str) -> None:
+        now = state
+        for _ in range(fold):
+            _, now = hybrid_step(q, k, v, x.maps, x.factor, now, spec, donate=True, impl=impl)
 
-    parts = (*state.linear, state.window.k, state.window.v)
-    least = 2e-6 * sum(t.numel() * t.element_size() for t in parts) / bandwidth
-    row: dict[str, Any] = {"pass": "decode", "batch": batch, "plain torch": time_graph(lambda: step("recurrent"))}
-    row["hybrid"] = time_graph(lambda: step("triton"))
-    return {**row, "bytes / bandwidth": least, "ratio": row["hybrid"] / least}
+    sums, ring = (sum(t.numel() * t.element_size() for t in part) for part in (state.linear, state.window[:2]))
+    row: dict[str, Any] = {"pass": "decode", "batch": batch, "fold": fold}
+    row["plain torch"] = time_graph(lambda: steps("recurrent")) / fold
+    row["hybrid"] = time_graph(lambda: steps("triton")) / fold
+    row["bytes / bandwidth"] = 1e-6 * (sums * (1 + 1 / fold) + ring) / bandwidth
+    return {**row, "ratio": row["hybrid"] / row["bytes / bandwidth"]}
 
 
 def _or_reason(run: Callable[[], Any]) -> float | str:
@@ -248,6 +258,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=0)
     parser.add_argument("--state-heads", choices=["query", "kv"], default="query")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 64], help="batch sizes of a decoding step")
+    parser.add_argument("--fold", type=int, nargs="*", default=[1, 16], help="keys that wait, of a decoding step")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time the peers too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -261,7 +272,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in result.items()), flush=True)
     jobs = [functools.partial(forward_row, n, args) for n in args.lengths]
     jobs += [functools.partial(backward_row, n, args) for n in args.backward]
-    jobs += [functools.partial(decode_row, batch, args, bandwidth) for batch in args.decode]
+    jobs += [functools.partial(decode_row, batch, fold, args, bandwidth) for batch in args.decode for fold in args.fold]
     rows: list[dict[str, Any]] = []
     for job in jobs:
         rows.append(job())

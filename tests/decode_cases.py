@@ -15,7 +15,7 @@ from lolcats.modeling.decode_graphs import DecodeGraphs, graphs_of
 
 SPLIT = [[4, 2], [[2, 0], [5, 3]], [[3, 1], [6, 1]]]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sliding": {"window": 5, "sinks": 2},
+    "sliding": {"window": 5, "sinks": 2, "fold": 3},
     "terraced": {"window": 4, "window_kind": "terraced", "sinks": 1, "decay": "gate"},
     "elu": {"window": 4, "feature_map": "elu"},
     "kept": {"mixer": "blend", "window": 4, "sinks": 2, "kept": {"pairs": 3}},

@@ -59,16 +59,18 @@ def test_bytes_of_a_teacher(make_teacher: Make) -> None:
 
 
 def test_bytes_of_hybrid(make_student: Make) -> None:
-    """A state per query head, features x 6 numbers and their sums, is written back; window and sinks are 7 keys."""
-    student = make_student(window=5, sinks=2, feature_map="hedgehog")
+    """A state per query head, features x 6 numbers and their sums, is written in one of 4 steps; 10 keys beside it."""
+    student = make_student(window=5, sinks=2, feature_map="hedgehog", fold=4)
     cost, teacher = step_bytes(student), 4 * weights_of(student.config)
     added = sum(p.numel() * 4 for layer in linearized_layers(student) for p in layer.mixer.parameters())
     features = linearized_layers(student)[0].mixer.state_spec(torch.float32).shapes[0][1]
-    sums, near = 6 * features * (6 + 1) * 4, 7 * 2 * 2 * 6 * 4
+    sums, near = 6 * features * (6 + 1) * 4, (2 + 5 + 3) * 2 * 2 * 6 * 4  # sinks, window, keys that wait
     assert cost.weights == teacher + added
-    assert cost.rewritten == 3 * (sums + 8)
+    assert cost.rewritten == 3 * (sums // 4 + 8)
     assert cost.text(10) == cost.text(1000) == 3 * (sums + near + 8)
-    assert cost.moved(5, 10) == cost.weights + 5 * 3 * (2 * (sums + 8) + near)
+    assert cost.moved(5, 10) == cost.weights + 5 * 3 * (sums + sums // 4 + 2 * 8 + near)
+    terraced = step_bytes(make_student(window=4, window_kind="terraced"))
+    assert terraced.rewritten == 3 * (sums // 4 + 8), "a window of its own is a block"
 
 
 def test_bytes_of_blend_beside_softmax(make_student: Make) -> None:

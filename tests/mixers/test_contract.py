@@ -22,9 +22,10 @@ from lolcats.training.batches import Batch
 SIZES = Sizes(heads=4, kv_heads=2, head_dim=6, value_dim=4, hidden_size=10)
 TABLE: dict[str, list[dict[str, Any]]] = {
     "hybrid": [
-        {"window": 4},
+        {"window": 4, "fold": 3},
+        {"window": 2, "decay": "gate", "fold": 4},
         {"window": 3, "window_kind": "terraced", "sinks": 2, "decay": "gate", "state_heads": "kv"},
-        {"window": 0, "feature_map": "t2r", "feature_size": 3},
+        {"window": 0, "feature_map": "t2r", "feature_size": 3, "fold": 2},
         {"window": 5, "sinks": 1, "feature_map": "elu"},
     ],
     "blend": [

@@ -40,7 +40,7 @@ def test_as_many_bytes(settings: dict[str, Any], dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_model_with_it_is_softmax_while_a_text_fits(make_student: Any, tokens: Any) -> None:
     """Its state is 8 KV tokens of window and 2 of sinks and more for what is linear: 12 tokens fit, 40 do not."""
-    student = make_student(window=8, sinks=2)
+    student = make_student(window=8, sinks=2, fold=1)
     short, long = tokens(2, 12), tokens(2, 40)
     with attention_mode(student, "softmax"):
         exact = [student(x, use_cache=False).logits for x in (short, long)]

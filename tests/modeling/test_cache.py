@@ -25,7 +25,7 @@ def filled(model: Any, ids: Tensor) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"window": 16}, {"window": 8, "sinks": 4, "window_kind": "terraced"}, {"window": 16, "decay": "gate"}],
+    [{"window": 16}, {"window": 8, "sinks": 4, "window_kind": "terraced"}, {"window": 16, "decay": "gate", "fold": 5}],
     ids=str,
 )
 def test_size_is_the_same_after_100_and_1000_tokens(
@@ -45,9 +45,9 @@ def test_size_is_the_same_after_100_and_1000_tokens(
 
 
 def test_size_is_what_the_formula_says(make_student: Students, tokens: Tokens) -> None:
-    student = make_student(window=8, sinks=3)
+    student = make_student(window=8, sinks=3, fold=5)
     layers, rows, heads, kv, size, features = 3, 2, 6, 2, 6, 12
-    ring = kv * 8 * 2 * size * 4  # keys and values
+    ring = kv * (8 + 4) * 2 * size * 4  # keys and values of the window, and of those that wait
     sinks = kv * 3 * 2 * size * 4
     linear = heads * features * (size + 1) * 4
     assert state_bytes(filled(student, tokens(2, 50))) == layers * rows * (ring + sinks + linear + 8)
@@ -55,13 +55,13 @@ def test_size_is_what_the_formula_says(make_student: Students, tokens: Tokens) -
 
 def test_keys_are_not_repeated_to_query_heads(make_student: Students, tokens: Tokens) -> None:
     for steps in (0, 3):
-        student = make_student(window=8, sinks=2, decay="gate")
+        student = make_student(window=8, sinks=2, decay="gate", fold=4)
         cache = filled(student, tokens(2, 20))
         for i in range(steps):
             student(tokens(2, 20)[:, i : i + 1], past_key_values=cache)
         for layer in cache.layers:
             state = layer.state
-            assert state.window.k.shape == state.window.v.shape == (2, 2, 8, 6)
+            assert state.window.k.shape == state.window.v.shape == (2, 2, 8 + 3, 6)
             assert state.sinks.k.shape == (2, 2, 2, 6)
             assert state.window.phi_k is None
 

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 CLOSE = 1e-10
 """Of numbers in float64; in float32 some codes of 8 bits would differ by one, as products of fewer rows do."""
 LAYERS: dict[str, dict[str, Any]] = SETTINGS | {
-    "linear": {"window": 0, "sinks": 0},
-    "kv-gate": {"window": 6, "sinks": 2, "decay": "gate", "state_heads": "kv"},
+    "linear": {"window": 0, "sinks": 0, "fold": 1},
+    "kv-gate": {"window": 6, "sinks": 2, "decay": "gate", "state_heads": "kv", "fold": 4},
     "4bit": {"mixer": "blend", "window": 4, "far": "none", "bits": 4, "kept": {"pairs": 4}},
     "kda": {"mixer": "blend", "window": 4, "far": "kda"},
     "mamba2": {"mixer": "blend", "window": 3, "sinks": 1, "far": "mamba2", "kept": {"pairs": 2}},

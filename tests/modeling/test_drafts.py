@@ -21,7 +21,7 @@ Tokens = Callable[..., Tensor]
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 LAYERS: dict[str, dict[str, Any]] = SETTINGS | {
-    "mixed": {"window": 4, "layers": [0, 2]},
+    "mixed": {"window": 4, "layers": [0, 2], "fold": 3},
     "mixed-heads": {"mixer": "blend", "sinks": 1, "split": [[[2, 0], [5, 3]]], "bits": 8, "layers": [1]},
 }
 NEW = 10

@@ -16,9 +16,9 @@ Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
 LAYERS = [
-    pytest.param({"window": 6}, id="sliding"),
+    pytest.param({"window": 6, "fold": 4}, id="sliding"),
     pytest.param({"window": 4, "sinks": 2, "window_kind": "terraced"}, id="terraced"),
-    pytest.param({"window": 6, "sinks": 2, "decay": "gate", "state_heads": "kv"}, id="gate-kv"),
+    pytest.param({"window": 6, "sinks": 2, "decay": "gate", "state_heads": "kv", "fold": 3}, id="gate-kv"),
     pytest.param({"window": 6, "layers": [0, 2]}, id="mixed"),
 ]
 

@@ -22,11 +22,11 @@ Tokens = Callable[..., Tensor]
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 LAYERS = [
-    pytest.param({"window": 8}, id="sliding"),
+    pytest.param({"window": 8, "fold": 3}, id="sliding"),
     pytest.param({"window": 0}, id="no-window"),
     pytest.param({"window": 8, "sinks": 4}, id="sinks"),
     pytest.param({"window": 5, "sinks": 3, "window_kind": "terraced"}, id="terraced"),
-    pytest.param({"window": 8, "sinks": 2, "decay": "gate"}, id="gate"),
+    pytest.param({"window": 8, "sinks": 2, "decay": "gate", "fold": 5}, id="gate"),
     pytest.param({"window": 8, "decay": "gate", "state_heads": "kv"}, id="gate-kv"),
     pytest.param({"window": 8, "sinks": 2, "layers": [0, -1]}, id="mixed"),
     pytest.param({"window": 8, "layers": [1], "window_kind": "terraced"}, id="first-layer-softmax"),

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 BLEND: dict[str, Any] = {"mixer": "blend", "window": 4}
 LAYERS = [
-    pytest.param({"window": 6}, id="sliding"),
+    pytest.param({"window": 6, "fold": 4}, id="sliding"),
     pytest.param({"window": 4, "sinks": 2, "window_kind": "terraced"}, id="terraced"),
     pytest.param({"window": 6, "sinks": 2, "decay": "gate", "state_heads": "kv", "layers": [0, 2]}, id="gate-mixed"),
     pytest.param({"window": 0, "sinks": 0}, id="linear"),

@@ -35,7 +35,7 @@ def test_a_static_cache_generates_the_same(make_student: Students, tokens: Token
 @pytest.mark.parametrize(
     "settings",
     [
-        {"window": 5, "sinks": 2},
+        {"window": 5, "sinks": 2, "fold": 3},
         {"mixer": "blend", "sinks": 1, "split": [[4, 2], [[2, 0], [5, 3]]]},
     ],
     ids=str,

@@ -127,7 +127,7 @@ def launch_all(kind: str, window_kind: str, n: int) -> None:
     needs = tuple(t is not None for t in x)
     backward.run_backward(plan, x, context, saved, torch.empty_like(saved.out), needs)
     if not given:
-        wide = spec._replace(window=200)  # slots for several tiles
+        wide = spec._replace(window=200, fold=16)  # several tiles of tokens, and keys that wait
         step(MapWeights(kind, weights, weights, bias, bias, factor), q, k, wide, logits)
 
 

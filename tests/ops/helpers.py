@@ -36,11 +36,12 @@ class Case(NamedTuple):
     features: int = 3  # F
     softcap: float | None = None
     learned: bool = False  # learned sinks
+    fold: int = 1
 
     @property
     def spec(self) -> HybridSpec:
         """The case's `HybridSpec`."""
-        return HybridSpec(self.window, self.kind, self.sinks, None, self.softcap)
+        return HybridSpec(self.window, self.kind, self.sinks, None, self.softcap, self.fold)
 
 
 class Tensors(NamedTuple):
@@ -155,7 +156,7 @@ def assert_same_gradients(got: Tensor, want: Tensor, tensors: Tensors) -> None:
 
 
 def assert_same_state(got: HybridState, want: HybridState, case: Case) -> None:
-    """Equal sums, and equal tokens in every slot that holds one of the window."""
+    """Equal sums, and equal tokens in every slot that holds one of the window, or one that waits."""
     assert got.length.tolist() == want.length.tolist()
     assert_same(got.linear.kv, want.linear.kv, "kv")
     assert_same(got.linear.k_sum, want.linear.k_sum, "k_sum")

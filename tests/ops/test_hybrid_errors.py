@@ -46,6 +46,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "window kind": ({"window_kind": "slide"}, r"window_kind 'sliding' or 'terraced'; got 'slide'"),
     "negative window": ({"window": -1}, r"an integer window >= 0; got -1"),
     "terraced window 0": ({"window": 0, "window_kind": "terraced"}, r"an integer window >= 1; got 0"),
+    "fold 0": ({"fold": 0}, r"an integer fold >= 1; got 0"),
     "window not an integer": ({"window": 2.0}, r"an integer window >= 0; got 2.0"),
     "negative sinks": ({"sinks": -1}, r"an integer number of sinks >= 0; got -1"),
     "softcap 0": ({"softcap": 0.0}, r"a softcap > 0, or None; got 0.0"),

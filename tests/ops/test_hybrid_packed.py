@@ -30,8 +30,9 @@ CASES = [
     Case(int(CUTS[-1]), W, sinks=2, decay=True, groups=2, batch=1, learned=True),
     Case(int(CUTS[-1]), W, "terraced", sinks=1, feature_heads="kv", groups=2, batch=1, softcap=0.7),
     Case(int(CUTS[-1]), 0, feature_heads="kv", kv_heads=1, batch=1),
+    Case(int(CUTS[-1]), W, sinks=1, decay=True, kv_heads=1, batch=1, fold=3),
 ]
-NAMES = ["sliding", "terraced", "linear"]
+NAMES = ["sliding", "terraced", "linear", "waiting"]
 cases = pytest.mark.parametrize("case", CASES, ids=NAMES)
 implementations = pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 
@@ -121,10 +122,10 @@ def test_the_packed_row_goes_on_text_by_text() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("starts", [False, True], ids=["from nothing", "from states"])
-def test_the_kernels_on_packed_texts(starts: bool) -> None:
+@pytest.mark.parametrize(("index", "starts"), [(0, False), (1, True), (3, True)])
+def test_the_kernels_on_packed_texts(index: int, starts: bool) -> None:
     pytest.importorskip("triton")
-    case = CASES[starts]._replace(kv_heads=1)
+    case = CASES[index]._replace(kv_heads=1)
     before = states_before(case) if starts else None
     low = None if before is None else before.map(lambda t: t.float() if t.is_floating_point() else t)
     results, tensors = each_alone(case, before)

@@ -27,8 +27,10 @@ SLIDING = Case(50, 8, "sliding", sinks=2, decay=True, groups=3, kv_heads=1)
 TERRACED = Case(50, 8, "terraced", sinks=2, decay=True, groups=2, kv_heads=2, softcap=1.0, learned=True)
 PLAIN = Case(50, 8, "sliding", feature_heads="kv", groups=3)
 LINEAR = Case(50, 0, "sliding", feature_heads="kv", groups=2)
-CASES = [SLIDING, TERRACED, PLAIN, LINEAR]
-NAMES = ["sliding", "terraced", "plain", "linear"]
+WAITING = Case(50, 8, "sliding", sinks=2, decay=True, groups=3, kv_heads=1, softcap=1.0, learned=True, fold=5)
+WAITING_LINEAR = Case(50, 0, "sliding", sinks=1, feature_heads="kv", groups=2, fold=4)
+CASES = [SLIDING, TERRACED, PLAIN, LINEAR, WAITING, WAITING_LINEAR]
+NAMES = ["sliding", "terraced", "plain", "linear", "waiting", "waiting-linear"]
 
 
 def run_pieces(tensors: Tensors, case: Case, cuts: list[int], impls: list[str]) -> tuple[Tensor, HybridState]:
@@ -46,11 +48,11 @@ def run_pieces(tensors: Tensors, case: Case, cuts: list[int], impls: list[str]) 
 @pytest.mark.parametrize("second", CPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("first", CPU_IMPLEMENTATIONS)
 def test_split_is_the_full_pass(first: str, second: str) -> None:
-    for case in (SLIDING, TERRACED):
+    for case in (SLIDING, TERRACED, WAITING, WAITING_LINEAR):
         tensors = make(case)
         full = run(tensors, case, "reference", return_state=True)
         assert full.state is not None
-        for cut in (1, 2, 7, 8, 9, 16, 17, 31, 49):
+        for cut in (1, 2, 7, 8, 9, 12, 13, 16, 17, 31, 49):
             out, state = run_pieces(tensors, case, [cut], [first, second])
             assert_same(out, full.out, f"{case.kind}, cut at {cut}")
             assert_same_state(state, full.state, case)
@@ -68,11 +70,11 @@ def test_many_pieces_are_the_full_pass(case: Case) -> None:
 
 
 def test_split_of_a_text_longer_than_chunks_and_window() -> None:
-    for kind, window in (("sliding", 65), ("terraced", 64), ("sliding", 0)):
-        case = Case(400, window, kind, sinks=4, decay=True, groups=2, kv_heads=1, batch=1)
+    for kind, window, fold in (("sliding", 65, 1), ("sliding", 65, 70), ("terraced", 64, 1), ("sliding", 0, 1)):
+        case = Case(400, window, kind, sinks=4, decay=True, groups=2, kv_heads=1, batch=1, fold=fold)
         tensors = make(case)
         out, _ = run_pieces(tensors, case, [63, 129, 130, 300], ["chunked"])
-        assert_same(out, run(tensors, case, "reference").out, f"{kind} {window}")
+        assert_same(out, run(tensors, case, "reference").out, f"{kind} {window} {fold}")
 
 
 def test_shorter_than_the_sinks() -> None:
@@ -86,16 +88,16 @@ def test_shorter_than_the_sinks() -> None:
 
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 def test_gradients_flow_through_the_state(impl: str) -> None:
-    for case in (SLIDING, TERRACED):
+    for case in (SLIDING, TERRACED, WAITING):
         tensors = make(case)
         out, _ = run_pieces(tensors, case, [11, 30], [impl])
         assert_same_gradients(out, run(tensors, case, "reference").out, tensors)
 
 
-@pytest.mark.parametrize("kind", ["sliding", "terraced"])
-def test_defect_03_prefill_and_decode_windows_agree(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "fold"), [("sliding", 1), ("sliding", 9), ("terraced", 1)])
+def test_defect_03_prefill_and_decode_windows_agree(kind: str, fold: int) -> None:
     """Each token decoded after a prefill sees exactly the keys that it sees in the full pass."""
-    case = Case(40, 6, kind, kv_heads=1, batch=1)
+    case = Case(40, 6, kind, kv_heads=1, batch=1, fold=fold)
     tensors = make(case)
     full = run(tensors, case, "reference").out
     for cut in range(1, 40):
@@ -119,6 +121,56 @@ def test_defect_04_chunked_prefill_keeps_every_key(kind: str) -> None:
         assert_same(out, run(tensors, case, "reference").out, impl)
 
 
+def summed_and_held(case: Case) -> tuple[list[int], list[int]]:
+    """Tokens in the sums and tokens in the ring after n tokens, one after the other."""
+    summed: list[int] = []
+    held: list[int] = []
+    for i in range(case.n):
+        held.append(i)
+        if case.kind == "sliding":
+            leaving = [j for j in held if j <= i - case.window]
+        else:
+            leaving = [j for j in held if j // case.window < i // case.window - 1]
+        if len(leaving) == (case.fold if case.kind == "sliding" else case.window):
+            summed += leaving
+            held = [j for j in held if j not in leaving]
+    return summed, held
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
+def test_keys_wait_for_their_block(impl: str) -> None:
+    """After any number of tokens the sums are those of whole blocks, decayed up to their last key; the rest waits."""
+    for case in (WAITING, WAITING_LINEAR, TERRACED):
+        for n in (1, 7, 8, 9, 12, 13, 14, 17, 18, 24, 25, 33, 50):
+            tensors = make(case._replace(n=n))
+            state = state_of(tensors, case, impl)
+            summed, held = summed_and_held(case._replace(n=n))
+            positions = held_positions(state.length, case.spec)[0]
+            assert positions[positions >= 0].tolist() == held
+            assert_same(in_order(state.window, state.length).k[:, :, positions >= 0], tensors.k[:, :, held])
+            k_sum = torch.zeros_like(state.linear.k_sum)
+            for j in [j for j in summed if j >= case.sinks]:
+                later = 0.0 if tensors.log_decay is None else tensors.log_decay[:, :, j + 1 : len(summed)].sum(-1)
+                k_sum = k_sum + tensors.phi_k[:, :, j] * torch.as_tensor(later).exp()[..., None]
+            assert_same(state.linear.k_sum, k_sum, f"{n} tokens")
+
+
+def test_many_equal_keys_are_summed_without_a_drift() -> None:
+    """Numbers that are small beside their sum are rounded all the same way; those of a block are added up before."""
+    errors = {}
+    for fold in (1, 16):
+        case = Case(256, 2, feature_heads="kv", kv_heads=1, batch=1, fold=fold)
+        tensors = make(case, torch.float32).map(lambda x: torch.full_like(x, 1 / 3))
+        state = state_of(tensors.tokens(0, 2), case, "chunked")
+        before = 2.0**20 / 3  # as after a million such keys
+        state = state._replace(linear=state.linear._replace(k_sum=state.linear.k_sum + before))
+        after = run(tensors, case, "recurrent", initial_state=state, return_state=True).state
+        assert after is not None
+        growth = 256 / 3
+        errors[fold] = float((after.linear.k_sum - before).max()) / growth - 1
+    assert abs(errors[1]) > 0.03 and abs(errors[16]) < 0.003
+
+
 def padded_rows(tensors: Tensors, case: Case, lengths: list[int], side: str) -> tuple[Tensors, Tensor]:
     """Row b holds the first lengths[b] tokens, garbage elsewhere; and the mask."""
     parts = []
@@ -136,7 +188,7 @@ def padded_rows(tensors: Tensors, case: Case, lengths: list[int], side: str) -> 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_defect_06_padding_changes_nothing(side: str, impl: str) -> None:
     """Outputs, zeros at padding, the state, and the text that goes on after it: as if each row were alone."""
-    for case in (SLIDING, TERRACED):
+    for case in (SLIDING, TERRACED, WAITING):
         check_padding(case._replace(batch=3), side, impl)
 
 
@@ -162,7 +214,12 @@ def check_padding(case: Case, side: str, impl: str) -> None:
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 def test_padding_in_a_later_piece(impl: str, side: str) -> None:
     """Padding between the tokens of the state and the new ones, longer than a chunk, counts for nothing."""
-    case, later, before, after = SLIDING._replace(batch=3), SLIDING._replace(batch=3, n=150), [50, 23, 9], [70, 150, 2]
+    for case in (SLIDING, WAITING):
+        check_later_padding(case._replace(batch=3), side, impl)
+
+
+def check_later_padding(case: Case, side: str, impl: str) -> None:
+    later, before, after = case._replace(n=150), [50, 23, 9], [70, 150, 2]
     tensors = make(case)
     first, mask = padded_rows(tensors, case, before, "left")
     state = state_of(first, case, impl, attention_mask=mask)
@@ -195,7 +252,7 @@ def test_batch_is_single(impl: str) -> None:
 def test_rows_of_a_state_can_be_reordered() -> None:
     """What beam search does: rows change places, or are copied, between two calls."""
     rows = torch.tensor([1, 1, 0])
-    for case in (SLIDING, TERRACED):
+    for case in (SLIDING, TERRACED, WAITING):
         case = case._replace(batch=3)
         before = make(case)
         after = make(case._replace(n=6), seed=1)._replace(**before.per_head())
@@ -221,10 +278,12 @@ def test_size_does_not_depend_on_length(impl: str) -> None:
 
 
 def test_nbytes_counts_every_tensor() -> None:
-    state = state_of(make(SLIDING, torch.float32).to(torch.float32), SLIDING, "chunked")
-    batch, size, value, features, heads, slots, sinks = 2, 4, 3, 3, 3, 8, 2
-    floats = heads * features * (value + 1) + slots * (size + value + heads * features + heads) + sinks * (size + value)
-    assert state.nbytes == batch * (4 * floats + 8)
+    for case, slots in (SLIDING, 8), (WAITING, 8 + 4):
+        state = state_of(make(case, torch.float32).to(torch.float32), case, "chunked")
+        batch, size, value, features, heads, sinks = 2, 4, 3, 3, 3, 2
+        floats = heads * features * (value + 1) + sinks * (size + value)
+        floats += slots * (size + value + heads * features + heads)
+        assert state.nbytes == batch * (4 * floats + 8)
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)

@@ -167,10 +167,10 @@ def test_packed_documents() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 20, 64, 139])
+@pytest.mark.parametrize(("cut", "fold"), [(1, 1), (20, 1), (64, 1), (139, 1), (23, 5), (64, 5)])
 @pytest.mark.parametrize("with_maps", [False, True], ids=["features", "maps"])
-def test_a_text_in_two_calls(cut: int, with_maps: bool) -> None:
-    case = Case(140, 16, sinks=2, groups=2, feature_heads="kv", kv_heads=1, decay=not with_maps)
+def test_a_text_in_two_calls(cut: int, fold: int, with_maps: bool) -> None:
+    case = Case(140, 16, sinks=2, groups=2, feature_heads="kv", kv_heads=1, decay=not with_maps, fold=fold)
     exact = make(case)
     tensors = exact.to(torch.float32)
     maps, low = map_weights("hedgehog", case, torch.float64), map_weights("hedgehog", case, torch.float32)

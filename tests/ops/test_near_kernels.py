@@ -192,7 +192,8 @@ def test_no_window_is_a_constant() -> None:
     """Nor are pairs: key heads of many sizes share a kernel."""
     for kernel in kernels():
         parameters = inspect.signature(kernel.fn).parameters
-        assert all(parameters[name].annotation is inspect.Parameter.empty for name in ("window", "pairs"))
+        sizes = [parameters[name] for name in ("window", "pairs") if name in parameters]  # a step's are in a table
+        assert all(size.annotation is inspect.Parameter.empty for size in sizes)
         assert not {"WINDOW", "PAIRS"} & set(parameters)
 
 

@@ -18,7 +18,7 @@ from lolcats.serving.vllm_plugin.layout import ALIGNMENT, PageLayout, empty_page
 
 SIZES = Sizes(heads=4, kv_heads=2, head_dim=6, value_dim=6, hidden_size=10)
 MIXERS: list[dict[str, Any]] = [
-    {"mixer": "hybrid", "window": 3, "sinks": 1},
+    {"mixer": "hybrid", "window": 3, "sinks": 1, "fold": 2},
     {"mixer": "blend", "window": 3, "sinks": 1, "kept": {"pairs": 2}, "bits": 8, "far": "none"},
     {"mixer": "blend", "kept": {"pairs": 2}, "split": [[[4, 3], [2, 0]]]},
     {"mixer": "blend", "window": 2, "far": "gated_delta", "state_dtype": "bfloat16"},

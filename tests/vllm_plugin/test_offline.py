@@ -24,7 +24,7 @@ RECOMMENDED: dict[str, Any] = {
 SPLIT = [[[8, 12], [16, 4]], [[12, 8], [20, 0]]]
 """Two layers whose states take different numbers of bytes."""
 CASES: dict[str, tuple[dict[str, Any], float]] = {
-    "hybrid with sinks": ({"mixer": "hybrid", "window": 16, "sinks": 4}, EXACT),
+    "hybrid with sinks": ({"mixer": "hybrid", "window": 16, "sinks": 4, "fold": 5}, EXACT),
     "hybrid, a state a key head": ({"mixer": "hybrid", "window": 16, "state_heads": "kv", "feature_map": "elu"}, EXACT),
     "hybrid, terraced, with decay": (
         {"mixer": "hybrid", "window": 8, "window_kind": "terraced", "sinks": 2, "decay": "gate"}, EXACT,

@@ -100,6 +100,7 @@ class HybridConfig(LinearizationConfig):
     window: Near = 64  # tokens with exact softmax attention
     window_kind: Literal["sliding", "terraced"] = "sliding"
     sinks: Near = 0  # first tokens of the text that always keep softmax attention
+    fold: Annotated[int, Field(ge=1, le=2**10)] = 16  # keys that leave a sliding window before the sums are written
     state_heads: Literal["query", "kv"] = "query"  # one linear state per query head, or one per key/value head
     start: Literal["paper", "matched"] = "paper"
     decay: Literal["none", "gate"] = "none"  # gate: a learned, data-dependent scalar decay per head

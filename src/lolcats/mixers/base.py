@@ -260,6 +260,11 @@ class Mixer(nn.Module):
         """The first tokens of a text, whose queries see all keys before them in window and sinks."""
         return self.settings.window + self.settings.sinks
 
+    @property
+    def steps_a_write(self) -> int:
+        """Decoding steps of a text in which its sums are written once; read they are in each."""
+        return 1
+
     def parts(self, call: Call) -> FarParts:
         """The far part of the teacher's attention and the layer's, where "parts" is one of `targets`."""
         raise NotImplementedError

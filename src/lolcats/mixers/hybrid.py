@@ -82,6 +82,7 @@ class HybridMixer(Mixer):
         window: int,
         window_kind: str,
         sinks: int,
+        fold: int,
         state_heads: str,
         decay: str,
     ) -> HybridMixer:
@@ -99,7 +100,7 @@ class HybridMixer(Mixer):
         maps = [
             build_feature_map(feature_map, count, sizes.head_dim, feature_size) for count in (sizes.heads, key_maps)
         ]
-        settings = HybridSpec(window, window_kind, sinks, sizes.head_dim**-0.5)
+        settings = HybridSpec(window, window_kind, sinks, sizes.head_dim**-0.5, fold=fold)
         return cls(sizes, resolve_impl(impl), maps[0], maps[1], settings, gate)
 
     def forward(
@@ -190,6 +191,11 @@ class HybridMixer(Mixer):
         """See `Mixer.near_tokens`; a terraced window holds the block before that of the query too."""
         window, kind, sinks = self.settings[:3]
         return window * (sinks // window + 2) if kind == "terraced" else window + sinks
+
+    @property
+    def steps_a_write(self) -> int:
+        """See `Mixer.steps_a_write`."""
+        return self.settings.block
 
     def widened(self, tokens: int) -> HybridMixer:
         """The layer with a window over the whole text."""

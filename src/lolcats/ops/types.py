@@ -3,7 +3,7 @@
 The size of the state does not depend on the length of the text.
 
 Legend: B batch, H query heads, KV key/value heads, S state heads (H or KV), F features, D key size, Dv value size,
-R ring slots (`window` when sliding, `2 * window` when terraced), s sinks.
+R ring slots (`HybridSpec.slots`), s sinks.
 """
 
 from __future__ import annotations
@@ -51,21 +51,30 @@ class HybridSpec(NamedTuple):
     """Of the scores; None is 1 / sqrt(D)."""
     softcap: float | None = None
     """Scores of the softmax half become softcap tanh(score / softcap) (Gemma 2)."""
+    fold: int = 1
+    """Keys that leave a sliding window wait in the ring until there are so many, and enter the sums of the state
+    together; until then they are answered one by one. It changes no output. A terraced window has blocks of its own."""
 
     def score_scale(self, size: int) -> float:
         """The scale of the scores of queries and keys of `size` numbers."""
         return size**-0.5 if self.scale is None else self.scale
 
     @property
+    def block(self) -> int:
+        """E, the number of keys that enter the sums together."""
+        return self.fold if self.window_kind == "sliding" else self.window
+
+    @property
     def slots(self) -> int:
-        """R, the number of ring slots that the window needs."""
-        return self.window if self.window_kind == "sliding" else 2 * self.window
+        """R, the number of ring slots: for all tokens of the window, and keys that wait, up to one before E."""
+        # A terraced window is two blocks when the later one is full; then the earlier leaves it at once.
+        return self.window + self.fold - 1 if self.window_kind == "sliding" else 2 * self.window
 
 
 class LinearState(NamedTuple):
-    """Sums over the keys that left the window.
+    """Sums over the keys that left the window, but for those that wait for their block (`layout.summed_tokens`).
 
-    With decay they are decayed up to the last key that left, so the keys still in the ring have not decayed them yet.
+    With decay they are decayed up to the last key in them, so the keys still in the ring have not decayed them yet.
     """
 
     kv: Tensor

@@ -85,6 +85,7 @@ def check_spec(spec: HybridSpec) -> None:
     window, sinks = spec.window, spec.sinks
     expect(isinstance(window, int) and window >= smallest, f"an integer window >= {smallest}", window)
     expect(isinstance(sinks, int) and sinks >= 0, "an integer number of sinks >= 0", sinks)
+    expect(isinstance(spec.fold, int) and spec.fold >= 1, "an integer fold >= 1", spec.fold)
     expect(spec.softcap is None or spec.softcap > 0, "a softcap > 0, or None", spec.softcap)
 
 

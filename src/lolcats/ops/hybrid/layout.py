@@ -148,22 +148,34 @@ def sink_mask(query: Tensor, sinks: int) -> Tensor:
     return torch.arange(sinks, device=query.device) <= query
 
 
-def left_window(ext: Extended, spec: HybridSpec) -> Tensor:
-    """Tokens [B, T] that have left the window after the last one."""
+def summed_tokens(length: Tensor, spec: HybridSpec) -> Tensor:
+    """How many tokens of a text of `length` are in the sums of its state: whole blocks of those that left the window.
+
+    It depends on nothing else, so a text has one state, wherever it was cut. Sinks are counted, though never summed.
+    """
+    if spec.window_kind == "sliding":
+        left = length - spec.window
+    else:
+        left = ((length - 1).div(spec.window, rounding_mode="floor") - 1) * spec.window
+    return left.clamp_min(0).div(spec.block, rounding_mode="floor") * spec.block
+
+
+def tokens_in_sums(ext: Extended, spec: HybridSpec) -> Tensor:
+    """Tokens [B, T] that are in the sums after the last one, as far as they are not in those of the initial state."""
     position = ext.position.expand(ext.length.shape[0], -1)
-    return (position >= 0) & ~in_window(ext.length[:, None] - 1, position, spec)
+    return (position >= 0) & (position < summed_tokens(ext.length, spec)[:, None])
 
 
 def final_state(
     inputs: Inputs, ext: Extended, spec: HybridSpec, dtype: torch.dtype, linear: LinearState | None = None
 ) -> HybridState:
     """The state after the last token of the extended sequence; its sums are `linear` where the caller has them."""
-    left = left_window(ext, spec)
-    position = ext.position.expand(left.shape[0], -1)
+    summed = tokens_in_sums(ext, spec)
+    position = ext.position.expand(summed.shape[0], -1)
     if linear is None:
-        linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, left, position >= spec.sinks, dtype)
+        linear = fold(inputs.state, ext.phi_k, ext.v, ext.log_decay, summed, position >= spec.sinks, dtype)
     # Stable sort by "is kept" brings what stays to the right end, whatever side the padding was on.
-    order = ((position >= 0) & ~left).long().argsort(dim=-1, stable=True)
+    order = ((position >= 0) & ~summed).long().argsort(dim=-1, stable=True)
     order = order[:, max(0, order.shape[1] - spec.slots) :]
     missing = spec.slots - order.shape[1]
     # There the token at position length - R + i has index i.
@@ -187,13 +199,18 @@ def slots_in_order(length: Tensor, slots: int) -> Tensor:
     return (length[:, None] + torch.arange(slots, device=length.device)) % max(1, slots)
 
 
+def at_hand(length: Tensor) -> bool:
+    """Whether the host may ask for the length: of one text, on a CPU, in eager code."""
+    return len(length) == 1 and length.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def in_order(window: WindowRing, length: Tensor) -> WindowRing:
     """The ring with its tokens oldest first, so that the last is at the right end; empty slots are on the left."""
     slots = window.k.shape[2]
 
     def take(x: Tensor) -> Tensor:
-        if len(length) == 1 and length.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x.roll(-int(length) % max(1, slots), 2)  # a fifth of the time, and the length is at hand
+        if at_hand(length):
+            return x.roll(-int(length) % max(1, slots), 2)  # a fifth of the time
         rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1) * slots
         rows = rows + slots_in_order(length, slots)[:, None]
         return x.flatten(0, 2).index_select(0, rows.flatten()).view(x.shape)
@@ -202,11 +219,9 @@ def in_order(window: WindowRing, length: Tensor) -> WindowRing:
 
 
 def held_positions(length: Tensor, spec: HybridSpec) -> Tensor:
-    """Positions [B, R] of the tokens of `in_order`; -1 where there is none, or one that has left the window."""
+    """Positions [B, R] of the tokens of `in_order`; -1 where there is none, or one that is in the sums."""
     position = length[:, None] + torch.arange(-spec.slots, 0, device=length.device)
-    if spec.window_kind == "sliding":  # whose ring is the window
-        return position.clamp_min(-1)
-    return torch.where(in_window(length[:, None] - 1, position, spec), position, -1).clamp_min(-1)
+    return torch.where(position >= summed_tokens(length, spec)[:, None], position, -1)
 
 
 def fold(
@@ -214,7 +229,7 @@ def fold(
     phi_k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    leaving: Tensor,
+    entering: Tensor,
     counted: Tensor,
     dtype: torch.dtype,
 ) -> LinearState:
@@ -222,15 +237,14 @@ def fold(
 
     Args:
         phi_k: features [B, S, T, F]; v: values [B, KV, T, Dv]; log_decay: [B, H, T] or None.
-        leaving: [B, T] bool, the keys that leave the window; a prefix of the real tokens in time.
+        entering: [B, T] bool, the keys to be added; a prefix of the real tokens in time.
         counted: [B, T] bool, False for sinks, which leave the window but stay in the softmax half.
     """
-    weight = (leaving & counted).to(dtype)[:, None]
+    weight = (entering & counted).to(dtype)[:, None]
     decay_all = None
     if log_decay is not None:
-        decay = torch.where(leaving[:, None], log_decay.to(dtype), 0.0)
-        after = decay.flip(-1).cumsum(-1).flip(-1) - decay  # decay of the leaving keys that come later
-        weight = weight * after.exp()
+        decay = torch.where(entering[:, None], log_decay.to(dtype), 0.0)
+        weight = weight * later_decay(decay).exp()
         decay_all = decay.sum(-1).exp()
     phi = phi_k.to(dtype) * weight[..., None]
     groups = phi.shape[1] // v.shape[1]
@@ -244,6 +258,12 @@ def fold(
     return LinearState(kv, k_sum)
 
 
+def later_decay(log_decay: Tensor) -> Tensor:
+    """The sum over all tokens after each: [..., T] -> [..., T]."""
+    # Not the sum from each on less its own: beside a strong decay a weak one would be lost.
+    return torch.nn.functional.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
 def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
     """The state before any token."""
     batch, kv_heads, _, size = inputs.k.shape
@@ -251,7 +271,6 @@ def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
     decays = inputs.log_decay is not None
     state_heads = inputs.q.shape[1] if decays else inputs.phi_k.shape[1]
     features, value_size = inputs.phi_q.shape[-1], inputs.v.shape[-1]
-    slots = spec.slots
 
     def zeros(*shape: int, like: Tensor) -> Tensor:
         return torch.zeros(batch, *shape, dtype=like.dtype, device=device)
@@ -260,10 +279,10 @@ def empty_state(inputs: Inputs, spec: HybridSpec) -> HybridState:
         return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
     ring = WindowRing(
-        zeros(kv_heads, slots, size, like=inputs.k),
-        zeros(kv_heads, slots, value_size, like=inputs.v),
-        zeros(inputs.phi_k.shape[1], slots, features, like=inputs.phi_k),
-        accumulator(inputs.q.shape[1], slots) if decays else None,
+        zeros(kv_heads, spec.slots, size, like=inputs.k),
+        zeros(kv_heads, spec.slots, value_size, like=inputs.v),
+        zeros(inputs.phi_k.shape[1], spec.slots, features, like=inputs.phi_k),
+        accumulator(inputs.q.shape[1], spec.slots) if decays else None,
     )
     sinks = None
     if spec.sinks:

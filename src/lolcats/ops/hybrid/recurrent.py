@@ -5,20 +5,24 @@ Written apart from the reference on purpose, so that each checks the other.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from lolcats.ops.hybrid.layout import (
     FULL_DECAY,
     Inputs,
+    at_hand,
     empty_state,
     fold,
     held_positions,
     in_order,
     in_window,
+    later_decay,
     slots_in_order,
+    summed_tokens,
     take_tokens,
     token_positions,
 )
@@ -65,10 +69,10 @@ def _restart(state: HybridState, empty: list[Tensor], starts: Tensor) -> HybridS
 
 
 def leaving_keys(state: HybridState, k: Tensor, spec: HybridSpec, state_indices: Tensor | None = None) -> Tensor:
-    """The keys [B, KV, E, D] that can leave the window with the next token, whose features `hybrid_step` needs.
+    """The keys [B, KV, E, D] that may be neither in the window of the next token nor in the sums before it.
 
-    They are the oldest of the ring, without a window k [B, KV, 1, D] itself; with `state_indices` [B] those of rows of
-    a pool.
+    `hybrid_step` needs their features. They are the oldest of the ring, without a window also k [B, KV, 1, D] itself;
+    with `state_indices` [B] those of rows of a pool.
     """
     ring, length = state.window.k, state.length
     if state_indices is not None:
@@ -78,12 +82,9 @@ def leaving_keys(state: HybridState, k: Tensor, spec: HybridSpec, state_indices:
 
 
 def _leaving_tokens(ring: Tensor, new: Tensor, length: Tensor, spec: HybridSpec) -> Tensor:
-    """The tokens of the ring that can leave it: a block of a terraced window, one of a sliding one; or the new one."""
-    if spec.slots == 0:
-        return new
-    if spec.window_kind == "sliding":
-        return take_tokens(ring, (length % spec.slots)[:, None])
-    return take_tokens(ring, slots_in_order(length, spec.slots)[:, : spec.window])
+    """The oldest `block` tokens of the ring with the new one behind it."""
+    oldest = take_tokens(ring, slots_in_order(length, spec.slots)[:, : spec.block])
+    return oldest if oldest.shape[2] == spec.block else torch.cat([oldest.to(new.dtype), new], 2)
 
 
 def recurrent_step(
@@ -113,25 +114,49 @@ def recurrent_step(
         out [B, H, 1, Dv] in the dtype of v; the new state.
     """
     dtype = accumulation_dtype(q, v)
-    now = state.length[:, None]  # position of the new token, [B, 1]
-    window = in_order(state.window, state.length)
+    held = _behind_the_ring(state, k, v, log_decay, spec)
+    linear = _fold_block(state, phi_leaving, held, spec, dtype)
+    sinks = _place_sink(state.sinks, k, v, state.length[:, None])
+    weights = _softmax_weights(q, held, sinks, window_factor, sink_logits, spec, dtype)
+    if spec.window_kind == "sliding" and spec.block > 1:
+        waiting, first = _linear_weights(phi_q, phi_leaving, held, spec, dtype), spec.sinks
+        waiting = waiting.view(*weights.shape[:3], spec.block)
+        weights = weights + nnf.pad(waiting, (first, weights.shape[3] - first - spec.block))
+    out = _output(weights, held, sinks, phi_q, linear, dtype)
+    new_parts = zip(state.window, (k, v, phi_k, held.new_decay), strict=True)
+    ring = WindowRing(*(_place(old, new, state.length[:, None]) for old, new in new_parts))
+    new = HybridState(linear, ring, sinks, state.length + 1)
+    if active is not None:
+        out, new = _only_active(active > 0, out, new, state)
+    return out.to(v.dtype), new
+
+
+class _Held(NamedTuple):
+    """The ring in the order of its tokens and behind it the new token, T = R + 1."""
+
+    k: Tensor  # [B, KV, T, D]
+    v: Tensor  # [B, KV, T, Dv]
+    decay: Tensor | None  # [B, H, T]
+    position: Tensor  # [B, T], -1 where the ring holds no token, or one that is in the sums
+    near: Tensor  # [B, T], in the window
+    summed: Tensor  # [B, 1], tokens that are in the sums after the new one
+
+    @property
+    def new_decay(self) -> Tensor | None:
+        """Of the new token, [B, H, 1]."""
+        return None if self.decay is None else self.decay[:, :, -1:]
+
+
+def _behind_the_ring(state: HybridState, k: Tensor, v: Tensor, log_decay: Tensor | None, spec: HybridSpec) -> _Held:
+    window, now = in_order(state.window, state.length), state.length[:, None]
     keys, values = torch.cat([window.k.to(k.dtype), k], 2), torch.cat([window.v.to(v.dtype), v], 2)
     position = torch.cat([held_positions(state.length, spec), now], 1)
     decay = None
     if log_decay is not None:
         assert window.log_decay is not None
-        log_decay = log_decay.to(window.log_decay.dtype).clamp_min(FULL_DECAY)
-        decay = torch.cat([window.log_decay, log_decay], 2)
+        decay = torch.cat([window.log_decay, log_decay.to(window.log_decay.dtype).clamp_min(FULL_DECAY)], 2)
     near = in_window(now, position, spec) & (position >= 0)
-    linear = _fold_leaving(state, phi_leaving, values, decay, near, position, spec, dtype)
-    sinks = _place_sink(state.sinks, k, v, now)
-    out = _attend(q, phi_q, keys, values, near & (position >= spec.sinks), sinks, now, linear, decay, near,
-                  window_factor, sink_logits, spec, dtype)  # fmt: skip
-    ring = WindowRing(*(_place(old, new, now) for old, new in zip(state.window, (k, v, phi_k, log_decay), strict=True)))
-    new = HybridState(linear, ring, sinks, state.length + 1)
-    if active is not None:
-        out, new = _only_active(active > 0, out, new, state)
-    return out.to(v.dtype), new
+    return _Held(keys, values, decay, position, near, summed_tokens(now + 1, spec))
 
 
 def _place(ring: Tensor | None, new: Tensor | None, now: Tensor) -> Any:
@@ -144,22 +169,17 @@ def _place(ring: Tensor | None, new: Tensor | None, now: Tensor) -> Any:
     return ring.scatter(2, own, new.to(ring.dtype))
 
 
-def _fold_leaving(
-    state: HybridState,
-    phi_leaving: Tensor,
-    values: Tensor,
-    decay: Tensor | None,
-    near: Tensor,
-    position: Tensor,
-    spec: HybridSpec,
-    dtype: torch.dtype,
+def _fold_block(
+    state: HybridState, phi_leaving: Tensor, held: _Held, spec: HybridSpec, dtype: torch.dtype
 ) -> LinearState:
-    """Fold the candidates that are no longer near into the linear state."""
+    """The sums, with a block of keys in texts where it is complete now."""
     count = phi_leaving.shape[2]
-    oldest = position[:, :count]
-    leaving = ~near[:, :count] & (oldest >= 0)
-    decay = None if decay is None else decay[:, :, :count]
-    return fold(state, phi_leaving, values[:, :, :count], decay, leaving, oldest >= spec.sinks, dtype)
+    oldest = held.position[:, :count]
+    entering = (oldest >= 0) & (oldest < held.summed)
+    if at_hand(state.length) and not entering.any():
+        return LinearState(*(t.to(dtype) for t in state.linear))
+    decay = None if held.decay is None else held.decay[:, :, :count]
+    return fold(state, phi_leaving, held.v[:, :, :count], decay, entering, oldest >= spec.sinks, dtype)
 
 
 def _place_sink(sinks: SinkKeys | None, k: Tensor, v: Tensor, now: Tensor) -> SinkKeys | None:
@@ -170,41 +190,53 @@ def _place_sink(sinks: SinkKeys | None, k: Tensor, v: Tensor, now: Tensor) -> Si
     return SinkKeys(torch.where(here, k, sinks.k.to(k.dtype)), torch.where(here, v, sinks.v.to(v.dtype)))
 
 
-def _attend(
+def _softmax_weights(
     q: Tensor,
-    phi_q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    visible: Tensor,
+    held: _Held,
     sinks: SinkKeys | None,
-    now: Tensor,
-    linear: LinearState,
-    decay: Tensor | None,
-    near: Tensor,
     window_factor: Tensor,
     sink_logits: Tensor | None,
     spec: HybridSpec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Output of one token from the ring (itself included), the sinks and the linear state: [B, H, 1, Dv]."""
+    """[B, KV, G, s + T] over sinks and tokens, 0 outside of the window, and a column more of learned sinks."""
+    keys, visible = held.k, held.near & (held.position >= spec.sinks)
     if sinks is not None:
-        keys, values = torch.cat([sinks.k, keys], 2), torch.cat([sinks.v, values], 2)
-        visible = torch.cat([torch.arange(sinks.k.shape[2], device=q.device) <= now, visible], 1)
-    batch, heads, _, size = q.shape
-    grouped = q.to(dtype).reshape(batch, keys.shape[1], -1, size)  # [B, KV, G, D]
-    scores = cap_scores(grouped @ keys.to(dtype).mT * spec.score_scale(size), spec.softcap)
+        keys = torch.cat([sinks.k, keys], 2)
+        filled = torch.arange(spec.sinks, device=q.device) <= held.position[:, -1:]
+        visible = torch.cat([filled, visible], 1)
+    grouped = q.to(dtype).reshape(q.shape[0], keys.shape[1], -1, q.shape[3])  # [B, KV, G, D]
+    scores = cap_scores(grouped @ keys.to(dtype).mT * spec.score_scale(q.shape[3]), spec.softcap)
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     if sink_logits is not None:
         learned = sink_logits.to(dtype).view(keys.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, learned], -1)
     gate = torch.sigmoid(window_factor.to(dtype)).reshape(keys.shape[1], -1, 1)
-    weights = gate * torch.exp(scores - row_max([scores]))
-    numerator = (weights[..., : keys.shape[2]] @ values.to(dtype)).reshape(batch, heads, -1)
-    denominator = weights.sum(-1).reshape(batch, heads)
+    return gate * torch.exp(scores - row_max([scores]))
 
+
+def _linear_weights(phi_q: Tensor, phi_leaving: Tensor, held: _Held, spec: HybridSpec, dtype: torch.dtype) -> Tensor:
+    """[B, H, E] over the oldest tokens, 0 but for those that left the window and wait for their block."""
+    count = phi_leaving.shape[2]
+    waiting = ~held.near & (held.position >= held.summed) & (held.position >= spec.sinks)
+    features = phi_q.to(dtype).squeeze(2).unflatten(1, (phi_leaving.shape[1], -1))  # [B, S, H/S, F]
+    weights = (features @ phi_leaving.to(dtype).mT).flatten(1, 2)
+    if held.decay is not None:
+        weights = weights * later_decay(held.decay)[:, :, :count].to(dtype).exp()
+    return torch.where(waiting[:, None, :count], weights, 0.0)
+
+
+def _output(
+    weights: Tensor, held: _Held, sinks: SinkKeys | None, phi_q: Tensor, linear: LinearState, dtype: torch.dtype
+) -> Tensor:
+    """[B, H, 1, Dv], from the weights of sinks and tokens, and the sums."""
+    values = held.v if sinks is None else torch.cat([sinks.v, held.v], 2)
+    numerator = (weights[..., : values.shape[2]] @ values.to(dtype)).flatten(1, 2)
+    denominator = weights.sum(-1).flatten(1)
     features = phi_q.to(dtype).squeeze(2)
-    if decay is not None:  # the linear state is decayed up to the last key that left
-        features = features * (decay.to(dtype) * near[:, None]).sum(-1, keepdim=True).exp()
+    if held.decay is not None:  # the sums are decayed up to the last key in them
+        passed = torch.where((held.position >= held.summed)[:, None], held.decay, 0.0).to(dtype)
+        features = features * passed.sum(-1, keepdim=True).exp()
     features = features.unflatten(1, (linear.k_sum.shape[1], -1))  # [B, S, H/S, F]
     numerator = numerator + (features @ linear.kv).flatten(1, 2)
     denominator = denominator + (features @ linear.k_sum[..., None]).flatten(1)
@@ -218,7 +250,7 @@ def _only_active(active: Tensor, out: Tensor, new: HybridState, old: HybridState
     before = iter(old.tensors())
 
     def choose(t: Tensor) -> Tensor:
-        row = active.view(-1, *[1] * (t.ndim - 1))
-        return torch.where(row, t, next(before).to(t.dtype))
+        kept = next(before)
+        return t if t is kept else torch.where(active.view(-1, *[1] * (t.ndim - 1)), t, kept.to(t.dtype))
 
     return torch.where(active[:, None, None, None], out, 0.0), new.map(choose)

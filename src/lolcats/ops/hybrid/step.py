@@ -37,7 +37,7 @@ def hybrid_step(
     Args:
         q: [B, H, 1, D]; k: [B, KV, 1, D]; v: [B, KV, 1, Dv].
         features: weights of the feature maps; or features, phi_q [B, H, 1, F] of the queries and phi_k [B, S, E, F] of
-            `leaving_keys(state, k, spec, state_indices)`: keys are mapped when they leave the window.
+            `leaving_keys(state, k, spec, state_indices)`: keys are mapped when they have left the window.
         window_factor: [H].
         state: of B texts; with `state_indices` a pool of states of P texts. The ring's `phi_k` is not used.
         spec, log_decay [B, H, 1], sink_logits [H]: as in `hybrid_attention`.
@@ -74,7 +74,7 @@ def hybrid_step(
         rows = state.map(lambda t: t.index_select(0, state_indices.clamp_min(0)))
         active = held if active is None else held & (active > 0)
         out, new = _torch_step(q, k, v, features, window_factor, rows, spec, log_decay, active, sink_logits)
-        _write(state, new, state_indices, held)
+        _write(state, rows, new, state_indices, held)
         return out, state
 
 
@@ -100,11 +100,12 @@ def _torch_step(
 
 
 @torch.no_grad()
-def _write(pool: HybridState, rows: HybridState, state_indices: Tensor, held: Tensor) -> None:
-    """Put the rows into the pool, where they have a place there."""
+def _write(pool: HybridState, rows: HybridState, new: HybridState, state_indices: Tensor, held: Tensor) -> None:
+    """Put what is new of the rows into the pool, where they have a place there."""
     at = state_indices[held]
-    for old, new in zip(pool.tensors(), rows.tensors(), strict=True):
-        old[at] = new[held].to(old.dtype)
+    for into, before, after in zip(pool.tensors(), rows.tensors(), new.tensors(), strict=True):
+        if after is not before:
+            into[at] = after[held].to(into.dtype)
 
 
 def _use_kernel(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.backward import run_backward
 from lolcats.ops.hybrid.kernels.launch import Context, Operands, Saved, States, make_plan, run_forward, sum_states
-from lolcats.ops.hybrid.layout import Extended, Inputs, extend, final_state, left_window, take_tokens
+from lolcats.ops.hybrid.layout import Extended, Inputs, extend, final_state, take_tokens, tokens_in_sums
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, HybridSpec, LinearState
 
@@ -147,15 +147,15 @@ def _documents(segment_ids: Tensor) -> Context:
 
 
 def _final_sums(kind: str, spec: HybridSpec, call: _Call, x: Operands, ext: Extended) -> LinearState:
-    """Sums over all keys that have left the window."""
-    left = left_window(ext, spec)
+    """The sums of the state after the last token."""
+    summed = tokens_in_sums(ext, spec)
     if call.order is not None:
-        left = left.gather(1, call.order)
+        summed = summed.gather(1, call.order)
     if x.log_decay is not None:
-        x = x._replace(log_decay=torch.where(left[:, None], x.log_decay, 0.0))
+        x = x._replace(log_decay=torch.where(summed[:, None], x.log_decay, 0.0))
     x = _lowered(x, kind)
     plan = make_plan(x, call.context, spec, kind)
-    _, final = sum_states(plan, x, call.context, x.v, keep=left.float().contiguous())
+    _, final = sum_states(plan, x, call.context, x.v, keep=summed.float().contiguous())
     assert final is not None
     kv, k_sum = final.split([plan.f * plan.dv, plan.f], -1)
     return LinearState(kv.unflatten(-1, (plan.f, plan.dv)).contiguous(), k_sum.contiguous())

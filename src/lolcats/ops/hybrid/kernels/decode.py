@@ -1,19 +1,21 @@
-"""One decoding step in place: the new token enters the ring, the oldest key enters the linear state, the output.
+"""One decoding step in place: the new token enters the ring, a full block of keys the linear state; the output.
 
 Algorithm, for a text and a key head (a program):
-1. softmax of the group's query heads over sinks and ring, block of slots by block, with a running row maximum; the new
-   token stands in the slot that it will take;
-2. for each state of the key head: features of the keys that left, state plus features value^T read, written back,
-   and multiplied by the features of the queries that use it. From a sliding window one key leaves in each step, from a
-   terraced one a whole block of W at the start of a block;
+1. softmax of the group's query heads over sinks and window, block of tokens by block, with a running row maximum; the
+   new token stands in the slot that it will take;
+2. for each state of the key head: the state is read; where a block of E keys that left the window is complete, their
+   features times value^T are added and it is written back; it is multiplied by the features of the queries that use it.
+   Keys that left a sliding window and wait for their block are answered by the products of features;
 3. the new token is written to its slot, that of the oldest key, when all has been read.
-Which slots are filled follows from the length of the text. `advance_kernel` counts the token afterwards: all programs
-of a text read the length. With `indices` the states are a pool of P, of which text b has row indices[b], or none (-1).
-The rows of a tensor may lie apart, as in the pages of a serving engine.
+Which slots are filled, and whether a block is complete, follows from the length of the text: texts of a batch differ.
+`advance_kernel` counts the token afterwards: all programs of a text read the length. With `indices` the states are a
+pool of P, of which text b has row indices[b], or none (-1). The rows of a tensor may lie apart, as in the pages of a
+serving engine.
 
-Shapes: q, out [B, H, D or Dv]; ring [P, KV, R, .], R = W slots (2 W when terraced); kv [P, S, F, Dv] fp32; k_sum
-[P, S, F] fp32; maps [heads, D, width]; P = B without indices.
-Bytes: states once read and once written, rings once read, 8 S F Dv + 2 KV R (D + Dv) a text in bfloat16; maps from L2.
+Shapes: q, out [B, H, D or Dv]; ring [P, KV, R, .], R = W + E - 1 slots (2 W when terraced); kv [P, S, F, Dv] fp32;
+k_sum [P, S, F] fp32; maps [heads, D, width]; P = B without indices.
+Bytes: states once read and in one of E steps (W when terraced) written, rings once read, in the mean
+4 S F Dv (1 + 1 / E) + 2 KV (W + E / 2) (D + Dv) a text in bfloat16; maps from L2.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -38,6 +40,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
     load_bias,
     load_matrix,
     load_tile,
+    map_features,
     map_part,
     store_matrix,
     store_tile,
@@ -76,14 +79,80 @@ def state_row(active, indices, batch, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.
 
 
 @triton.jit
-def ring_positions(now, slot, window, TERRACED: tl.constexpr, ring):
-    """Positions of the tokens in slots of the ring that holds `now`, and which of them are in the window."""
-    age = now % ring - slot
-    position = now - tl.where(age < 0, age + ring, age)
-    inside = (slot < ring) & (position >= 0)
+def near_tokens(now, first, WINDOW: tl.constexpr, TERRACED: tl.constexpr, RING: tl.constexpr, BR: tl.constexpr):
+    """Positions of the tokens from `now` - `first` backwards, their slots, and which of them are in the window."""
+    position = now - first - tl.arange(0, BR)
     if TERRACED:
-        inside = inside & (now // window - position // window <= 1)
-    return position, inside
+        inside = (position >= 0) & (now // WINDOW - position // WINDOW <= 1)
+    else:
+        inside = (position >= 0) & (now - position < WINDOW)
+    return position, tl.where(inside, position % RING, 0), inside
+
+
+@triton.jit
+def left_tokens(now, WINDOW: tl.constexpr, TERRACED: tl.constexpr, FOLD: tl.constexpr):
+    """How many tokens are in the sums before `now`, and how many have left the window beyond them: at most FOLD."""
+    if TERRACED:
+        summed = tl.maximum((now - 1) // WINDOW - 1, 0) * WINDOW
+        pending = tl.where((now % WINDOW == 0) & (now >= 2 * WINDOW), WINDOW, 0)
+    else:
+        summed = tl.maximum(now - WINDOW, 0) // FOLD * FOLD
+        pending = tl.maximum(now - WINDOW + 1, 0) - summed
+    return summed, pending
+
+
+@triton.jit
+def load_slots(base, slot, there, size: tl.constexpr, block: tl.constexpr):
+    """Rows of a ring [R, size] as [slots, block]; zero where `there` is not, and beyond `size`."""
+    column = tl.arange(0, block)
+    mask = there[:, None] & (column < size)[None, :]
+    return tl.load(base + slot[:, None] * size + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def left_block(first, summed, pending, RING: tl.constexpr, BW: tl.constexpr):
+    """Of the keys that left, those from `first` on: positions, slots, and which of them there are."""
+    index = first + tl.arange(0, BW)
+    there = index < pending
+    return summed + index, tl.where(there, (summed + index) % RING, 0), there
+
+
+@triton.jit
+def near_loss(
+    losses, now, NEAR: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr, RING: tl.constexpr, BR: tl.constexpr
+):
+    """Log decay of the tokens in the window before `now`."""
+    total = 0.0
+    for first in range(0, NEAR, BR):
+        position, slot, inside = near_tokens(now, first, WINDOW, TERRACED, RING, BR)
+        total += tl.sum(tl.load(losses + slot, mask=inside & (position < now), other=0.0), 0)
+    return total
+
+
+@triton.jit
+def left_loss(losses, summed, pending, FOLD: tl.constexpr, RING: tl.constexpr, BW: tl.constexpr):
+    """Log decay of the keys that left."""
+    total = 0.0
+    for first in range(0, FOLD, BW):
+        _, slot, there = left_block(first, summed, pending, RING, BW)
+        total += tl.sum(tl.load(losses + slot, mask=there, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def left_weights(
+    losses, position, there, later, last, SINKS: tl.constexpr, RING: tl.constexpr, HAS_DECAY: tl.constexpr
+):
+    """Weights [BW] of keys that left: 0 for sinks, else their decay up to the last one; and `later` for those before.
+
+    later: log decay of the tokens behind the one that follows them, up to `last`.
+    """
+    weight = tl.where(there & (position >= SINKS), 1.0, 0.0)
+    if HAS_DECAY:
+        following = tl.load(losses + (position + 1) % RING, mask=there & (position < last), other=0.0)
+        weight *= tl.exp(later + tl.cumsum(following, 0, reverse=True))
+        later += tl.sum(following, 0)
+    return weight, later
 
 
 @triton.jit
@@ -141,6 +210,7 @@ def decode_kernel(
     TERRACED: tl.constexpr,
     RING: tl.constexpr,
     BR: tl.constexpr,
+    FOLD: tl.constexpr,
     BW: tl.constexpr,
     SINKS: tl.constexpr,
     BS: tl.constexpr,
@@ -160,6 +230,8 @@ def decode_kernel(
         return
     now = tl.load(length + text * length_row).to(tl.int32)
     own = now % RING  # slot of the new token, so far of the oldest key
+    NEAR: tl.constexpr = 2 * WINDOW if TERRACED else WINDOW
+    WAITS: tl.constexpr = (FOLD > 1) and not TERRACED
     dtype = v.dtype.element_ty
     HEADS: tl.constexpr = KV_HEADS * KV_GROUP
     PARTS: tl.constexpr = 2 if MAP == HEDGEHOG else 1
@@ -192,12 +264,12 @@ def decode_kernel(
         sink_scores = cap(tl.dot(q_tile, tl.trans(sk), input_precision=PRECISION) * scale, SOFTCAP) * LOG2E
         sink_scores = tl.where(((sink <= now) & (sink < SINKS))[None, :], sink_scores, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, sink_scores, sv, PRECISION)
-    for first in range(0, RING, BR):
-        slot = first + tl.arange(0, BR)
-        position, inside = ring_positions(now, slot, WINDOW, TERRACED, RING)
-        newest = (slot == own)[:, None]
-        keys = tl.where(newest, k_new[None, :], load_tile(ring_k, D, first, RING, 0, BR, D, BD).to(dtype))
-        values = tl.where(newest, v_new[None, :], load_tile(ring_v, DV, first, RING, 0, BR, DV, BV).to(dtype))
+    for first in range(0, NEAR, BR):
+        position, slot, inside = near_tokens(now, first, WINDOW, TERRACED, RING, BR)
+        newest = (position == now)[:, None]
+        stored = inside & (position < now)
+        keys = tl.where(newest, k_new[None, :], load_slots(ring_k, slot, stored, D, BD).to(dtype))
+        values = tl.where(newest, v_new[None, :], load_slots(ring_v, slot, stored, DV, BV).to(dtype))
         s = cap(tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION) * scale, SOFTCAP) * LOG2E
         s = tl.where((inside & (position >= SINKS))[None, :], s, -float("inf"))
         top, denominator, acc = add_softmax(top, denominator, acc, s, values, PRECISION)
@@ -207,14 +279,13 @@ def decode_kernel(
     acc *= gate[:, None]
 
     # 2. the linear half
-    leaving = 0  # keys that leave the window, in the slots from `own` on
-    if TERRACED:
-        leaving = tl.where((now % WINDOW == 0) & (now >= 2 * WINDOW), WINDOW, 0)
-    else:
-        k_left = tl.load(ring_k + own * D + d, mask=d < D, other=0.0).to(tl.float32)
-        v_left = tl.load(ring_v + own * DV + column, mask=column < DV, other=0.0).to(tl.float32)
-    counted = tl.where(now - WINDOW >= SINKS, 1.0, 0.0)
-    left = tl.arange(0, BW)
+    summed, pending = left_tokens(now, WINDOW, TERRACED, FOLD)
+    complete = pending == FOLD
+    last = summed + pending - 1
+    if WAITS:
+        left, place, waits = left_block(0, summed, tl.where(complete, 0, pending), RING, BW)
+        k_left = load_slots(ring_k, place, waits, D, BD).to(dtype)
+        v_left = load_slots(ring_v, place, waits, DV, BV).to(tl.float32)
     f = tl.arange(0, BF)
     USERS: tl.constexpr = KV_GROUP // STATES
     for state in range(STATES):
@@ -222,24 +293,13 @@ def decode_kernel(
         w_at = map_k + state_head * D * WIDTH
         b_k = load_bias(bias_k + state_head * WIDTH, WIDTH, BF, MAP)
         losses = ring_decay + text * ring_decay_row + state_head * RING
-        fade = 1.0
-        gone = 0.0
-        passed = 0.0
+        passed = 0.0  # log decay in the window
+        gone = 0.0  # and before it, since the last key in the sums
         if HAS_DECAY:
             new_loss = tl.load(new_decay + batch * (KV_HEADS * STATES) + state_head)
-            for first in range(0, RING, BR):
-                slot = first + tl.arange(0, BR)
-                position, inside = ring_positions(now, slot, WINDOW, TERRACED, RING)
-                loss = tl.where(slot == own, new_loss, tl.load(losses + slot, mask=slot < RING, other=0.0))
-                passed += tl.sum(tl.where(inside, loss, 0.0), 0)
-            if TERRACED:
-                for first in range(0, leaving, BW):
-                    gone += tl.sum(tl.load(losses + own + first + left, mask=first + left < leaving, other=0.0), 0)
-                fade = tl.exp(gone)
-            else:
-                fade = tl.where(now >= WINDOW, tl.exp(tl.load(losses + own)), 1.0)
-        if not TERRACED:
-            phi_k = vector_features(k_left, w_at, b_k, 1.0, D, BD, WIDTH, BF, MAP)
+            passed = new_loss + near_loss(losses, now, NEAR, WINDOW, TERRACED, RING, BR)
+            gone = left_loss(losses, summed, pending, FOLD, RING, BW)
+        fade = tl.exp(gone)
         tiles = ()
         sums = ()
         for i in tl.static_range(PARTS):
@@ -247,29 +307,30 @@ def decode_kernel(
             sums_at = k_sum + text * k_sum_row + state_head * F + i * WIDTH + f
             tile = load_matrix(to, WIDTH, BF, DV, DV, 0, BV) * fade
             total = tl.load(sums_at, mask=f < WIDTH, other=0.0) * fade
-            if TERRACED:
-                later = gone  # log decay of the leaving keys from this block on
-                for first in range(0, leaving, BW):
-                    inside = first + left < leaving
-                    weight = tl.where(inside & (now - RING + first + left >= SINKS), 1.0, 0.0)
-                    if HAS_DECAY:
-                        loss = tl.load(losses + own + first + left, mask=inside, other=0.0)
-                        weight *= tl.exp(later - tl.cumsum(loss, 0))
-                        later -= tl.sum(loss, 0)
-                    w_k = load_matrix(w_at, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
-                    k_tile = load_tile(ring_k, D, own + first, own + leaving, 0, BW, D, BD).to(dtype)
-                    v_tile = load_tile(ring_v, DV, own + first, own + leaving, 0, BW, DV, BV).to(dtype)
+            if complete:
+                w_k = load_matrix(w_at, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
+                later = 0.0
+                for step in range(0, FOLD, BW):  # the last keys first
+                    first = (FOLD - 1) // BW * BW - step
+                    key, place, there = left_block(first, summed, pending, RING, BW)
+                    weight, later = left_weights(losses, key, there, later, last, SINKS, RING, HAS_DECAY)
+                    k_tile = load_slots(ring_k, place, there, D, BD).to(dtype)
+                    v_tile = load_slots(ring_v, place, there, DV, BV).to(dtype)
                     phi = map_part(k_tile, w_k, b_k, 1.0, 1.0 - 2.0 * i, WIDTH, BF, MAP, PRECISION) * weight[:, None]
                     total += tl.sum(phi, 0)
-                    tile = tl.dot(tl.trans(phi.to(dtype)), v_tile, tile, input_precision=PRECISION)
-            else:
-                part = tl.sum(phi_k[i], 0) * counted
-                total += part
-                tile += part[:, None] * v_left[None, :]
-            store_matrix(to, tile, WIDTH, BF, DV, DV, 0, BV)
-            tl.store(sums_at, total, mask=f < WIDTH)
+                    high = phi.to(dtype)
+                    tile = tl.dot(tl.trans(high), v_tile, tile, input_precision=PRECISION)
+                    if dtype != tl.float32:  # the rest: what is rounded away in all steps alike adds up
+                        rest = (phi - high.to(tl.float32)).to(dtype)
+                        tile = tl.dot(tl.trans(rest), v_tile, tile, input_precision=PRECISION)
+                store_matrix(to, tile, WIDTH, BF, DV, DV, 0, BV)
+                tl.store(sums_at, total, mask=f < WIDTH)
             tiles = tiles + (tile,)
             sums = sums + (total,)
+        if WAITS:
+            w_wait = load_matrix(w_at, D, BD, WIDTH, WIDTH, 0, BF).to(dtype)
+            phi_k = map_features(k_left, w_wait, b_k, 1.0, WIDTH, BF, MAP, PRECISION)
+            waiting = left_weights(losses, left, waits, 0.0, last, SINKS, RING, HAS_DECAY)[0]
         if HAS_DECAY:
             tl.debug_barrier()  # all is read before the new token is written
             tl.store(losses + own, new_loss)
@@ -287,6 +348,10 @@ def decode_kernel(
                 part = tl.sum(phi_q[i], 0)
                 acc += tl.where(mine[:, None], tl.sum(part[:, None] * tiles[i], 0)[None, :], 0.0)
                 denominator += tl.where(mine, tl.sum(part * sums[i], 0), 0.0)
+                if WAITS:
+                    weight = tl.sum(part[None, :] * phi_k[i], 1) * waiting
+                    acc += tl.where(mine[:, None], tl.sum(weight[:, None] * v_left, 0)[None, :], 0.0)
+                    denominator += tl.where(mine, tl.sum(weight, 0), 0.0)
 
     # 3. the output, and the new token
     r = tl.where(denominator != 0, 1.0 / tl.where(denominator != 0, denominator, 1.0), 0.0)
@@ -312,13 +377,20 @@ def step_refusal(q: Tensor, v: Tensor, maps: MapWeights, spec: HybridSpec) -> st
     if q.dtype != v.dtype or q.dtype == torch.float64:
         return f"it takes queries and values of one dtype, not float64; got {q.dtype} and {v.dtype}"
     size = max(padded(q.shape[3]), padded(v.shape[3]))
-    tile = padded(maps.q.shape[2]) * size
+    tile, rows = padded(maps.q.shape[2]) * size, rows_of_a_tile(size)
     if tile > LARGEST_TILE:
         return (
             f"its tiles hold {LARGEST_TILE} numbers, map columns times head size; got {tile} (columns "
             f"{maps.q.shape[2]}, D {q.shape[3]}, Dv {v.shape[3]})"
         )
+    if spec.window_kind == "sliding" and spec.fold > rows:
+        return f"of these sizes up to {rows} keys may wait; got fold {spec.fold}"
     return None
+
+
+def rows_of_a_tile(size: int) -> int:
+    """Rows of a tile of keys or values, of which each has `size` numbers with padding."""
+    return min(128, LARGEST_TILE // size)
 
 
 def decode_step(
@@ -355,7 +427,8 @@ def decode_step(
     flags = {"HAS_ACTIVE": active is not None, "HAS_INDICES": indices is not None}
     features = state.linear.kv.shape[2]
     parts = state.length, window.k, window.v, either(window.log_decay, q), *((q, q) if sinks is None else sinks)
-    rows = min(128, LARGEST_TILE // max(padded(size), padded(dv)))  # of a tile of keys or values
+    rows = rows_of_a_tile(max(padded(size), padded(dv)))
+    near = spec.window * (2 if spec.window_kind == "terraced" else 1)
     on(decode_kernel, (batch, kv_heads))(
         q, k, v, maps.q.contiguous(), map_k.contiguous(), either(maps.bias_q, q), either(bias_k, q),
         either(maps.log_scale, q), window_factor, either(sink_logits, q), either(decay, q), either(active, q),
@@ -366,7 +439,7 @@ def decode_step(
         BG=padded(heads // kv_heads), D=size, BD=max(SMALLEST, padded(size)), WIDTH=width, F=features,
         BF=max(SMALLEST, padded(width)), DV=dv, BV=max(SMALLEST, padded(dv)), MAP=KINDS[maps.kind],
         WINDOW=spec.window, TERRACED=spec.window_kind == "terraced", RING=spec.slots,
-        BR=min(rows, padded(spec.slots)), BW=min(rows, max(SMALLEST, padded(spec.window))),
+        BR=min(rows, padded(near)), FOLD=spec.block, BW=min(rows, max(SMALLEST, padded(spec.block))),
         SINKS=spec.sinks, BS=padded(spec.sinks), SOFTCAP=float(spec.softcap or 0.0),
         LEARNED=sink_logits is not None, HAS_FACTOR=maps.log_scale is not None, HAS_DECAY=decay is not None,
         PRECISION=precision(v.dtype), **flags, num_warps=4, num_stages=1,

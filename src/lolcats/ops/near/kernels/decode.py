@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lolcats.ops.hybrid.kernels.decode import ring_positions, state_row
+from lolcats.ops.hybrid.kernels.decode import state_row
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, load_tile
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.kernels.tiles import capped
@@ -41,6 +41,14 @@ CURVE, STEP_BYTES = tl.constexpr(LEVEL_CURVE), tl.constexpr(BYTES_OF_STEP)
 COLUMNS = tl.constexpr(23)
 """Of a head table: addresses of ring k, v and score, of kept k, v, score and position, of sinks k and v, and of the
 lengths; the distances of their rows; window, pairs, and the number of the key head among those of these sizes."""
+
+
+@triton.jit
+def ring_positions(now, slot, ring):
+    """Positions of the tokens in slots of the ring that holds `now`, and which slots are filled."""
+    age = now % ring - slot
+    position = now - tl.where(age < 0, age + ring, age)
+    return position, (slot < ring) & (position >= 0)
 
 
 @triton.jit
@@ -267,7 +275,7 @@ def near_decode(
     ring_end = kept_tiles + (window + K - 1) // K
     for tile in tl.range(tl.maximum(first_tile, kept_tiles), tl.minimum(end_tile, ring_end), 1, num_stages=STAGES):
         slot = (tile - kept_tiles) * K + tl.arange(0, K)
-        position, seen = ring_positions(now, slot, window, False, window)
+        position, seen = ring_positions(now, slot, window)
         seen = seen & (position >= SINKS) & (slot != own)
         if HAS_PAIRS:
             leaving = (slot == own) & enters
