@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -45,16 +44,14 @@ from lolcats.mixers.near_heads import (
 from lolcats.mixers.parts import Parts, Share, far_attention
 from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
-from lolcats.mixers.texts import find_texts, one_row, rows_of
+from lolcats.mixers.texts import find_texts, one_text, rows_of
 from lolcats.ops.near import NearSpec
 from lolcats.ops.near.prepared import Prepared
 from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
 from lolcats.ops.near.selection import EMPTY
 
-NOT_FAR = ("near_only", "window_only", "no_attention")
-"""Modes that leave the far half out."""
-BLIND = ("window_only", "linear_only", "no_attention")
-"""Modes that keep no pairs."""
+NOT_FAR, BLIND = ("near_only", "window_only", "no_attention"), ("window_only", "linear_only", "no_attention")
+"""Modes that leave the far half out, and modes that keep no pairs."""
 
 
 class BlendMixer(Mixer):
@@ -156,9 +153,8 @@ class BlendMixer(Mixer):
             call = rows_of(call, texts)
             q, k = texts.take(q), texts.take(k)
             sink_q = None if sink_q is None else texts.take(sink_q)
-        out, new = self._rows(
-            call, q, k, None if texts is None else texts.lengths, state, keep, mode, slots, sink_q, ready
-        )
+        lengths = None if texts is None else texts.lengths
+        out, new = self._rows(call, q, k, lengths, state, keep, mode, slots, sink_q, ready)
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -173,8 +169,8 @@ class BlendMixer(Mixer):
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             held = None if state is None else state.far
             return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
-        score = None if ready is None else ready.score
-        score = self._scores(call, k, state, mode, slots) if score is None else score
+        if (score := None if ready is None else ready.score) is None:
+            score = self._scores(call, k, state, mode, slots)
         if sink_q is not None and call.reach is not None:
             beyond = positions_of(call, state, slots) >= call.reach.tokens
             sink_q = torch.where(beyond[:, None, :, None], sink_q, call.q)
@@ -207,10 +203,8 @@ class BlendMixer(Mixer):
         return self.impl if self.impl in ("auto", "triton", "chunked", "reference") else "chunked"
 
     def _join(self, near: Tensor, far: Tensor, hidden: Tensor, mode: str) -> Tensor:
-        if mode in NOT_FAR:
-            return near
-        if mode == "linear_only":
-            return far
+        if mode in NOT_FAR or mode == "linear_only":
+            return near if mode in NOT_FAR else far
         assert self.share is not None
         return self.share.join(near, far, hidden)
 
@@ -273,16 +267,10 @@ class BlendMixer(Mixer):
         return Parts(teacher, self.share(call.hidden), self.target_output(call, "far"))
 
     def side_loss(self, call: Call) -> Tensor | None:
-        """The error of a learned score, from the first text of the batch; of packed or padded ones from the longest."""
+        """The error of a learned score, from one text of the batch."""
         if self.score is None:
             return None
-        _, k = self._for_far(call)
-        texts = find_texts(call.padding, call.segments)
-        if texts is None:
-            few, k = one_row(call, 0), k[:1]
-        else:
-            one = texts.longest()
-            few, k = replace(rows_of(call, one), padding=None), one.take(k)
+        few, k = one_text(call, self._for_far(call)[1])
         return self.score.loss(few, k, windows_of(self.groups), partial(self._recall, k, few, None))
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:

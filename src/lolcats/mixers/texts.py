@@ -80,6 +80,15 @@ def one_row(call: Call, row: int) -> Call:
     return replace(call, **tensors, padding=None, segments=None, rotation=None)
 
 
+def one_text(call: Call, k: Tensor) -> tuple[Call, Tensor]:
+    """A text of a batch, with its part of k [B, KV, N, D]: the first, of packed or padded ones the longest."""
+    texts = find_texts(call.padding, call.segments)
+    if texts is None:
+        return one_row(call, 0), k[:1]
+    one = texts.longest()
+    return replace(rows_of(call, one), padding=None), one.take(k)
+
+
 def rows_of(call: Call, texts: TextRows) -> Call:
     """The call with a text in each row and padding on the right only; the rotation is left out."""
     q, k, v = (texts.take(x) for x in (call.q, call.k, call.v))
