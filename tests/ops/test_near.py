@@ -175,13 +175,27 @@ def test_a_row_without_a_token_steps_over_it() -> None:
 
 @pytest.mark.parametrize(
     ("pairs", "n", "block", "levels"),
-    [(5, 70, 64, 0), (16, 64, 32, 1), (40, 130, 128, 1), (3, 10, 32, 2), (1030, 70, 32, 0), (2050, 40, 32, 1)],
+    [
+        (5, 70, 64, 0),
+        (16, 64, 32, 1),
+        (40, 130, 128, 1),
+        (3, 10, 32, 2),
+        (1030, 70, 32, 0),
+        (2050, 40, 32, 1),
+        (20, 300, 32, 1),
+    ],
 )
-@pytest.mark.parametrize("way", ["_select_short", "_select_long"])
-def test_the_kernels_of_the_selection(pairs: int, n: int, block: int, levels: int, way: str) -> None:
-    """The same pairs, also where scores are equal or minus infinity; of a fresh text empty ones come last."""
+@pytest.mark.parametrize(("way", "shortest"), [("_select_short", 0), ("_select_long", 10**6), ("_select_long", 1)])
+def test_the_kernels_of_the_selection(
+    pairs: int, n: int, block: int, levels: int, way: str, shortest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pairs, also where scores are equal or minus infinity; of a fresh text empty ones come last.
+
+    Long texts in one segment, and in as many as there are blocks.
+    """
     from lolcats.ops.near.kernels import select as kernels
 
+    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", shortest)
     generator = torch.Generator().manual_seed(1)
     leaving, held = (torch.randn(2, 2, m, generator=generator) for m in (n, pairs))
     if levels:

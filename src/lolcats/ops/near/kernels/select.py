@@ -1,5 +1,7 @@
 """Triton kernels of `select_pairs`. In short texts, as those of training, each candidate is compared with each other
-(`_count`); in long ones one program follows the kept pairs of one key head through its text (`_select`).
+(`_count`). Long ones are cut into segments: which pairs are kept where each begins is found by sorting, because the
+best of a text so far are among the best of its segments; then a program follows the kept pairs of one key head through
+each segment, all side by side (`_select`).
 
 The kept pairs lie in the order of their rank, best first, in PP slots, a power of two; the slots that are too many are
 the best of all and never go. So a pair's slot is the number of others that beat it, and what is counted in a step, C
@@ -28,6 +30,8 @@ COUNTED = 32_768
 LARGEST_PAIRS = 4096
 SHORT = 8192
 """Candidates up to which each is compared with each other: quadratic, but all at once."""
+PROGRAMS, SHORTEST_SEGMENT = 256, 1024
+"""How many segments all texts and key heads are cut into at most, and the shortest that is worth one of them."""
 TILE = 64
 """Candidates of a program of `_count`, and of those that it compares them with at a time."""
 
@@ -60,21 +64,35 @@ def _count(scores, until, n, pairs, T: tl.constexpr):
     tl.store(until + own, end, mask=own < total)
 
 
-@triton.jit(do_not_specialize=["n", "pairs", "steps"])
-def _select(scores, order, until, n, pairs, steps, PP: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
-    """Grid (B KV); scores [.., P + N]; order [.., blocks + 1, PP] int32; until [.., P + N] int32; STEPS of a block."""
+@triton.jit(do_not_specialize=["n", "pairs", "steps", "segment_steps"])
+def _select(
+    scores, starts, order, until, n, pairs, steps, segment_steps,
+    PP: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Grid (B KV, segments), each of `segment_steps` steps, the steps of whole blocks.
+
+    Scores [.., P + N]; starts [.., segments, PP] int32, the order in which each segment begins; order [.., blocks + 1,
+    PP] int32, written from row 1 on; until [.., P + N] int32, of which only what goes is written: it is N at first. No
+    two programs write to one place: a pair goes once, and the row in which a segment begins is its predecessor's last.
+    """
     head = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
     scores += head * (pairs + n)
     until += head * (pairs + n)
+    starts += (head * tl.num_programs(1) + segment) * PP
     order += head * ((steps + STEPS - 1) // STEPS + 1) * PP
     slot = tl.arange(0, PP)
     time = tl.arange(0, C)
     spare = PP - pairs
-    for step in range(steps):
+    real = slot >= spare
+    first = segment * segment_steps
+    for step in range(first, tl.minimum(first + segment_steps, steps)):
         following = order + (step // STEPS + 1) * PP
-        kept = tl.load(order + (step + STEPS - 1) // STEPS * PP + slot)
+        now = tl.where(step == first, 1, 0)
+        kept = tl.load(starts + slot, mask=(slot < PP * now), other=0)
+        kept += tl.load(order + (step + STEPS - 1) // STEPS * PP + slot, mask=(slot >= PP * now), other=0)
         tl.debug_barrier()  # all is read before anything is written, perhaps to the same row
-        kept_score = tl.load(scores + kept, mask=slot >= spare, other=float("inf"))
+        kept_score = tl.load(scores + kept, mask=real, other=float("inf"))
         begin = step * C
         new = begin + time
         new_score = tl.load(scores + pairs + new, mask=new < n, other=-float("inf"))
@@ -82,8 +100,7 @@ def _select(scores, order, until, n, pairs, steps, PP: tl.constexpr, C: tl.const
         lost = tl.cumsum((new_score[None, :] > kept_score[:, None]).to(tl.int32), 1)
         stays = (slot[:, None] + lost < PP).to(tl.int32)
         held_for = tl.sum(stays, 1)
-        real = slot >= spare
-        tl.store(until + kept, tl.where(held_for == C, n, begin + held_for), mask=real)
+        tl.store(until + kept, begin + held_for, mask=real & (held_for < C))
         rank = slot + tl.sum((new_score[None, :] > kept_score[:, None]).to(tl.int32), 1)
         tl.store(following + rank, kept, mask=rank < PP)
         # [arrival, time]: the same for the arrivals; a kept pair of the same score was there first.
@@ -92,7 +109,7 @@ def _select(scores, order, until, n, pairs, steps, PP: tl.constexpr, C: tl.const
         beats = (new_score[None, :] > new_score[:, None]) | ((new_score[None, :] == new_score[:, None]) & earlier)
         beaten = ahead[:, None] + tl.cumsum(beats.to(tl.int32), 1)
         held_for = tl.sum((beaten < PP).to(tl.int32), 1)
-        tl.store(until + pairs + new, tl.where(held_for == C, n, begin + held_for), mask=new < n)
+        tl.store(until + pairs + new, begin + held_for, mask=(new < n) & (held_for < C))
         rank = ahead + tl.sum(beats.to(tl.int32), 1)
         tl.store(following + rank, (pairs + new).to(tl.int32), mask=(rank < PP) & (new < n))
         tl.debug_barrier()
@@ -136,15 +153,43 @@ def _select_long(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor
     batch, kv_heads, count = scores.shape
     n, padded = count - pairs, max(16, triton.next_power_of_2(pairs))
     queries = arrivals(padded)
-    blocks, steps = triton.cdiv(n, block), triton.cdiv(n, queries)
+    blocks, steps, length = triton.cdiv(n, block), triton.cdiv(n, queries), _segment(n, batch * kv_heads, block)
     scores = scores.contiguous()
+    starts = _starts(scores, pairs, length)
+    spare = torch.zeros(*starts.shape[:-1], padded - pairs, dtype=torch.int32, device=scores.device)
     order = torch.zeros(batch, kv_heads, blocks + 1, padded, dtype=torch.int32, device=scores.device)
-    until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    first = scores[..., :pairs].sort(dim=-1, descending=True, stable=True).indices
-    order[:, :, 0, padded - pairs :] = first
+    order[:, :, 0, padded - pairs :] = starts[:, :, 0]
+    until = torch.full(scores.shape, n, dtype=torch.int32, device=scores.device)
     with torch.cuda.device(scores.device) if scores.is_cuda else torch.no_grad():
-        on(_select, (batch * kv_heads,))(
-            scores, order, until, n, pairs, steps, PP=padded, C=queries, STEPS=block // queries, num_warps=8
+        on(_select, (batch * kv_heads, starts.shape[2]))(
+            scores, torch.cat([spare, starts], -1), order, until, n, pairs, steps, length // queries,
+            PP=padded, C=queries, STEPS=block // queries, num_warps=8,
         )  # fmt: skip
     order = order[..., padded - pairs :].long()
     return order[:, :, :-1], until.long(), order[:, :, -1]
+
+
+def _segment(n: int, heads: int, block: int) -> int:
+    """Queries of a segment, a multiple of those of a block."""
+    segments = max(1, min(PROGRAMS // heads, n // SHORTEST_SEGMENT))
+    return triton.cdiv(triton.cdiv(n, segments), block) * block
+
+
+def _starts(scores: Tensor, pairs: int, length: int) -> Tensor:
+    """The pairs kept where each segment of `length` queries begins, best first: [B, KV, segments, P] int32."""
+    held, leaving = scores[..., :pairs], scores[..., pairs:]
+    kept, index = held.sort(dim=-1, descending=True, stable=True)
+    starts = [index]
+    whole = (leaving.shape[-1] - 1) // length  # segments that another one follows
+    if whole:
+        best, place = (
+            leaving[..., : whole * length].unflatten(-1, (whole, length)).sort(dim=-1, descending=True, stable=True)
+        )
+        place = place + torch.arange(pairs, pairs + whole * length, length, device=scores.device)[:, None]
+        for segment in range(whole):
+            # Those of before stand first, so that of equal ones the earlier is kept.
+            kept, order = torch.cat([kept, best[:, :, segment, :pairs]], -1).sort(dim=-1, descending=True, stable=True)
+            kept = kept[..., :pairs]
+            index = torch.cat([index, place[:, :, segment, :pairs]], -1).gather(-1, order[..., :pairs])
+            starts.append(index)
+    return torch.stack(starts, 2).int()
