@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import types
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from families import FAMILIES
 from lolcats.modeling import head
 from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.fused import Fused, FusedMLP, FusedNorm, fused_copy
+from lolcats.modeling.fused_rotary import FusedTurn
 from lolcats.ops.elementwise import NormForm
 from odd_modules import OTHERS, FickleRMSNorm, Gated, TwoRMSNorm
 
@@ -227,3 +229,18 @@ def test_copies_of_a_model_fuse_as_it_does(make_student: Builder) -> None:
         student = recorded(make_student, **SETTINGS["sliding"])
         graphs_of(student).fuses = fuses
         assert graphs_of(copy.deepcopy(student)).fuses == fuses
+
+
+@pytest.mark.parametrize(("family", "turns"), [("llama", True), ("qwen3", True), ("cohere", False)])
+def test_rotary_embedding(build: Builder, tokens: Tokens, family: str, turns: bool) -> None:
+    """By halves it is one kernel; of neighbours (Cohere) it stays the family's. Nobody else sees another function."""
+    model, ids = build(family, **FAMILIES[family].settings), tokens(2, 5)
+    want, before = model(ids).logits, own_state(model)
+    copied = fuse(model)
+    torch.testing.assert_close(copied(ids).logits, want, rtol=1e-4, atol=1e-4)
+    attention = [vars(m)["forward"] for m in copied.modules() if isinstance(vars(m).get("forward"), types.MethodType)]
+    assert len(attention) == model.config.num_hidden_layers
+    for forward in attention:
+        assert set(forward.__func__.__globals__["apply_rotary_pos_emb"].found.values()) == {turns}
+        assert not isinstance(type(forward.__self__).forward.__globals__["apply_rotary_pos_emb"], FusedTurn)
+    assert own_state(model) == before and torch.equal(model(ids).logits, want)

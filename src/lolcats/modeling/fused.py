@@ -1,7 +1,8 @@
 """A copy of a model with fewer kernels, by which decoding steps are recorded.
 
 In a CUDA graph a kernel takes two microseconds however little it does, and an RMS norm of transformers is
-eight of them. In the copy these norms are one kernel, and so is what a gated MLP does between its products.
+eight of them. In the copy these norms are one kernel, and so is what a gated MLP does between its products, and the
+rotary embedding of queries and keys (`modeling.fused_rotary`).
 
 The copy is as shallow as it can be: it has the weights of the model, and all of its modules in which nothing is
 replaced; of the others it has copies, whose `forward` is another. So nothing is installed in the model and taken out
@@ -13,12 +14,15 @@ one is replaced only if a kernel gives what the module itself gives to random nu
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from lolcats.modeling.agreement import agree, random_numbers, rounding
+from lolcats.modeling.fused_rotary import with_fused_rotary
 from lolcats.modeling.head import FAILURES, relative_error
 from lolcats.ops.elementwise import ACTIVATIONS, DTYPES, NORM_FORMS, NormForm, gated_product, kernels_refuse, rms_norm
 
@@ -49,12 +53,14 @@ def fused_copy(model: nn.Module, device: torch.device) -> nn.Module | None:
 def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     """The module, or a shallow copy of it if something in it is replaced; one that occurs twice stays one."""
     if module not in made:
-        fused = _fused(module)
+        fused, turn = _fused(module), with_fused_rotary(module) if _is_untouched(module) else None
         changes: dict[str, Any] = {"forward": fused} if fused is not None else _changes_below(module, made)
         made[module] = module
-        if changes:
+        if changes or turn is not None:
             made[module] = copy = object.__new__(type(module))
             vars(copy).update(vars(module) | changes)
+            if turn is not None:
+                vars(copy)["forward"] = types.MethodType(turn, copy)
     return made[module]
 
 
@@ -123,10 +129,10 @@ class FusedNorm(Fused[NormForm]):
 
     def find(self, like: Tensor) -> NormForm | None:
         """The form that agrees in most numbers, if all are within one rounding."""
-        x = _random((1, len(SCALES), like.shape[-1]), like) * like.new_tensor(SCALES)[:, None]
+        x = random_numbers((1, len(SCALES), like.shape[-1]), like) * like.new_tensor(SCALES)[:, None]
         want = self.own.forward(x)
         outputs = {form: self.run(x, form) for form in NORM_FORMS}
-        fits = [form for form, got in outputs.items() if _agree(got, want, 1)]
+        fits = [form for form, got in outputs.items() if agree(got, want, 1)]
         return min(fits, key=lambda form: int((outputs[form] != want).sum()), default=None)
 
     def run(self, x: Tensor, way: NormForm) -> Tensor:
@@ -138,37 +144,19 @@ class FusedMLP(Fused[str]):
 
     def find(self, like: Tensor) -> str | None:
         """The activation, if the module does that and no more."""
-        own, x = self.own, _random((1, 2, like.shape[-1]), like)
+        own, x = self.own, random_numbers((1, 2, like.shape[-1]), like)
         peak = max(float(part(x).abs().max()) for part in (own.gate_proj, own.up_proj))
         names = set(ACTIVATIONS if peak > 0 else ())
         for size in PEAKS:
             scaled = x * (size / max(peak, 1e-30))
             gate, up = own.gate_proj(scaled), own.up_proj(scaled)
             product = own.act_fn(gate) * up
-            if not relative_error(own.down_proj(product), own.forward(scaled)) <= _rounding(like.dtype):
+            if not relative_error(own.down_proj(product), own.forward(scaled)) <= rounding(like.dtype):
                 return None
             # Where the tanh is near -1, what torch adds 1 to it leaves has few digits.
             lost = 4 * torch.finfo(torch.float32).eps * (gate.double() * up.double()).abs()
-            names = {name for name in names if _agree(gated_product(gate, up, name), product, 2, lost)}
+            names = {name for name in names if agree(gated_product(gate, up, name), product, 2, lost)}
         return names.pop() if len(names) == 1 else None
 
     def run(self, x: Tensor, way: str) -> Tensor:
         return self.own.down_proj(gated_product(self.own.gate_proj(x), self.own.up_proj(x), way))
-
-
-def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Normal numbers that disturb no generator."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """Relative: what rounding a number to a format may change, after a few roundings in float32."""
-    return torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
-
-
-def _agree(got: Tensor, want: Tensor, roundings: int, lost: Tensor | float = 0.0) -> bool:
-    """Whether two tensors have one form, and numbers that differ at most by some roundings and what is `lost`."""
-    if got.dtype != want.dtype or got.shape != want.shape:
-        return False
-    limit = roundings * _rounding(want.dtype) * want.double().abs() + lost + torch.finfo(want.dtype).smallest_normal
-    return bool(((got.double() - want.double()).abs() <= limit).all())

@@ -71,6 +71,30 @@ def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return _kernels(gate).gated_product(gate, up, activation)
 
 
+def turn_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys after rotary embedding, where channel i makes a pair with i + D/2. No gradients.
+
+    Args:
+        q: [B, H, N, D]; k: [B, KV, N, D]; D is even.
+        cos, sin: [B or 1, N, D], all four of one dtype: bfloat16, float16 or float32.
+
+    Returns:
+        q cos + (-q2, q1) sin, products rounded to the dtype, and the same of k.
+
+    Raises:
+        ValueError: another shape or dtype, or the kernels do not run on this device.
+    """
+    batch, _, tokens, size = q.shape
+    expect(size % 2 == 0, "heads of an even size", size)
+    expect((k.shape[0], *k.shape[2:]) == (batch, tokens, size), f"keys ({batch}, KV, {tokens}, {size})", tuple(k.shape))
+    for x in (cos, sin):
+        fits = x.shape[0] in (1, batch) and x.shape[1:] == (tokens, size)
+        expect(fits, f"angles ({batch} or 1, {tokens}, {size})", tuple(x.shape))
+        expect(x.dtype == q.dtype == k.dtype, f"all in {q.dtype}", (k.dtype, x.dtype))
+    _check(q, k, cos, sin)
+    return _kernels(q).turn(q, k, cos, sin)
+
+
 def _check(*tensors: Tensor) -> None:
     for x in tensors:
         expect(x.dtype in DTYPES, "bfloat16, float16 or float32", x.dtype)
@@ -78,10 +102,11 @@ def _check(*tensors: Tensor) -> None:
 
 
 class _Launch(NamedTuple):
-    """The functions of `kernels.rows` that are called here."""
+    """The functions of the kernels that are called here."""
 
     rms_norm: Callable[[Tensor, Tensor, float, NormForm], Tensor]
     gated_product: Callable[[Tensor, Tensor, str], Tensor]
+    turn: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @functools.cache
@@ -90,8 +115,9 @@ def _launch() -> _Launch | None:
     if importlib.util.find_spec("triton") is None:
         return None
     from lolcats.ops.elementwise.kernels.rows import run_gated_product, run_rms_norm
+    from lolcats.ops.elementwise.kernels.turn import run_turn
 
-    return _Launch(run_rms_norm, run_gated_product)
+    return _Launch(run_rms_norm, run_gated_product, run_turn)
 
 
 def _kernels(x: Tensor) -> _Launch:
