@@ -25,9 +25,9 @@ def decode(student: Any, ids: Tensor) -> tuple[Tensor, list[bool]]:
     cache = student(ids[:, :FIRST]).past_key_values
     logits, in_place = [], []
     for i in range(FIRST, FIRST + MORE):
-        before = cache.layers[0].state.linear.kv
+        before = cache.layers[0].state.window.k
         logits.append(student(ids[:, i : i + 1], past_key_values=cache).logits)
-        in_place.append(cache.layers[0].state.linear.kv is before)
+        in_place.append(cache.layers[0].state.window.k is before)
     return torch.cat(logits, 1), in_place
 
 

@@ -146,9 +146,9 @@ def step_refusal(
     if importlib.util.find_spec("triton") is None:
         return "it needs the package triton, which is not installed here"
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.near.kernels import decode_launch
+    from lolcats.ops.near.kernels.decode_launch import refuses
 
-    return decode_launch.step_refusal(q, k, v, parts, state_indices is not None, sink_logits, codec)
+    return refuses(q, k, v, parts, state_indices is not None, sink_logits, codec)
 
 
 def _torch_step(

@@ -32,7 +32,7 @@ JOINED = 8
 KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8}
 
 
-def step_refusal(
+def refuses(
     q: Tensor,
     k: Tensor,
     v: Tensor,
