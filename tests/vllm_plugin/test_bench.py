@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lolcats.cli import main
 from lolcats.evaluation.speed import SpeedSettings, Subjects
 from lolcats.modeling import linearized_layers
 from lolcats.serving.vllm_bench import find_jobs
-from lolcats.serving.vllm_bench.engine import explain
+from lolcats.serving.vllm_bench.engine import explain, measure
 from lolcats.serving.vllm_plugin.layout import PageLayout
 from vllm_plugin.equality import by_vllm
 from vllm_plugin.test_offline import RECOMMENDED
@@ -28,6 +29,7 @@ PAGES, MANY = 6, 6
 PIECES, BLOCK = 64, 32
 """Tokens that the engine takes in a step, so prompts are read in several; tokens in a page of keys and values."""
 CONTEXT, TOKENS = 90, 16
+OPTIONS = {"max_num_batched_tokens": PIECES, "num_gpu_blocks_override": PAGES, "block_size": BLOCK}
 CPU = torch.device("cpu")
 
 
@@ -42,35 +44,36 @@ def state_bytes(folder: Path) -> int:
     return PageLayout.of([layer.mixer.state_spec(torch.float32) for layer in linearized_layers(model)]).nbytes
 
 
-def test_a_student_and_its_teacher(
-    folder: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A text more than there are pages for is not timed. What a page takes is counted here from the layers."""
-    options = f'{{"max_num_batched_tokens": {PIECES}, "num_gpu_blocks_override": {PAGES}, "block_size": {BLOCK}}}'
-    words: list[Any] = ["bench", folder, "--teacher", teacher, "--engine", "vllm", "--vllm-options", options]
-    words += ["--no-graphs", "--batch", f"1,{MANY}", "--context", CONTEXT, "--tokens", TOKENS, "--repeat", 1]
-    assert main([str(word) for word in [*words, "--csv", tmp_path / "x.csv", "--dtype", "float32"]]) == 0
+def test_a_student(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the command line, in an engine's process. A text more than there are pages for is not timed."""
+    words: list[Any] = ["bench", folder, "--teacher", "none", "--engine", "vllm", "--no-graphs", "--dtype", "float32"]
+    words += ["--batch", f"1,{MANY}", "--context", CONTEXT, "--tokens", TOKENS, "--repeat", 1]
+    words += ["--csv", tmp_path / "x.csv", "--vllm-options", json.dumps(OPTIONS)]
+    assert main([str(word) for word in words]) == 0
     out = capfd.readouterr().out
     with (tmp_path / "x.csv").open() as file:
-        rows = {(line["variant"], int(line["batch"])): line for line in csv.DictReader(file)}
-    assert list(rows) == [(variant, batch) for variant in ("student", "teacher") for batch in (1, MANY)]
-    lead = math.ceil(CONTEXT / (PIECES - 1)) + 2
-    token = 3 * 2 * 2 * 32 * 4  # layers, keys and values, key heads, their size, bytes
-    blocks = math.ceil((CONTEXT + lead + TOKENS - 1) / BLOCK)  # the last token is never read
-    expected = {
-        "student": ("blend", state_bytes(folder), PAGES - 1),
-        "teacher": ("CPU_ATTN", blocks * BLOCK * token, (PAGES - 1) // blocks),
-    }
-    for (variant, batch), line in rows.items():
-        attention, memory, fit = expected[variant]
-        assert (line["engine"], line["attention"], line["dtype"]) == ("vllm", attention, "float32")
-        assert line["vllm"].startswith("0.32") and float(line["text_memory"]) >= float(line["text_memory_computed"])
-        if batch > fit:
-            assert line["step_seconds"] == line["first_token_seconds"] == line["steps"] == ""
-            continue
-        assert float(line["text_memory"]) == memory and int(line["texts_that_fit"]) == fit
-        assert float(line["step_seconds"]) > 0 and float(line["first_token_seconds"]) > 0 and line["steps"] == "eager"
+        one, many = csv.DictReader(file)
+    each = state_bytes(folder)
+    for line in one, many:
+        assert (line["engine"], line["variant"], line["attention"]) == ("vllm", "student", "blend")
+        assert float(line["text_memory"]) == each >= float(line["text_memory_computed"])
+        assert int(line["texts_that_fit"]) == PAGES - 1 and line["vllm"].startswith("0.32")
+    assert float(one["step_seconds"]) > 0 and float(one["first_token_seconds"]) > 0 and one["steps"] == "eager"
+    assert many["step_seconds"] == many["first_token_seconds"] == many["steps"] == ""
     assert "fit at once" in out and "vllm 0.32" in out
+
+
+def test_a_teacher(teacher: Path, tmp_path: Path) -> None:
+    """Blocks of keys and values are counted as they are given out; the last token is never read."""
+    subjects = Subjects(str(teacher), None, None, False, CPU, "float32")
+    settings = SpeedSettings((1, MANY), (CONTEXT,), tokens=TOKENS, repeat=1, graphs=False)
+    (job,) = find_jobs(subjects, settings, tmp_path, OPTIONS)
+    one, many = measure(job.order)
+    token = 3 * 2 * 2 * 32 * 4  # layers, keys and values, key heads, their size, bytes
+    blocks = math.ceil((CONTEXT + job.order.cases[0].lead + TOKENS - 1) / BLOCK)
+    assert (one.times.memory, one.fit, one.attention) == (blocks * BLOCK * token, (PAGES - 1) // blocks, "CPU_ATTN")
+    assert one.times.step is not None and one.times.step > 0 and one.times.first_token is not None
+    assert one.times.steps == "eager" and many.times.step is None and many.fit < MANY
 
 
 def test_what_vllm_refuses_is_said_in_a_line(folder: Path) -> None:

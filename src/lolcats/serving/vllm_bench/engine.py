@@ -79,7 +79,7 @@ def run_engine(order: Order, sender: Connection) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
-        for found in _measure(order):
+        for found in measure(order):
             sender.send(found)
     except Exception as error:
         if not isinstance(error, ValueError):
@@ -95,7 +95,13 @@ def explain(error: Exception) -> str:
     return reason(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {reason(error)}"
 
 
-def _measure(order: Order) -> Iterator[Found]:
+def measure(order: Order) -> Iterator[Found]:
+    """What `run_engine` sends; it takes this process's memory.
+
+    Raises:
+        LolcatsError: vLLM is another device's, or a step is too short to be timed.
+        ValueError: vLLM or the plugin refuses the model or the settings.
+    """
     from vllm import LLM
     from vllm.platforms import current_platform
 
