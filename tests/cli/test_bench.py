@@ -117,11 +117,23 @@ def test_what_was_measured_before_ctrl_c(cli: Run, place: Path, monkeypatch: pyt
         (["--plot", "x.txt"], ["x.txt", ".png"]),
         (["--csv", "gone/x.csv"], ["no folder gone"]),
         (["--recipe", "hybird"], ["hybird"]),
+        (["--engine", "sglang"], ["unknown engine 'sglang'", "vllm"]),
+        (["--vllm-options", "{}"], ["--vllm-options", "--engine vllm"]),
         (["--recipe", "hybrid", "--teacher", "demo"], ["--teacher demo", "leave it out"]),
     ],
 )
 def test_refusals(cli: Run, place: Path, words: list[str], parts: list[str]) -> None:
     cli("bench", place / "teacher", *words).refused(*parts)
+
+
+def test_vllm_refusals(cli: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is read; what vLLM itself refuses is tested where it is."""
+    words = ["bench", place / "teacher", "--engine", "vllm"]
+    monkeypatch.setattr("lolcats.serving.server.installed_version", lambda: None)
+    cli(*words).refused("vLLM is not installed; pip install", "--engine transformers")
+    monkeypatch.setattr("lolcats.serving.server.installed_version", lambda: "0.32.0")
+    for options in ("{", "[1]"):
+        cli(*words, "--vllm-options", options).refused("--vllm-options")
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats.cli.load import find_model
-from lolcats.cli.options import Device, Dtype, Graphs, Model, check_target, split_words
+from lolcats.cli.options import Device, Dtype, Engine, Graphs, Model, check_target, split_words
 from lolcats.cli.suite import JsonFile, Teacher, bar, find_subject
 from lolcats.cli.tables import console, number_table, say
 from lolcats.errors import LolcatsError
@@ -44,6 +46,9 @@ Beyond = Annotated[bool, typer.Option("--beyond-context", help="Allow contexts b
 CsvFile = Annotated[
     Path | None, typer.Option("--csv", metavar="FILE", callback=check_target, help="Write a line a row, at each row.")
 ]
+Options = Annotated[
+    str | None, typer.Option("--vllm-options", metavar="JSON", help='For vllm.LLM: {"gpu_memory_utilization": 0.8}.')
+]
 Plot = Annotated[
     Path | None, typer.Option(metavar="FILE", callback=check_target, help="Draw the rows (.png, .pdf or .svg).")
 ]
@@ -65,6 +70,8 @@ def bench(
     csv_file: CsvFile = None,
     plot: Plot = None,
     json_file: JsonFile = None,
+    engine: Engine = "transformers",
+    vllm_options: Options = None,
 ) -> None:
     """Prefill, decoding and memory against batch and context, for a model and its teacher.
 
@@ -73,11 +80,12 @@ def bench(
     """
     source, teacher = _find(model, teacher, recipe)
     from lolcats.evaluation.recall.plot import check_figure
-    from lolcats.evaluation.speed import SpeedSettings, Subjects, copy_bandwidth, measure_speed
+    from lolcats.evaluation.speed import SpeedSettings, Subjects, copy_bandwidth
     from lolcats.models.device import choose_device
 
     if plot is not None:
         check_figure(plot)
+    measure = _measuring(engine, vllm_options)
     place = choose_device(device)
     sizes = _read_numbers("--batch", batches or ("1,4" if place.type == "cpu" else "1,8,64"))
     prompts = None if contexts is None else _read_numbers("--context", contexts)
@@ -88,13 +96,37 @@ def bench(
     try:
         with bar(out, "loading the model") as report:
             about |= _about(place, bandwidth := copy_bandwidth(place))
-            for row in measure_speed(subjects.each(), settings, bandwidth, report):
+            for row in measure(subjects, settings, bandwidth, report):
                 rows.append(row)
                 _save(rows, about, csv_file, json_file)
     finally:  # after Ctrl-C too
         if rows:
             _show(out, rows, about)
             _draw(out, rows, plot)
+
+
+def _measuring(engine: str, options: str | None) -> Callable[..., Iterator[Row]]:
+    """What measures subjects by settings at a bandwidth, and reports how far it is."""
+    from lolcats.evaluation import speed
+
+    if engine == "transformers":
+        if options is not None:
+            raise LolcatsError("--vllm-options are for --engine vllm; leave them out")
+        return lambda subjects, *given: speed.measure_speed(subjects.each(), *given)
+    from lolcats.serving.vllm_bench import check_vllm, measure_engine
+
+    check_vllm()
+    return partial(measure_engine, options=_read_options(options))
+
+
+def _read_options(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise LolcatsError(f"--vllm-options is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise LolcatsError(f'--vllm-options must be an object such as {{"gpu_memory_utilization": 0.8}}; got {text}')
+    return found
 
 
 def _find(model: str, teacher: str | None, recipe: str | None) -> tuple[str, str | None]:
@@ -122,8 +154,10 @@ def _about(device: Any, bandwidth: float) -> dict[str, object]:
     import transformers
 
     from lolcats.models.device import describe_device
+    from lolcats.serving.vllm_plugin import installed_version
 
     versions = {"lolcats": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions |= {"vllm": installed_version() or ""}
     where = {"device": describe_device(device), "copy_bytes_per_second": round(bandwidth)}
     return {**where, "date": date.today().isoformat(), **versions}
 
@@ -139,7 +173,8 @@ def _save(rows: list[Row], about: dict[str, object], csv_file: Path | None, json
 
 
 def _show(out: Console, rows: list[Row], about: dict[str, object]) -> None:
-    versions = ", ".join(f"{name} {about[name]}" for name in ("lolcats", "torch", "transformers"))
+    names = ["lolcats", "torch", "transformers", *(["vllm"] if rows[0].engine == "vllm" else [])]
+    versions = ", ".join(f"{name} {about[name]}" for name in names)
     say(out, f"{about['model']} on {about['device']}, {rows[0].dtype}, {about['date']}; {versions}\n")
     out.print(speed_table(rows))
     out.print()
@@ -170,13 +205,15 @@ def speed_table(rows: list[Row]) -> Table:
 def memory_table(rows: list[Row]) -> Table:
     """What one text takes, measured and computed."""
     names = ["batch", "context", "memory a text", "computed"]
-    peaks = any(row.times.reading_memory is not None for row in rows)
-    table = number_table([""], [*names, *(["peak of prefill"] if peaks else [])])
+    peaks, fits = any(row.times.reading_memory is not None for row in rows), any(row.fit is not None for row in rows)
+    table = number_table([""], [*names, *(["peak of prefill"] if peaks else []), *(["fit at once"] if fits else [])])
     for row in _in_order(rows):
         measured, reading = row.times.memory, row.times.reading_memory
         cells = [FULL if measured is None else show_bytes(measured), show_bytes(row.text_bytes)]
         if peaks:
             cells.append(FULL if reading is None else show_bytes(reading))
+        if fits:
+            cells.append("-" if row.fit is None else f"{row.fit:,}")
         table.add_row(row.variant, f"{row.batch:,}", f"{row.context:,}", *cells)
     return table
 
@@ -206,6 +243,12 @@ def _notes(rows: list[Row], about: dict[str, Any]) -> Iterator[str]:
         "limit: the bytes of a step, which are the weights and each text's state or keys and values, at the "
         f"{speed:,.1f} GB/s of a copy here (read and written); ratio: how many times that it takes"
     )
+    if rows[0].engine == "vllm":
+        if about["recipe"] is not None:
+            yield "vLLM was given configurations alone: its weights are small random numbers"
+        yield "memory a text: vLLM's pages that it holds, counted in its pool; computed: its state, or keys and values"
+        yield "fit at once: texts of this length that vLLM's pages have room for, in the memory that it took for them"
+        return
     counted = any(row.times.reading_memory is not None for row in rows)
     what = "the peak while decoding, weights not counted" if counted else "what its cache holds"
     yield f"memory a text: {what}; computed: its state, or keys and values"

@@ -36,6 +36,7 @@ _device = _accepted(
 _dtype = _accepted(
     ("auto", "float32", "bfloat16").__contains__, "unknown format {!r}; expected auto, float32 or bfloat16"
 )
+_engine = _accepted(("transformers", "vllm").__contains__, "unknown engine {!r}; expected transformers or vllm")
 _temperature = _accepted(lambda value: value == 0 or 0.01 <= value <= 100, "expected 0 or 0.01 to 100, got {}")
 _top_p = _accepted(lambda value: 0 < value <= 1, "expected above 0 and up to 1, got {}")
 MAX_SEED = 2**32 - 1
@@ -48,6 +49,9 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", callback=_device, help="auto, cpu, mps, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", callback=_dtype, help="auto, float32 or bfloat16.")]
+Engine = Annotated[
+    str, typer.Option(metavar="NAME", callback=_engine, help="transformers, or vllm where it is installed.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, max=10**7, help="Most tokens to write.")]
 Temperature = Annotated[
     float, typer.Option(callback=_temperature, help="0 always takes the likeliest token; else 0.01 to 100.")

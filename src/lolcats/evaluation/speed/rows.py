@@ -37,6 +37,8 @@ class Row:
     """Of it, what is read once for all texts."""
     text_bytes: int
     """What one text takes at the end, computed."""
+    fit: int | None = None
+    """Texts of this length that the engine has room for at once; None where it does not divide its memory before."""
 
     @property
     def prefill_speed(self) -> float | None:
@@ -75,6 +77,7 @@ class Row:
             "text_memory": self.times.memory,
             "text_memory_computed": self.text_bytes,
             "text_memory_reading": self.times.reading_memory,
+            "texts_that_fit": self.fit,
         }
 
 

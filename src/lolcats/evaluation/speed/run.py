@@ -61,23 +61,29 @@ class SpeedSettings:
             if not numbers or min(numbers) < 1:
                 raise LolcatsError(f"{name}: expected numbers from 1 on; got {', '.join(map(str, numbers)) or 'none'}")
 
-    def contexts_of(self, model: PreTrainedModel) -> list[int]:
+    def contexts_of(self, model: PreTrainedModel, rest: Callable[[int], int] | None = None) -> list[int]:
         """Tokens of prompts for a model.
+
+        Args:
+            model: with or without weights.
+            rest: how many tokens follow a prompt of so many; None is what forward passes need.
 
         Raises:
             LolcatsError: it was not made for so many.
         """
-        rest, limit = self.tokens + 2 * WARM + 1, context_limit(model)
+        rest = rest or (lambda context: self.tokens + 2 * WARM + 1)
         if self.contexts is not None:
-            check_context(model, max(self.contexts) + rest, "prompt and continuation", beyond=self.beyond_context)
+            most = max(context + rest(context) for context in self.contexts)
+            check_context(model, most, "prompt and continuation", beyond=self.beyond_context)
             return list(self.contexts)
-        if limit is None:
+        if (limit := context_limit(model)) is None:
             return list(CONTEXTS)
-        if limit <= rest:
+        new = rest(limit)
+        if limit <= new:
             raise LolcatsError(
-                f"the model's context of {limit:,} tokens has no room for {rest:,} new ones; decode fewer"
+                f"the model's context of {limit:,} tokens has no room for {new:,} new ones; decode fewer"
             )
-        return [tokens for tokens in CONTEXTS if tokens + rest <= limit] or [limit - rest]
+        return [tokens for tokens in CONTEXTS if tokens + rest(tokens) <= limit] or [limit - new]
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,13 @@ class Subjects:
         release(self.device)
         if linearized and self.teacher is not None:
             other = self._load(self.teacher, dtype)
-            if linearized_layers(other):
-                raise LolcatsError(
-                    f"the teacher {self.teacher} is linearized itself; name the model from before, or none"
-                )
+            self.check_teacher(other)
             yield "teacher", _fastest(other)
+
+    def check_teacher(self, model: PreTrainedModel) -> None:
+        """Raise LolcatsError where the teacher's model is linearized."""
+        if linearized_layers(model):
+            raise LolcatsError(f"the teacher {self.teacher} is linearized itself; name the model from before, or none")
 
     def _converted(self, model: PreTrainedModel, recipe: str) -> Iterator[tuple[str, PreTrainedModel]]:
         if linearized_layers(model):
