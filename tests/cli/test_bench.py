@@ -130,7 +130,7 @@ def test_vllm_refusals(cli: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -
     """Before a model is read; what vLLM itself refuses is tested where it is."""
     words = ["bench", place / "teacher", "--engine", "vllm"]
     monkeypatch.setattr("lolcats.serving.server.installed_version", lambda: None)
-    cli(*words).refused("vLLM is not installed; pip install", "--engine transformers")
+    cli(*words).refused("vLLM is not installed; pip install", "the engine transformers")
     monkeypatch.setattr("lolcats.serving.server.installed_version", lambda: "0.32.0")
     for options in ("{", "[1]"):
         cli(*words, "--vllm-options", options).refused("--vllm-options")

@@ -109,7 +109,7 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytes
         with pytest.raises(LolcatsError, match=message):
             find_jobs(given, SETTINGS, tmp_path, options)
     monkeypatch.setattr(server, "installed_version", lambda: None)
-    with pytest.raises(LolcatsError, match=r"vLLM is not installed; .*Without it --engine transformers measures"):
+    with pytest.raises(LolcatsError, match=r"vLLM is not installed; .*Without it the engine transformers measures"):
         next(measure_engine(subjects(folders[0]), SETTINGS, 1e9))
 
 

@@ -61,7 +61,7 @@ def find_jobs(subjects: Subjects, settings: SpeedSettings, folder: Path, options
     if subjects.device.type == "mps" or subjects.device.index:
         raise LolcatsError(
             f"vLLM runs on the CPU or the first GPU that it sees, not on {subjects.device}; choose by "
-            "CUDA_VISIBLE_DEVICES, and leave --device out"
+            "CUDA_VISIBLE_DEVICES, and name no device"
         )
     if taken := sorted(set(OURS) & set(options)):
         raise LolcatsError(f"{taken[0]} of vLLM follows from what is measured; leave it out of its options")

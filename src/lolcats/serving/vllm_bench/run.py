@@ -25,7 +25,7 @@ PATIENCE = 20
 
 def check_vllm() -> None:
     """Raise LolcatsError where there is no vLLM, or one that the plugin is not made for."""
-    check_engine("Without it --engine transformers measures the model")
+    check_engine("Without it the engine transformers measures the model")
 
 
 def measure_engine(
