@@ -81,6 +81,22 @@ def test_steps(settings: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+def test_which_steps_are_prepared_by_kernels() -> None:
+    """Else the tests above would compare torch with itself: the score where it is a learned one, and 8 bits."""
+    call = tokens()
+    for settings, score in (({"bits": 8}, True), ({"bits": 8, "kept": {"score": "recency"}}, False)):
+        kernel: Any = make("auto", **settings)
+        _, state = kernel(part(call, 0, BEGIN), None, keep=True)
+        one = part(call, BEGIN, BEGIN + 1)
+        assert DEVICE == "cuda" or kernel._prepared(one, state, "full", None) is None, "without a GPU, unless asked for"
+        kernel.impl = "triton"
+        ready = kernel._prepared(one, state, "full", None)
+        assert ready is not None and ready.k.dtype == torch.uint8 and (ready.score is not None) == score
+    kernel = make("triton", bits=4)
+    assert kernel._prepared(part(call, BEGIN, BEGIN + 1), kernel.empty_state(3, torch.float32), "full", None) is None
+
+
+@torch.no_grad()
 def test_a_pool() -> None:
     """Rows in any order, one of them without a text."""
     call, kernel, plain = tokens(), make("auto", bits=8), make("auto", bits=8)

@@ -72,14 +72,12 @@ def near_of_call(
         ready: of `prepared_step`, or None. All others are as there.
     """
     if states is not None and keep and call.q.shape[2] == 1:
-        parts, tokens = _parts(groups, call, states), ready or (call.q, call.k, call.v)
-        if ready is not None:
-            sink_q = sink_q if sink_q is None or codec is None else codec.map_queries(sink_q)
-        elif step_refusal(call.q, call.k, call.v, parts, slots, call.sink_logits, codec, impl) is None and codec:
-            tokens = (call.q, *codec.encode(call.k, call.v))
+        q, k, v = (call.q, call.k, call.v) if ready is None else ready[:3]
+        if ready is not None and codec is not None and sink_q is not None:
+            sink_q = codec.map_queries(sink_q)
         done = near_steps(
-            *tokens[:3], parts, score=score, active=lengths, sink_logits=call.sink_logits, sink_q=sink_q,
-            state_indices=slots, donate=True, codec=codec, impl=impl, mapped=ready is not None,
+            q, k, v, _parts(groups, call, states), score=score, active=lengths, sink_logits=call.sink_logits,
+            sink_q=sink_q, state_indices=slots, donate=True, codec=codec, impl=impl, mapped=ready is not None,
         )  # fmt: skip
         if done is not None:
             return done[0], joined_states(done[1])

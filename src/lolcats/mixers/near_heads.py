@@ -18,14 +18,7 @@ import torch
 from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes, state_bytes
-from lolcats.ops.near import (
-    NearSpec,
-    NearState,
-    empty_near_state,
-    kept_until,
-    near_attention,
-    near_step,
-)
+from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
 from lolcats.ops.near.quantize import PairCodec, plain_map
 
 Split = tuple[tuple[int, int], ...]

@@ -57,8 +57,6 @@ def near_step(
         ValueError: "triton" cannot run the step; the message says why.
     """
     sink_q = sink_q if spec.sinks else None
-    if codec is not None and k.dtype != torch.uint8:
-        k, v = codec.encode(k, v)
     part = NearPart(spec, state, tuple(range(k.shape[1])))
     done = near_steps(
         q, k, v, (part,), score=score, active=active, sink_logits=sink_logits, sink_q=sink_q,
@@ -66,6 +64,8 @@ def near_step(
     )  # fmt: skip
     if done is not None:
         return done[0], done[1][0]
+    if codec is not None and k.dtype != torch.uint8:
+        k, v = codec.encode(k, v)
     if state_indices is None:
         return _torch_step(q, k, v, state, spec, score, active, sink_logits, codec, sink_q)
     held = state_indices >= 0
@@ -98,7 +98,7 @@ def near_steps(
     """`near_step` of key heads whose sizes differ, by a kernel for all of them; None where it is not to run.
 
     Args:
-        q: [B, H, 1, D]; k and v: [B, KV, 1, .], with a codec the bytes that it makes of them.
+        q: [B, H, 1, D]; k and v: [B, KV, 1, .]; with `codec` also the bytes that it makes of k and v.
         parts: the key heads by their sizes, all KV of them.
         score: [B, KV, 1], where there are kept pairs.
         mapped: q and sink_q are as the codec maps them.
@@ -117,6 +117,8 @@ def near_steps(
         return None
     from lolcats.ops.near.kernels.decode_launch import decode_step
 
+    if codec is not None and k.dtype != torch.uint8:
+        k, v = codec.encode(k, v)
     if state_indices is None:
         copy = torch.Tensor.contiguous if donate else _own_copy
         parts = [part._replace(state=part.state.map(copy)) for part in parts]
