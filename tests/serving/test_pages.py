@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lolcats.config import LinearizationConfig
 from lolcats.mixers import Call, Mixer, Rotation, Sizes, build_mixer, map_state, state_tensors
-from lolcats.mixers.base import put_rows, take_rows
 from lolcats.mixers.rotation import Layout
+from lolcats.mixers.state import put_rows, take_rows
 from lolcats.serving.vllm_plugin.batch import WASTE, group_rows
 from lolcats.serving.vllm_plugin.layout import ALIGNMENT, PageLayout, empty_page, pool_in_pages
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lolcats.mixers.base import Call, Mixer, Sizes, map_state, put_rows, take_rows
+from lolcats.mixers.base import Call, Mixer, Sizes
 from lolcats.mixers.far import FarHalf
 from lolcats.mixers.near_decode import near_of_call, prepared_step
 from lolcats.mixers.near_heads import (
@@ -44,11 +44,13 @@ from lolcats.mixers.near_heads import (
 from lolcats.mixers.parts import Parts, Share, far_attention
 from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
+from lolcats.mixers.state import put_rows, take_rows
 from lolcats.mixers.texts import find_texts, one_text, rows_of
 from lolcats.ops.near import NearSpec
 from lolcats.ops.near.prepared import Prepared
 from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
 from lolcats.ops.near.selection import EMPTY
+from lolcats.ops.types import map_state
 
 NOT_FAR, BLIND = ("near_only", "window_only", "no_attention"), ("window_only", "linear_only", "no_attention")
 """Modes that leave the far half out, and modes that keep no pairs."""
@@ -153,8 +155,7 @@ class BlendMixer(Mixer):
             call = rows_of(call, texts)
             q, k = texts.take(q), texts.take(k)
             sink_q = None if sink_q is None else texts.take(sink_q)
-        lengths = None if texts is None else texts.lengths
-        out, new = self._rows(call, q, k, lengths, state, keep, mode, slots, sink_q, ready)
+        out, new = self._rows(call, q, k, texts and texts.lengths, state, keep, mode, slots, sink_q, ready)
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -167,8 +168,9 @@ class BlendMixer(Mixer):
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
         """A text in each row, padding on the right only; q and k are the far half's, `sink_q` of `capped_queries`."""
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
-            held = None if state is None else state.far
-            return self.far(q, k, call.v, call.hidden, call.padding, held, False)[0], None
+            return self.far(q, k, call.v, call.hidden, call.padding, None if state is None else state.far, False)[
+                0
+            ], None
         if (score := None if ready is None else ready.score) is None:
             score = self._scores(call, k, state, mode, slots)
         if sink_q is not None and call.reach is not None:

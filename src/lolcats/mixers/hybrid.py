@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from lolcats.mixers.base import Call, Mixer, Sizes, map_state
+from lolcats.mixers.base import Call, Mixer, Sizes
 from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
 from lolcats.ops import (
@@ -34,6 +34,7 @@ from lolcats.ops import (
     leaving_keys,
     resolve_impl,
 )
+from lolcats.ops.types import map_state
 
 PAPER_WINDOW_FACTOR = -2.1972246
 """logit(0.1): the paper's initial window factor."""

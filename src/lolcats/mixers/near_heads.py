@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.mixers.base import Call, Sizes, state_bytes
+from lolcats.mixers.base import Call, Sizes
+from lolcats.mixers.state import state_bytes
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
 from lolcats.ops.near.quantize import PairCodec, plain_map
 

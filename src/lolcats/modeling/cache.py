@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from lolcats.errors import LolcatsError
 from lolcats.mixers import State, map_state, state_tensors
-from lolcats.mixers.base import state_bytes as bytes_of
+from lolcats.mixers.state import state_bytes as bytes_of
 from lolcats.modeling.taking_back import CanRefuse, Point, Record, refuse_first
 
 

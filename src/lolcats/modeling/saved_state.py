@@ -30,7 +30,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file
 from lolcats.identity import network_identity
 from lolcats.mixers import Mixer, StateSpec, map_state, state_tensors
-from lolcats.mixers.base import state_names
+from lolcats.mixers.state import state_names
 from lolcats.modeling.attention import linearized_layers
 from lolcats.modeling.cache import LinearizedLayer
 from lolcats.modeling.taking_back import refuse_first

@@ -18,10 +18,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from lolcats.errors import LolcatsError
-from lolcats.mixers.base import map_state, put_rows
+from lolcats.mixers.state import put_rows
 from lolcats.modeling.cache import LinearizedLayer
 from lolcats.modeling.head import relative_error, tolerance
 from lolcats.modeling.saved_state import EMPTY, SOFTMAX
+from lolcats.ops.types import map_state
 
 PROBE = 4
 """Tokens of a text by which a model is asked how it counts."""

@@ -19,7 +19,8 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lolcats.mixers import Call, Mixer, Reach
-from lolcats.mixers.base import map_state, put_rows
+from lolcats.mixers.state import put_rows
+from lolcats.ops.types import map_state
 from lolcats.serving.vllm_plugin.metadata import StateMetadata
 from lolcats.serving.vllm_plugin.pages import StatePages
 from lolcats.serving.vllm_plugin.rotary import rotation_at
