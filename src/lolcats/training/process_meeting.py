@@ -26,6 +26,9 @@ MEETING_SECONDS = 60.0
 LIMIT_VARIABLE = "LOLCATS_MEETING_SECONDS"
 CONNECT_SECONDS = 60
 """How long the store may take to be there, once all have met."""
+READ_SECONDS = 10
+"""How long process 0 waits for those that are there to read its word."""
+LOOK_SECONDS = 0.05
 _meetings = count()
 """Meetings of this process; all processes have the same ones in the same order."""
 
@@ -89,8 +92,18 @@ def _exchange(own: tuple[int, str], rank: int, processes: int, told: list[tuple[
                 f"process {len(told)} of {processes} did not start within {limit:g} seconds; look at its output (more "
                 f"time for slow machines: the environment variable {LIMIT_VARIABLE})"
             )
-        time.sleep(0.05)
+        time.sleep(LOOK_SECONDS)
+    _await_readers(store, f"{prefix}read", rank, told)
     return store
+
+
+def _await_readers(store: TCPStore, key: str, rank: int, told: Sequence[tuple[int, str]]) -> None:
+    """Go on from process 0 only when all have read who is there: what it ends with then, the others can name."""
+    readers, deadline = store.add(key, 1), time.monotonic() + READ_SECONDS
+    while rank == 0 and readers < len(told) and time.monotonic() < deadline:
+        _check_alive(told)
+        time.sleep(LOOK_SECONDS)
+        readers = store.add(key, 0)
 
 
 def _check_alive(told: Sequence[tuple[int, str]]) -> None:
