@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,7 +206,7 @@ class _Ahead:
 
     def __init__(self, read: Callable[[str], dict[str, Tensor]], exists: Callable[[str], bool], ahead: int) -> None:
         self.read, self.exists, self.ahead = read, exists, ahead
-        self.wanted: deque[str] = deque()
+        self.wanted: OrderedDict[str, None] = OrderedDict()  # of tens of thousands of keys
         self.reading: str | None = None
         self.ready: dict[str, dict[str, Tensor] | Exception] = {}
         self.changed = threading.Condition()
@@ -215,7 +215,7 @@ class _Ahead:
 
     def add(self, keys: Iterable[str]) -> None:
         with self.changed:
-            self.wanted.extend(key for key in keys if key not in (*self.wanted, self.reading, *self.ready))
+            self.wanted.update((key, None) for key in keys if key != self.reading and key not in self.ready)
             if self.thread is None and self.wanted:
                 self.thread = threading.Thread(target=self._run, name="hidden-states-read", daemon=True)
                 self.thread.start()
@@ -229,7 +229,7 @@ class _Ahead:
         """
         with self.changed:
             if key in self.wanted:  # it has not begun, and may never: results that come later hold all the places
-                self.wanted.remove(key)
+                del self.wanted[key]
                 return None
             self.changed.wait_for(lambda: self.reading != key)
             found = self.ready.pop(key, None)
@@ -263,8 +263,8 @@ class _Ahead:
         with self.changed:
             while not self.closed:
                 waiting = bool(self.wanted) and len(self.ready) < self.ahead
-                if waiting and self.exists(self.wanted[0]):
-                    self.reading = self.wanted.popleft()
+                if waiting and self.exists(next(iter(self.wanted))):
+                    self.reading, _ = self.wanted.popitem(last=False)
                     return self.reading
                 self.changed.wait(POLL if waiting else None)
         return None
