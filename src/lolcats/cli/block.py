@@ -45,5 +45,5 @@ def block(
     from lolcats.runs.blocks import run_blocks
 
     out = console()
-    folder = run_blocks(config, target, job, wait=wait, overwrite=overwrite, console=out)
+    folder = run_blocks(config, job, wait=wait, overwrite=overwrite, console=out)
     say(out, f"run: {folder.path}")

@@ -29,11 +29,14 @@ FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, Value
 
 
 @torch.no_grad()
-def check_blocks(config: PretrainedConfig) -> None:
+def check_blocks(config: PretrainedConfig) -> PreTrainedModel:
     """See that every layer of a family follows from the residual stream in front of it alone, bit for bit.
 
     Args:
         config: of the model that is to be trained block by block.
+
+    Returns:
+        The small model.
 
     Raises:
         LolcatsError: it does not, or no small model can be made of the class.
@@ -46,6 +49,7 @@ def check_blocks(config: PretrainedConfig) -> None:
         packed = torch.cat([torch.arange(TOKENS // 2 - 2), torch.arange(TOKENS // 2 + 2)]).expand(2, -1)
         for position_ids in (None, packed):
             _compare(model, ids, position_ids)
+        return model
     except LolcatsError:
         raise
     except FAILURES as error:

@@ -44,6 +44,7 @@ def train_block(work: Work, number: int, accelerator: Accelerator, wait: Callabl
     with hold(places.lock(number), busy):
         if places.done(number).exists():
             work.say(f"block {number}: done already")
+            _drop(work, number)
             return
         block = work.load_linearized(work.plan.part(number))
         restore_start(work, block)
@@ -57,9 +58,7 @@ def train_block(work: Work, number: int, accelerator: Accelerator, wait: Callabl
             if not (is_added(name) or p.is_meta)
         }
         write_json(places.done(number), {"layers": len(own_layers(block)), "samples": samples})
-        if number and not work.config.transfer.blocks.keep:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(places.boundary(number))
+        _drop(work, number)
 
 
 def _passage(work: Work, block: Block, number: int, stack: ExitStack, check: Callable[[], None]) -> Passage:
@@ -77,6 +76,13 @@ def _passage(work: Work, block: Block, number: int, stack: ExitStack, check: Cal
     store = stack.enter_context(work.store(number + 1)) if stored and not last else None
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
     return Passage(block, order, source, Sink(store, dtype))
+
+
+def _drop(work: Work, number: int) -> None:
+    """Delete the hidden states that a finished block was trained from, unless they are to be kept."""
+    if number and not work.config.transfer.blocks.keep:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(work.places.boundary(number))
 
 
 def _check(work: Work, number: int, wait: Callable[[], bool] | None) -> None:

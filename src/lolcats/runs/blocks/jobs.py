@@ -14,12 +14,13 @@ from rich.console import Console
 
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
+from lolcats.files import hold
 from lolcats.models.device import check_impl, choose_device
 from lolcats.runs.blocks.job import train_block
 from lolcats.runs.blocks.plan import Places
 from lolcats.runs.blocks.prepare import prepare
 from lolcats.runs.blocks.stitch import stitch
-from lolcats.runs.blocks.work import Work, open_work, prepared
+from lolcats.runs.blocks.work import Work, open_work, prepared, read_prepared
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results
 from lolcats.runs.state import open_run
@@ -27,6 +28,8 @@ from lolcats.runs.state import open_run
 Job = Literal["prepare", "stitch"] | int | None
 """What to do: one block by its number, or all of them (None)."""
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+PATIENCE = 600.0
+"""Seconds that another process may take to put the blocks together."""
 LOOK = 0.5
 """Seconds between two looks whether another process has prepared the run."""
 
@@ -72,13 +75,12 @@ def train_blocks(
     stitch(work)
 
 
-def run_blocks(config: RunConfig, target: str, job: Job = None, *, wait: float = 0.0, overwrite: bool = False,
+def run_blocks(config: RunConfig, job: Job = None, *, wait: float = 0.0, overwrite: bool = False,
                console: Console | None = None) -> RunFolder:  # fmt: skip
     """Do one job of a block-wise stage 1, or this process's share of all blocks where `torchrun` started several.
 
     Args:
         config: all settings.
-        target: how the command line names them, for messages.
         job: what to do.
         wait: seconds to wait for hidden states that nobody makes yet.
         overwrite: of the job "prepare": delete the run first.
@@ -90,43 +92,64 @@ def run_blocks(config: RunConfig, target: str, job: Job = None, *, wait: float =
     Raises:
         LolcatsError: anything the user can mend; the message says how.
     """
-    ranks = _take_ranks() if job is None else None
-    device = choose_device(config.device)
-    if ranks is not None and config.device == "auto" and device.type == "cuda":
-        device = torch.device("cuda", ranks.local % torch.cuda.device_count())
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    check_impl(config.linearization.impl, device)
+    if not config.transfer.enabled:
+        raise LolcatsError("transfer.enabled is false: there is no first stage that blocks could be trained in")
+    ranks = _take_ranks() if job is None else Ranks(0, 1, 0)
+    device = _device(config, ranks)
     folder = RunFolder.of(config)
-    if job == "prepare" or (job is None and (ranks is None or ranks.rank == 0)):
-        work = _opened(config, folder, device, console, target, ranks, overwrite, at_once=job is None)
+    if job == "prepare" or (job is None and ranks.rank == 0):
+        at_once = None if job == "prepare" else ranks.size
+        work = _opened(config, folder, device, console, at_once, overwrite)
     else:
         if job is None:
-            _await_prepared(config, folder)
-        work = _of_folder(config, folder, device, console, target)
+            _await_prepared(Places(config, folder))
+        work = _of_folder(config, folder, device, console)
     if job == "stitch":
-        with folder.held():
-            stitch(work)
-        work.say(f"stage 1 is put together; lolcats linearize {target} --resume goes on with it")
+        stitch_blocks(work)
+    elif job is None:
+        _train_share(work, ranks)
     elif job != "prepare":
-        _train(work, job, ranks, wait)
+        train_block(work, job, _accelerator(work), _waiting(wait))
     return folder
 
 
-def _train(work: Work, job: int | None, ranks: Ranks | None, wait: float) -> None:
-    """Train one block, or each that is this process's."""
-    accelerator = Accelerator(cpu=work.device.type == "cpu")
-    if job is not None:
-        train_block(work, job, accelerator, _waiting(wait))
-        return
-    rank, count = (0, 1) if ranks is None else ranks[:2]
-    work.plan.check_ranks(count)
+def _train_share(work: Work, ranks: Ranks) -> None:
+    """Train each block that is this process's; who finishes the last one puts all together."""
+    work.plan.check_ranks(ranks.size)
+    accelerator = _accelerator(work)
     # torchrun ends all processes when one fails, so whoever makes what is missing is there.
-    for number in range(rank, work.plan.count, count):
-        train_block(work, number, accelerator, lambda: count > 1)
-    if count == 1:
-        with work.places.run.held():
+    for number in range(ranks.rank, work.plan.count, ranks.size):
+        train_block(work, number, accelerator, lambda: ranks.size > 1)
+    if all(work.places.done(number).exists() for number in range(work.plan.count)):
+        stitch_blocks(work)
+
+
+def stitch_blocks(work: Work) -> None:
+    """Put all blocks together, unless that is done already.
+
+    Raises:
+        LolcatsError: see `stitch`; or another process works on the run, longer than that takes.
+    """
+    run = work.places.run
+    with hold(run.lock_file, f"another process works on the run {run.path}; wait for it or end it", PATIENCE):
+        if run.stage_state("transfer") != "finished":
             stitch(work)
+    work.say(f"stage 1 is finished; lolcats linearize {run.config_file} --resume goes on with it")
+
+
+def _accelerator(work: Work) -> Accelerator:
+    return Accelerator(cpu=work.device.type == "cpu")
+
+
+def _device(config: RunConfig, ranks: Ranks) -> torch.device:
+    """The device of this process."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        if config.device == "auto" and ranks.size > 1:
+            device = torch.device("cuda", ranks.local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    check_impl(config.linearization.impl, device)
+    return device
 
 
 def _waiting(seconds: float) -> Callable[[], bool]:
@@ -136,19 +159,18 @@ def _waiting(seconds: float) -> Callable[[], bool]:
 
 
 def _opened(
-    config: RunConfig, folder: RunFolder, device: torch.device, console: Console | None, target: str,
-    ranks: Ranks | None, overwrite: bool, at_once: bool,
+    config: RunConfig, folder: RunFolder, device: torch.device, console: Console | None, at_once: int | None,
+    overwrite: bool,
 ) -> Work:  # fmt: skip
-    """Open the run's folder as `lolcats linearize` does, and prepare it."""
+    """Open the run's folder as `lolcats linearize` does, and prepare it for blocks, all of them at once for None."""
     with ExitStack() as held:
         resume = not overwrite and folder.config_file.exists()
         results = open_run(folder, config, device, held, resume, overwrite)
         if results is None:
             raise LolcatsError(f"the run {folder.path} is finished already; choose another name=...")
-        work = open_work(config, folder, device, getattr(torch, results.dtype or ""), console, target)
-        count = 1 if ranks is None else ranks.size
-        work.plan.check_ranks(count)
-        return _prepare(work, results, count if at_once else work.plan.count)
+        work = open_work(config, folder, device, getattr(torch, results.dtype or ""), console)
+        work.plan.check_ranks(at_once or 1)
+        return _prepare(work, results, at_once or work.plan.count)
 
 
 def _prepare(work: Work, results: Results, at_once: int) -> Work:
@@ -161,28 +183,22 @@ def _prepare(work: Work, results: Results, at_once: int) -> Work:
     return work
 
 
-def _of_folder(
-    config: RunConfig, folder: RunFolder, device: torch.device, console: Console | None, target: str
-) -> Work:
+def _of_folder(config: RunConfig, folder: RunFolder, device: torch.device, console: Console | None) -> Work:
     """The work of a run that is prepared."""
-    dtype = folder.results().dtype
-    if dtype is None:
-        raise LolcatsError(f"{folder.path} is not prepared for training by blocks yet; prepare it: lolcats block "
-                           f"{target} --prepare")  # fmt: skip
-    return prepared(open_work(config, folder, device, getattr(torch, dtype), console, target))
+    dtype = getattr(torch, str(read_prepared(Places(config, folder)).get("dtype")))
+    return prepared(open_work(config, folder, device, dtype, console))
 
 
-def _await_prepared(config: RunConfig, folder: RunFolder) -> None:
+def _await_prepared(places: Places) -> None:
     """Wait until the first process has prepared the run: `torchrun` ends this one if it fails."""
-    while not Places(config, folder).prepared.exists():
+    while not places.prepared.exists():
         time.sleep(LOOK)
 
 
-def _take_ranks() -> Ranks | None:
+def _take_ranks() -> Ranks:
     """What `torchrun` says of this process; forgotten then, since blocks have nothing to tell each other."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in
+                    (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))  # fmt: skip
     for name in OF_TORCHRUN:
         os.environ.pop(name, None)
     return ranks

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lolcats.files import write_json
+from lolcats.modeling import check_model, convert
 from lolcats.modeling.attention import linearized_layers
 from lolcats.modeling.budget import SplitSearch, check_gradients, label_gradient, watched
 from lolcats.modeling.head import OutputHead
@@ -40,7 +41,7 @@ def prepare(work: Work, at_once: int) -> Work:
     check_disk_need(work, at_once)
     if work.places.prepared.exists():
         return prepared(work)
-    check_blocks(work.model_config)
+    _check_family(work)
     asked, split = fixed_settings(work.config), None
     ids = start_batch(work.config, work.data)
     if work.config.linearization.searches:
@@ -48,10 +49,19 @@ def prepare(work: Work, at_once: int) -> Work:
         work = replace(work, config=with_found_split(work.config, split))
     if work.config.linearization.starts_from_text:
         save_tensors(work.places.start, _starts(work, ids), {"step": 0})
-    content = {"config": asked, "split": split, "model": work.identity["model"], "data": work.identity["data"]}
+    content = {"config": asked, "split": split, "dtype": str(work.dtype).removeprefix("torch.")}
+    content |= {key: work.identity[key] for key in ("model", "data")}
     work.places.root.mkdir(parents=True, exist_ok=True)
     write_json(work.places.prepared, content)
     return work
+
+
+def _check_family(work: Work) -> None:
+    """The self-check of the family, on a small model of it: the whole one is never there."""
+    small, layers = check_blocks(work.model_config), work.config.linearization.without_text()
+    if getattr(layers, "split", None) is not None:  # the small model has fewer heads
+        layers = layers.model_copy(update={"split": None, "budget": "uniform"})
+    check_model(convert(small, layers, seed=0)).require()
 
 
 def check_disk_need(work: Work, at_once: int) -> None:

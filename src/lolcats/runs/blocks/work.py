@@ -52,8 +52,6 @@ class Work:
     model_config: PretrainedConfig
     data: TrainingData
     plan: Plan
-    target: str = "CONFIG"
-    """How the command line names the settings, for messages."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What hidden states depend on, but for their boundary."""
 
@@ -84,7 +82,7 @@ class Work:
 
     def command(self, what: int | str) -> str:
         """The command that does a part of the work."""
-        return f"lolcats block {shlex.quote(self.target)} {what}"
+        return command(self.places, what)
 
     def say(self, text: str) -> None:
         """A line for the person watching."""
@@ -98,7 +96,6 @@ def open_work(
     device: torch.device,
     dtype: torch.dtype,
     console: Console | None,
-    target: str = "CONFIG",
 ) -> Work:
     """Look at model and text. No weight is read, but of GGUF files, which are written out as safetensors once.
 
@@ -122,9 +119,15 @@ def open_work(
     )
     data = TrainingData(train_set, validation, config.data.packing == "documents", tokenizer)
     check_reading(config.transfer, data, shape, config.seed)
-    work = Work(config, places, device, dtype, console, source, model_config, data, plan, target)
+    work = Work(config, places, device, dtype, console, source, model_config, data, plan)
     work.identity = {"model": shards_digest(source), "data": data_digest(data), "settings": _settings(work)}
     return work
+
+
+def command(places: Places, what: int | str) -> str:
+    """The command that does a part of the work of a run."""
+    settings = places.run.config_file
+    return f"lolcats block {shlex.quote(str(settings)) if settings.exists() else 'CONFIG'} {what}"
 
 
 def _source(config: RunConfig, places: Places, console: Console | None) -> str:
@@ -158,16 +161,26 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asked))
 
 
+def read_prepared(places: Places) -> dict[str, Any]:
+    """What `prepare` wrote.
+
+    Raises:
+        LolcatsError: nothing yet, or something else.
+    """
+    again = f"prepare it: {command(places, '--prepare')}"
+    found = read_json_object(places.prepared, f"delete it and {again}")
+    if not found:
+        raise LolcatsError(f"{places.run.path} is not prepared for training by blocks yet; {again}")
+    return found
+
+
 def prepared(work: Work) -> Work:
     """The work with what was prepared for it.
 
     Raises:
         LolcatsError: nothing was, or with other settings, text or weights.
     """
-    again = f"prepare it: {work.command('--prepare')}"
-    found = read_json_object(work.places.prepared, f"delete it and {again}")
-    if not found:
-        raise LolcatsError(f"{work.places.run.path} is not prepared for training by blocks yet; {again}")
+    found = read_prepared(work.places)
     changes = differences(found.get("config") or {}, fixed_settings(work.config))
     if bad := forbidden(changes, {"transfer": "begun"}):
         raise LolcatsError(f"{work.places.prepared} was made with other settings: {tell(bad)}. Use those, or choose "
