@@ -113,7 +113,7 @@ def _train(work: Work, passage: Passage, number: int, accelerator: Accelerator) 
             save_tensors(places.block(number) / "as_it_is.safetensors", parameter_tensors(parameters), {"step": 0})
         return
     use_compiled(passage.block.model, work.device, False if config.varies_window else config.compile)
-    reporter = Reporter(places.block(number) / "metrics.jsonl", work.console)
+    reporter = Reporter(places.block(number) / "metrics.jsonl", work.console if work.alone else None)
     # A recording of a step could neither wait for hidden states nor hand them on.
     result = train(
         BlockStage(passage, config), config.model_copy(update={"cuda_graph": False}), work.data, places.block(number),

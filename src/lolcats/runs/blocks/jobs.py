@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ def run_blocks(config: RunConfig, job: Job = None, *, wait: float = 0.0, overwri
 def _train_share(work: Work, ranks: Ranks) -> None:
     """Train each block that is this process's; who finishes the last one puts all together."""
     work.plan.check_ranks(ranks.size)
-    accelerator = _accelerator(work)
+    work, accelerator = replace(work, alone=ranks.size == 1), _accelerator(work)
     # torchrun ends all processes when one fails, so whoever makes what is missing is there.
     for number in range(ranks.rank, work.plan.count, ranks.size):
         train_block(work, number, accelerator, lambda: ranks.size > 1)

@@ -54,6 +54,8 @@ class Work:
     plan: Plan
     identity: dict[str, Any] = field(default_factory=dict)
     """What hidden states depend on, but for their boundary."""
+    alone: bool = True
+    """Whether no other process writes on the same terminal, so that progress can be drawn there."""
 
     def load(self, part: Part) -> Block:
         """Read a part of the teacher."""
