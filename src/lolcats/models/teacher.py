@@ -66,10 +66,10 @@ def load_teacher(
                     model.save_pretrained(folder)
                     model = _load_quantized(folder, dtype, device, quantization)
         elif quantization != "none":
-            tokenizer = _load_tokenizer(source)
+            tokenizer = load_tokenizer(source)
             model = _load_quantized(source, dtype, device, quantization)
         else:
-            tokenizer = _load_tokenizer(source)
+            tokenizer = load_tokenizer(source)
             model = _load_model(source, dtype=dtype or "auto")
     if not is_quantized(model):  # quantized weights are loaded where they belong
         model = model.to(device)  # type: ignore[arg-type]
@@ -125,7 +125,8 @@ def check_adapter_on_hub(source: str) -> None:
         )
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of which no code is run; raises LolcatsError where it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (LolcatsError, MemoryError):
