@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats import LolcatsError, convert, linearize, load_teacher
 from lolcats.config import FinetuneConfig, RunConfig, TransferConfig
 from lolcats.evaluation.compare import load_variants
+from lolcats.evaluation.harness.model import ResumableLM
 from lolcats.evaluation.perplexity import measure
 from lolcats.evaluation.recall import RecallSettings, recall
+from lolcats.evaluation.store import AnswerStore
 from lolcats.evaluation.variants import identities
 from lolcats.models.device_map import DeviceMap, read_device_map
 from lolcats.models.generation import write_tokens
@@ -90,11 +93,24 @@ def test_texts_are_the_same(run: RunFolder) -> None:
     assert left == right
 
 
+def test_the_harness_gives_the_same_answers(run: RunFolder) -> None:
+    asked = [Instance("loglikelihood", {}, ("the river", " runs through"), 0),
+             Instance("loglikelihood", {}, ("a miller", " lived"), 1)]  # fmt: skip
+    written = [Instance("generate_until", {}, ("the river", {"until": ["<end>"], "max_gen_toks": 4}), 0)]
+    found = []
+    for loaded in (variants(run, None), variants(run, MAP)):
+        how = {"batch_size": 2, "store": AnswerStore(), "identity": ""}
+        harness: Any = ResumableLM(loaded.variants["student"].model, loaded.tokenizer, **how)
+        found.append((harness.loglikelihood(asked), harness.generate_until(written)))
+    assert found[0] == found[1]
+
+
 def test_it_is_not_trained(run: RunFolder) -> None:
     model = variants(run, MAP).variants["student"].model
-    for stage, settings in ((TransferStage, TransferConfig()), (FinetuneStage, FinetuneConfig())):
-        with pytest.raises(LolcatsError, match=r"loaded with a device_map, which is for running it"):
-            stage(model, settings)
+    with pytest.raises(LolcatsError, match=r"loaded with a device_map, which is for running it"):
+        TransferStage(model, TransferConfig())
+    with pytest.raises(LolcatsError, match=r"loaded with a device_map, which is for running it"):
+        FinetuneStage(model, FinetuneConfig())
     with pytest.raises(LolcatsError, match=r"load it on one device|load the whole model on one device"):
         convert(load_teacher(run.config().model, device_map=MAP)[0])
 
