@@ -24,6 +24,7 @@ from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.losses import mean_over_real, output_error, weight_cross_entropy
+from lolcats.training.stage import refuse_spread
 
 
 class TransferStage:
@@ -37,6 +38,7 @@ class TransferStage:
     name = section = "transfer"
 
     def __init__(self, model: PreTrainedModel, config: TransferConfig) -> None:
+        refuse_spread(model)
         self.model, self.config = model, config
         self.layers = linearized_layers(model)
         model.requires_grad_(False)
