@@ -16,7 +16,7 @@ from lolcats import LolcatsError
 from lolcats.models.block import Part, decoder_layers, load_block
 from lolcats.models.block_check import check_blocks
 from lolcats.models.quantization import keep_differentiable, quantization_config
-from lolcats.models.shards import shards_digest
+from lolcats.models.source_files import source_digest
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -126,7 +126,7 @@ def test_weights_that_are_missing_or_not_finite_are_refused(tmp_path: Path) -> N
     model: Any = LlamaForCausalLM(config_of("llama"))
     model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    before = shards_digest(str(tmp_path))
+    before = source_digest(str(tmp_path))
     load_block(str(tmp_path), Part(0, 1, embeddings=True))
     with pytest.raises(LolcatsError, match=r"hold NaN or infinity \(model.layers.1.mlp.up_proj.weight\)"):
         load_block(str(tmp_path), Part(1, 2))
@@ -135,7 +135,7 @@ def test_weights_that_are_missing_or_not_finite_are_refused(tmp_path: Path) -> N
     load_block(str(tmp_path), Part(0, 1, embeddings=True))
     with pytest.raises(LolcatsError, match=r"1 missing .*layers.2.mlp.down_proj.weight"):
         load_block(str(tmp_path), Part(2, 3))
-    assert shards_digest(str(tmp_path)) != before
+    assert source_digest(str(tmp_path)) != before
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(LolcatsError, match="has no safetensors"):
-        shards_digest(str(tmp_path))
+    with pytest.raises(LolcatsError, match="has no weights"):
+        source_digest(str(tmp_path))
