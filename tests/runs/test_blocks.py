@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from killing import Killed
 from lolcats import LolcatsError, RunConfig, linearize
 from lolcats.files import hold
 from lolcats.models.block import Block, Part
 from lolcats.runs.blocks import run_blocks
+from lolcats.runs.blocks.plan import Plan, hidden_bytes
 from lolcats.runs.folder import RunFolder
 from lolcats.training import Reporter
 from lolcats.training.checkpoint import load_tensors, read_metadata
@@ -26,7 +27,11 @@ Make = Callable[..., RunConfig]
 UNCLIPPED = ("transfer.clip=1e30",)
 LAYERS = {
     "hybrid": ("linearization.start=paper",),
-    "matched": ("linearization.start=matched", "linearization.layers=[0,2,3]"),
+    "first block only passes on": ("linearization.start=matched", "linearization.layers=[2,3]", "dtype=bfloat16"),
+    "first block has nothing to learn": ("linearization.mixer=blend", "linearization.far=none",
+                                         "linearization.kept.pairs=5", "linearization.kept.score=learned",
+                                         "linearization.budget=layers",
+                                         "linearization.split=[[6,0],[6,0],[6,5],[6,5]]"),
     "blend": ("linearization.mixer=blend", "linearization.kept.pairs=5", "linearization.budget=heads",
               "linearization.kept.score=learned"),
     "documents": ("data.packing=documents", "transfer.micro_batch_size=2"),
@@ -89,14 +94,20 @@ def test_blocks_train_what_all_layers_train_together(make: Make, joint: Callable
             assert_same(stage_1(folder, name), stage_1(expected, name))
         assert [metadata(folder)[key] == metadata(expected)[key] for key in ("weights", "data", "step")] == [True] * 3
         assert folder.results().split == expected.results().split
-        assert metadata(folder)["best"]["layers"] == pytest.approx(metadata(expected)["best"]["layers"], rel=1e-6)
-        assert metadata(folder)["best"]["loss"] == pytest.approx(metadata(expected)["best"]["loss"], rel=1e-6)
         assert not list((folder.path / "hidden").rglob("*.safetensors"))
-        lines, wanted = (read_lines(f.metrics_file) for f in (folder, expected))
-        assert [line.keys() for line in lines] == [line.keys() for line in wanted]
-        for line, other in zip(lines, wanted, strict=True):
-            for name in line.keys() - {"stage", "tokens_per_second"}:
-                assert line[name] == pytest.approx(other[name], rel=1e-4), name
+        if layer != "first block has nothing to learn":
+            assert_same_numbers(folder, expected)
+
+
+def assert_same_numbers(folder: RunFolder, expected: RunFolder) -> None:
+    """What is said of the stage: means over layers, added up in another order."""
+    for name, value in metadata(expected)["best"].items():
+        assert metadata(folder)["best"][name] == pytest.approx(value, rel=1e-4), name
+    lines, wanted = (read_lines(f.metrics_file) for f in (folder, expected))
+    assert [line.keys() for line in lines] == [line.keys() for line in wanted]
+    for line, other in zip(lines, wanted, strict=True):
+        for name in line.keys() - {"stage", "tokens_per_second"}:
+            assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
 def test_a_run_by_blocks_goes_on_as_any_other(make: Make, joint: Callable[..., RunFolder]) -> None:
@@ -126,6 +137,8 @@ def test_a_killed_block_goes_on_to_the_same_bytes(make: Make, monkeypatch: pytes
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Reporter, "step", kill_at(3))
             run_blocks(config, number)
+        for file in RunFolder.of(config).path.glob("hidden/boundary-001/train-000001.*") if number == 0 else ():
+            file.unlink()  # as of a machine that went down before it was on the disk
         run_blocks(config, number)
     assert_same(stage_1(run_blocks(config, "stitch")), stage_1(expected))
     assert (RunFolder.of(config).path / "hidden").exists() == (hidden == "store")
@@ -151,6 +164,9 @@ def test_what_is_missing_is_told_with_the_command_that_makes_it(make: Make) -> N
         run_blocks(config, "stitch")
     run_blocks(config, 0)
     kept = sorted((folder.path / "hidden" / "boundary-001").iterdir())
+    plan, text = Plan(4, 2), AutoConfig.from_pretrained(config.model)
+    need = hidden_bytes(config, plan, text, torch.float32, validation=3, at_once=2)
+    assert need <= sum(file.stat().st_size for file in kept) <= need + 4096 * len(kept)
     assert [file.name for file in kept] == [*(f"train-{n:06d}.safetensors" for n in range(5)),
                                             "validation-000.safetensors"]  # fmt: skip
     kept[2].unlink()

@@ -114,7 +114,7 @@ def _samples_of_ends(work: Work) -> dict[str, bytes]:
 
 
 def _progress(parts: list[tuple[int, dict[str, Any]]]) -> Progress:
-    """Of the whole stage: its loss is the mean over layers, each with the best weights of its block."""
+    """Of the whole stage: its loss is the mean over layers of blocks that learn, each with its block's best weights."""
     total = sum(layers for layers, _ in parts)
     best: dict[str, Any] = {}
     for layers, metadata in parts:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from lolcats.config import TransferConfig
+from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.models.block import Block
 from lolcats.training.batches import Batch
 from lolcats.training.blocks.hidden import Sink, Source
@@ -47,10 +49,21 @@ class Passage:
     @torch.no_grad()
     def complete(self, precision: Callable[[], AbstractContextManager[object]]) -> None:
         """Hand on all batches that have not been: of a block that has nothing to learn, or was interrupted."""
-        for place in self.order.places:
-            if not self.sink.has(place):
-                with precision():
-                    self.take(self.order.batch(place))
+        layers = linearized_layers(self.block.model)
+        for layer in layers:
+            layer.observer = _look_on
+        try:
+            for place in self.order.places:
+                if not self.sink.has(place):
+                    with precision():
+                        self.take(self.order.batch(place))
+        finally:
+            for layer in layers:
+                layer.observer = None
+
+
+def _look_on(_layer: LinearizedAttention, _call: AttentionCall, _teacher: Tensor) -> None:
+    """An observed layer computes as the teacher, by the same operations as while it is trained."""
 
 
 class BlockStage(TransferStage):
