@@ -62,13 +62,19 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def train(student: PreTrainedModel, data: TrainingData, settings: FinetuneConfig, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(0)  # of the adapters' start
+    finetune_lora(student, data, settings, seed=seed)
+    return student
+
+
 def losses(head: OutputHead, hidden: Tensor, teacher: Any, weights: Tensor | None = None) -> tuple[float, Tensor]:
     hidden = hidden.clone().requires_grad_()
     labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
     loss, _ = next_token_loss(head, hidden, labels, teacher, 0.3, 0.7, all_counted=True, weights=weights)
     loss.backward()
     assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
-    return float(loss), hidden.grad
+    return float(loss.detach()), hidden.grad
 
 
 @pytest.fixture
@@ -102,27 +108,24 @@ def test_the_loss_is_the_divergence_of_the_merged_distributions(states: Any, k: 
     got = top.flat().divergence(log_p.flatten(0, 1).float(), None)
     assert float(got) == pytest.approx(float(expected), rel=1e-4)
     whole = nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
-    assert 0 < float(got) < float(whole), "merging tokens can only lose differences"
+    assert 0 < float(got) < float(whole) * (1 + 1e-6), "merging tokens can only lose differences"
     losses(head, student, top)
 
 
+@pytest.mark.slow
 def test_a_second_run_of_any_seed_and_batch_size_asks_no_teacher(
     make_student: Callable[..., PreTrainedModel],
     training_data: TrainingData,
     passes: list[tuple[int, ...]],
     cache: Path,
 ) -> None:
-    first = make_student(window=4)
-    finetune_lora(first, training_data, config(), seed=3)
+    first = train(make_student(window=4), training_data, config(), 3)
     assert sum(rows for rows, _ in passes) == 10 + 3, "each sequence once, over epochs and validations"
     files = {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()}
     assert len(files) == 2
     passes.clear()
-    again = make_student(window=4)
-    finetune_lora(again, training_data, config(), seed=3)
-    assert same(weights(again), weights(first))
-    other = make_student(window=4)
-    finetune_lora(other, training_data, config(batch_size=2, micro_batch_size=1), seed=4)
+    assert same(weights(train(make_student(window=4), training_data, config(), 3)), weights(first))
+    other = train(make_student(window=4), training_data, config(batch_size=2, micro_batch_size=1), 4)
     finetune_lora(make_student(window=3, feature_map="t2r"), training_data, config())
     assert not passes and not same(weights(other), weights(first))
     assert {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()} == files
@@ -130,6 +133,7 @@ def test_a_second_run_of_any_seed_and_batch_size_asks_no_teacher(
     assert passes, "another k is another cache"
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_what_is_computed(
     make_student: Callable[..., PreTrainedModel], training_data: TrainingData, passes: list[tuple[int, ...]]
 ) -> None:
@@ -140,13 +144,15 @@ def test_what_is_kept_is_what_is_computed(
     assert kept.logits is not None
     kept.logits.scan()
     passes.clear()
-    left = kept.validate(batch)
-    assert not passes
-    right = bare.validate(batch)
+    with torch.no_grad():
+        left = kept.validate(batch)
+        assert not passes
+        right = bare.validate(batch)
     assert passes == [(4, 20)]
     assert float(left["loss"]) == pytest.approx(float(right["loss"]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_packing_and_weights_are_part_of_what_is_asked(
     make_student: Callable[..., PreTrainedModel], training_data: TrainingData, passes: list[tuple[int, ...]]
 ) -> None:
@@ -165,6 +171,7 @@ def test_packing_and_weights_are_part_of_what_is_asked(
         assert passes
 
 
+@pytest.mark.slow
 def test_made_up_sequences_are_read_by_the_teacher(
     make_student: Callable[..., PreTrainedModel], packed: Callable[..., PackedDataset], passes: list[tuple[int, ...]],
     make_teacher: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast, text: str,
@@ -178,6 +185,7 @@ def test_made_up_sequences_are_read_by_the_teacher(
     assert sum(rows for rows, _ in passes) == 12 + 4 and len(made_up) == 4, "one of four rows a step, that row alone"
 
 
+@pytest.mark.slow
 def test_files_that_are_broken(
     make_student: Callable[..., PreTrainedModel],
     training_data: TrainingData,
@@ -185,9 +193,7 @@ def test_files_that_are_broken(
     cache: Path,
 ) -> None:
     def run() -> list[Tensor]:
-        student = make_student(window=4)
-        finetune_lora(student, training_data, config())
-        return weights(student)
+        return weights(train(make_student(window=4), training_data, config()))
 
     expected = run()
     (file,) = cache.rglob("*.safetensors")
@@ -200,7 +206,7 @@ def test_files_that_are_broken(
         assert same(run(), expected) and sum(rows for rows, _ in passes) == 13
         assert file.read_bytes() == content
     flipped = bytearray(content)
-    flipped[-9] ^= 1
+    flipped[len(content) // 2] ^= 1
     file.write_bytes(flipped)
     with pytest.raises(
         LolcatsError, match=r"is damaged \(its checksum is another\); delete it, and what was in it is made"
@@ -208,6 +214,7 @@ def test_files_that_are_broken(
         run()
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_goes_on(
     make_student: Callable[..., PreTrainedModel], training_data: TrainingData, passes: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
@@ -237,7 +244,7 @@ def test_what_cannot_be(
     with pytest.raises(ValueError, match=r"teacher_logits keeps what kl_factor compares with, and kl_factor is 0"):
         config(kl_factor=0.0, cross_entropy_factor=1.0)
     monkeypatch.setattr("lolcats.models.shards.shutil.disk_usage", lambda place: type("Usage", (), {"free": 100}))
-    with pytest.raises(LolcatsError, match=r"teacher_logits.* needs .* and its disk has 100 B left"):
+    with pytest.raises(LolcatsError, match=r"teacher_logits.* needs .* and its disk has 100 bytes left"):
         finetune_lora(make_student(window=4), training_data, config())
     monkeypatch.undo()
     cache_root().mkdir(parents=True, exist_ok=True)
