@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from lolcats.config.blocks import BlocksConfig
-from lolcats.config.curriculum import FinetuneRecall, PassingConfig, TransferRecall
+from lolcats.config.curriculum import FinetuneRecall, LogitsConfig, PassingConfig, TransferRecall
 from lolcats.config.fields import Count, Factor, Names, Near, Positive, Rate, Rows, Section, Share, Tokens, Width
 
 WINDOW_STEP = 16
@@ -61,6 +61,11 @@ class OptimConfig(Section):
             raise ValueError("compile true makes a program for each window that random_window and window_dropout give; "
                              "set compile to auto")  # fmt: skip
         return self
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps may be CUDA graphs."""
+        return self.cuda_graph
 
     @property
     def windows(self) -> list[int]:
@@ -131,6 +136,21 @@ class FinetuneConfig(OptimConfig):
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
+    teacher_logits: LogitsConfig = Field(default_factory=LogitsConfig)
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps may be CUDA graphs, which hold nothing that is read from disk."""
+        return self.cuda_graph and self.teacher_logits.cache == "none"
+
+    @model_validator(mode="after")
+    def _check_logits(self) -> Self:
+        if self.teacher_logits.cache != "none" and not self.kl_factor:
+            raise ValueError(
+                "teacher_logits keeps what kl_factor compares with, and kl_factor is 0; set it above 0, or "
+                "teacher_logits.cache to none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_passing(self) -> Self:

@@ -39,6 +39,7 @@ from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStag
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.training.reading import check_reading
+from lolcats.training.teacher_logits import check_logits
 
 Step = Literal["prepare", "transfer", "finetune", "save", "control", "measure"]
 STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "control", "measure"]
@@ -132,6 +133,7 @@ def _prepare(
     check_model(model).require()  # before hours go into a family that lolcats misunderstands
     if config.finetune.enabled:
         check_lora(model, config.finetune)
+        check_logits(config.finetune, model)
     started -= results.seconds.get("total") or 0.0
     run = Run(config, folder, accelerator, reporter, console, model, tokenizer, data, segments, results, started)
     run.say(

@@ -37,6 +37,7 @@ from lolcats.training.report import Reporter
 from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
 from lolcats.training.stage import Stage, TrainingData, TrainResult
+from lolcats.training.teacher_pass import compute_ahead
 from lolcats.training.windows import step_window
 
 LARGEST_LR = torch.finfo(torch.float32).max / 10
@@ -83,7 +84,7 @@ class _Loop:
         seed: int,
         autocast: torch.dtype | None,
     ) -> None:
-        graphs = accelerator.device.type == "cuda" and config.cuda_graph
+        graphs = accelerator.device.type == "cuda" and config.records_steps
         self.stage: Stage = GraphedStage(stage) if graphs else stage
         self.config, self.data, self.folder = config, data, folder
         self.reporter, self.accelerator, self.seed, self.autocast = reporter, accelerator, seed, autocast
@@ -104,6 +105,9 @@ class _Loop:
 
     def run(self) -> TrainResult:
         self._begin()
+        left = range(self.progress.step, self.reader.passing_start)
+        how = {"seed": self.seed, "accelerator": self.accelerator, "autocast": self.autocast}
+        compute_ahead(self.stage, self.config, self.data, left, **how, say=self.reporter.say)
         with self.reporter.stage(self.stage.name, self.steps, self.progress.step) as bar:
             while self.progress.step < self.steps:
                 self._step(bar)
