@@ -113,7 +113,7 @@ def estimate(source: str, config: RunConfig, machine: Machine) -> Estimate:
     Raises:
         LolcatsError: the model's configuration cannot be read, the settings are not for it, or nothing fits.
     """
-    model = linearized(read_model(source), config)
+    model = linearized(read_model(source), config, in_place=True)
     shape = shape_of(model, config)
     width = 4 if config.dtype == "float32" else 2
     return Estimate(shape, config, machine, choose(shape, config, machine), run_bytes(model, config, width))

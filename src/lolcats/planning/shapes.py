@@ -133,15 +133,20 @@ def read_model(source: str) -> PreTrainedModel:
     return model
 
 
-def linearized(teacher: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+def linearized(teacher: PreTrainedModel, config: RunConfig, in_place: bool = False) -> PreTrainedModel:
     """An empty model with the layers of a run, whatever text would tell them left at its start.
+
+    Args:
+        teacher: an empty model.
+        config: of the run.
+        in_place: put the layers into `teacher` itself.
 
     Raises:
         LolcatsError: the model cannot be linearized with these settings.
     """
     check_supported(teacher)
     with torch.device("meta"):
-        model = copy.deepcopy(teacher)
+        model = teacher if in_place else copy.deepcopy(teacher)
         install(model, config.linearization.without_text())
     return model
 

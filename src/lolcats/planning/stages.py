@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lolcats.config import OptimConfig, RunConfig
 from lolcats.errors import LolcatsError
@@ -122,15 +122,20 @@ def _blocks_plan(
     micro = -(-config.transfer.batch_size // layout.rows)
     per_step = config.data.sequence_length * config.transfer.batch_size
     moved = 0.0 if layout.hidden == "recompute" else hidden_bytes(per_step, model.hidden, 1) / DISK
-    seconds, flops = [], 0.0
+    seconds, flops, memory = [], 0.0, Memory(0, 0, 0)
+    known: dict[Any, tuple[float, float, Memory]] = {}
     for block in blocks:
-        once = _block_step(model, config, layout, block)
-        last = optimizer_step(sum(layer.added for layer in model.layers[block]), layout.block)
-        graph = config.transfer.cuda_graph
-        step = micro * seconds_of(once, machine.gpu, graph) + seconds_of(last, machine.gpu, graph)
-        seconds.append(steps * max(step, moved))
-        flops += _flops(once, layout.rows, config) * tokens
-    memory = max((_block_memory(model, config, layout, block) for block in blocks), key=Memory.needed)
+        first = block.start if layout.hidden == "recompute" else block.start == 0
+        key = first, tuple(map(id, model.layers[block]))  # most blocks are alike
+        if key not in known:
+            once = _block_step(model, config, layout, block)
+            last = optimizer_step(sum(layer.added for layer in model.layers[block]), layout.block)
+            graph = config.transfer.cuda_graph
+            step = micro * seconds_of(once, machine.gpu, graph) + seconds_of(last, machine.gpu, graph)
+            a_token, held = _flops(once, layout.rows, config), _block_memory(model, config, layout, block)
+            known[key] = steps * max(step, moved), a_token * tokens, held
+        seconds.append(known[key][0])
+        flops, memory = flops + known[key][1], max(memory, known[key][2], key=Memory.needed)
     waves = [seconds[begin : begin + layout.ranks] for begin in range(0, count, layout.ranks)]
     validation = config.data.validation_sequences * config.data.sequence_length
     at_once = min(count - 1, layout.ranks + 1) if layout.hidden == "store" else 0
