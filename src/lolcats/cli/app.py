@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from lolcats.cli.bench import bench
 from lolcats.cli.benchmark import benchmark
+from lolcats.cli.block import block
 from lolcats.cli.check import check
 from lolcats.cli.evaluate import evaluate
 from lolcats.cli.export import export
@@ -55,7 +56,8 @@ class _Verb(TyperCommand):
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
-    linearize, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
+    linearize, block, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
+    inspect, check, export,
     inspect, check, export,
 ):  # fmt: skip
     app.command(cls=_Verb)(verb)

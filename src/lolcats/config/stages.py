@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from lolcats.config.blocks import BlocksConfig
 from lolcats.config.curriculum import FinetuneRecall, PassingConfig, TransferRecall
 from lolcats.config.fields import Count, Factor, Names, Near, Positive, Rate, Rows, Section, Share, Tokens, Width
 
@@ -92,6 +93,7 @@ class TransferConfig(OptimConfig):
     # parts (blend) the far half's with the teacher's far output, and its share with the teacher's far attention.
     target: Literal["hybrid", "full", "linear", "far", "parts"] = "hybrid"
     recall: TransferRecall = Field(default_factory=TransferRecall)
+    blocks: BlocksConfig = Field(default_factory=BlocksConfig)
 
     @property
     def compared(self) -> str:

@@ -51,7 +51,7 @@ def load_teacher(
             finite, an adapter lies on them, they are quantized already, or an optional package is missing.
     """
     source = expand_model(source)
-    gguf = demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
+    gguf = gguf_file(source)
     if gguf is None:
         check_place(source)
         check_adapter_on_hub(source)
@@ -66,10 +66,10 @@ def load_teacher(
                     model.save_pretrained(folder)
                     model = _load_quantized(folder, dtype, device, quantization)
         elif quantization != "none":
-            tokenizer = _load_tokenizer(source)
+            tokenizer = load_tokenizer(source)
             model = _load_quantized(source, dtype, device, quantization)
         else:
-            tokenizer = _load_tokenizer(source)
+            tokenizer = load_tokenizer(source)
             model = _load_model(source, dtype=dtype or "auto")
     if not is_quantized(model):  # quantized weights are loaded where they belong
         model = model.to(device)  # type: ignore[arg-type]
@@ -125,7 +125,20 @@ def check_adapter_on_hub(source: str) -> None:
         )
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source names; None where it names a folder or a model of the hub."""
+    return demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of whatever `load_teacher` takes, without its model.
+
+    Raises:
+        LolcatsError: it cannot be read.
+    """
+    if (file := gguf_file(source)) is not None:
+        with explained(source):
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (LolcatsError, MemoryError):
@@ -183,7 +196,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = load_tokenizer(str(path))
         model = _load_model(path.parent, gguf_file=path.name, dtype=torch.float32)
     finally:
         if bar:
