@@ -55,14 +55,9 @@ class Comparison:
 def comparisons() -> Iterator[Comparison]:
     """All numbers of the file of measurements."""
     for row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]:
-        graphs = f"cuda_graph={str(row.get('graphs', True)).lower()}"
-        words = [f"data.sequence_length={row['length']}"]
-        words += [
-            f"{stage}.{word}"
-            for stage in ("transfer", "finetune")
-            for word in (f"batch_size={row['sequences']}", graphs)
-        ]
-        config = load_config(row["recipe"], words)
+        settings = [f"batch_size={row['sequences']}", f"cuda_graph={str(row.get('graphs', True)).lower()}"]
+        words = [f"{stage}.{word}" for stage in ("transfer", "finetune") for word in settings]
+        config = load_config(row["recipe"], [f"data.sequence_length={row['length']}", *words])
         model, machine = _shape(row["model"], config), Machine(GPUS[row["device"]])
         for stage, plan_of in (("transfer", transfer_plan), ("finetune", finetune_plan)):
             plan = plan_of(model, config, machine, Layout(rows=row["sequences"]))
@@ -78,35 +73,39 @@ def _shape(name: str, config: RunConfig) -> ModelShape:
 
 def print_comparison() -> None:
     """A row for each number."""
-    print(
-        "| measured on | model, recipe | texts x tokens | what | measured | computed | error |\n|---|---|---|---|---|---|---|"
-    )
+    print("| measured on | model, recipe | texts x tokens | what | measured | computed | error |")
+    print("|---|---|---|---|---|---|---|")
     for found in comparisons():
-        row = found.row
-        note = " (fitted)" if row.get("fitted") else ", no graphs" if not row.get("graphs", True) else ""
-        digits = ".1f" if found.what.endswith("peak") else ",.0f"
-        print(
-            f"| {row['device'].upper()}, {row['date']} | {row['model']}, `{row['recipe']}`{note} | {row['sequences']} x "
-            f"{row['length']:,} | {found.what.replace('_', ' ')} | {found.measured:{digits}} | {found.computed:{digits}} "
-            f"| {found.error:+.1%} |"
-        )  # fmt: skip
+        row, digits = found.row, ".1f" if found.what.endswith("peak") else ",.0f"
+        note = " (fitted)" if row.get("fitted") else ""
+        note += "" if row.get("graphs", True) else ", no graphs"
+        cells = [
+            f"{row['device'].upper()}, {row['date']}",
+            f"{row['model']}, `{row['recipe']}`{note}",
+            f"{row['sequences']} x {row['length']:,}",
+            found.what.replace("_", " "),
+            f"{found.measured:{digits}}",
+            f"{found.computed:{digits}}",
+            f"{found.error:+.1%}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 def print_scale() -> None:
     """A row for each model and number of GPUs, by the files of settings that ship."""
-    print(
-        "| model | H100 | stage 1 | hours | stage 2 | hours | in all, hours | GPU-hours |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | H100 | stage 1 | hours | stage 2 | hours | GPU GiB | disk GiB | all, hours | GPU-hours |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for size, file in (("8b", "paper"), ("70b", "configs/llama3_70b.yaml"), ("405b", "configs/llama3_405b.yaml")):
         for gpus in (1, 8, 64):
             words = ["evaluation.controls=[]", *([f"finetune.batch_size={gpus}"] if gpus > 8 else [])]
             config = load_config(str(ROOT / file) if "/" in file else file, words)
             found = estimate(f"llama-3-{size}-shape", config, choose_machine("h100", gpus))
-            stages = [part for choice in found.chosen.values()
-                      for part in (in_words(choice.plan.layout), f"{choice.plan.seconds / 3600:.2f}")]  # fmt: skip
-            print(
-                f"| {size.upper()} | {gpus} | {' | '.join(stages)} | {found.seconds / 3600:.2f} | {found.gpu_hours:.2f} |"
-            )
+            cells = [size.upper(), str(gpus)]
+            for choice in found.chosen.values():
+                cells += [in_words(choice.plan.layout), f"{choice.plan.seconds / 3600:.2f}"]
+            cells.append(" / ".join(f"{choice.plan.memory.needed():.0f}" for choice in found.chosen.values()))
+            cells += [f"{found.peak_disk / GIB:,.0f}", f"{found.seconds / 3600:.2f}", f"{found.gpu_hours:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

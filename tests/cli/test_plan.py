@@ -58,7 +58,7 @@ def test_settings_of_a_file(cli: Run, place: Path) -> None:
 def test_what_a_plan_refuses(cli: Run, place: Path) -> None:
     cli("plan", "llama-3-8b-shape", "--gpu", "h101").refused("unknown GPU 'h101'", "h100", "a100-80gb")
     cli("plan", "llama-3-8b-shape").refused("no GPU here", "h100")
-    cli("plan", "gone/config.json", *H100).refused("gone/config.json")
+    cli("plan", "gone/config.json", *H100).refused("no file gone/config.json")
     (place / "odd").mkdir(exist_ok=True)
     (place / "odd" / "config.json").write_text("{")
     cli("plan", place / "odd", *H100).refused("is not JSON")
@@ -66,4 +66,7 @@ def test_what_a_plan_refuses(cli: Run, place: Path) -> None:
     cli("plan", "llama-3-8b-shape", "paper", "--recipe", "hybrid", *H100).refused("paper, hybrid")
     cli("plan", "llama-3-8b-shape", *H100, "--gpus", "0").refused("gpus", "above 0")
     cli("plan", "llama-3-8b-shape", *H100, "transfer.tokns=1").refused("tokns")
+    cli("plan", "llama-3-8b-shape", *H100, "transfer.blocks.size=7").refused(
+        "divide", "expected one of 32, 16, 8, 4, 2, 1"
+    )
     cli("plan", "llama-3-8b-shape", *H100, "--memory", "1").refused("nothing fits", "nearest", "lacks")

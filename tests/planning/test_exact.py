@@ -81,5 +81,5 @@ def test_hidden_states(model_folder: Path) -> None:
     seen: list[torch.Tensor] = []
     model.model.layers[1].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     model(torch.zeros(3, 24, dtype=torch.long))
-    told = shape(settings(model_folder, LAYERS[0]))
-    assert hidden_bytes(3 * 24, told.hidden, 1) == seen[0].numel() * seen[0].itemsize
+    config = settings(model_folder, LAYERS[0])
+    assert hidden_bytes(config, 3 * 24, shape(config).hidden) == seen[0].numel() * seen[0].itemsize

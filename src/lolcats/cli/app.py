@@ -58,7 +58,6 @@ app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=Fal
 for verb in (
     linearize, block, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
     inspect, check, export,
-    inspect, check, export,
 ):  # fmt: skip
     app.command(cls=_Verb)(verb)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)

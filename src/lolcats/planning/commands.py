@@ -10,6 +10,9 @@ from lolcats.planning.hardware import GPUS_A_HOST
 from lolcats.planning.layout import Choice
 from lolcats.planning.stages import Layout
 
+SPREAD = ("gradient_checkpointing", "sharding.enabled", "sharding.cpu_offload")
+"""Settings of stage 2 that say where its weights and activations lie."""
+
 
 def settings_of(config: RunConfig, chosen: Mapping[str, Choice]) -> list[str]:
     """KEY=VALUE of what a plan changes in the settings."""
@@ -21,10 +24,13 @@ def settings_of(config: RunConfig, chosen: Mapping[str, Choice]) -> list[str]:
         if layout.rows != (own.micro_batch_size or own.batch_size):
             found.append(f"{stage}.micro_batch_size={layout.rows}")
         if layout.block is not None:
-            found += [f"transfer.blocks.size={layout.block}", f"transfer.blocks.hidden={layout.hidden}"]
-        found += ["finetune.gradient_checkpointing=true"] * layout.checkpointing
-        found += ["finetune.sharding.enabled=true"] * (layout.shard or layout.offload)
-        found += ["finetune.sharding.cpu_offload=true"] * layout.offload
+            blocks = {"size": layout.block, "hidden": layout.hidden}
+            found += [f"transfer.blocks.{k}={v}" for k, v in blocks.items() if getattr(own.blocks, k) != v]
+        if stage == "finetune":
+            wanted = layout.checkpointing, layout.shard or layout.offload, layout.offload
+            has = own.gradient_checkpointing, own.sharding.enabled, own.sharding.cpu_offload
+            for key, new, old in zip(SPREAD, wanted, has, strict=True):
+                found += [f"finetune.{key}={str(new).lower()}"] * (new != old)
     return list(dict.fromkeys(found))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import RunConfig
 from lolcats.modeling.attention import added_parameters
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.planning.shapes import linearized
+from lolcats.training.blocks.store import disk_bytes as disk_bytes_of_states
 from lolcats.training.lora import lora_targets
 
 ADAMW = 3
@@ -65,6 +67,18 @@ def run_bytes(model: PreTrainedModel, config: RunConfig, width: int | None = Non
     return RunBytes(weights * width + 4 * added, 4 * (ADAMW + 1) * (trained + tuned), control)
 
 
-def hidden_bytes(tokens: int, hidden: int, boundaries: int, width: int = 2) -> int:
-    """Of the hidden states of `tokens` tokens at so many boundaries between blocks of layers."""
-    return tokens * hidden * width * boundaries
+def hidden_bytes(config: RunConfig, tokens: int, hidden: int, boundaries: int = 1) -> int:
+    """Of the hidden states [tokens, hidden] that blocks of layers hand on, at so many boundaries."""
+    dtype = getattr(torch, config.transfer.blocks.dtype or config.dtype.replace("auto", "bfloat16"))
+    return disk_bytes_of_states(tokens, hidden, dtype, boundaries)
+
+
+def stored_states(config: RunConfig, hidden: int, blocks: int, at_once: int) -> int:
+    """Bytes of disk that the hidden states of a stage 1 in blocks take at most, validation included.
+
+    Each is deleted when it has been used, so there are those behind the blocks that are trained, and one more.
+    """
+    length, stage = config.data.sequence_length, config.transfer
+    tokens = stage.steps(length) * stage.batch_size * length + config.data.validation_sequences * length
+    kept = blocks - 1 if stage.blocks.keep else min(blocks - 1, at_once + 1)
+    return hidden_bytes(config, tokens, hidden, kept)

@@ -12,7 +12,6 @@ from lolcats.planning.shapes import ModelShape
 from lolcats.planning.stages import (
     Layout,
     StagePlan,
-    asked_block,
     block_sizes,
     check_block,
     finetune_plan,
@@ -21,7 +20,7 @@ from lolcats.planning.stages import (
 
 SLACK = 1.05
 """A plainer layout is taken where it takes no longer than this times the fastest."""
-PACKED_GAIN = 2.0
+PACKED_GAIN = 4.0
 """Packed weights are another teacher: they are taken where nothing else fits, or all else takes longer than this."""
 HIDDEN = {"": "", "store": "hidden states on disk", "recompute": "hidden states computed anew"}
 MOST_ROWS = 64
@@ -42,7 +41,7 @@ def choose(model: ModelShape, config: RunConfig, machine: Machine) -> dict[str, 
     Raises:
         LolcatsError: nothing fits, with what comes nearest; or blocks that do not divide the model.
     """
-    block = asked_block(config)
+    block = config.transfer.blocks.size
     if block is not None:
         check_block(block, len(model.layers))
     kinds = ["none", "4bit"] if config.quantization == "none" else [config.quantization]
@@ -101,7 +100,8 @@ def _first_layouts(
 def _second_layouts(config: RunConfig, machine: Machine, kind: str) -> Iterator[Layout]:
     """Of stage 2, the plainest first."""
     stage = config.finetune
-    counts = sorted({1, min(machine.count, stage.batch_size)})
+    most = min(machine.count, stage.batch_size)
+    counts = sorted({1, most, *(count for count in (8, 16, 32, 64, 128, 256) if count < most)})
     lora = stage.method == "lora"
     for shard, offload in ((False, False), (True, False), (True, True)):
         if (offload and not lora) or (shard and kind == "8bit") or (shard and not lora and stage.kl_factor):

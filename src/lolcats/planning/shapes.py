@@ -114,7 +114,9 @@ def read_model(source: str) -> PreTrainedModel:
         LolcatsError: there is no such configuration at hand, or no model can be made of it.
     """
     place = Path(expand_model(source))
-    if source not in SHAPES and place.name == "config.json" and place.is_file():
+    if place.name == "config.json":
+        if not place.is_file():
+            raise LolcatsError(f"no file {source}; expected the config.json of a model")
         source = str(place.parent)
     if source not in SHAPES and source != "demo" and not source.endswith(".gguf"):
         check_place(expand_model(source))

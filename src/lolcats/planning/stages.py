@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lolcats.config import OptimConfig, RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.planning.disk import hidden_bytes
+from lolcats.planning.disk import hidden_bytes, stored_states
 from lolcats.planning.flops import finetune_step, optimizer_step, teacher_step, transfer_step
 from lolcats.planning.hardware import GIB, GPUS_A_HOST, HOST_MEMORY, Machine
 from lolcats.planning.memory import (
@@ -86,11 +86,6 @@ def check_block(size: int, layers: int) -> None:
                            f"{', '.join(map(str, sizes))}")  # fmt: skip
 
 
-def asked_block(config: RunConfig) -> int | None:
-    """Layers of a block as the settings have it, None where they leave it open."""
-    return getattr(getattr(config.transfer, "blocks", None), "size", None)
-
-
 def block_sizes(layers: int) -> list[int]:
     """Sizes of blocks that divide so many layers, the largest first."""
     return [size for size in range(layers, 0, -1) if layers % size == 0]
@@ -121,7 +116,7 @@ def _blocks_plan(
     blocks = [slice(number * layout.block, (number + 1) * layout.block) for number in range(count)]
     micro = -(-config.transfer.batch_size // layout.rows)
     per_step = config.data.sequence_length * config.transfer.batch_size
-    moved = 0.0 if layout.hidden == "recompute" else hidden_bytes(per_step, model.hidden, 1) / DISK
+    moved = 0.0 if layout.hidden == "recompute" else hidden_bytes(config, per_step, model.hidden) / DISK
     seconds, flops, memory = [], 0.0, Memory(0, 0, 0)
     known: dict[Any, tuple[float, float, Memory]] = {}
     for block in blocks:
@@ -137,9 +132,7 @@ def _blocks_plan(
         seconds.append(known[key][0])
         flops, memory = flops + known[key][1], max(memory, known[key][2], key=Memory.needed)
     waves = [seconds[begin : begin + layout.ranks] for begin in range(0, count, layout.ranks)]
-    validation = config.data.validation_sequences * config.data.sequence_length
-    at_once = min(count - 1, layout.ranks + 1) if layout.hidden == "store" else 0
-    disk = hidden_bytes(tokens + validation, model.hidden, at_once)
+    disk = stored_states(config, model.hidden, count, layout.ranks) if layout.hidden == "store" else 0
     return StagePlan(layout, memory, tokens, flops, sum(map(max, waves)), disk, layout.ranks)
 
 
@@ -156,7 +149,7 @@ def _block_step(model: ModelShape, config: RunConfig, layout: Layout, block: sli
 def _block_memory(model: ModelShape, config: RunConfig, layout: Layout, block: slice) -> Memory:
     """With the hidden states of a step in front of it and behind it; the first block has the embeddings instead."""
     memory = transfer_memory(model, config, layout.rows, layout.quantization, block)
-    states = 2 * hidden_bytes(layout.rows * config.data.sequence_length, model.hidden, 1)
+    states = 2 * hidden_bytes(config, layout.rows * config.data.sequence_length, model.hidden)
     embeddings = 0 if block.start else 2 * model.vocabulary * model.hidden
     return replace(memory, weights=memory.weights + embeddings, activations=memory.activations + states)
 
