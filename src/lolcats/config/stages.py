@@ -115,6 +115,20 @@ class TransferConfig(OptimConfig):
         return self
 
 
+class ShardingConfig(Section):
+    """How the weights of stage 2 lie in the memory of several processes."""
+
+    # Each process holds a part of every decoder layer, and has one layer whole while it is computed (FSDP2).
+    enabled: bool = False
+    cpu_offload: bool = False  # the frozen parts wait in the memory of the CPU
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.cpu_offload and not self.enabled:
+            raise ValueError("cpu_offload is for sharded weights; set enabled to true, or cpu_offload to false")
+        return self
+
+
 class FinetuneConfig(OptimConfig):
     """Stage 2: the linearized model learns to predict text, by LoRA or with all weights."""
 
@@ -137,6 +151,8 @@ class FinetuneConfig(OptimConfig):
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
     teacher_logits: LogitsConfig = Field(default_factory=LogitsConfig)
+    gradient_checkpointing: bool = False  # compute each decoder layer twice, and keep only its input meanwhile
+    sharding: ShardingConfig = Field(default_factory=ShardingConfig)
 
     @property
     def records_steps(self) -> bool:
@@ -149,6 +165,17 @@ class FinetuneConfig(OptimConfig):
             raise ValueError(
                 "teacher_logits keeps what kl_factor compares with, and kl_factor is 0; set it above 0, or "
                 "teacher_logits.cache to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.sharding.cpu_offload and self.method == "full":
+            raise ValueError("sharding.cpu_offload is for frozen weights, and method full has none; use lora")
+        if self.sharding.enabled and self.method == "full" and self.kl_factor:
+            raise ValueError(
+                "sharding with method full and kl_factor above 0 would need the teacher beside the model that is "
+                "trained; set kl_factor to 0, or use lora"
             )
         return self
 
