@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,14 +58,18 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, template: str = "raw"
 
 
 @torch.no_grad()
-def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+def weights_digest(weights: Iterable[tuple[str, Tensor]], gather: Callable[[Tensor], Tensor] = lambda w: w) -> str:
     """Digest of names, shapes and some numbers of weights, in a moment; the same on every device and after exact casts.
 
     What training goes on from is compared by it: there, weights that differ differ everywhere.
+
+    Args:
+        weights: by name.
+        gather: makes a weight that is spread over processes whole, one at a time.
     """
     found = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda item: item[0]):
-        flat = weight.detach().reshape(-1)
+        flat = gather(weight.detach()).reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].to("cpu", torch.float32)
         found.update(f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
     return found.hexdigest()

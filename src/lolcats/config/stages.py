@@ -108,6 +108,20 @@ class TransferConfig(OptimConfig):
         return self
 
 
+class ShardingConfig(Section):
+    """How the weights of stage 2 lie in the memory of several processes."""
+
+    # Each process holds a part of every decoder layer, and has one layer whole while it is computed (FSDP2).
+    enabled: bool = False
+    cpu_offload: bool = False  # the frozen parts wait in the memory of the CPU
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.cpu_offload and not self.enabled:
+            raise ValueError("cpu_offload is for sharded weights; set enabled to true, or cpu_offload to false")
+        return self
+
+
 class FinetuneConfig(OptimConfig):
     """Stage 2: the linearized model learns to predict text, by LoRA or with all weights."""
 
@@ -129,6 +143,19 @@ class FinetuneConfig(OptimConfig):
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
+    gradient_checkpointing: bool = False  # compute each decoder layer twice, and keep only its input meanwhile
+    sharding: ShardingConfig = Field(default_factory=ShardingConfig)
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.sharding.cpu_offload and self.method == "full":
+            raise ValueError("sharding.cpu_offload is for frozen weights, and method full has none; use lora")
+        if self.sharding.enabled and self.method == "full" and self.kl_factor:
+            raise ValueError(
+                "sharding with method full and kl_factor above 0 would need the teacher beside the model that is "
+                "trained; set kl_factor to 0, or use lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_passing(self) -> Self:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig, dump_config
@@ -19,6 +19,7 @@ from lolcats.modeling.convert import check_supported
 from lolcats.modeling.install import install
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.quantization import dequantize, dequantize_below
+from lolcats.models.sharded import is_shard
 from lolcats.runs.results import Results
 from lolcats.training.lora import lora_targets
 
@@ -39,14 +40,18 @@ def save_artefact(
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     results: Results,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write model, tokenizer, recipe and measured results; the folder appears only when it is complete.
+
+    Args:
+        weights: those of the model by name, where it has others now; None: its own.
 
     Raises:
         LolcatsError: the disk is full or the place cannot be written; nothing is left behind then.
     """
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         (temporary / RECIPE_FILE).write_text(dump_config(config))
         (temporary / RESULTS_FILE).write_text(results.text())
@@ -108,7 +113,7 @@ def unchanged(model: nn.Module, merging: bool = True) -> Iterator[None]:
     """
     owners = [*model.modules(), *{id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()]
     kept = [(owner, {key: _shallow(value) for key, value in vars(owner).items()}) for owner in owners]
-    weights = [(p, p.data) for p in model.parameters()]
+    weights = [(p, p.data) for p in model.parameters() if not is_shard(p)]  # nothing writes into shards
     for module in model.modules() if merging else ():
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
         if weight is not None and weight.is_floating_point():
