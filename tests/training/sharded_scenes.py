@@ -19,7 +19,9 @@ from lolcats import LinearizationConfig, TrainingData, convert, finetune_lora, t
 from lolcats.config import FinetuneConfig, TransferConfig
 from lolcats.config.mixers import BlendConfig
 from lolcats.data import PackedDataset
+from lolcats.models.quantization import keep_differentiable
 from lolcats.models.sharded import whole_tensor
+from lolcats.models.teacher import load_teacher
 from lolcats.training import Reporter, gradients
 from lolcats.training.sharding import load_sharded, shards_weights
 
@@ -38,8 +40,9 @@ SCENES: dict[str, tuple[str, dict[str, Any]]] = {
     "offloaded": ("hybrid", {"sharding": {"enabled": True, "cpu_offload": True}, "micro_batch_size": 1}),
     "passing": ("hybrid", {"passing": {"share": 0.5, "chunks": 2}, "gradient_checkpointing": True}),
     "full": ("hybrid", {"method": "full", "gradient_checkpointing": True}),
-    "long-lora": ("hybrid", {"kl_factor": 1.0, "tokens": 16 * 4 * 9}),
-    "long-full": ("hybrid", {"method": "full", "tokens": 16 * 4 * 9}),
+    "packed": ("hybrid", {"kl_factor": 1.0}),
+    "long-lora": ("hybrid", {"kl_factor": 1.0, "tokens": 16 * 4 * 7}),
+    "long-full": ("hybrid", {"method": "full", "tokens": 16 * 4 * 7}),
 }
 
 
@@ -62,10 +65,16 @@ def training_data() -> TrainingData:
     return TrainingData(first, rest)
 
 
-def student(accelerator: Accelerator, mixer: str, config: FinetuneConfig) -> PreTrainedModel:
-    model = teacher(tied=mixer == "blend")
-    if shards_weights(config, accelerator):
-        model, _ = load_sharded(lambda: (teacher(tied=mixer == "blend"), None), config, accelerator)
+def student(accelerator: Accelerator, mixer: str, config: FinetuneConfig, packed: Path | None) -> PreTrainedModel:
+    """Converted from a random teacher, or from one in a folder in 4 bits."""
+
+    def load() -> tuple[PreTrainedModel, Any]:
+        if packed is not None:
+            return load_teacher(packed, torch.float32, "cpu", "4bit")
+        return teacher(tied=mixer == "blend"), None
+
+    model, _ = load_sharded(load, config, accelerator) if shards_weights(config, accelerator) else load()
+    keep_differentiable(model)
     set_seed(0)
     convert(model, LAYERS[mixer], input_ids=torch.from_numpy(training_data().train.ids[:2]).long())
     return model
@@ -82,7 +91,7 @@ def run_scene(place: Path, name: str, mixer: str, changes: dict[str, Any], folde
     if accelerator.num_processes == 1:
         settings |= {"sharding": {}, "gradient_checkpointing": False}
     config = FinetuneConfig(**settings)
-    model = student(accelerator, mixer, config)
+    model = student(accelerator, mixer, config, place / "teacher" if name == "packed" else None)
     if name == "lora":
         transfer_attention(model, training_data(), TransferConfig(tokens=16 * 4 * 2, batch_size=4, compile=False))
     metrics = place / f"{own}.jsonl" if accelerator.is_main_process else None
@@ -92,7 +101,7 @@ def run_scene(place: Path, name: str, mixer: str, changes: dict[str, Any], folde
         finetune_lora(model, training_data(), config, folder=place / own, reporter=reporter)
     except Killed:
         return
-    weights = {n: whole_tensor(p.detach()).contiguous() for n, p in model.named_parameters()}
+    weights = {n: whole_tensor(p.detach()).contiguous() for n, p in model.named_parameters() if p.is_floating_point()}
     save_file(weights, place / f"{own}.{accelerator.process_index}")
 
 

@@ -18,12 +18,14 @@ from lolcats.training.checkpoint import damaged
 from lolcats.training.parallel import check_batch_size
 from lolcats.training.sharding import shards_weights
 from lolcats.training.shards import find_shards, read_shards, remove_other_shards, write_shards
+from tiny import TEXT, save_teacher, train_tokenizer
 
 SCENES = str(Path(__file__).with_name("sharded_scenes.py"))
+WHOLE = ["long-lora", "long-full", "long-lora:a", "long-full:b"]
 STARTS = {
-    2: ["lora", "blend", "offloaded", "passing", "full", "long-lora:a:3", "long-full:b:3"],
-    4: ["blend", "full", "long-lora:a:6", "long-full:b:6"],
-    1: ["lora", "blend", "offloaded", "passing", "full", "long-lora", "long-full", "long-lora:a", "long-full:b"],
+    2: ["lora", "blend", "offloaded", "passing", "full", "packed", "long-lora:a:3", "long-full:b:3"],
+    4: ["blend", "full", "long-lora:a:5", "long-full:b:5"],
+    1: ["lora", "blend", "offloaded", "passing", "full", "packed", *WHOLE],
 }
 """Number of processes -> what they do, in this order: a and b are killed in two processes, then in four, and end in
 one; in one process nothing is sharded."""
@@ -32,6 +34,7 @@ one; in one process nothing is sharded."""
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
+    save_teacher(folder / "teacher", train_tokenizer([TEXT]))
     for processes, words in STARTS.items():
         for code, output in run_together([SCENES, str(folder), *words], processes, folder):
             assert code == 0, output

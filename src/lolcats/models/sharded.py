@@ -175,6 +175,9 @@ def shard(
         parameter = where[0].module._parameters[where[0].name]
         if parameter is not None and parameter.is_meta:
             _fill(parameter, where, pool.pop(name, None), device, trained)
+    for module in model.modules():
+        if (state := getattr(module, "quant_state", None)) is not None:  # peft asks the weight, not the layer
+            vars(module.weight).update(compress_statistics=state.nested, quant_type=state.quant_type)
     _ours.add(model)
     return model
 

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lolcats.models.quantization import forget_quantization
 from lolcats.models.sharded import local_part, own_rows, whole_tensor
-from lolcats.runs.artefact import save_adapter, save_artefact
+from lolcats.runs.artefact import save_adapter, save_artefact, unchanged
 from lolcats.runs.state import Run
 from lolcats.training.parallel import on_main_process
 
@@ -26,8 +27,10 @@ def save_sharded(run: Run) -> Iterator[None]:
         on_main_process(run.accelerator, lambda: save_adapter(run.folder.adapter, adapter))
     with merged_shards(run.model):
         weights = gather_weights(run.model, run.accelerator, run.dtype)
-        artefact = (run.folder.model, run.model, run.tokenizer, run.config, run.results)
-        on_main_process(run.accelerator, lambda: save_artefact(*artefact, weights=weights))
+        with unchanged(run.model, merging=False):
+            forget_quantization(run.model)  # what is written is not quantized any more
+            artefact = (run.folder.model, run.model, run.tokenizer, run.config, run.results)
+            on_main_process(run.accelerator, lambda: save_artefact(*artefact, weights=weights))
         weights.clear()
         run.write_results()
         yield
@@ -74,7 +77,7 @@ def gather_weights(model: PreTrainedModel, accelerator: Accelerator, dtype: torc
             if not tensor.is_floating_point() and getattr(module, "quant_state", None) is not None:
                 whole = _unpacked(cast(Any, module), whole, dtype)
                 layer = packed.get(owner.removesuffix(".base_layer"))
-                whole = whole if layer is None else whole + _delta(layer).to(whole)
+                whole = whole if layer is None else whole.add_(_delta(layer))
             found[name.replace(".base_layer.", ".")] = whole.cpu().clone()
     return found
 
