@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lolcats.placing import main_device, stored_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,10 +90,10 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     Sums of the bits as integers, which come out the same in whatever order a device adds; not proof against forgery.
     """
-    weights = _weights_of([*model.named_parameters(), *model.named_buffers()])
+    weights = _weights_of(stored_tensors(model))
     settings = model.config.to_json_string(use_diff=False)
     words = [tokenizer_identity(tokenizer, "chat"), tokenizer.special_tokens_map]
-    return key_of(weights, settings, model.device.type, words)
+    return key_of(weights, settings, main_device(model).type, words)
 
 
 @torch.no_grad()

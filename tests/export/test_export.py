@@ -42,6 +42,23 @@ def test_merged_is_the_model_with_its_card(runs: Runs, ids: Tensor, tmp_path: Pa
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("format", ["merged", "remote-code"])
+def test_weights_in_another_format_and_in_several_files(runs: Runs, ids: Tensor, tmp_path: Path, format: str) -> None:
+    run = runs()
+    options = {"trust_remote_code": True, "dtype": "auto"} if format == "remote-code" else {"dtype": "auto"}
+    parts = export_model(run.path, tmp_path / "parts", format, shard_bytes=6000).folder
+    assert len([*parts.glob("model-*.safetensors")]) > 3 and not (parts / "model.safetensors").exists()
+    same, original = (AutoModelForCausalLM.from_pretrained(p, **options) for p in (parts, run.model))
+    assert torch.equal(same(input_ids=ids).logits, original(input_ids=ids).logits)
+    half = export_model(parts, tmp_path / "half", format, dtype="bfloat16").folder
+    expected = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.bfloat16).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(half, **options).state_dict()
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in expected.items()}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {t.dtype for n, t in found.items() if ".mixer." in n} == {torch.float32}
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_an_export_can_be_exported_again(runs: Runs, tmp_path: Path) -> None:
     first = export_model(runs().path, tmp_path / "a" / "same").folder
     second = export_model(first, tmp_path / "b" / "same").folder
@@ -171,9 +188,13 @@ def test_a_replacement_that_fails_at_the_last_moment_puts_the_old_back(
 def test_what_cannot_be_exported(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=r"unknown format 'gguf'; expected one of merged, adapter, remote-code"):
         export_model(runs().path, tmp_path / "out", "gguf")
+    with pytest.raises(LolcatsError, match=r"unknown dtype 'int8'; expected one of float32, bfloat16, float16"):
+        export_model(runs().path, tmp_path / "out", dtype="int8")
+    with pytest.raises(LolcatsError, match=r"an adapter keeps its own"):
+        export_model(runs().path, tmp_path / "out", "adapter", shard_bytes=10)
     with pytest.raises(LolcatsError, match=r"no linearized model or run at .*nowhere"):
         export_model(tmp_path / "nowhere", tmp_path / "out")
-    shutil.copytree(runs().path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
+    shutil.copytree(runs().path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model", "added*"))
     with pytest.raises(LolcatsError, match=r"run without a model yet; finish it with .*config.yaml first"):
         export_model(tmp_path / "unfinished", tmp_path / "out")
     shutil.copytree(runs().model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.yaml"))

@@ -183,7 +183,7 @@ def test_other_weights_are_refused(make: Make, teacher: Path, tmp_path: Path) ->
     run_blocks(make("transfer.blocks.size=2"), "prepare")
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
-    model = LlamaForCausalLM.from_pretrained(other)
+    model: Any = LlamaForCausalLM.from_pretrained(other)
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.add_(0.01)
     model.save_pretrained(other, max_shard_size="20KB")
@@ -207,7 +207,7 @@ def test_too_small_a_disk_is_told_before_anything_is_paid_for(make: Make, monkey
 
 def test_only_the_layers_of_a_block_are_ever_in_memory(make: Make, teacher: Path) -> None:
     """Counted at every block that is read, in all jobs."""
-    whole = LlamaForCausalLM.from_pretrained(teacher)
+    whole: Any = LlamaForCausalLM.from_pretrained(teacher)
     layer = sum(p.numel() for p in whole.model.layers[0].parameters())
     ends = sum(p.numel() for name, p in whole.named_parameters() if ".layers." not in name)
     read: list[int] = []

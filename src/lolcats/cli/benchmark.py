@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from lolcats.cli.options import Device, Dtype, Model, expand_path, split_words
+from lolcats.cli.options import Device, DeviceMapName, Dtype, Model, expand_path, split_words
 from lolcats.cli.suite import Controls, JsonFile, Teacher, bar, find_subject, print_memory, progress_file, say_left_out
 from lolcats.cli.tables import console, number_table, say
 from lolcats.errors import LolcatsError
@@ -60,6 +60,7 @@ def benchmark(
     teacher: Teacher = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMapName = None,
     json_file: JsonFile = None,
 ) -> None:
     """Benchmarks of lm-eval on a model, its controls and its teacher; goes on where it was interrupted."""
@@ -77,7 +78,12 @@ def benchmark(
     file = progress_file(out, json_file, place, names, asdict(settings), subject.teacher, subject.controls)
     with bar(out) as show:
         scores = run_benchmarks(
-            subject.source, names, settings, **subject.keywords(device, dtype), progress_file=file, show=show
+            subject.source,
+            names,
+            settings,
+            **subject.keywords(device, dtype, device_map),
+            progress_file=file,
+            show=show,
         )
     if json_file is not None:
         about = {"model": subject.source, "teacher": subject.teacher, "date": date.today().isoformat()}

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from lolcats.cli.load import read_results
-from lolcats.cli.options import Device, Dtype, Model
+from lolcats.cli.options import Device, DeviceMapName, Dtype, Model
 from lolcats.cli.suite import (
     Controls,
     JsonFile,
@@ -84,6 +84,7 @@ def evaluate(
     teacher: Teacher = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMapName = None,
     json_file: JsonFile = None,
     by_position: ByPosition = False,
     beyond: Beyond = None,
@@ -102,7 +103,7 @@ def evaluate(
     out = console()
     say_left_out(out, subject)
     batch = batch_size or (recipe.evaluation.batch_size if recipe is not None else 4)
-    scores = _measure(out, subject, settings, subject.keywords(device, dtype) | {"batch_size": batch})
+    scores = _measure(out, subject, settings, subject.keywords(device, dtype, device_map) | {"batch_size": batch})
     if json_file is not None:
         content = {"model": subject.source, **settings, "teacher": subject.teacher}
         write_json(json_file, content | {"scores": {name: asdict(score) for name, score in scores.items()}})

@@ -26,6 +26,14 @@ Base = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="What the base model is called elsewhere. Default: the recipe's model."),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="float32, bfloat16 or float16: write the weights so. Default: as they are."),
+]
+ShardSize = Annotated[
+    float | None,
+    typer.Option(min=1e-6, metavar="GB", help="Most gigabytes (10^9) of a file. Default: the model's files."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Also upload it to the Hugging Face hub.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository private if it is new.")]
@@ -36,6 +44,8 @@ def export(
     out: Out,
     format_name: FormatName = "merged",
     base: Base = None,
+    dtype: Dtype = None,
+    shard_size: ShardSize = None,
     overwrite: Overwrite = False,
     push_to_hub: Push = None,
     private: Private = False,
@@ -52,8 +62,9 @@ def export(
         check_login(push_to_hub)
         check_shareable(model, base)
     done = export_model(
-        model, out, format_name, base=base, overwrite=overwrite, name=push_to_hub, hide_paths=push_to_hub is not None
-    )
+        model, out, format_name, base=base, overwrite=overwrite, name=push_to_hub, hide_paths=push_to_hub is not None,
+        dtype=dtype, shard_bytes=None if shard_size is None else round(shard_size * 10**9),
+    )  # fmt: skip
     share = f", {done.size / done.model_size:.1%} of the model's {show_bytes(done.model_size)}"
     typer.echo(f"{format_name}: {done.folder}, {show_bytes(done.size)}{share if format_name == 'adapter' else ''}")
     if done.left_out:

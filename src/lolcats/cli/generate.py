@@ -13,6 +13,7 @@ from lolcats.cli.generate_file import BATCH_SIZE, CHUNK, FileJob, generate_file
 from lolcats.cli.load import length_note, load_model
 from lolcats.cli.options import (
     Device,
+    DeviceMapName,
     Dtype,
     Graphs,
     Model,
@@ -64,12 +65,14 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output where it is there.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMapName = None,
 ) -> None:
     """Continue a text, or all texts of a file; goes on with a file where it was interrupted."""
     if source is None:
         if target is not None or batch_size is not None or chunk is not None or overwrite:
             raise typer.BadParameter("--output, --batch-size, --chunk and --overwrite belong to --input FILE; give it")
-        _generate_one(model, prompt, max_new_tokens, sampling(temperature, top_p), seed, stream, graphs, device, dtype)
+        _generate_one(model, prompt, max_new_tokens, sampling(temperature, top_p), seed, stream, graphs, device, dtype,
+                      device_map)  # fmt: skip
         return
     if prompt is not None or not stream:
         raise typer.BadParameter("PROMPT and --no-stream are of one text, and --input is a file of them; give one")
@@ -78,7 +81,7 @@ def generate(
     from lolcats.serving.requests import Defaults
 
     job = FileJob(source, target, batch_size or BATCH_SIZE, chunk or CHUNK, overwrite)
-    generate_file(model, job, Defaults(max_new_tokens, temperature, top_p, seed), device, dtype, graphs)
+    generate_file(model, job, Defaults(max_new_tokens, temperature, top_p, seed), device, dtype, graphs, device_map)
 
 
 def _generate_one(
@@ -91,6 +94,7 @@ def _generate_one(
     graphs: bool,
     device: str,
     dtype: str,
+    device_map: str | None,
 ) -> None:
     """One text, printed as it comes; speed and size of the state go to stderr."""
     if prompt is None:
@@ -104,7 +108,7 @@ def _generate_one(
     from lolcats.modeling.cache_contents import cache_bytes
     from lolcats.models.generation import encode, sample
 
-    network, tokenizer = load_model(model, device, dtype, graphs)
+    network, tokenizer = load_model(model, device, dtype, graphs, device_map)
     if (note := length_note(model, encode(tokenizer, text).shape[1] + max_new_tokens)) is not None:
         typer.echo(one_line(note), err=True)
     set_seed(seed)
@@ -126,11 +130,12 @@ def chat(
     graphs: Graphs = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMapName = None,
 ) -> None:
     """Talk with a model. /reset begins again; /exit, Ctrl-D or Ctrl-C leaves."""
     from transformers import set_seed
 
-    network, tokenizer = load_model(model, device, dtype, graphs)
+    network, tokenizer = load_model(model, device, dtype, graphs, device_map)
     talk = Conversation(network, tokenizer, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
     set_seed(seed)
     prompt = "you> " if sys.stdin.isatty() else ""

@@ -48,7 +48,15 @@ class FileJob:
         return self.target.with_name(f"{self.target.name}.progress")
 
 
-def generate_file(model: str, job: FileJob, defaults: Defaults, device: str, dtype: str, graphs: bool = True) -> None:
+def generate_file(
+    model: str,
+    job: FileJob,
+    defaults: Defaults,
+    device: str,
+    dtype: str,
+    graphs: bool = True,
+    device_map: str | None = None,
+) -> None:
     """Answer the rows of a file; what is finished is kept when the command is interrupted.
 
     Raises:
@@ -67,7 +75,7 @@ def generate_file(model: str, job: FileJob, defaults: Defaults, device: str, dty
             if goes_on:
                 say(out, f"going on with rows that were finished before ({job.progress})")
             with _bar(out) as counter:
-                network, tokenizer = load_model(model, device, dtype, graphs)
+                network, tokenizer = load_model(model, device, dtype, graphs, device_map)
                 requests = read_requests(network, tokenizer, [row for row, _ in rows], defaults, job.batch_size)
                 _say_refused(out, requests, [where for _, where in rows])
                 longest = max(request.prompt_tokens + request.max_new_tokens for request in requests)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lolcats.cli.options import device_map_of
 from lolcats.errors import LolcatsError
 from lolcats.models.folder import expand_model
 
@@ -21,6 +22,7 @@ def silence() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each time that it asks in vain, where no network is
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that weights are where the device map places them
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -74,21 +76,24 @@ def length_note(source: str, tokens: int) -> str | None:
 
 
 def load_model(
-    source: str, device: str, dtype: str, graphs: bool = True
+    source: str, device: str, dtype: str, graphs: bool = True, device_map: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready to run; a linearized model keeps its own format unless `dtype` names another.
 
-    `graphs` says whether it decodes by CUDA graphs.
+    `graphs` says whether it decodes by CUDA graphs, `device_map` what the option of this name says.
     """
     from lolcats.modeling import linearized_layers
     from lolcats.modeling.decode_graphs import set_decode_graphs
     from lolcats.models.device import choose_device, choose_dtype
+    from lolcats.models.device_map import first_device
     from lolcats.models.teacher import load_teacher
     from lolcats.runs.artefact import RECIPE_FILE
 
-    folder, place = find_model(source), choose_device(device)
+    folder, places = find_model(source), device_map_of(device_map, device)
+    place = choose_device(device) if places is None else first_device(places)
     own = dtype == "auto" and (Path(folder) / RECIPE_FILE).is_file()
-    model, tokenizer = load_teacher(folder, dtype=None if own else choose_dtype(dtype, place), device=place)
+    wanted = None if own else choose_dtype(dtype, place)
+    model, tokenizer = load_teacher(folder, dtype=wanted, device=place, device_map=places)
     if not graphs and linearized_layers(model):  # a teacher has none
         set_decode_graphs(model, False)
     return model, tokenizer

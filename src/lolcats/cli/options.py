@@ -49,6 +49,14 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", callback=_device, help="auto, cpu, mps, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", callback=_dtype, help="auto, float32 or bfloat16.")]
+DeviceMapName = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="Spread a model over devices: auto, balanced, or FILE.json of {part: cpu, disk or cuda:N}.",
+    ),
+]
 Engine = Annotated[
     str, typer.Option(metavar="NAME", callback=_engine, help="transformers, or vllm where it is installed.")
 ]
@@ -82,6 +90,21 @@ def check_target(file: Path | None) -> Path | None:
     if not os.access(file.resolve().parent, os.W_OK):
         raise LolcatsError(f"cannot write into the folder {file.parent}; name a file elsewhere")
     return file
+
+
+def device_map_of(name: str | None, device: str) -> Any:
+    """What `--device-map` says, None where it is not given.
+
+    Raises:
+        LolcatsError: see `read_device_map`; or `--device` is given too.
+    """
+    if name is None:
+        return None
+    if device != "auto":
+        raise LolcatsError(f"--device {device} is one place and --device-map {name} several; give one of them")
+    from lolcats.models.device_map import read_device_map
+
+    return read_device_map(name)
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, object]:

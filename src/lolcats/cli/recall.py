@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from lolcats.cli.options import MAX_SEED, Device, Dtype, Model, check_target, split_words
+from lolcats.cli.options import MAX_SEED, Device, DeviceMapName, Dtype, Model, check_target, split_words
 from lolcats.cli.suite import (
     Controls,
     JsonFile,
@@ -68,6 +68,7 @@ def recall(
     teacher: Teacher = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMapName = None,
     json_file: JsonFile = None,
 ) -> None:
     """Recall by generation: what a model finds again in long texts; goes on where it was interrupted."""
@@ -89,7 +90,7 @@ def recall(
     file = progress_file(out, json_file, "recall", subject.source, subject.teacher, subject.controls)
     with AnswerStore(file) as store:
         with bar(out, "loading the model") as report:
-            loaded = load_variants(subject.source, **subject.keywords(device, dtype))
+            loaded = load_variants(subject.source, **subject.keywords(device, dtype, device_map))
             how = {"batch_size": batch_size, "store": store, "report": report}
             cells = library.recall(loaded.variants, loaded.tokenizer, settings, **how)
         if json_file is not None:

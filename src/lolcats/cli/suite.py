@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lolcats.cli.load import find_model, read_recipe
-from lolcats.cli.options import check_target
+from lolcats.cli.options import check_target, device_map_of
 from lolcats.cli.tables import say
 from lolcats.errors import LolcatsError
 from lolcats.variants import CONTROLS, TRAINED_WINDOW
@@ -48,9 +48,10 @@ class Subject:
         """Tokens of the texts of its linearization."""
         return None if self.recipe is None else self.recipe.data.sequence_length
 
-    def keywords(self, device: str, dtype: str) -> dict[str, Any]:
-        """The arguments of `load_variants` beside the model."""
-        return {"teacher": self.teacher, "controls": self.controls, "device": device, "dtype": dtype}
+    def keywords(self, device: str, dtype: str, device_map: str | None = None) -> dict[str, Any]:
+        """The arguments of `load_variants` beside the model; raises as `device_map_of` does."""
+        where = {"device": device, "dtype": dtype, "device_map": device_map_of(device_map, device)}
+        return {"teacher": self.teacher, "controls": self.controls, **where}
 
 
 def find_subject(model: str, teacher: str | None, control: list[str] | None) -> Subject:

@@ -30,8 +30,10 @@ from lolcats.modeling import convert, linearized_layers
 from lolcats.modeling.attention import measured_buffers
 from lolcats.models.context import check_context
 from lolcats.models.device import choose_device, choose_dtype
+from lolcats.models.device_map import DeviceMap, first_device
 from lolcats.models.teacher import load_teacher
 from lolcats.models.vocabulary import vocabulary_size
+from lolcats.placing import main_device
 from lolcats.variants import CONTROLS, TRAINED_WINDOW
 
 
@@ -49,6 +51,7 @@ def compare(
     controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     edges: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measurement]:
@@ -63,6 +66,8 @@ def compare(
         length, last, max_segments: tokens per segment, how many of them count (from the end), segments to read.
         controls, batch_size, edges, progress: see `lolcats.variants` and `measure`.
         device, dtype: as in `RunConfig`; the "auto" dtype of a linearized model is its own.
+        device_map: in place of `device`, for models that do not fit on one; see `load_teacher`. The "auto" dtype of any
+            model is its own then.
 
     Raises:
         LolcatsError: a model or a source that cannot be used, a teacher of another model, or segments longer than
@@ -73,7 +78,7 @@ def compare(
     if held_out is None:
         for source in sources:
             check_source(source, local or {})
-    loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
+    loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype, device_map=device_map)
     first = next(iter(loaded.variants.values())).model
     check_context(first, length, "a segment")
     if held_out is not None:
@@ -111,29 +116,34 @@ def load_variants(
     controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
 ) -> Loaded:
-    """A linearized model, its controls and its teacher; arguments and errors as in `compare`."""
-    place = choose_device(device)
+    """A linearized model, its controls and its teacher; arguments and errors as in `compare`.
+
+    Weights that are kept on disk or in main memory cannot be exchanged, so there the trained window is left out.
+    """
+    place = choose_device(device) if device_map is None else first_device(device_map)
     wanted = None if dtype == "auto" else choose_dtype(dtype, place)
-    student, tokenizer = load_teacher(model, dtype=wanted, device=place)
+    student, tokenizer = load_teacher(model, dtype=wanted, device=place, device_map=device_map)
     if not linearized_layers(student):
-        student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
+        if device_map is None:
+            student.to(choose_dtype(dtype, place))  # type: ignore[arg-type]
         return Loaded({"teacher": Variant(student)}, None, tokenizer)
     before: dict[str, Variant] = {}
     if teacher is not None:
-        plain = _load_before(teacher, student)
+        plain = _load_before(teacher, student, device_map)
         before = teacher_variants(plain, controls=controls)
-        if TRAINED_WINDOW in controls and has_window(model):
+        if TRAINED_WINDOW in controls and has_window(model) and not any(p.is_meta for p in plain.parameters()):
             before |= window_variants(plain, controls, read_window(plain, model))
     return Loaded(before | student_variants(student, controls), before.get("teacher"), tokenizer, text_memory(student))
 
 
-def _load_before(teacher: str | Path, student: PreTrainedModel) -> PreTrainedModel:
+def _load_before(teacher: str | Path, student: PreTrainedModel, device_map: DeviceMap | None) -> PreTrainedModel:
     """The teacher with the student's layers around its own weights: softmax, and window alone, are modes of it."""
     try:
-        model, _ = load_teacher(teacher, dtype=student.dtype, device=student.device)
+        model, _ = load_teacher(teacher, dtype=student.dtype, device=main_device(student), device_map=device_map)
         settings = LinearizationConfig(**student.config.linearization)  # type: ignore[attr-defined]
-        convert(model, settings.without_text(), seed=0)
+        convert(model, settings.without_text(), seed=0, spread=device_map is not None)
         measured = measured_buffers(student)
         for name, held in measured_buffers(model).items():
             held.copy_(measured[name])

@@ -21,6 +21,7 @@ from lolcats.errors import DataError
 from lolcats.modeling.head import OutputHead
 from lolcats.models.context import context_limit
 from lolcats.models.vocabulary import check_token_ids
+from lolcats.placing import main_device
 from lolcats.training.losses import HEAD_CHUNK
 
 
@@ -124,7 +125,7 @@ class _States(NamedTuple):
         """One forward pass over ids [B, L]."""
         head = heads[variant.model]
         with variant.mode():
-            return cls(head.hidden(input_ids=ids.to(variant.model.device), use_cache=False), head, variant.mode)
+            return cls(head.hidden(input_ids=ids.to(main_device(variant.model)), use_cache=False), head, variant.mode)
 
     def log_probabilities(self, part: slice) -> Tensor:
         """[B, tokens of `part`, vocabulary]."""

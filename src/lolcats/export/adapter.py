@@ -7,6 +7,7 @@ maps, window factors and query scales lie beside the LoRA matrices in `adapter_m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,13 +22,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.export.source import Source
-from lolcats.export.weights import check_finite
 from lolcats.modeling import convert
 from lolcats.modeling.attention import added_parameters, measured_buffers
 from lolcats.modeling.old_names import new_name
 from lolcats.models.empty import empty_model
+from lolcats.models.shards import check_finite, held
 from lolcats.models.teacher import load_teacher
 from lolcats.runs.artefact import RECIPE_FILE
+from lolcats.runs.assembled import empty_student, teacher_folder
+from lolcats.runs.trained import layers_of, trained_by
 from lolcats.training.checkpoint import load_tensors
 from lolcats.training.lora import lora_config
 
@@ -46,8 +49,8 @@ def write_adapter(source: Source, folder: Path) -> None:
     """
     finetune = source.config.finetune
     lora = trained_lora(source) if finetune.enabled else {}
-    model = skeleton(source.model)
-    tensors = lora | read_tensors(source.model, [*added_parameters(model), *measured_buffers(model)])
+    model, added = read_added(source)
+    tensors = {**lora, **added}
     targets = sorted({n.partition(".lora_A.")[0] for n in lora if ".lora_A." in n})
     if missing := set(targets) - {n for n, _ in model.named_modules()}:
         raise LolcatsError(f"the run's checkpoint adapts {min(missing)}, which the model does not have: they differ")
@@ -56,7 +59,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     config.inference_mode = True
     config.base_model_name_or_path = source.config.model
     for name, tensor in lora.items():
-        check_finite(name, tensor, source.model)
+        check_finite(name, held(tensor), source.model)
     ready = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(ready, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
@@ -84,9 +87,14 @@ def trained_lora(source: Source) -> dict[str, Tensor]:
     return {n.replace(".default.", "."): t for n, t in tensors.items() if ".lora_" in n}
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a folder without memory for its weights."""
-    return empty_model(AutoConfig.from_pretrained(folder), torch.float32)
+def read_added(source: Source) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    """The model without memory for its weights, and what the linearization added to it."""
+    if not source.has_model:
+        assert source.run is not None
+        model = empty_student(teacher_folder(source.config.model), layers_of(source.run))
+        return model, trained_by(source.run).added
+    model = empty_model(AutoConfig.from_pretrained(source.model), torch.float32)
+    return model, read_tensors(source.model, [*added_parameters(model), *measured_buffers(model)])
 
 
 def read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:

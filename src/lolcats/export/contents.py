@@ -7,10 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
 from lolcats.errors import LolcatsError
+from lolcats.models.shards import INDEX, WEIGHTS, weight_files
 from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
 """Folder of the chat templates of a tokenizer that has several."""
 KNOWN = re.compile(
@@ -21,31 +23,6 @@ KNOWN = re.compile(
     re.IGNORECASE,
 )
 """Names of the files beside weights, recipe and results."""
-
-
-def weight_files(model: Path) -> list[Path]:
-    """The files that hold the weights: one, or those that the index names.
-
-    Raises:
-        LolcatsError: there are none, one is missing, or the index is broken.
-    """
-    if (model / WEIGHTS).is_file():
-        return [model / WEIGHTS]
-    index = model / INDEX
-    if not index.is_file():
-        raise LolcatsError(f"{model} has no weights: expected {WEIGHTS}, or {INDEX} and the files that it names")
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise LolcatsError(f"{index} is not an index of weights ({type(error).__name__}: {error})") from error
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise LolcatsError(f"{index} names {name!r}; expected the name of a safetensors file beside it")
-        if not (model / name).is_file():
-            raise LolcatsError(f"{model / name} is missing, which {INDEX} names")
-    if not names:
-        raise LolcatsError(f"{index} names no file of weights")
-    return [model / name for name in names]
 
 
 def model_files(model: Path) -> tuple[list[Path], list[str]]:
@@ -79,8 +56,8 @@ def _check_link(file: Path, model: Path) -> None:
         raise LolcatsError(f"{file} is a link to {target}, outside the folder; put a copy of the file in its place")
 
 
-def copy_files(files: list[Path], model: Path, folder: Path) -> None:
-    """Copy the files of a model; config.json loses what is true of another folder only."""
+def copy_files(files: list[Path], model: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy the files of a model; config.json loses what is true of another folder only, and names `dtype` if given."""
     for file in files:
         target = folder / file.relative_to(model)
         target.parent.mkdir(exist_ok=True)
@@ -88,4 +65,6 @@ def copy_files(files: list[Path], model: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for entry in ("auto_map", "_name_or_path"):
         config.pop(entry, None)
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

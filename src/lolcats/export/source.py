@@ -11,6 +11,7 @@ from lolcats.models.folder import expand
 from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results, read_results
+from lolcats.runs.trained import added_file
 
 ADAPTER_FILE = "adapter_config.json"
 WITHOUT = "delete it to export without numbers"
@@ -21,11 +22,16 @@ class Source:
     """A linearized model on disk."""
 
     model: Path
-    """Folder with config.json and safetensors."""
+    """Folder with config.json and safetensors; not there where `run` has trained a model and not saved it."""
     run: RunFolder | None
     """The run that made it, None where only the model is there."""
     config: RunConfig
     results: Results
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the model is there; else it is put together from what the run has trained."""
+        return (self.model / "config.json").is_file()
 
 
 def open_source(place: Path) -> Source:
@@ -38,9 +44,11 @@ def open_source(place: Path) -> Source:
     run = next((RunFolder(p) for p in (place, place.resolve().parent) if _is_run_of(p, place)), None)
     model = run.model if run is not None else place
     if run is not None and not (model / "config.json").is_file():
-        raise LolcatsError(
-            f"{place} is a run without a model yet; finish it with {run.config_file} first", hint="finish_run"
-        )
+        if not added_file(run).is_file():
+            raise LolcatsError(
+                f"{place} is a run without a model yet; finish it with {run.config_file} first", hint="finish_run"
+            )
+        return Source(model, run, run.config(), run.results())
     if (place / ADAPTER_FILE).is_file() and not (model / "config.json").is_file():
         raise LolcatsError(
             f"{place} is an exported adapter, whose weights are those of its base model; export the run that it is "

@@ -21,6 +21,7 @@ from lolcats.modeling.install import check_fits, give_split, install
 from lolcats.modeling.modules import LOCAL, attention_modules, choose_layers, head_sizes, other_layers
 from lolcats.modeling.plain import check_plain
 from lolcats.modeling.rotary import check_rotations
+from lolcats.modeling.settling import settle
 from lolcats.modeling.sharing import check_sharing
 from lolcats.modeling.start import start_from_text
 from lolcats.models.context import context_limit
@@ -34,6 +35,7 @@ def convert(
     input_ids: Tensor | None = None,
     decide: Callable[[Callable[[], list[Any]]], list[Any]] | None = None,
     seed: int | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """Replace softmax attention by a linear one, in place. No weight of the model changes.
 
@@ -44,6 +46,8 @@ def convert(
             budget whose split is to be found; one batch is enough.
         decide: of several processes, does something in one of them and gives all what it returned; None: there is one.
         seed: of the new parameters' random start; torch's generator then stays as it was. None: they are drawn from it.
+        spread: allow a model that was loaded with a `device_map`, to be run and not trained. What is added to a layer
+            lies where the layer computes.
 
     Returns:
         The same object; its class is now a `Linearized...` subclass of its family's class.
@@ -55,7 +59,7 @@ def convert(
     config = config or LinearizationConfig()
     if linearized_layers(model):
         raise LolcatsError("this model is already linearized; convert its teacher instead")
-    check_plain(model)
+    check_plain(model, spread)
     check_supported(model)
     if config.starts_from_text and input_ids is None:
         key = "budget" if config.searches else "start"
@@ -71,6 +75,7 @@ def convert(
             assert input_ids is not None
             torch.set_rng_state(random)  # the layers start as those of settings that bring this split along
             config = _share_budget(model, config, input_ids, decide or (lambda action: action()))
+    settle(model)
     if config.starts_from_text:
         assert input_ids is not None
         start_from_text(model, linearized_layers(model), input_ids)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lolcats.errors import LolcatsError, NotFiniteError
+from lolcats.placing import main_device
 
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a family's code raises when it is called in a way that it is not made for."""
@@ -136,7 +137,7 @@ def probe_ids(model: PreTrainedModel, tokens: int = PROBE_TOKENS) -> Tensor:
     vocabulary = int(cast(Any, model.config).get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(0)
     first = min(3, vocabulary - 1)  # padding, start and end of text
-    return torch.randint(first, vocabulary, (1, tokens), generator=generator).to(model.device)
+    return torch.randint(first, vocabulary, (1, tokens), generator=generator).to(main_device(model))
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

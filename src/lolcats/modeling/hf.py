@@ -27,6 +27,7 @@ from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.generating import generation_methods
 from lolcats.modeling.install import install
 from lolcats.modeling.old_names import key_mapping, without_renaming
+from lolcats.modeling.settling import settle
 
 MODEL_TYPE = "lolcats"
 ADDED = "mixer"
@@ -94,7 +95,9 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
     @classmethod
     def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
         kwargs["key_mapping"] = key_mapping() | (kwargs.get("key_mapping") or {})
-        return without_renaming(super(made, cls).from_pretrained(*args, **kwargs))  # type: ignore[misc]
+        loaded = super(made, cls).from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        settle(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return without_renaming(loaded)
 
     def _apply(self: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
         # half(), bfloat16() and to(dtype) come through here.

@@ -18,6 +18,7 @@ from lolcats.modeling.inputs import install_hooks
 from lolcats.modeling.masks import NAME
 from lolcats.modeling.modules import attention_modules, choose_layers, head_sizes, self_attention
 from lolcats.modeling.sharing import keep_all_queries
+from lolcats.placing import computes_on
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of keys and values."""
@@ -77,7 +78,7 @@ def wrap(
 
 def _make_mixer(inner: nn.Module, config: LinearizationConfig, sizes: Sizes, place: int) -> Mixer:
     device = next(itertools.chain(inner.parameters(), inner.buffers())).device  # quantized weights may be buffers
-    return build_mixer(config.mixer, sizes, **config.values(place)).to(device)
+    return build_mixer(config.mixer, sizes, **config.values(place)).to(computes_on(inner) or device)
 
 
 def give_split(layers: list[LinearizedAttention], config: LinearizationConfig) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.placing import hooks_of
 
 WRAPPERS = {
     "peft": "carries a peft adapter ({}), which would be lost; convert the model with the adapter merged into it: "
@@ -25,8 +26,12 @@ WRAPPERS = {
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def check_plain(model: nn.Module) -> None:
+def check_plain(model: nn.Module, spread: bool = False) -> None:
     """Refuse a model that others have put something around or into.
+
+    Args:
+        model: to be converted.
+        spread: allow that accelerate keeps its parts in several places.
 
     Raises:
         LolcatsError: the message says what it is and what to do first. Nothing has been changed.
@@ -40,9 +45,11 @@ def check_plain(model: nn.Module) -> None:
         raise LolcatsError(f"expected a model of transformers (PreTrainedModel), got {type(model).__name__}")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LolcatsError(f"this model {WRAPPERS['peft'].format('add_adapter')}")
-    _check_places(model)
+    if not spread:
+        _check_places(model)
     for name, module in model.named_modules():
-        _check_module(module, name or type(model).__name__)
+        if not (spread and hooks_of(module)):
+            _check_module(module, name or type(model).__name__)
 
 
 def _check_places(model: PreTrainedModel) -> None:

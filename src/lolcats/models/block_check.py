@@ -59,11 +59,12 @@ def check_blocks(config: PretrainedConfig) -> PreTrainedModel:
 def _compare(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None) -> None:
     """Each layer alone against the whole model."""
     streams = _streams(model, ids, position_ids)
-    for index, expected in enumerate(streams):
+    _streams(model, ids.flip(1), position_ids)  # what layers leave for later ones by another way is of this text now
+    for index in reversed(range(len(streams))):
         given = None if index == 0 else streams[index - 1]
-        # Other tokens behind the first block: it must be the stream alone that tells them.
+        # Other tokens behind the first layer: it must be the stream alone that tells them.
         found = _run_layer(model, index, ids if index == 0 else ids.flip(1), position_ids, given)
-        if not torch.equal(found, expected):
+        if not torch.equal(found, streams[index]):
             raise _refusal(model.config, f"layer {index} does not follow from the hidden states in front of it alone")
 
 

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lolcats.models.config import read_model_config
-from lolcats.models.folder import expand_model
-from lolcats.models.teacher import demo_file
+from lolcats.models.folder import demo_file, expand_model
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

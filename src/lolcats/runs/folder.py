@@ -3,7 +3,7 @@
 runs/NAME/config.yaml       the settings, complete
           metrics.jsonl     a line a step
           checkpoints/STAGE/{last,best}.safetensors; copied_from.txt where they are another run's
-          results.json      what was measured
+          results.json      what was measured; added.safetensors: what stage 1 left of what the linearization added
           model/            the artefact
           .lock             held by the process that works on the run
 """

@@ -34,6 +34,7 @@ from lolcats.runs.folder import RunFolder
 from lolcats.runs.parts import measuring, record, teacher_of, train_stage
 from lolcats.runs.results import Results
 from lolcats.runs.state import Run, add_facts, linearize_layers, open_run, start_batch
+from lolcats.runs.trained import save_added
 from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStage
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
@@ -190,6 +191,7 @@ def transfer(run: Run) -> None:
 def finetune(run: Run) -> None:
     """Stage 2."""
     config = run.config.finetune
+    on_main_process(run.accelerator, lambda: save_added(run.folder, run.model))
     run.widened = _slow_backward(run)
     if config.enabled:
         if run.widened:

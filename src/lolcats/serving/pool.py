@@ -23,6 +23,7 @@ from lolcats.modeling.cache import LinearizedLayer
 from lolcats.modeling.head import relative_error, tolerance
 from lolcats.modeling.saved_state import EMPTY, SOFTMAX
 from lolcats.ops.types import map_state
+from lolcats.placing import main_device
 
 PROBE = 4
 """Tokens of a text by which a model is asked how it counts."""
@@ -65,7 +66,7 @@ class Pool:
         if self.rows > 1 and self.cache is None:
             self._check_positions(texts[0][:, :PROBE])
         lengths = [text.shape[1] for text in texts]
-        longest, device = max(lengths), self.model.device
+        longest, device = max(lengths), main_device(self.model)
         assert len(texts) == 1 or len(texts) * longest <= self.chunk, lengths
         ids = torch.cat([torch.nn.functional.pad(text, (longest - text.shape[1], 0)) for text in texts]).to(device)
         places = torch.arange(longest, device=device) - (longest - torch.tensor(lengths, device=device))[:, None]
@@ -83,7 +84,7 @@ class Pool:
 
     def _check_positions(self, ids: Tensor) -> None:
         """Refuse models that do not count a text's positions as we do: from 0, and as they are told."""
-        ids = ids.to(self.model.device)
+        ids = ids.to(main_device(self.model))
         given = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
         if "position_ids" in self._known:
             told, own = (cast(Any, self.model)(input_ids=ids, use_cache=False, **x).logits for x in (given, {}))
@@ -119,15 +120,15 @@ class Pool:
             Predictions [rows, V] of the next ones.
         """
         positions = [0 if token is None else length for token, length in zip(tokens, self.lengths, strict=True)]
-        both = torch.tensor([[token or 0 for token in tokens], positions], device=self.model.device)
+        both = torch.tensor([[token or 0 for token in tokens], positions], device=main_device(self.model))
         mask = {"attention_mask": self._mask()} if self.padded else {}
         self.lengths = [length + 1 for length in self.lengths]
         return self._forward(both[0, :, None], cast(DynamicCache, self.cache), both[1, :, None], **mask)
 
     def _mask(self) -> Tensor:
         """[rows, columns] of the tokens that the cache holds and a new one: a text is at the right."""
-        column = torch.arange(max(self.lengths) + 1, device=self.model.device)
-        first = column[-1] - torch.tensor(self.lengths, device=self.model.device)
+        column = torch.arange(max(self.lengths) + 1, device=main_device(self.model))
+        first = column[-1] - torch.tensor(self.lengths, device=main_device(self.model))
         return (column >= first[:, None]).long()
 
     def _forward(self, ids: Tensor, cache: DynamicCache, position_ids: Tensor, **others: Any) -> Tensor:

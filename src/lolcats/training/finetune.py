@@ -29,6 +29,7 @@ from lolcats.training.lora import add_lora, check_lora
 from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
 from lolcats.training.passing import backward_in_parts
 from lolcats.training.recall import count_right
+from lolcats.training.stage import refuse_spread
 
 
 class FinetuneStage:
@@ -47,6 +48,7 @@ class FinetuneStage:
     """Of the linearized layers while they learn."""
 
     def __init__(self, model: PreTrainedModel, config: FinetuneConfig) -> None:
+        refuse_spread(model)
         self.model, self.config = model, config
         self.adapter: PeftModel | None = None
         self.teacher: PreTrainedModel | None = None

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from lolcats.data import PackedDataset
+from lolcats.errors import LolcatsError
+from lolcats.placing import is_spread
 from lolcats.training.batches import Batch
 
 if TYPE_CHECKING:
@@ -54,6 +56,15 @@ class Stage(Protocol):
     def where(self, metrics: Mapping[str, Tensor]) -> str:
         """Which part of the model made these metrics not finite, for the error message ("" if unknown)."""
         ...
+
+
+def refuse_spread(model: nn.Module) -> None:
+    """Raise LolcatsError for a model whose parts accelerate keeps in several places."""
+    if is_spread(model):
+        raise LolcatsError(
+            "this model was loaded with a device_map, which is for running it; load it on one device to train it, or "
+            "start several processes"
+        )
 
 
 @dataclass

@@ -24,6 +24,7 @@ from lolcats.modeling.hf import is_added
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.losses import mean_over_real, output_error, weight_cross_entropy
+from lolcats.training.stage import refuse_spread
 
 
 class TransferStage:
@@ -38,6 +39,7 @@ class TransferStage:
     name = section = "transfer"
 
     def __init__(self, model: PreTrainedModel, config: TransferConfig) -> None:
+        refuse_spread(model)
         self.model, self.config = model, config
         layers = linearized_layers(model)
         self.layers, self.divisor = [layer for layer in layers if not layer.is_meta], len(layers)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.store import AnswerStore
 from lolcats.identity import key_of
+from lolcats.placing import main_device
 
 Base: Any = HFLM  # the decorator that registers it hides its type
 PIECE = 16
@@ -50,6 +51,7 @@ class ResumableLM(Base):
         truncate: bool = False,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)  # type: ignore[arg-type]
+        self._device = main_device(model)
         self._store = store
         self.identity = identity
         self._truncate = truncate

@@ -24,6 +24,8 @@ from lolcats.evaluation.store import AnswerStore
 from lolcats.evaluation.variants import identities
 from lolcats.identity import key_of
 from lolcats.models.device import describe_device
+from lolcats.models.device_map import DeviceMap
+from lolcats.placing import main_device
 from lolcats.silence import quiet
 from lolcats.variants import CONTROLS, short_label
 
@@ -70,13 +72,14 @@ def run_benchmarks(
     controls: Sequence[str] = CONTROLS,
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     progress_file: Path | None = None,
     show: Show | None = None,
 ) -> Scores:
     """Measure a linearized model, its controls and its teacher on tasks of lm-eval; or any other model by itself.
 
     Args:
-        model, teacher, controls, device, dtype: see `lolcats.evaluation.compare`.
+        model, teacher, controls, device, dtype, device_map: see `lolcats.evaluation.compare`.
         tasks: names of lm-eval's tasks, groups or tags.
         settings: how they are run.
         progress_file: what was measured is kept here until all is done, so that the same call goes on after an
@@ -90,7 +93,8 @@ def run_benchmarks(
     require_lm_eval()
     with quiet():
         benchmarks = load_benchmarks(tasks, settings)  # before the model: mistakes show at once
-        loaded = load_variants(model, teacher=teacher, controls=controls, device=device, dtype=dtype)
+        where = {"device": device, "dtype": dtype, "device_map": device_map}
+        loaded = load_variants(model, teacher=teacher, controls=controls, **where)
         with AnswerStore(progress_file) as store:
             scores = measure_benchmarks(loaded.variants, loaded.tokenizer, benchmarks, settings, store, show)
     scores.memory = loaded.memory
@@ -144,7 +148,7 @@ def measure_benchmarks(
         check_tokenizer(model, tokenizer, chat=settings.chat)
         models[name] = ResumableLM(model, tokenizer, identity=key_of(identity, name, library_versions()), **how)
     first = next(iter(variants.values())).model
-    place, dtype = describe_device(first.device), str(first.dtype).removeprefix("torch.")
+    place, dtype = describe_device(main_device(first)), str(first.dtype).removeprefix("torch.")
     scores = Scores([], {name: {} for name in variants}, device=place, dtype=dtype)
     for benchmark in benchmarks:
         answers: dict[str, dict[str, Any]] = {}

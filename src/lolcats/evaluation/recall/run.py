@@ -20,6 +20,7 @@ from lolcats.identity import key_of
 from lolcats.models.context import check_context, context_limit, ends_there
 from lolcats.models.generation import own_settings
 from lolcats.models.vocabulary import check_token_ids
+from lolcats.placing import main_device
 from lolcats.variants import short_label
 
 Settled = Callable[[str, Sequence[str]], bool]
@@ -231,8 +232,8 @@ def _write(
     # A penalty for repetition, which a model's own settings may ask for, would punish the right answer.
     with own_settings(model, tokenizer, {}):
         written = cast(Any, model).generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            ids.to(main_device(model)),
+            attention_mask=mask.to(main_device(model)),
             max_new_tokens=new_tokens,
             pad_token_id=filler,
             stopping_criteria=StoppingCriteriaList([_Settled(tokenizer, batch, width, settled)]),

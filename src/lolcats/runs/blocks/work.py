@@ -26,7 +26,7 @@ from lolcats.models.block import Block, Part, load_block
 from lolcats.models.config import read_model_config
 from lolcats.models.empty import empty_model
 from lolcats.models.folder import check_files, check_place, expand_model
-from lolcats.models.shards import shards_digest
+from lolcats.models.source_files import source_digest
 from lolcats.models.teacher import gguf_file, load_teacher, load_tokenizer
 from lolcats.runs.blocks.plan import Places, Plan, plan_of
 from lolcats.runs.folder import RunFolder
@@ -122,7 +122,7 @@ def open_work(
     data = TrainingData(train_set, validation, config.data.packing == "documents", tokenizer)
     check_reading(config.transfer, data, shape, config.seed)
     work = Work(config, places, device, dtype, console, source, model_config, data, plan)
-    work.identity = {"model": shards_digest(source), "data": data_digest(data), "settings": _settings(work)}
+    work.identity = {"model": source_digest(source), "data": data_digest(data), "settings": _settings(work)}
     return work
 
 
