@@ -2,11 +2,9 @@
 # submit.sh CONFIG BLOCKS [KEY=VALUE]...
 #
 # Puts a whole run into the queue: prepare -> an array of BLOCKS blocks -> stitch -> stage 2, each after what it needs.
-# BLOCKS is the number of layers divided by transfer.blocks.size: 10 for 80 layers and a size of 8. Options of your cluster
-# (--partition, --account) come from the variables that sbatch reads: SBATCH_PARTITION, SBATCH_ACCOUNT.
-#
-# AT_ONCE blocks are trained at the same time (8 without it). Those that run write faster than those that wait can read,
-# so the fewer there are, the more hidden states lie on the disk.
+# BLOCKS is the number of layers divided by transfer.blocks.size: 10 for 80 layers and a size of 8. Options of your
+# cluster (--partition, --account) come from the variables that sbatch reads: SBATCH_PARTITION, SBATCH_ACCOUNT. AT_ONCE
+# blocks are trained at the same time (8 without it).
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# HEAD=HOST:PORT NODES=2 NODE=0 launch.sh CONFIG [KEY=VALUE]...
+# HEAD=HOST:PORT NODES=2 launch.sh CONFIG [KEY=VALUE]...
 #
-# A whole run on several nodes that no queue starts. Give the same command on each, with NODE=0 on HOST, NODE=1 on the
-# next. All of them need the same files in the same places: the model, the text, and the run's folder.
+# A whole run on several nodes that no queue starts. Give the same command on each. All of them need the same files in
+# the same places: the model, the text, and the run's folder.
 #
-#   HEAD     the first node, and a port on it; the next port is used too
+#   HEAD     one of the nodes, and a port on it; the next port is used too
 #   NODES    how many nodes there are (1)
-#   NODE     which of them this is (0)
 #   GPUS     processes of a node, one for each GPU (8)
 #   ADDRESS  of this node, where the others do not reach it by its name
 #   RESTARTS how often the processes are started again when one of them dies, or when a node comes back (3)
 #
-# Stage 1 takes one process a block, so GPUS times NODES must not exceed the number of blocks. Whatever is interrupted goes
-# on from its last checkpoints when the same command is given again.
+# Each process trains at least one block of stage 1, so GPUS times NODES must not exceed the number of blocks. Whatever
+# is interrupted goes on from its last checkpoints when the same command is given again.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ -z "${HEAD:-}" ]; then
@@ -35,7 +34,4 @@ together() { # PORT WORDS...: one process for each GPU of all nodes
 }
 
 together "$port" block "$@"
-if [ "${NODE:-0}" = 0 ]; then
-    lolcats block "$@" --stitch
-fi
-together "$((port + 1))" linearize "$@" --resume # the other nodes wait here for the first one
+together "$((port + 1))" linearize "$@" --resume

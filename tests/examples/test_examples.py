@@ -101,7 +101,7 @@ def test_a_queue_does_a_whole_run(place: Path, variables: dict[str, str]) -> Non
 
 def kill_rank(rank: int, when: Path, program: Path) -> None:
     """Kill the process of a rank, which runs a program, once a file is there."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not when.exists():
         assert time.monotonic() < deadline, when
         time.sleep(0.02)
@@ -129,8 +129,7 @@ def test_two_nodes_do_a_whole_run(place: Path, variables: dict[str, str]) -> Non
     nodes = []
     for number in range(2):
         with (place / f"node-{number}.log").open("w") as log:
-            own = {**node, "NODE": str(number)}
-            nodes.append(subprocess.Popen(command, cwd=place, env=own, stdout=log, stderr=subprocess.STDOUT))
+            nodes.append(subprocess.Popen(command, cwd=place, env=node, stdout=log, stderr=subprocess.STDOUT))
     try:
         written = place / "torchrun" / "checkpoints" / "transfer" / "block-001" / "last.safetensors"
         kill_rank(1, written, place / "bin" / "python")

@@ -47,7 +47,7 @@ def make_cases(place: Path) -> list[Case]:
     resume = [*linearize, "--resume"]
     return [
         Case("linearize", [Command([linearize], [resume])], faults=("kill", "full disk")),
-        Case("linearize, two ranks", [Command([linearize] * 2, [resume] * 2, "ranks")]),
+        Case("two ranks", [Command([linearize] * 2, [resume] * 2, "ranks")]),
         Case("evaluate", [Command([text])]),
         Case("recall", [Command([recall])]),
         Case("sweep", [Command([["sweep", "study.yaml"]])], files={"study.yaml": study}),
@@ -67,7 +67,7 @@ def make_block_cases(place: Path, settings: dict[str, object]) -> list[Case]:
     stitch = Command([[*block, "--stitch"]])
     ways = {
         "blocks, one after the other": [Command([block])],
-        "blocks, a rank each": [Command([block] * BLOCKS, together="torchrun"), stitch],
+        "blocks, a rank each": [Command([block] * BLOCKS, together="torchrun")],
         "blocks, a job each": [
             Command([[*block, "--prepare"]]),
             Command([[*block, str(number), "--wait", "60"] for number in range(BLOCKS)]),

@@ -33,7 +33,7 @@ import lolcats.runs.blocks
 import lolcats.runs.recipe
 import lolcats.sweep  # noqa: F401  # what the verbs import when they run, imported once
 from faults.cases import BLOCKS, make_cases
-from faults.processes import run
+from faults.processes import Command, run
 from faults.trials import Trial, measure
 from tiny import SENTENCE, chat_tokenizer, save_teacher
 
@@ -41,26 +41,32 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
-def disturb_all(kills: int, seed: int, only: str, place: Path) -> int:
-    """The trials, a line each; the number of those that failed."""
+def disturb_all(kills: int, seed: int, only: list[str], each: list[int], place: Path) -> int:
+    """The trials, a line each; the number of those that failed.
+
+    Args:
+        kills: how many there are at least.
+        seed: of all that is random.
+        only: beginnings of the names of the cases; empty for all.
+        each: how often a command may be killed in a trial.
+        place: a folder.
+    """
     save_teacher(place / "teacher", chat_tokenizer())
     save_teacher(place / "deeper", chat_tokenizer(), layers=BLOCKS)
     (place / "text.txt").write_text(SENTENCE * 40)
     cases = make_cases(place)
-    if not only.startswith("blocks"):  # what the verbs that come after it read
-        first = cases[0].commands[0]
-        first.words[0].append("name=run")
-        outcome = run(place, first)
+    linearize = cases[0].commands[0].words[0]
+    cases = [case for case in cases if not only or case.name.startswith(tuple(only))]
+    if any(str(place / "runs") in " ".join(case.commands[0].words[0]) for case in cases):  # they read a finished run
+        outcome = run(place, Command([[*linearize, "name=run"]]))
         assert not any(outcome.codes), outcome.said
-        first.words[0].pop()
-    cases = [case for case in cases if only in case.name]
     for number, case in enumerate(cases):
         measure(case, place / f"undisturbed-{number}")
         events = sum(sum(command.events) for command in case.commands)
         print(f"{case.name}: {sum(c.seconds for c in case.commands):.1f} s, {events} file events", flush=True)
     chance, done, failed, number, others = random.Random(seed), 0, 0, 0, Counter[str]()
     while done < kills:
-        trial = Trial(cases[number % len(cases)], place / f"trial-{number}", chance)
+        trial = Trial(cases[number % len(cases)], place / f"trial-{number}", chance, each)
         trial.go()
         done, failed, number = done + trial.kills, failed + bool(trial.wrong), number + 1
         others.update(trial.other)
@@ -76,7 +82,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="beginnings of the names of cases")
+    parser.add_argument("--each", nargs="*", type=int, default=[1, 1, 2], help="kills of a trial; one is drawn")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(1 if disturb_all(options.kills, options.seed, options.only, Path(temporary)) else 0)
+        failed = disturb_all(options.kills, options.seed, options.only, options.each, Path(temporary))
+    sys.exit(1 if failed else 0)

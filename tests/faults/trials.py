@@ -40,13 +40,15 @@ class Trial:
     case: Case
     folder: Path
     chance: random.Random
+    each: list[int]
+    """How often one command is killed; one of these is drawn."""
     kills: int = 0
     other: list[str] = field(default_factory=list)
     """Faults that were no kills."""
     wrong: list[str] = field(default_factory=list)
 
     def go(self) -> None:
-        """Disturb one command once or twice, run all to the end, and compare."""
+        """Disturb one command, run all to the end, and compare."""
         open_folder(self.case, self.folder)
         commands = self.case.commands
         kind = self.chance.choice(self.case.faults)
@@ -57,7 +59,7 @@ class Trial:
             self._lose_a_block()
         elif kind in ("full disk", "twice"):
             self._disturb(commands[target], kind)
-        for _ in range(self.chance.choice([1, 1, 2])):
+        for _ in range(self.chance.choice(self.each)):
             self._disturb(commands[target], "kill")
             if kind == "damage":
                 self._damage_a_file()
