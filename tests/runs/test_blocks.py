@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,10 @@ def joint(make: Make) -> Callable[..., RunFolder]:
     return lambda *changes: linearize(make("name=joint", *changes), until="transfer")
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def metadata(folder: RunFolder) -> dict[str, Any]:
     return read_metadata(folder.checkpoints("transfer") / "last.safetensors")
 
@@ -87,6 +92,11 @@ def test_blocks_train_what_all_layers_train_together(make: Make, joint: Callable
         assert metadata(folder)["best"]["layers"] == pytest.approx(metadata(expected)["best"]["layers"], rel=1e-6)
         assert metadata(folder)["best"]["loss"] == pytest.approx(metadata(expected)["best"]["loss"], rel=1e-6)
         assert not list((folder.path / "hidden").rglob("*.safetensors"))
+        lines, wanted = (read_lines(f.metrics_file) for f in (folder, expected))
+        assert [line.keys() for line in lines] == [line.keys() for line in wanted]
+        for line, other in zip(lines, wanted, strict=True):
+            for name in line.keys() - {"stage", "tokens_per_second"}:
+                assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
 def test_a_run_by_blocks_goes_on_as_any_other(make: Make, joint: Callable[..., RunFolder]) -> None:

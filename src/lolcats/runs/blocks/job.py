@@ -16,6 +16,7 @@ from lolcats.identity import weight_sample
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.hf import is_added
 from lolcats.models.block import Block
+from lolcats.runs.blocks.plan import AS_IT_IS, METRICS
 from lolcats.runs.blocks.work import Work, own_layers, restore_start
 from lolcats.runs.state import use_compiled
 from lolcats.training import Reporter, TrainResult, train
@@ -111,10 +112,10 @@ def _train(work: Work, passage: Passage, number: int, accelerator: Accelerator) 
         work.say(f"block {number}: nothing to learn, its hidden states are handed on")
         if layers:
             parameters = {n: p for n, p in added_parameters(passage.block.model).items() if not p.is_meta}
-            save_tensors(places.block(number) / "as_it_is.safetensors", parameter_tensors(parameters), {"step": 0})
+            save_tensors(places.block(number) / AS_IT_IS, parameter_tensors(parameters), {"step": 0})
         return
     use_compiled(passage.block.model, work.device, False if config.varies_window else config.compile)
-    reporter = Reporter(places.block(number) / "metrics.jsonl", work.console if work.alone else None)
+    reporter = Reporter(places.block(number) / METRICS, work.console if work.alone else None)
     # A recording of a step could neither wait for hidden states nor hand them on.
     result = train(
         BlockStage(passage, config), config.model_copy(update={"cuda_graph": False}), work.data, places.block(number),

@@ -16,6 +16,11 @@ from lolcats.models.folder import expand
 from lolcats.runs.folder import RunFolder
 from lolcats.training.blocks.store import disk_bytes
 
+METRICS = "metrics.jsonl"
+"""In the folder of a block, as in that of a run."""
+AS_IT_IS = "as_it_is.safetensors"
+"""In the folder of a block that has nothing to learn: the parameters that its layers have nevertheless."""
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -13,6 +13,8 @@ from lolcats.errors import LolcatsError
 from lolcats.files import read_json_object
 from lolcats.identity import samples_digest, weight_sample
 from lolcats.models.block import Part
+from lolcats.runs.blocks.metrics import merge_metrics
+from lolcats.runs.blocks.plan import AS_IT_IS, METRICS
 from lolcats.runs.blocks.work import Work
 from lolcats.training.checkpoint import damaged, load_tensors
 from lolcats.training.resume import Checkpoints, Progress
@@ -28,10 +30,11 @@ def stitch(work: Work) -> None:
     counts, samples = _read_done(work)
     last, best = dict[str, Tensor](), dict[str, Tensor]()
     parts: list[tuple[int, dict[str, Any]]] = []
+    metrics: list[tuple[int, Path]] = []
     for number, layers in enumerate(counts):
         folder = work.places.block(number)
-        if (folder / "as_it_is.safetensors").exists():
-            tensors = load_tensors(folder / "as_it_is.safetensors")[0]
+        if (folder / AS_IT_IS).exists():
+            tensors = load_tensors(folder / AS_IT_IS)[0]
             last, best = {**last, **tensors}, {**best, **tensors}
             continue
         if not layers:
@@ -40,6 +43,7 @@ def stitch(work: Work) -> None:
         last |= tensors
         best |= _best(work, number, tensors, metadata)
         parts.append((layers, metadata))
+        metrics.append((layers, folder / METRICS))
     if not parts:
         raise LolcatsError("no block has anything to learn, so there is no first stage")
     _check_equal(work, [metadata for _, metadata in parts])
@@ -49,6 +53,7 @@ def stitch(work: Work) -> None:
     identity = {"settings": settings, "data": first["data"], "weights": samples_digest(samples)}
     checkpoints = Checkpoints(work.places.checkpoints, "transfer", first["steps"], work.config.seed, identity)
     progress = _progress(parts)
+    merge_metrics(metrics, work.places.run.metrics_file)
     checkpoints.save_best(best, progress)
     checkpoints.save_last(last, progress, first["schedule"])  # with it the stage counts as finished
 
