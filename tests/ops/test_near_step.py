@@ -185,13 +185,14 @@ def test_bytes_in_products_of_16_bits(size: int, value_size: int, group: int, dt
     pool = rows_apart(plain.map(lambda t: t.clone()))
     places = torch.arange(2, device=DEVICE)
     for i in range(80, 90):
-        one = [x[:, :, i : i + 1] for x in (q, k, v, score)]
+        one_q, one_k, one_v, mark = (x[:, :, i : i + 1] for x in (q, k, v, score))
         want, plain = near_step(
-            *(x.float() for x in one[:3]), plain, spec, score=one[3].float(), sink_q=-one[0].float(), codec=codec,
-            impl="chunked",
+            one_q.float(), one_k.float(), one_v.float(), plain, spec, score=mark.float(), sink_q=-one_q.float(),
+            codec=codec, impl="chunked",
         )  # fmt: skip
         got, _ = near_step(
-            *one[:3], pool, spec, score=one[3], sink_q=-one[0], codec=codec, state_indices=places, impl="triton"
+            one_q, one_k, one_v, pool, spec, score=mark, sink_q=-one_q, codec=codec, state_indices=places,
+            impl="triton",
         )  # fmt: skip
         error = (got.float() - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(error.max()) < (2e-2 if dtype == torch.bfloat16 else 6e-3)

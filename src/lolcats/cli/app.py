@@ -23,6 +23,7 @@ from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describ
 from lolcats.cli.generate import chat, generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
+from lolcats.cli.plan import plan
 from lolcats.cli.plan_memory import plan_memory
 from lolcats.cli.plot import plot
 from lolcats.cli.recall import recall
@@ -55,7 +56,7 @@ class _Verb(TyperCommand):
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
-    linearize, block, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
+    linearize, block, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
     inspect, check, export,
 ):  # fmt: skip
     app.command(cls=_Verb)(verb)

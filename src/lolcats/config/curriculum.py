@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lolcats.config.fields import Positive, Section, Share
+from lolcats.config.fields import Positive, Section, Share, Width
 
 
 class PassingConfig(Section):
@@ -14,6 +14,15 @@ class PassingConfig(Section):
 
     share: Share = 0.0  # of the stage's steps, at its end
     chunks: Annotated[int, Field(ge=2, le=2**16)] = 4  # parts of a text, each of data.sequence_length tokens
+
+
+class LogitsConfig(Section):
+    """What the teacher predicts on sequences of the data, kept on disk so that its pass is paid once."""
+
+    # topk: its k likeliest tokens at each position, found again by other runs; kl_factor then compares these, and all
+    # other tokens as one class. none: the teacher reads along, and nothing is kept.
+    cache: Literal["none", "topk"] = "none"
+    k: Width = 64
 
 
 class RecallConfig(Section):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from lolcats.config.blocks import BlocksConfig
-from lolcats.config.curriculum import FinetuneRecall, PassingConfig, TransferRecall
+from lolcats.config.curriculum import FinetuneRecall, LogitsConfig, PassingConfig, TransferRecall
 from lolcats.config.fields import Count, Factor, Names, Near, Positive, Rate, Rows, Section, Share, Tokens, Width
 
 WINDOW_STEP = 16
@@ -63,6 +63,11 @@ class OptimConfig(Section):
         return self
 
     @property
+    def records_steps(self) -> bool:
+        """Whether steps may be CUDA graphs."""
+        return self.cuda_graph
+
+    @property
     def windows(self) -> list[int]:
         """What `random_window` chooses from."""
         if self.random_window is None:
@@ -110,6 +115,20 @@ class TransferConfig(OptimConfig):
         return self
 
 
+class ShardingConfig(Section):
+    """How the weights of stage 2 lie in the memory of several processes."""
+
+    # Each process holds a part of every decoder layer, and has one layer whole while it is computed (FSDP2).
+    enabled: bool = False
+    cpu_offload: bool = False  # the frozen parts wait in the memory of the CPU
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.cpu_offload and not self.enabled:
+            raise ValueError("cpu_offload is for sharded weights; set enabled to true, or cpu_offload to false")
+        return self
+
+
 class FinetuneConfig(OptimConfig):
     """Stage 2: the linearized model learns to predict text, by LoRA or with all weights."""
 
@@ -131,6 +150,34 @@ class FinetuneConfig(OptimConfig):
     merge: bool = True  # False: also keep the LoRA adapter apart, beside the artefact with merged weights
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
+    teacher_logits: LogitsConfig = Field(default_factory=LogitsConfig)
+    gradient_checkpointing: bool = False  # compute each decoder layer twice, and keep only its input meanwhile
+    sharding: ShardingConfig = Field(default_factory=ShardingConfig)
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps may be CUDA graphs, which hold nothing that is read from disk, nor layers computed twice."""
+        return self.cuda_graph and self.teacher_logits.cache == "none" and not self.gradient_checkpointing
+
+    @model_validator(mode="after")
+    def _check_logits(self) -> Self:
+        if self.teacher_logits.cache != "none" and not self.kl_factor:
+            raise ValueError(
+                "teacher_logits keeps what kl_factor compares with, and kl_factor is 0; set it above 0, or "
+                "teacher_logits.cache to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.sharding.cpu_offload and self.method == "full":
+            raise ValueError("sharding.cpu_offload is for frozen weights, and method full has none; use lora")
+        if self.sharding.enabled and self.method == "full" and self.kl_factor:
+            raise ValueError(
+                "sharding with method full and kl_factor above 0 would need the teacher beside the model that is "
+                "trained; set kl_factor to 0, or use lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_passing(self) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,24 @@ from lolcats.modeling import attention_mode, linearized_layers
 from lolcats.modeling.attention import FULL, added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.old_names import in_old_order, old_name
+from lolcats.models.sharded import decoder_layers, is_sharded, whole_tensor
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.lora import add_lora, check_lora
-from lolcats.training.losses import TeacherStates, next_token_loss, shifted_labels
+from lolcats.training.losses import Teacher, TeacherStates, next_token_loss, shifted_labels
 from lolcats.training.passing import backward_in_parts
 from lolcats.training.recall import count_right
+from lolcats.training.recompute import recomputing
 from lolcats.training.stage import refuse_spread
+from lolcats.training.teacher_logits import (
+    LogitsCache,
+    TopK,
+    check_logits,
+    from_cache,
+    keys_of,
+    teacher_identity,
+    top_k,
+)
 
 
 class FinetuneStage:
@@ -52,18 +64,27 @@ class FinetuneStage:
         self.model, self.config = model, config
         self.adapter: PeftModel | None = None
         self.teacher: PreTrainedModel | None = None
+        self.logits: LogitsCache | None = None
+        """Where the teacher's are kept, if they are."""
         check_lora(model, config)
+        check_logits(config, model)
+        if config.teacher_logits.cache == "topk":
+            self.logits = LogitsCache(teacher_identity(model, config.teacher_logits.k))
         added, own = added_parameters(model), set(map(id, self.added()))
         used = [(name, p) for name, p in model.named_parameters() if name not in added or id(p) in own]
         weights = ((old_name(name), p) for name, p in used)  # so that runs of 0.1 go on
-        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights)}
+        self._sharded = is_sharded(model)
+        gather = partial(whole_tensor, device=model.device)
+        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights, gather)}
         model.requires_grad_(False)
         if config.method == "lora":
             self.adapter = add_lora(model, config)
+            self._move_adapters()
         else:
             if config.kl_factor > 0:
                 self.teacher = copy.deepcopy(model)
-            model.float()
+            if not self._sharded:  # else they were made so when they were spread
+                model.float()
             model.requires_grad_(True)
         self.head = OutputHead(model)
         self._teacher_head = self.head if self.teacher is None else OutputHead(self.teacher)
@@ -99,13 +120,13 @@ class FinetuneStage:
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
-        with self._autocast_casts():
+        with self._learning():
             if batch.chunk is not None:
                 return backward_in_parts(
-                    batch, self._labels(batch), self._weights(batch), share, self.model, self._part_loss
+                    batch, self._labels(batch), self._weights(batch), share, self.model, self._part_loss, self._sharded
                 )
             loss, parts = self._loss(batch)
-        (loss * share).backward()
+            (loss * share).backward()
         return {"loss": loss.detach(), **parts}
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -123,8 +144,11 @@ class FinetuneStage:
         return ""
 
     def finish(self) -> PeftModel | None:
-        """Merge the adapters into the weights if the settings say so; otherwise return the model with adapters."""
-        if self.adapter is None or not self.config.merge:
+        """Merge the adapters into the weights if the settings say so; otherwise return the model with adapters.
+
+        Those on sharded weights stay.
+        """
+        if self.adapter is None or not self.config.merge or self._sharded:
             return self.adapter
         self.adapter.merge_and_unload()
         self.adapter = None
@@ -136,14 +160,14 @@ class FinetuneStage:
             "position_ids": batch.position_ids,
             "use_cache": False,
         }
-        hidden, teacher = self._hidden(inputs, inputs)
+        hidden, teacher = self._hidden(inputs, None if self.logits is None else self._kept(batch), inputs)
         c, labels, weights = self.config, self._labels(batch), self._weights(batch)
         plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row, and near ones
         if plain:
             part = slice(self._near_tokens if c.near_weight == 0 else 0, -1)
             hidden, labels = hidden[:, part], labels[:, part]
             weights = None if weights is None else weights[:, part]
-            teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[:, part])
+            teacher = None if teacher is None else teacher.take((slice(None), part))
         factors = c.cross_entropy_factor, c.kl_factor
         return next_token_loss(self.head, hidden, labels, teacher, *factors, all_counted=plain, weights=weights)
 
@@ -151,16 +175,35 @@ class FinetuneStage:
         self, inputs: dict[str, Any], teacher_inputs: dict[str, Any], labels: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a part of a long text, see `backward_in_parts`."""
-        hidden, teacher = self._hidden(inputs, teacher_inputs)
+        hidden, teacher = self._hidden(inputs, None, teacher_inputs)
         c = self.config
         return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor, weights=weights)
 
-    def _hidden(self, inputs: dict[str, Any], teacher_inputs: dict[str, Any]) -> tuple[Tensor, TeacherStates | None]:
-        """The student's last hidden states, and the teacher's where the loss asks for them."""
-        teacher = None
-        if self.config.kl_factor > 0:
-            with torch.no_grad(), self._as_teacher():
-                teacher = TeacherStates(self._teacher_head.hidden(**teacher_inputs), self._teacher_logits)
+    def teacher_top(self, batch: Batch, rows: list[int] | None = None) -> TopK:
+        """What the teacher predicts of some rows of a batch, as far as it is kept."""
+        assert self.logits is not None
+        ids, positions = batch.input_ids, batch.position_ids
+        if rows is not None:
+            ids, positions = ids[rows], None if positions is None else positions[rows]
+        return top_k(self._states({"input_ids": ids, "position_ids": positions, "use_cache": False}), self.logits.k)
+
+    def _kept(self, batch: Batch) -> TopK:
+        """The same from disk, but for rows that are not there: questions that are made up on the way."""
+        assert self.logits is not None
+        ids, document = batch.input_ids.cpu().numpy(), batch.document
+        keys = keys_of(ids, None if document is None else document.cpu().numpy())
+        return from_cache(self.logits, keys, batch.input_ids.device, lambda rows: self.teacher_top(batch, rows))
+
+    def _states(self, inputs: dict[str, Any]) -> TeacherStates:
+        with torch.no_grad(), self._as_teacher():
+            return TeacherStates(self._teacher_head.hidden(**inputs), self._teacher_logits)
+
+    def _hidden(
+        self, inputs: dict[str, Any], teacher: Teacher | None, teacher_inputs: dict[str, Any]
+    ) -> tuple[Tensor, Teacher | None]:
+        """The student's last hidden states, and what the loss compares with, where it is not known already."""
+        if self.config.kl_factor > 0 and teacher is None:
+            teacher = self._states(teacher_inputs)
         with attention_mode(self.model, self.mode):
             return self.head.hidden(**inputs), teacher
 
@@ -191,6 +234,22 @@ class FinetuneStage:
     def _near_tokens(self) -> int:
         """Such tokens of a text in all layers, with the windows that they have now."""
         return min(layer.mixer.near_tokens for layer in linearized_layers(self.model))
+
+    def _move_adapters(self) -> None:
+        """Bring the adapters to where the model computes: peft puts them where the weights wait that they belong to."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(self.model.device)
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """What holds in a pass forward and backward, since layers may be computed again on the way back."""
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast_casts())
+            stack.enter_context(attention_mode(self.model, self.mode))
+            if self.config.gradient_checkpointing:
+                stack.enter_context(recomputing(decoder_layers(self.model)))
+            yield
 
     @contextmanager
     def _autocast_casts(self) -> Iterator[None]:

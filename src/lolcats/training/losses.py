@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -41,6 +41,22 @@ def weight_cross_entropy(mixer: Mixer, call: Call, document: Tensor | None) -> T
     return mean_over_real(losses, document)
 
 
+class Teacher(Protocol):
+    """What a student is compared with, at each position."""
+
+    def take(self, index: Any) -> Teacher:
+        """Some of the positions."""
+        ...
+
+    def flat(self) -> Teacher:
+        """The positions [B, N] in one row."""
+        ...
+
+    def divergence(self, log_p: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum of KL(teacher || student) over positions, the student's log-probabilities [T, vocabulary] given."""
+        ...
+
+
 class TeacherStates(NamedTuple):
     """What the teacher's logits are made from, a few thousand tokens at a time."""
 
@@ -49,12 +65,28 @@ class TeacherStates(NamedTuple):
     head: Callable[[Tensor], Tensor]
     """The teacher's own map to logits: the student's may have been trained, or be of another dtype."""
 
+    def take(self, index: Any) -> TeacherStates:
+        """Some of the positions."""
+        return self._replace(hidden=self.hidden[index])
+
+    def flat(self) -> TeacherStates:
+        """The positions of all rows in one."""
+        return self._replace(hidden=self.hidden.flatten(0, 1))
+
+    def divergence(self, log_p: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum over positions, times their weights, of KL(teacher || student)."""
+        with torch.no_grad():
+            log_t = self.head(self.hidden).log_softmax(-1)
+        if weights is None:
+            return nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
+        return nnf.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1) @ weights
+
 
 def next_token_loss(
     head: OutputHead,
     hidden: Tensor,
     labels: Tensor,
-    teacher: TeacherStates | None,
+    teacher: Teacher | None,
     cross_entropy_factor: float,
     kl_factor: float,
     all_counted: bool = False,
@@ -67,7 +99,7 @@ def next_token_loss(
     Args:
         head: the student's map from hidden states to logits.
         hidden: [B, N, d_model], the student's.
-        teacher: hidden states of the same tokens and the map that belongs to them; None without KL.
+        teacher: of the same positions; None without KL.
         labels: [B, N] int64, the next token of each position, -100 where it does not count.
         all_counted: the caller knows that there is no -100, so that the device need not be asked for it.
         weights: [B, N] float32, of each position where it counts; None is 1 for all.
@@ -78,12 +110,12 @@ def next_token_loss(
     """
     rows, targets = hidden.flatten(0, 1), labels.flatten()
     weights = None if weights is None else weights.flatten()
-    teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden.flatten(0, 1))
+    teacher = None if teacher is None else teacher.flat()
     if not all_counted:
         counted = targets != -100
         rows, targets = rows[counted], targets[counted]
         weights = None if weights is None else weights[counted]
-        teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[counted])
+        teacher = None if teacher is None else teacher.take(counted)
     if any(p.requires_grad for p in head.parameters()):
         parts = _loss_parts(head, rows, targets, teacher, kl_factor > 0, weights)
         sums = torch.stack(parts)
@@ -102,7 +134,7 @@ def _loss_parts(
     head: OutputHead,
     rows: Tensor,
     targets: Tensor,
-    teacher: TeacherStates | None,
+    teacher: Teacher | None,
     with_kl: bool,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -114,11 +146,7 @@ def _loss_parts(
         cross_entropy = nnf.nll_loss(log_p, targets, reduction="none") @ weights
     if teacher is None or not with_kl:
         return cross_entropy, torch.zeros_like(cross_entropy)
-    with torch.no_grad():
-        log_t = teacher.head(teacher.hidden).log_softmax(-1)
-    if weights is None:
-        return cross_entropy, nnf.kl_div(log_p, log_t, reduction="sum", log_target=True)
-    return cross_entropy, nnf.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1) @ weights
+    return cross_entropy, teacher.divergence(log_p, weights)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -130,7 +158,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows: Tensor,
         head: OutputHead,
         targets: Tensor,
-        teacher: TeacherStates | None,
+        teacher: Teacher | None,
         ce_factor: float,
         kl_factor: float,
         weights: Tensor | None,
@@ -142,7 +170,7 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(begin, begin + HEAD_CHUNK)
             chunk = rows[part].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
-                reference = None if teacher is None else teacher._replace(hidden=teacher.hidden[part])
+                reference = None if teacher is None else teacher.take(part)
                 some = None if weights is None else weights[part]
                 parts = _loss_parts(head, chunk, targets[part], reference, kl_factor > 0, some)
                 total = ce_factor * parts[0] + kl_factor * parts[1]

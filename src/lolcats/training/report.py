@@ -41,6 +41,11 @@ class Reporter:
             yield progress.add_task(name, total=steps, completed=done, loss="-", speed="-")
         self._progress = None
 
+    def say(self, text: str) -> None:
+        """A line for the person watching."""
+        if self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def step(
         self, bar: Any, stage: str, step: int, values: Mapping[str, Any], lr: float, speed: float, tokens: int
     ) -> None:
@@ -69,8 +74,7 @@ class Reporter:
         read = [(line, found) for line in lines if (found := _read_line(line)) is not None]
         lost = len(lines) - len(read)
         if lost - (not content.endswith(b"\n")) > 0 and self.console is not None:  # a kill leaves one half line
-            text = f"{self.path}: {lost} lines that are no metrics were dropped"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.say(f"{self.path}: {lost} lines that are no metrics were dropped")
         kept = b"".join(line + b"\n" for line, found in read if not (found[0] == stage and found[1] > step))
         if kept != content:
             write_bytes(self.path, kept)
