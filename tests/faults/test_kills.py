@@ -1,4 +1,4 @@
-"""What is killed at random moments goes on to the same bytes; `make test-faults` does it three hundred times."""
+"""What is killed at random moments goes on to the same bytes; `make test-faults` does it hundreds of times."""
 
 from __future__ import annotations
 
