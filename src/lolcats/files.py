@@ -228,6 +228,17 @@ def hold(file: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
+def is_held(file: Path) -> bool:
+    """Whether another process holds a lock file; see `hold`."""
+    if not file.exists():
+        return False
+    try:
+        with hold(file, ""):
+            return False
+    except LolcatsError:
+        return True
+
+
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{kind}")
 

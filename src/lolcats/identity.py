@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,11 +65,22 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
 
     What training goes on from is compared by it: there, weights that differ differ everywhere.
     """
+    return samples_digest({name: weight_sample(name, weight) for name, weight in weights})
+
+
+@torch.no_grad()
+def weight_sample(name: str, weight: Tensor) -> bytes:
+    """What `weights_digest` looks at of one weight."""
+    flat = weight.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].to("cpu", torch.float32)
+    return f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes()
+
+
+def samples_digest(samples: Mapping[str, bytes]) -> str:
+    """The digest of weights from their samples by name, which may have been taken one after the other."""
     found = hashlib.sha256()
-    for name, weight in sorted(weights, key=lambda item: item[0]):
-        flat = weight.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].to("cpu", torch.float32)
-        found.update(f"{name} {tuple(weight.shape)} ".encode() + some.numpy().tobytes())
+    for name in sorted(samples):
+        found.update(samples[name])
     return found.hexdigest()
 
 

@@ -154,6 +154,50 @@ def test_key_heads_of_several_sizes_at_once(bits: int) -> None:
             assert_same(new, states[part.heads])
 
 
+@pytest.mark.parametrize(
+    ("size", "value_size", "group", "dtype"),
+    [
+        (20, 12, 1, torch.float16),
+        (64, 64, 3, torch.bfloat16),
+        (128, 36, 9, torch.float16),
+        (100, 128, 2, torch.float16),
+    ],
+)
+@torch.no_grad()
+def test_bytes_in_products_of_16_bits(size: int, value_size: int, group: int, dtype: torch.dtype) -> None:
+    """As in float32 but for rounding, with queries that are 0, tiny or large, and steps that differ by much."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, score = (
+        torch.randn(2, h, 90, *n, generator=generator)
+        for h, *n in ((2 * group, size), (2, size), (2, value_size), (2,))
+    )
+    k, v = k * torch.logspace(-2, 1, 90)[:, None], v * torch.logspace(1, -3, 90)[:, None]
+    q[:, 0, 80:] *= torch.logspace(-7, 1, 10)[:, None]
+    q[:, -1, 85] = 0
+    q, k, v, score = (x.to(dtype).to(DEVICE) for x in (q, k, v, score))
+    codec = PairCodec(8, measure_keys(q.float(), k.float(), torch.arange(size, device=DEVICE).roll(size // 2)))
+    spec = NearSpec(3, 2, 66, softcap=4.0 if group == 3 else None)
+    plain = near_attention(
+        q[:, :, :80].float(), k[:, :, :80].float(), v[:, :, :80].float(), spec, score=score[:, :, :80].float(),
+        return_state=True, impl="chunked", codec=codec,
+    ).state  # fmt: skip
+    assert plain is not None
+    pool = rows_apart(plain.map(lambda t: t.clone()))
+    places = torch.arange(2, device=DEVICE)
+    for i in range(80, 90):
+        one_q, one_k, one_v, mark = (x[:, :, i : i + 1] for x in (q, k, v, score))
+        want, plain = near_step(
+            one_q.float(), one_k.float(), one_v.float(), plain, spec, score=mark.float(), sink_q=-one_q.float(),
+            codec=codec, impl="chunked",
+        )  # fmt: skip
+        got, _ = near_step(
+            one_q, one_k, one_v, pool, spec, score=mark, sink_q=-one_q, codec=codec, state_indices=places,
+            impl="triton",
+        )  # fmt: skip
+        error = (got.float() - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(error.max()) < (2e-2 if dtype == torch.bfloat16 else 6e-3)
+
+
 @pytest.mark.parametrize(("impl", "apart"), [("triton", False), ("triton", True), ("chunked", True)])
 @torch.no_grad()
 def test_a_pool_of_states(impl: str, apart: bool) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lolcats import load_config
 from lolcats.data import check_sources
 from lolcats.errors import DataError
+from lolcats.planning import choose_machine
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Speed, Sweep, calibrate, load_sweep, make_plan, run_sweep
 
@@ -67,6 +68,18 @@ def test_disk_is_what_a_run_leaves(make_sweep: Callable[..., Sweep], changes: di
     tensors = [(name, tensor) for file in files for name, tensor in load_file(file).items()]
     kept = [t for name, t in tensors if not name.startswith(("random:", "optimizer:step:"))]
     assert sum(t.numel() * t.itemsize for t in kept) == expected
+
+
+def test_time_is_computed_where_nothing_was_measured(make_sweep: Callable[..., Sweep]) -> None:
+    """By the numbers of `lolcats plan`; a speed that is given or was measured is taken instead."""
+    sweep = make_sweep(runs=[{"name": "both"}, {"name": "no", "transfer.enabled": False}])
+    machine = choose_machine("h100")
+    plan = make_plan(sweep, machine=machine)
+    both, alone = (run.seconds for run in plan.runs)
+    assert both is not None and alone is not None and both > alone > 0
+    assert plan.machine == machine and plan.seconds() == both + alone
+    known = make_plan(sweep, speed=SPEED, machine=machine)
+    assert known.machine is None and known.runs[1].seconds == 288 / 50
 
 
 def test_a_run_that_would_fail_is_named(make_sweep: Callable[..., Sweep]) -> None:

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from lolcats.cli.bench import bench
 from lolcats.cli.benchmark import benchmark
+from lolcats.cli.block import block
 from lolcats.cli.check import check
 from lolcats.cli.evaluate import evaluate
 from lolcats.cli.export import export
@@ -22,6 +23,7 @@ from lolcats.cli.failures import INTERRUPTED, Interrupted, close_stdout, describ
 from lolcats.cli.generate import chat, generate
 from lolcats.cli.inspect import inspect
 from lolcats.cli.linearize import linearize
+from lolcats.cli.plan import plan
 from lolcats.cli.plan_memory import plan_memory
 from lolcats.cli.plot import plot
 from lolcats.cli.recall import recall
@@ -54,8 +56,8 @@ class _Verb(TyperCommand):
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
-    linearize, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat, inspect,
-    check, export,
+    linearize, block, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
+    inspect, check, export,
 ):  # fmt: skip
     app.command(cls=_Verb)(verb)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)

@@ -27,6 +27,9 @@ TokensPerSecond = Annotated[
     str | None, typer.Option(metavar="A,B", help="With --plan: speed of stage 1 and stage 2, for the time.")
 ]
 Calibrate = Annotated[bool, typer.Option("--calibrate", help="With --plan: measure the speed in a few steps.")]
+Gpu = Annotated[
+    str | None, typer.Option(metavar="NAME", help="With --plan: compute the time for this GPU, if no speed is known.")
+]
 Only = Annotated[
     list[str] | None, typer.Option(metavar="RUN", help="Only runs with this name, or pattern (*); repeatable.")
 ]
@@ -44,6 +47,7 @@ def sweep(
     plan: PlanOnly = False,
     tokens_per_second: TokensPerSecond = None,
     calibrate: Calibrate = False,
+    gpu: Gpu = None,
     table: TableOnly = False,
     only: Only = None,
     overwrite: Overwrite = None,
@@ -51,14 +55,14 @@ def sweep(
     no_share: NoShare = False,
 ) -> None:
     """Run a grid or list of runs, each in its own folder; the same command goes on where it was interrupted."""
-    _check_options(plan, table, calibrate, tokens_per_second, overwrite)
+    _check_options(plan, table, calibrate, tokens_per_second, gpu, overwrite)
     from lolcats.sweep import choose_runs, load_sweep, run_sweep
 
     chosen = load_sweep(config, overrides or [])
     runs = choose_runs(chosen, only) if only else chosen.runs
     out = console()
     if plan:
-        _show_plan(out, chosen, runs, tokens_per_second, calibrate, not no_share)
+        _show_plan(out, chosen, runs, tokens_per_second, calibrate, gpu, not no_share)
         return
     if table:
         gathered = _gather(chosen)
@@ -72,10 +76,17 @@ def sweep(
 
 
 def _check_options(
-    plan: bool, table: bool, calibrate: bool, tokens_per_second: str | None, overwrite: list[str] | None
+    plan: bool,
+    table: bool,
+    calibrate: bool,
+    tokens_per_second: str | None,
+    gpu: str | None,
+    overwrite: list[str] | None,
 ) -> None:
-    if (calibrate or tokens_per_second) and not plan:
-        raise typer.BadParameter("--calibrate and --tokens-per-second belong to --plan")
+    if (calibrate or tokens_per_second or gpu) and not plan:
+        raise typer.BadParameter("--calibrate, --gpu and --tokens-per-second belong to --plan")
+    if gpu and (calibrate or tokens_per_second):
+        raise typer.BadParameter("--gpu computes the speed that --calibrate or --tokens-per-second gives; give one")
     if calibrate and tokens_per_second:
         raise typer.BadParameter("--calibrate measures the speed that --tokens-per-second gives; give one of them")
     if plan and table:
@@ -85,14 +96,21 @@ def _check_options(
 
 
 def _show_plan(
-    out: Console, chosen: Sweep, runs: list[SweepRun], given: str | None, calibrated: bool, share: bool
+    out: Console,
+    chosen: Sweep,
+    runs: list[SweepRun],
+    given: str | None,
+    calibrated: bool,
+    gpu: str | None,
+    share: bool,
 ) -> None:
+    from lolcats.planning import choose_machine
     from lolcats.sweep import calibrate, check_measure, check_runs, make_plan
 
     check_runs(chosen)
     check_measure(chosen, fetch=False)
     speed = _read_speed(given) if given else calibrate(runs) if calibrated else None
-    plan = make_plan(chosen, runs, speed, share)
+    plan = make_plan(chosen, runs, speed, share, None if gpu is None else choose_machine(gpu))
     print_plan(out, chosen, plan)
 
 

@@ -79,8 +79,11 @@ def _measure_line(sweep: Sweep) -> str:
 
 def _time_line(plan: Plan) -> str:
     seconds, speed = plan.seconds(), plan.speed
+    if seconds is not None and plan.machine is not None:
+        where = f"training alone, computed for one {plan.machine.gpu.name}"
+        return f"time: {show_time(seconds)} one after the other, {where}; --calibrate measures a few steps"
     if seconds is None or speed is None:
-        return "time: unknown; give --tokens-per-second A,B or --calibrate, or ask again when a run has finished"
+        return "time: unknown; give --tokens-per-second A,B, --gpu NAME or --calibrate, or ask when a run has finished"
     rest = " and measuring" if speed.other_seconds else "; loading and measuring come on top"
     return (
         f"time: {show_time(seconds)} one after the other, training{rest}, at {speed.transfer:,.0f} and "

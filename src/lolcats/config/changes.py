@@ -28,6 +28,7 @@ FREE = {"name", "runs_dir", "device", "data.local", "linearization.impl", "evalu
     for stage in ("transfer", "finetune")
     for key in ("micro_batch_size", "checkpoint_every", "compile", "cuda_graph")
 }
+FREE |= {f"transfer.blocks.{key}" for key in ("hidden", "keep", "folder")}
 TUNABLE = {
     "lr", "schedule", "final_lr", "warmup_steps", "weight_decay", "clip", "validate_every", "plateau_factor",
     "plateau_patience",

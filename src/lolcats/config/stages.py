@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from lolcats.config.blocks import BlocksConfig
 from lolcats.config.curriculum import FinetuneRecall, LogitsConfig, PassingConfig, TransferRecall
 from lolcats.config.fields import Count, Factor, Names, Near, Positive, Rate, Rows, Section, Share, Tokens, Width
 
@@ -97,6 +98,7 @@ class TransferConfig(OptimConfig):
     # parts (blend) the far half's with the teacher's far output, and its share with the teacher's far attention.
     target: Literal["hybrid", "full", "linear", "far", "parts"] = "hybrid"
     recall: TransferRecall = Field(default_factory=TransferRecall)
+    blocks: BlocksConfig = Field(default_factory=BlocksConfig)
 
     @property
     def compared(self) -> str:
@@ -110,6 +112,20 @@ class TransferConfig(OptimConfig):
                              "not change; leave them out")  # fmt: skip
         if self.compared == "parts" and self.xent_factor:
             raise ValueError("xent_factor compares attention weights, which target parts does not; set it to 0")
+        return self
+
+
+class ShardingConfig(Section):
+    """How the weights of stage 2 lie in the memory of several processes."""
+
+    # Each process holds a part of every decoder layer, and has one layer whole while it is computed (FSDP2).
+    enabled: bool = False
+    cpu_offload: bool = False  # the frozen parts wait in the memory of the CPU
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.cpu_offload and not self.enabled:
+            raise ValueError("cpu_offload is for sharded weights; set enabled to true, or cpu_offload to false")
         return self
 
 
@@ -135,6 +151,8 @@ class FinetuneConfig(OptimConfig):
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
     teacher_logits: LogitsConfig = Field(default_factory=LogitsConfig)
+    gradient_checkpointing: bool = False  # compute each decoder layer twice, and keep only its input meanwhile
+    sharding: ShardingConfig = Field(default_factory=ShardingConfig)
 
     @property
     def records_steps(self) -> bool:
@@ -147,6 +165,17 @@ class FinetuneConfig(OptimConfig):
             raise ValueError(
                 "teacher_logits keeps what kl_factor compares with, and kl_factor is 0; set it above 0, or "
                 "teacher_logits.cache to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.sharding.cpu_offload and self.method == "full":
+            raise ValueError("sharding.cpu_offload is for frozen weights, and method full has none; use lora")
+        if self.sharding.enabled and self.method == "full" and self.kl_factor:
+            raise ValueError(
+                "sharding with method full and kl_factor above 0 would need the teacher beside the model that is "
+                "trained; set kl_factor to 0, or use lora"
             )
         return self
 

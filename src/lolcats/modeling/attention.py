@@ -78,6 +78,11 @@ class LinearizedAttention(nn.Module):
         """Index of the layer in the model."""
         return int(self.inner.layer_idx)  # type: ignore[arg-type]
 
+    @property
+    def is_meta(self) -> bool:
+        """Whether the family's module has no memory: its layer is not one of those that were read."""
+        return any(tensor.is_meta for tensor in self.inner.parameters())
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in [n for n in state_dict if n.startswith(prefix) and new_name(n) != n]:
             state_dict[new_name(name)] = state_dict.pop(name)

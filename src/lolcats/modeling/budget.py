@@ -45,19 +45,56 @@ def find_split(model: PreTrainedModel, config: LinearizationConfig, input_ids: T
     Raises:
         LolcatsError: the teacher's attention, or the gradient of its loss, is not finite; the message names the layer.
     """
-    layers, values = linearized_layers(model), config.values()
-    window, pairs = values["window"], values["kept"]["pairs"]
-    rows = input_ids[:MAX_ROWS, :MAX_TOKENS]
-    windows = _sizes(rows.shape[1], max(1, min(SMALLEST, window // 4)), window)
-    numbers = [0, *_sizes(rows.shape[1], max(1, min(SMALLEST, pairs // 4)), pairs)] if pairs else [0]
-    mix, guess = values["kept"]["mix"], None if values["kept"]["score"] == "oracle" else guessing()
-    totals: list[Tensor | float] = [0.0] * len(layers)
-    for number, row in enumerate(rows):
+    layers = linearized_layers(model)
+    search = SplitSearch([layer.mixer.sizes for layer in layers], config, input_ids)
+    for number, row in enumerate(search.rows):
         for place, (call, gradient) in enumerate(_gradients(model, layers, row[None], number)):
-            costs = near_costs(call, gradient, windows, numbers, values["sinks"], mix, guess)
-            totals[place] += costs.cpu()
-    found = [_by_size(total, windows, numbers) for total in totals if isinstance(total, Tensor)]
-    return _share([layer.mixer.sizes for layer in layers], found, config, model.dtype)
+            search.add(number, place, call, gradient)
+    return search.found(model.dtype)
+
+
+class SplitSearch:
+    """What the sizes of linearized layers would cost, added up over rows of text; rows come in order at each layer.
+
+    Args:
+        layers: sizes of all linearized layers.
+        config, input_ids: as for `find_split`.
+    """
+
+    def __init__(self, layers: list[Sizes], config: LinearizationConfig, input_ids: Tensor) -> None:
+        self.layers, self.config, self.values = layers, config, config.values()
+        self.rows = input_ids[:MAX_ROWS, :MAX_TOKENS]
+        """[B, N], those that are read."""
+        window, pairs = self.values["window"], self.values["kept"]["pairs"]
+        tokens = self.rows.shape[1]
+        self.windows = _sizes(tokens, max(1, min(SMALLEST, window // 4)), window)
+        self.pairs = [0, *_sizes(tokens, max(1, min(SMALLEST, pairs // 4)), pairs)] if pairs else [0]
+        self.totals: list[Tensor | float] = [0.0] * len(layers)
+        self._guesses = self._states() if pairs and self.values["kept"]["score"] != "oracle" else {}
+
+    def add(self, row: int, place: int, call: AttentionCall, gradient: Tensor) -> None:
+        """Add what one row of text says of the linearized layer number `place`; arguments as for `near_costs`."""
+        guess = None
+        if self._guesses:
+            guess = guessing()
+            guess.set_state(self._guesses[row, place])
+        values = self.values
+        costs = near_costs(call, gradient, self.windows, self.pairs, values["sinks"], values["kept"]["mix"], guess)
+        self.totals[place] += costs.cpu()
+
+    def found(self, dtype: torch.dtype) -> list[Any]:
+        """The split; `dtype` is that of keys and values."""
+        costs = [_by_size(total, self.windows, self.pairs) for total in self.totals if isinstance(total, Tensor)]
+        return _share(self.layers, costs, self.config, dtype)
+
+    def _states(self) -> dict[tuple[int, int], Tensor]:
+        """Where the generator of guesses is before each row and layer, in whatever order they come."""
+        guess, states = guessing(), {}
+        for row in range(len(self.rows)):
+            for place, sizes in enumerate(self.layers):
+                states[row, place] = guess.get_state()
+                torch.randn((sizes.kv_heads, self.rows.shape[1]), generator=guess)
+        return states
 
 
 def _sizes(most: int, first: int, own: int) -> list[int]:
@@ -104,6 +141,19 @@ def _gradients(
     model: PreTrainedModel, layers: list[LinearizedAttention], row: Tensor, seed: int
 ) -> Iterator[tuple[AttentionCall, Tensor]]:
     """Each layer's call, and the gradient [1, H, N, Dv] for its output of the teacher's loss on labels of its own."""
+    head = OutputHead(model)
+    with watched(model, layers) as (calls, outputs):
+        hidden = head.hidden(input_ids=row.to(model.device), use_cache=False)
+        gradients = torch.autograd.grad(hidden, outputs, label_gradient(head, hidden.detach(), seed))
+    check_gradients(layers, gradients)
+    return zip(calls, gradients, strict=True)
+
+
+@contextmanager
+def watched(
+    model: PreTrainedModel, layers: list[LinearizedAttention]
+) -> Iterator[tuple[list[AttentionCall], list[Tensor]]]:
+    """Inside, the teacher is run with gradients; calls of the layers and their softmax outputs [1, H, N, Dv]."""
     calls: list[AttentionCall] = []
     outputs: list[Tensor] = []
 
@@ -113,26 +163,27 @@ def _gradients(
         calls.append(replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach()))
         outputs.append(teacher)
 
-    head = OutputHead(model)
     with _frozen(model), torch.enable_grad():
         for layer in layers:
             layer.observer = observe
         try:
-            hidden = head.hidden(input_ids=row.to(model.device), use_cache=False)
+            yield calls, outputs
         finally:
             for layer in layers:
                 layer.observer = None
-        gradients = torch.autograd.grad(hidden, outputs, _loss_gradient(head, hidden.detach(), seed))
+
+
+def check_gradients(layers: Sequence[LinearizedAttention], gradients: Sequence[Tensor]) -> None:
+    """Raise LolcatsError where the gradient for a layer's output is not finite; the message names it."""
     for layer, gradient in zip(layers, gradients, strict=True):
         if not bool(gradient.isfinite().all()):
             raise LolcatsError(
                 f"the budget is shared by the gradient of the teacher's loss, and that of layer {layer.layer_idx} is "
                 "not finite; look whether the teacher's weights are, or take another dtype"
             )
-    return zip(calls, gradients, strict=True)
 
 
-def _loss_gradient(head: OutputHead, hidden: Tensor, seed: int) -> Tensor:
+def label_gradient(head: OutputHead, hidden: Tensor, seed: int) -> Tensor:
     """Gradient for hidden states [1, N, d_model] of the summed loss of labels that the model draws itself."""
     generator = torch.Generator(hidden.device).manual_seed(seed)
     parts = []

@@ -68,11 +68,9 @@ def convert(
         )
     if input_ids is not None:
         check_token_ids(input_ids, model, "input_ids")
-    _check_layers(model, config)  # refuse before anything changes
-    mark_as_linearized(model, config)
     with _drawn_from(seed):
         random = torch.get_rng_state()
-        install(model, config)
+        put_in_layers(model, config)
         if config.searches:
             assert input_ids is not None
             torch.set_rng_state(random)  # the layers start as those of settings that bring this split along
@@ -82,6 +80,17 @@ def convert(
         assert input_ids is not None
         start_from_text(model, linearized_layers(model), input_ids)
     return model
+
+
+def put_in_layers(model: PreTrainedModel, config: LinearizationConfig) -> None:
+    """`convert` without what is found out from text; layers without memory get mixers that have none either.
+
+    Raises:
+        LolcatsError: see `convert`; nothing has changed.
+    """
+    _check_layers(model, config)  # refuse before anything changes
+    mark_as_linearized(model, config)
+    install(model, config)
 
 
 @contextmanager

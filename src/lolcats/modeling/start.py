@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,22 +16,31 @@ MAX_ROWS, MAX_TOKENS = 4, 2048
 
 
 @torch.no_grad()
-def start_from_text(model: nn.Module, layers: list[LinearizedAttention], input_ids: Tensor) -> None:
+def start_from_text(
+    model: nn.Module,
+    layers: list[LinearizedAttention],
+    input_ids: Tensor,
+    run: Callable[[Tensor], object] | None = None,
+) -> None:
     """Have each layer's mixer set its parameters (`Mixer.start`).
 
     Args:
         model: the converted model, still with the teacher's weights.
         layers: its linearized layers.
         input_ids: [B, N]; use texts as long as those that matter.
+        run: reads the first of them; None is the model itself.
 
     Raises:
         LolcatsError: the teacher's attention is not finite; the message names the layer.
     """
     for layer in layers:
         layer.observer = _start
+    ids = input_ids[:MAX_ROWS, :MAX_TOKENS]
     try:
-        device = next(model.parameters()).device
-        model(input_ids=input_ids[:MAX_ROWS, :MAX_TOKENS].to(device), use_cache=False)
+        if run is not None:
+            run(ids)
+        else:
+            model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     finally:
         for layer in layers:
             layer.observer = None

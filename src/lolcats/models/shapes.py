@@ -15,9 +15,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b-shape": {
         "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-    }
+    },
+    "llama-3-70b-shape": {
+        "vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+    },
+    "llama-3-405b-shape": {
+        "vocab_size": 128_256, "hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 126,
+        "num_attention_heads": 128, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+    },
 }  # fmt: skip
-"""Sizes of Llamas by name."""
+"""Sizes of Llamas by name; those of 70B and 405B are Llama 3.1's."""
 
 
 def random_model(source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

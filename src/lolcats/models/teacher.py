@@ -53,7 +53,7 @@ def load_teacher(
             finite, an adapter lies on them, they are quantized already, or an optional package is missing.
     """
     source = expand_model(source)
-    gguf = demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
+    gguf = gguf_file(source)
     if device_map is not None:
         device = _check_map(device_map, source, gguf is not None, quantization)
     if gguf is None:
@@ -131,8 +131,20 @@ def check_adapter_on_hub(source: str) -> None:
         )
 
 
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source names; None where it names a folder or a model of the hub."""
+    return demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of which no code is run; raises LolcatsError where it cannot be read."""
+    """The tokenizer of whatever `load_teacher` takes, without its model.
+
+    Raises:
+        LolcatsError: it cannot be read.
+    """
+    if (file := gguf_file(source)) is not None:
+        with explained(source):
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (LolcatsError, MemoryError):
@@ -200,7 +212,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = load_tokenizer(str(path))
         model = _load_model(path.parent, gguf_file=path.name, dtype=torch.float32)
     finally:
         if bar:

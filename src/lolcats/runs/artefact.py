@@ -1,8 +1,7 @@
-"""The artefact, a folder that `AutoModelForCausalLM.from_pretrained` loads after `import lolcats`; a run's bytes."""
+"""The artefact, a folder that `AutoModelForCausalLM.from_pretrained` loads after `import lolcats`."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig, dump_config
 from lolcats.files import atomic_folder, write_text
-from lolcats.modeling.attention import added_parameters
-from lolcats.modeling.convert import check_supported
-from lolcats.modeling.install import install
-from lolcats.models.device import choose_device, choose_dtype
 from lolcats.models.quantization import dequantize, dequantize_below
 from lolcats.models.shards import SHARD_BYTES
 from lolcats.runs.results import Results
-from lolcats.training.lora import lora_targets
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,8 +24,6 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "lolcats_recipe.yaml"
 RESULTS_FILE = "lolcats_results.json"
-ADAMW = 3
-"""A checkpoint to go on from holds parameters and two moments; the best one parameters alone. All are float32."""
 
 
 def save_artefact(
@@ -51,33 +43,6 @@ def save_artefact(
         tokenizer.save_pretrained(temporary)
         (temporary / RECIPE_FILE).write_text(dump_config(config))
         (temporary / RESULTS_FILE).write_text(results.text())
-
-
-def disk_bytes(teacher: PreTrainedModel, config: RunConfig) -> int:
-    """Bytes of the model, its trained control and the checkpoints that a run leaves, from the shapes of its teacher.
-
-    Raises:
-        LolcatsError: the model cannot be linearized with these settings.
-    """
-    check_supported(teacher)
-    with torch.device("meta"):
-        model = copy.deepcopy(teacher)
-        install(model, config.linearization)
-    fine = config.finetune
-    added = sum(p.numel() for p in added_parameters(model).values())
-    weights = sum(p.numel() for p in model.parameters()) - added
-    trained, tuned = added if config.transfer.enabled else 0, 0
-    width = choose_dtype(config.dtype, choose_device(config.device)).itemsize
-    if fine.enabled and fine.method == "lora":
-        shapes = [model.get_submodule(name).weight.shape for name in lora_targets(model, fine.targets)]
-        tuned = sum(fine.rank * sum(shape) for shape in shapes)  # type: ignore[arg-type]
-    elif fine.enabled:
-        tuned = weights
-        width = 4  # full fine-tuning leaves float32 weights
-    if fine.enabled and fine.train_feature_maps:
-        trained += added
-    stages = ADAMW + 1 + (ADAMW + 2 if config.trains_window else 0)  # the control is kept beside the model too
-    return weights * width + 4 * added + 4 * (ADAMW + 1) * trained + 4 * stages * tuned
 
 
 def save_results(folder: Path, results: Results) -> None:

@@ -28,6 +28,7 @@ from lolcats.models.generation import sample
 from lolcats.models.teacher import load_teacher
 from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
+from lolcats.runs.blocks import train_blocks
 from lolcats.runs.control import train_control
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.parts import measuring, record, teacher_of, train_stage
@@ -82,6 +83,9 @@ def linearize(
         if device.type == "cuda":
             held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
+        if config.transfer.enabled and config.transfer.blocks.size is not None:
+            shown = console if accelerator.is_main_process else None
+            train_blocks(config, folder, device, results, accelerator, shown, only_prepare=until == "prepare")
         run = _prepare(config, folder, accelerator, device, console, results, started)
         results.add_seconds("loading", time.perf_counter() - started)
         for name, step in zip(

@@ -78,10 +78,7 @@ class Run:
 
     def use_compiled(self, setting: str | bool) -> None:
         """Compile the layers' attention for training where that pays: on a GPU that the kernels do not know."""
-        device = self.accelerator.device
-        wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
-        for layer in linearized_layers(self.model):
-            layer.mixer.impl = "compiled" if wanted else layer.mixer.eager_impl
+        use_compiled(self.model, self.accelerator.device, setting)
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Do something that is only shown or measured: where it fails the results get a note, and the run goes on."""
@@ -92,6 +89,13 @@ class Run:
             text = " ".join(describe(error).split())
             self.results.notes[what] = text
             self.say(f"{what} failed and is left out: {text}")
+
+
+def use_compiled(model: PreTrainedModel, device: torch.device, setting: str | bool) -> None:
+    """See `Run.use_compiled`."""
+    wanted = device.type == "cuda" and not kernels_available(device) if setting == "auto" else setting
+    for layer in linearized_layers(model):
+        layer.mixer.impl = "compiled" if wanted else layer.mixer.eager_impl
 
 
 def timed(what: str) -> Callable[[Callable[Concatenate[Run, P], T]], Callable[Concatenate[Run, P], T]]:

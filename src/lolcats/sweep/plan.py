@@ -20,7 +20,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import read_json_lines
 from lolcats.models.device import choose_device
 from lolcats.models.empty import known_model
-from lolcats.runs.artefact import disk_bytes
+from lolcats.planning import Machine, choose_machine, disk_bytes, speed_as_set
 from lolcats.runs.recipe import linearize
 from lolcats.sweep.job import STAGES, TRAINED, Stage, Sweep, SweepRun
 from lolcats.training.graphs import EAGER_STEPS
@@ -70,6 +70,8 @@ class Plan:
 
     runs: list[PlannedRun]
     speed: Speed | None
+    machine: Machine | None = None
+    """What the time was computed for, where no speed is known."""
 
     def tokens(self, stage: Stage) -> int:
         """All tokens of a stage that are still to be trained on."""
@@ -87,7 +89,11 @@ class Plan:
 
 
 def make_plan(
-    sweep: Sweep, runs: Sequence[SweepRun] | None = None, speed: Speed | None = None, share: bool = True
+    sweep: Sweep,
+    runs: Sequence[SweepRun] | None = None,
+    speed: Speed | None = None,
+    share: bool = True,
+    machine: Machine | None = None,
 ) -> Plan:
     """Count what is left of a sweep.
 
@@ -95,12 +101,25 @@ def make_plan(
         runs: those that count; None is all of them.
         speed: None takes that of the sweep's finished runs, if there are any.
         share: whether a stage 1 that runs have in common is done once.
+        machine: what the time is computed for where no speed is known; None is the GPU that the runs would have here.
     """
     speed = speed or measured_speed(sweep)
     models = functools.cache(known_model)
     runs = sweep.runs if runs is None else runs
     origins = _origins(runs) if share else {}
-    return Plan([_planned(run, origins.get(run.name, ""), speed, models) for run in runs], speed)
+    machine = None if speed else machine or _machine_here(runs)
+    planned = [_planned(run, origins.get(run.name, ""), speed, machine, models) for run in runs]
+    return Plan(planned, speed, machine)
+
+
+def _machine_here(runs: Sequence[SweepRun]) -> Machine | None:
+    """The GPU that all runs would have, if it is one whose speed can be computed."""
+    try:
+        if all(choose_device(run.config.device).type == "cuda" for run in runs):
+            return choose_machine(count=1)
+    except LolcatsError:  # no such device, or no such GPU in the table: then nothing is known
+        pass
+    return None
 
 
 def measured_speed(sweep: Sweep) -> Speed | None:
@@ -190,7 +209,11 @@ def _window_left(run: SweepRun) -> int:
 
 
 def _planned(
-    run: SweepRun, origin: str, speed: Speed | None, models: Callable[[str], PreTrainedModel | None]
+    run: SweepRun,
+    origin: str,
+    speed: Speed | None,
+    machine: Machine | None,
+    models: Callable[[str], PreTrainedModel | None],
 ) -> PlannedRun:
     config, status = run.config, run.status()
     origin = origin or run.folder.origin("transfer")
@@ -201,7 +224,11 @@ def _planned(
     seconds = None if speed is None else 0.0 if status in TRAINED else speed.seconds(work)
     planned = PlannedRun(run.name, status, origin, steps, left, seconds)
     try:
-        teacher = models(config.model)
-        return planned if teacher is None else replace(planned, bytes=disk_bytes(teacher, config))
+        if (teacher := models(config.model)) is None:
+            return planned
+        if seconds is None and machine is not None:
+            each = speed_as_set(teacher, config, machine)
+            seconds = 0.0 if status in TRAINED else sum(work[s] / each[s] for s in STAGES if work[s])
+        return replace(planned, bytes=disk_bytes(teacher, config).total, seconds=seconds)
     except LolcatsError as error:
         return replace(planned, problem=str(error))

@@ -24,6 +24,8 @@ class Batch:
     """Tokens after which a long text is cut: its parts are read one by one, the state carried on detached."""
     answers: Tensor | None = None
     """[B, N] int64, equal numbers above 0 at the tokens of one answer; only where answers are measured."""
+    place: str = ""
+    """Which batch of the stage it is, where it is one: "train-000017", "validation-000"."""
 
     @property
     def tokens(self) -> int:
@@ -47,6 +49,23 @@ def make_batch(
         starts[:, 1:] = document[:, 1:] != document[:, :-1]
         position = index - torch.where(starts, index, 0).cummax(-1).values
     return Batch(tensor(data.ids).long(), tensor(data.loss_mask), document, position, chunk)
+
+
+def cut(
+    data: PackedDataset,
+    rows: np.ndarray,
+    size: int,
+    device: torch.device | str,
+    keep_apart: bool,
+    chunk: int | None = None,
+    step: int | None = None,
+) -> list[Batch]:
+    """The sequences `rows` in batches of `size`; `step`, where they are those of one, is counted in their places."""
+    parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+    batches = [make_batch(data, part, device, keep_apart, chunk) for part in parts]
+    for number, batch in enumerate(batches):
+        batch.place = f"validation-{number:03d}" if step is None else f"train-{step * len(parts) + number:06d}"
+    return batches
 
 
 _order = lru_cache(maxsize=2)(epoch_order)  # of millions of sequences it takes longer than a small model's step

@@ -21,7 +21,7 @@ from torch import Tensor
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
 from lolcats.errors import LolcatsError
-from lolcats.training.batches import Batch, make_batch
+from lolcats.training.batches import Batch, cut
 from lolcats.training.checkpoint import (
     load_tensors,
     parameter_tensors,
@@ -148,7 +148,7 @@ class _Loop:
         data, rows, chunk = self.reader.read(step, self.progress.gap)
         totals: dict[str, Tensor] = {}
         with self.stage.windowed(step_window(self.config, self.seed, step, self.steps)):
-            for batch, share in self._micro_batches(data, rows, chunk):
+            for batch, share in self._micro_batches(data, rows, chunk, step):
                 with self._precision():
                     metrics = self.stage.backward(batch, share)
                 for name, value in metrics.items():
@@ -166,16 +166,15 @@ class _Loop:
         self.reporter.step(bar, self.stage.name, self.progress.step, values, lr, speed, self._tokens())
 
     def _micro_batches(
-        self, data: PackedDataset, rows: np.ndarray, chunk: int | None = None, alone: bool = False
+        self, data: PackedDataset, rows: np.ndarray, chunk: int | None = None, step: int | None = None
     ) -> list[tuple[Batch, float]]:
-        """Batches of `rows`, each with its share of the counted tokens (of all processes, unless `alone`)."""
+        """Batches of `rows`, each with its share of the counted tokens: of all processes, in a `step` of training."""
         device, size = self.accelerator.device, self.config.micro_batch_size or self.config.batch_size
-        parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
         keep_apart = self.data.keep_apart and chunk is None  # a long text is one document
-        batches = [make_batch(data, part, device, keep_apart, chunk) for part in parts]
+        batches = cut(data, rows, size, device, keep_apart, chunk, step)
         counts = [self.stage.count(batch) for batch in batches]
         total = sum(counts)
-        if self.accelerator.num_processes > 1 and not alone:
+        if self.accelerator.num_processes > 1 and step is not None:
             total = cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")).item()
         return [(batch, count / (total or 1)) for batch, count in zip(batches, counts, strict=True)]
 
@@ -228,7 +227,7 @@ class _Loop:
     def _scores(self, rows: np.ndarray) -> dict[str, Any]:
         """Metrics of sequences of the validation data."""
         totals: dict[str, Tensor] = {}
-        for batch, share in self._micro_batches(self.data.validation, rows, alone=True):
+        for batch, share in self._micro_batches(self.data.validation, rows):
             for name, value in self._validate_batch(batch).items():
                 totals[name] = totals.get(name, 0) + value.double() * share
         return {name: value.tolist() for name, value in totals.items()}

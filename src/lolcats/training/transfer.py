@@ -31,7 +31,8 @@ class TransferStage:
     """Attention transfer for `train`.
 
     Args:
-        model: a converted model; its weights are frozen here, the linearized layers' own parameters are trained.
+        model: a converted model; its weights are frozen here, the linearized layers' own parameters are trained. Layers
+            without memory (on the meta device) are left out, but count in the loss, which is a mean over all.
         config: the stage's settings.
     """
 
@@ -40,9 +41,10 @@ class TransferStage:
     def __init__(self, model: PreTrainedModel, config: TransferConfig) -> None:
         refuse_spread(model)
         self.model, self.config = model, config
-        self.layers = linearized_layers(model)
+        layers = linearized_layers(model)
+        self.layers, self.divisor = [layer for layer in layers if not layer.is_meta], len(layers)
         model.requires_grad_(False)
-        self._parameters = added_parameters(model)
+        self._parameters = {name: p for name, p in added_parameters(model).items() if not p.is_meta}
         for parameter in self._parameters.values():
             parameter.requires_grad_()
         if not any(layer.mixer.learns for layer in self.layers):
@@ -69,7 +71,7 @@ class TransferStage:
 
     def origin(self) -> dict[str, Any]:
         """The settings of the layers and the teacher's weights."""
-        own = ((name, p) for name, p in self.model.named_parameters() if not is_added(name))
+        own = ((name, p) for name, p in self.model.named_parameters() if not (is_added(name) or p.is_meta))
         return {"linearization": layer_settings(self.model), "weights": weights_digest(own)}
 
     def count(self, batch: Batch) -> int:
@@ -96,20 +98,24 @@ class TransferStage:
             with torch.set_grad_enabled(share is not None):
                 loss, *found = self._layer_loss(layer, call, teacher, batch.document)
                 if share is not None and loss.requires_grad:  # a layer that keeps no pairs may have nothing to learn
-                    (loss * (share / len(self.layers))).backward()
+                    (loss * (share / self.divisor)).backward()
             errors.append(torch.stack([loss.detach(), *(error.detach() for error in found)]))
 
         for layer in self.layers:
             layer.observer = observe
         try:
             with torch.no_grad():
-                self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+                self._read(batch)
         finally:
             for layer in self.layers:
                 layer.observer = None
         stacked = torch.stack(errors)
         means = {name: column.mean() for name, column in zip(("loss", "mse", "share"), stacked.unbind(1), strict=False)}
         return {**means, "layers": stacked[:, :2][:, -1]}
+
+    def _read(self, batch: Batch) -> None:
+        """Run the teacher."""
+        self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
 
     def _layer_loss(
         self, layer: LinearizedAttention, call: AttentionCall, teacher: Tensor, document: Tensor | None

@@ -31,6 +31,7 @@ import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.decode import state_row
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, load_tile
+from lolcats.ops.near.kernels.levels import add_codes, columns, halved_queries, read_float16, row_of_levels
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.kernels.tiles import capped
 from lolcats.ops.near.quantize import CURVE as LEVEL_CURVE
@@ -52,29 +53,6 @@ def ring_positions(now, slot, ring):
 
 
 @triton.jit
-def read_float16(base, inside):
-    """The float16 whose two bytes are at `base` [K] of bytes, as float32."""
-    low = tl.load(base, mask=inside, other=0).to(tl.int16)
-    high = tl.load(base + 1, mask=inside, other=0).to(tl.int16)
-    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def read_bytes(base, first, inside, size: tl.constexpr, block: tl.constexpr):
-    """Bytes [K, block] from `first` [K] on, four at a time, wherever they begin; `base` is a multiple of 4."""
-    words = base.to(tl.pointer_type(tl.uint32), bitcast=True)
-    column = tl.arange(0, block // 4)
-    mask = inside[:, None] & (column < size // 4)[None, :]
-    at = words + (first >> 2)[:, None] + column[None, :]
-    shift = ((first & 3) * 8).to(tl.uint32)[:, None]
-    low = tl.load(at, mask=mask, other=0)
-    high = tl.load(at + 1, mask=mask & (shift > 0), other=0)
-    word = (low >> shift) | ((high << (31 - shift)) << 1)
-    even = tl.interleave(word & 255, (word >> 16) & 255)
-    return tl.interleave(even, tl.interleave((word >> 8) & 255, word >> 24))
-
-
-@triton.jit
 def read_pairs(
     base, start, slot, inside, like,
     width: tl.constexpr, size: tl.constexpr, block: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
@@ -82,7 +60,8 @@ def read_pairs(
     """Keys or values of `slot` [K] of rows of `width` as a tile [K, block] in the dtype of `like`, and a factor [K].
 
     Rows of fewer bits end in the step of a token; before it is that of the first WIDE numbers, which have 8 bits. Of
-    rows of 8 bits it is the factor, and the tile has levels, which are exact in 8 bits of mantissa.
+    rows of 8 bits it is the factor, and the tile has levels, which are exact in 8 bits of mantissa. (`levels.py` has
+    those faster, where products are of 16 bits.)
     """
     column = tl.arange(0, block)
     mask = inside[:, None] & (column < size)[None, :]
@@ -91,10 +70,7 @@ def read_pairs(
     if BITS == 16:
         tile = tl.load(base + first[:, None] + column[None, :], mask=mask, other=0)
     elif BITS == 8:
-        if size % 4 == 0:
-            code = read_bytes(base, first, inside, size, block)
-        else:
-            code = tl.load(base + first[:, None] + column[None, :], mask=mask, other=0)
+        code = tl.load(base + first[:, None] + column[None, :], mask=mask, other=0)
         tile = tl.where(mask, code.to(tl.float32) - 127.5, 0.0)
         factor = read_float16(base + first + (width - STEP_BYTES), inside)
     else:
@@ -152,7 +128,7 @@ def place(table, text, inner, column: tl.constexpr, kind: tl.constexpr):
     """
     address = tl.load(table + column)
     start = text * tl.load(table + 10 + column) + inner
-    if kind == tl.uint8:  # `read_bytes` wants a multiple of 4
+    if kind == tl.uint8:  # `read_words` wants a multiple of 4
         start += address & 3
         address -= address & 3
     return address.to(tl.pointer_type(kind)), start
@@ -209,9 +185,9 @@ def near_decode(
     SINKS: tl.constexpr, BS: tl.constexpr, HAS_PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_INDICES: tl.constexpr,
     HAS_SINK_Q: tl.constexpr, HAS_REACH: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (batch, key heads, splits): numerators, and [maximum, denominator]."""
+    """Grid: (batch, key heads, splits): numerators, and [maximum, denominator]. CODES: by `add_codes`."""
     batch = tl.program_id(0).to(tl.int64)
     head, split = tl.program_id(1), tl.program_id(2)
     table += head * COLUMNS
@@ -248,17 +224,34 @@ def near_decode(
     products = tl.sum(new_tile.to(tl.float32) * k_new.to(tl.float32), 1) * tl.sum(k_factor, 0)
     top = tl.where(begins, capped(products, scale, SOFTCAP), -float("inf"))
     denominator = tl.where(begins, 1.0, 0.0) + tl.zeros((BG,), tl.float32)
-    acc = denominator[:, None] * (v_new.to(tl.float32) * tl.sum(v_factor, 0))
+    if CODES:
+        q_even, q_odd, q_factor, q_middle = halved_queries(
+            q + batch * q_b + head * GROUP * q_h, q_h, GROUP, BG, D, BD)  # fmt: skip
+        v_even, v_odd = row_of_levels(v, batch * v_b + head * v_h, WV, DV, BV, STEP_BYTES)
+        even, odd = v_even[:, None] * denominator[None, :], v_odd[:, None] * denominator[None, :]
+        middle = tl.zeros((BG,), tl.float32)
+    else:
+        acc = denominator[:, None] * (v_new.to(tl.float32) * tl.sum(v_factor, 0))
     if SINKS > 0:
         if begins:
             sink = tl.arange(0, BS)
             there = sink < tl.minimum(now, SINKS)
             sink_k, at_sink_k = place(table, text, inner * SINKS * WK, 7, KIND)
             sink_v, at_sink_v = place(table, text, inner * SINKS * WV, 8, KIND)
-            top, denominator, acc = add_pairs(
-                top, denominator, acc, sink_tile, sink_k, at_sink_k, sink_v, at_sink_v, sink, there, there, scale,
-                D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
-            )  # fmt: skip
+            if CODES:
+                s_even, s_odd, s_factor, s_middle = q_even, q_odd, q_factor, q_middle
+                if HAS_SINK_Q:
+                    s_even, s_odd, s_factor, s_middle = halved_queries(
+                        sink_q + (batch * KV_HEADS + head) * GROUP * D, D, GROUP, BG, D, BD)  # fmt: skip
+                top, denominator, even, odd, middle = add_codes(
+                    top, denominator, even, odd, middle, s_even, s_odd, s_factor, s_middle, sink_k, at_sink_k, sink_v,
+                    at_sink_v, sink, there, there, scale, D, BD, DV, BV, WK, WV, STEP_BYTES, SOFTCAP,
+                )  # fmt: skip
+            else:
+                top, denominator, acc = add_pairs(
+                    top, denominator, acc, sink_tile, sink_k, at_sink_k, sink_v, at_sink_v, sink, there, there, scale,
+                    D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
+                )  # fmt: skip
     first_tile, end_tile = split * part, split * part + part
     if HAS_PAIRS:
         for tile in tl.range(first_tile, tl.minimum(end_tile, kept_tiles), 1, num_stages=STAGES):
@@ -268,10 +261,16 @@ def near_decode(
             seen = seen & ((slot != worst) | (enters == 0))
             if HAS_REACH:
                 seen = seen & (now - tl.load(kept_position + slot, mask=inside, other=0) < reach)
-            top, denominator, acc = add_pairs(
-                top, denominator, acc, q_tile, kept_k, at_kept_k, kept_v, at_kept_v, slot, inside, seen, scale,
-                D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
-            )  # fmt: skip
+            if CODES:
+                top, denominator, even, odd, middle = add_codes(
+                    top, denominator, even, odd, middle, q_even, q_odd, q_factor, q_middle, kept_k, at_kept_k, kept_v,
+                    at_kept_v, slot, inside, seen, scale, D, BD, DV, BV, WK, WV, STEP_BYTES, SOFTCAP,
+                )  # fmt: skip
+            else:
+                top, denominator, acc = add_pairs(
+                    top, denominator, acc, q_tile, kept_k, at_kept_k, kept_v, at_kept_v, slot, inside, seen, scale,
+                    D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
+                )  # fmt: skip
     ring_end = kept_tiles + (window + K - 1) // K
     for tile in tl.range(tl.maximum(first_tile, kept_tiles), tl.minimum(end_tile, ring_end), 1, num_stages=STAGES):
         slot = (tile - kept_tiles) * K + tl.arange(0, K)
@@ -282,17 +281,30 @@ def near_decode(
             if HAS_REACH:
                 leaving = leaving & (window < reach)
             seen = seen | leaving
-        top, denominator, acc = add_pairs(
-            top, denominator, acc, q_tile, ring_k, at_ring_k, ring_v, at_ring_v, slot, slot < window, seen, scale,
-            D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
-        )  # fmt: skip
+        if CODES:
+            top, denominator, even, odd, middle = add_codes(
+                top, denominator, even, odd, middle, q_even, q_odd, q_factor, q_middle, ring_k, at_ring_k, ring_v,
+                at_ring_v, slot, slot < window, seen, scale, D, BD, DV, BV, WK, WV, STEP_BYTES, SOFTCAP,
+            )  # fmt: skip
+        else:
+            top, denominator, acc = add_pairs(
+                top, denominator, acc, q_tile, ring_k, at_ring_k, ring_v, at_ring_v, slot, slot < window, seen, scale,
+                D, BD, DV, BV, BITS, WIDE, WK, WV, SOFTCAP, PRECISION,
+            )  # fmt: skip
     g = tl.arange(0, BG)
     row = ((batch * KV_HEADS + head) * splits + split) * GROUP + g
     tl.store(tops + row * 2, top, mask=g < GROUP)
     tl.store(tops + row * 2 + 1, denominator, mask=g < GROUP)
-    column = tl.arange(0, BV)
-    inside = (g < GROUP)[:, None] & (column < DV)[None, :]
-    tl.store(sums + row[:, None] * DV + column[None, :], acc, mask=inside)
+    if CODES:
+        column = columns(BV)
+        inside = (column < DV)[:, None] & (g < GROUP)[None, :]
+        at = sums + row[None, :] * DV + column[:, None]
+        tl.store(at, even - middle[None, :], mask=inside)
+        tl.store(at + 1, odd - middle[None, :], mask=inside)
+    else:
+        column = tl.arange(0, BV)
+        inside = (g < GROUP)[:, None] & (column < DV)[None, :]
+        tl.store(sums + row[:, None] * DV + column[None, :], acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

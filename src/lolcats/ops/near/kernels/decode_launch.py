@@ -21,8 +21,11 @@ LARGEST_PAIRS = 4096
 KEYS = 64
 """Slots of a tile."""
 FEW_WARPS, WARPS = 2, 4
-"""Of a program of `near_decode`: few where it has several tiles of more than 64 numbers. (Measured on an H200, as the
-other numbers here; loads in stages, which need copies of 4 bytes each, take four times as long.)"""
+"""Of a program of `near_decode`: few where it has several tiles of more than 64 numbers (measured on an H200, as the
+other numbers here; loads in stages, which need copies of 4 bytes each, take four times as long), and of bytes that go
+into products as they are, by the number of instructions."""
+FEW_QUERIES = 8
+"""Columns of a product on the tensor cores."""
 PROGRAMS = 800
 """That a kernel is cut into where there is enough to do: some for each multiprocessor of a large GPU."""
 LARGEST_PART, MOST_PARTS = 8, 32
@@ -106,8 +109,8 @@ def decode_step(
     found = {"dtype": torch.float32, "device": q.device}
     sums, tops = (torch.empty(batch * kv_heads * splits * group, n, **found) for n in (dv, 2))
     changes = torch.empty(batch * kv_heads, 3, dtype=torch.int32, device=q.device)
-    wide_dv, of_q, of_table = max(SMALLEST, padded(dv)), padded(group), head_table(parts, q.device)
-    aligned = codec is None and _aligned(parts)
+    wide_dv, of_table = max(SMALLEST, padded(dv)), head_table(parts, q.device)
+    aligned, codes = codec is None and _aligned(parts), _by_codes(codec, q, dv)
     levels = dv.bit_length() - 1 if codec is not None and dv == wide_dv else 0
     both = {
         "KV_HEADS": kv_heads, "GROUP": group, "DV": dv, "BV": wide_dv, "WK": k.shape[3], "WV": v.shape[3],
@@ -115,6 +118,7 @@ def decode_step(
         "HAS_INDICES": indices is not None, "K": KEYS,
     }  # fmt: skip
     flags = {name: both[name] for name in ("KV_HEADS", "SINKS", "HAS_PAIRS", "HAS_ACTIVE", "HAS_INDICES", "K")}
+    few = triton.next_power_of_2(group)
     with device_of(v):
         on(near_begin, (batch, kv_heads))(
             either(active, q), either(indices, q), of_table, changes, BP=padded(pairs), **flags, num_warps=2
@@ -122,14 +126,14 @@ def decode_step(
         on(near_decode, (batch, kv_heads, splits))(
             q, k, v, either(sink_q, q), either(active, q), either(indices, q), of_table, sums, tops, changes,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), spec.reach or 0,
-            spec.product_scale(size), part, splits, BG=of_q, D=size, BD=max(SMALLEST, padded(size)),
+            spec.product_scale(size), part, splits, BG=max(FEW_QUERIES, few) if codes else padded(group), D=size,
+            BD=max(SMALLEST, padded(size)),
             BITS=16 if codec is None else codec.bits, WIDE=0 if codec is None else codec.wide(size),
             BS=padded(spec.sinks), SOFTCAP=float(spec.softcap or 0.0), HAS_SINK_Q=sink_q is not None,
             HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), ALIGNED=aligned,
-            STAGES=3 if aligned and q.element_size() == 2 else 1,
-            num_warps=FEW_WARPS if size > 64 and part > 1 else WARPS, **both,
+            STAGES=3 if aligned and q.element_size() == 2 else 1, CODES=codes,
+            num_warps=FEW_WARPS if codes or (size > 64 and part > 1) else WARPS, **both,
         )  # fmt: skip
-        few = triton.next_power_of_2(group)
         on(near_finish, (batch, kv_heads))(
             k, v, either(score, tops), either(sink_logits, q), either(active, q), either(indices, q), of_table, sums,
             tops, changes, out, k.stride(0), k.stride(1), v.stride(0), v.stride(1), part, splits, BG=few,
@@ -150,6 +154,11 @@ def _cut(parts: Sequence[NearPart], batch: int) -> tuple[int, int]:
     ]
     part = max(1, min(LARGEST_PART, batch * sum(tiles) // PROGRAMS), triton.cdiv(max(tiles), MOST_PARTS))
     return part, triton.cdiv(max(tiles), part)
+
+
+def _by_codes(codec: PairCodec | None, q: Tensor, dv: int) -> bool:
+    """Whether rows are read as words whose bytes go into products of 16 bits as they are."""
+    return codec is not None and codec.bits == 8 and q.element_size() == 2 and q.shape[3] % 4 == dv % 4 == 0
 
 
 def _aligned(parts: Sequence[NearPart]) -> bool:

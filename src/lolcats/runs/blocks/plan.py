@@ -1,0 +1,124 @@
+"""How a model is cut into blocks, where all that belongs to one lies, and how much disk its hidden states take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from lolcats.config import RunConfig, TransferConfig
+from lolcats.errors import LolcatsError
+from lolcats.models.block import Part, number_of_layers
+from lolcats.models.folder import expand
+from lolcats.runs.folder import RunFolder
+from lolcats.training.blocks.store import disk_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks of a model: `size` of its `layers` each."""
+
+    layers: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return self.layers // self.size
+
+    def part(self, number: int) -> Part:
+        """The layers of block `number`; the first one reads tokens."""
+        return Part(number * self.size, (number + 1) * self.size, embeddings=number == 0)
+
+    def check_number(self, number: int) -> None:
+        """Raise LolcatsError where there is no such block."""
+        if not 0 <= number < self.count:
+            raise LolcatsError(
+                f"expected a block from 0 to {self.count - 1} ({self.layers} layers in blocks of {self.size}); got "
+                f"{number}"
+            )
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise LolcatsError where there are more processes than blocks."""
+        if ranks > self.count:
+            raise LolcatsError(
+                f"{ranks} processes train {self.count} blocks ({self.layers} layers in blocks of {self.size}): start "
+                f"at most {self.count}, or set transfer.blocks.size lower"
+            )
+
+
+def plan_of(config: TransferConfig, model: PretrainedConfig) -> Plan:
+    """The blocks that settings ask for.
+
+    Raises:
+        LolcatsError: none, or of a size that does not divide the layers.
+    """
+    layers, size = number_of_layers(model), config.blocks.size
+    if size is None:
+        raise LolcatsError("transfer.blocks.size is null: all layers are trained together by lolcats linearize; set it "
+                           "to the layers of a block")  # fmt: skip
+    if layers % size:
+        divisors = ", ".join(str(k) for k in range(1, layers + 1) if layers % k == 0)
+        raise LolcatsError(f"transfer.blocks.size {size} does not divide the {layers} layers of the model; expected "
+                           f"one of {divisors}")  # fmt: skip
+    return Plan(layers, size)
+
+
+class Places:
+    """Where the files of a block-wise stage 1 are.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        own = config.transfer.blocks.folder
+        self.run = folder
+        self.root = folder.path / "blocks"
+        self.prepared = self.root / "prepared.json"
+        self.start = self.root / "start.safetensors"
+        self.teacher = self.root / "teacher"
+        self.hidden = folder.path / "hidden" if own is None else expand(own) / folder.path.name
+        self.checkpoints = folder.checkpoints("transfer")
+
+    def block(self, number: int) -> Path:
+        """The checkpoints of a block."""
+        return self.checkpoints / f"block-{number:03d}"
+
+    def lock(self, number: int) -> Path:
+        """Held by the process that trains a block."""
+        return self.block(number) / ".lock"
+
+    def done(self, number: int) -> Path:
+        """Written when a block is finished: what the stitch needs to know of its teacher's weights."""
+        return self.block(number) / "done.json"
+
+    def boundary(self, number: int) -> Path:
+        """The hidden states in front of a block."""
+        return self.hidden / f"boundary-{number:03d}"
+
+
+def hidden_bytes(config: RunConfig, plan: Plan, model: PretrainedConfig, dtype: torch.dtype, validation: int,
+                 at_once: int) -> int:  # fmt: skip
+    """Bytes of disk that hidden states take at most.
+
+    Args:
+        config: of the run.
+        plan: its blocks.
+        model: whose hidden states they are.
+        dtype: of its weights.
+        validation: sequences of validation data.
+        at_once: blocks that are trained at the same time.
+    """
+    settings, length = config.transfer, config.data.sequence_length
+    if settings.blocks.hidden == "recompute":
+        return 0
+    text: Any = model.get_text_config(decoder=True)
+    stored = dtype if settings.blocks.dtype is None else getattr(torch, settings.blocks.dtype)
+    boundaries = plan.count - 1 if settings.blocks.keep else min(plan.count - 1, at_once + 1)
+    tokens = settings.steps(length) * settings.batch_size * length
+    return disk_bytes(tokens, text.hidden_size, stored, boundaries, validation * length)

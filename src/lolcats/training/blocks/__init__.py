@@ -1,0 +1,1 @@
+"""Stage 1 by blocks of layers, each trained from the teacher's hidden states at its boundary."""
