@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -53,3 +55,24 @@ def run(words: list[str], folder: Path, environment: dict[str, str], error: str)
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+
+
+def run_together(words: list[str], processes: int, folder: Path) -> list[tuple[int | None, str]]:
+    """Exit code and output of each of the processes, which find each other as `torchrun` would have them."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= {"MASTER_PORT": str(free.getsockname()[1])}
+    running, folders = [], [Path(tempfile.mkdtemp(dir=folder)) for _ in range(processes)]
+    for rank, own_folder in enumerate(folders):
+        own = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}",
+               "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "ACCELERATE_USE_CPU": "1"}  # fmt: skip
+        running.append(start(words, own_folder, env | own if processes > 1 else env, error="out"))
+    try:
+        for process in running:
+            process.join(250)
+        outputs = [(own_folder / "out").read_text() for own_folder in folders]
+        return [(process.exitcode, output) for process, output in zip(running, outputs, strict=True)]
+    finally:
+        for process in running:
+            process.kill()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +60,16 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, template: str = "raw"
 
 
 @torch.no_grad()
-def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+def weights_digest(weights: Iterable[tuple[str, Tensor]], gather: Callable[[Tensor], Tensor] = lambda w: w) -> str:
     """Digest of names, shapes and some numbers of weights, in a moment; the same on every device and after exact casts.
 
     What training goes on from is compared by it: there, weights that differ differ everywhere.
+
+    Args:
+        weights: by name.
+        gather: makes a weight that is spread over processes whole, one at a time.
     """
-    return samples_digest({name: weight_sample(name, weight) for name, weight in weights})
+    return samples_digest({name: weight_sample(name, gather(weight.detach())) for name, weight in weights})
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lolcats import LolcatsError, RunConfig, linearize, linearized_layers, load_
 from lolcats.config import dump_config
 from lolcats.data import build_datasets
 from lolcats.evaluation import Variant, measure
-from lolcats.runs import parts, recipe
+from lolcats.runs import loading, parts
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results, read_results
 from lolcats.training import Reporter
@@ -212,7 +212,7 @@ def test_a_complete_run_is_not_run_again(
     config = make_config()
     first = linearize(config)
     before = {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(recipe, "load_teacher", None)  # would fail
+    monkeypatch.setattr(loading, "load_teacher", None)  # would fail
     linearize(config, resume=True)
     assert {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()} == before
 

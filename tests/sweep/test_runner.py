@@ -16,7 +16,7 @@ import pytest
 
 from killing import Killed
 from lolcats import LolcatsError
-from lolcats.runs import recipe
+from lolcats.runs import loading
 from lolcats.runs.folder import RunFolder
 from lolcats.sweep import Sweep, SweepMeasurement, SweepRun, load_sweep, run_sweep
 from lolcats.sweep import jobs as jobs_module
@@ -89,7 +89,7 @@ def test_finished_runs_are_left_alone(
     sweep = make_sweep(**RANKS)
     first = run_sweep(sweep, "study.yaml")
     before = {p: p.read_bytes() for p in sweep.folder.rglob("*") if p.is_file()}
-    monkeypatch.setattr(recipe, "load_teacher", None)  # would fail
+    monkeypatch.setattr(loading, "load_teacher", None)  # would fail
     again = run_sweep(sweep, "study.yaml")
     assert [vars(row) for row in again.runs] == [vars(row) for row in first.runs]
     assert {p: p.read_bytes() for p in sweep.folder.rglob("*") if p.is_file()} == before

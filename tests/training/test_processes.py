@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import forked
+from forked import run_together
 
 SCRIPT = """
 import os
@@ -80,27 +77,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_together(words: list[str], processes: int, folder: Path) -> list[tuple[int | None, str]]:
-    """Exit code and output of each of the processes, which find each other as `torchrun` would have them."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env |= {"MASTER_PORT": str(free.getsockname()[1])}
-    running, folders = [], [Path(tempfile.mkdtemp(dir=folder)) for _ in range(processes)]
-    for rank, own_folder in enumerate(folders):
-        own = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}",
-               "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "ACCELERATE_USE_CPU": "1"}  # fmt: skip
-        running.append(forked.start(words, own_folder, env | own if processes > 1 else env, error="out"))
-    try:
-        for process in running:
-            process.join(250)
-        outputs = [(own_folder / "out").read_text() for own_folder in folders]
-        return [(process.exitcode, output) for process, output in zip(running, outputs, strict=True)]
-    finally:
-        for process in running:
-            process.kill()
-
-
 def test_two_processes_train_as_one(trained: Path) -> None:
     one, first = load_file(trained / "1-0"), load_file(trained / "2-0")
     assert one.keys() == first.keys()
@@ -125,9 +101,9 @@ def test_each_process_computes_a_part_of_the_logits_that_are_kept(trained: Path)
 SLOW = """
 import os, sys, time
 from lolcats.cli import main
-from lolcats.runs import recipe
+from lolcats.runs import loading
 
-load = recipe.load_teacher
+load = loading.load_teacher
 
 
 def load_late(*args, **kwargs):
@@ -136,7 +112,7 @@ def load_late(*args, **kwargs):
     return load(*args, **kwargs)
 
 
-recipe.load_teacher = load_late
+loading.load_teacher = load_late
 sys.exit(main(sys.argv[1:]))
 """
 

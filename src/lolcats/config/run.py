@@ -65,6 +65,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_sharding(self) -> Self:
+        if self.finetune.sharding.enabled and self.quantization == "8bit":
+            raise ValueError("quantization 8bit cannot be sharded (finetune.sharding); use 4bit or none")
+        if self.finetune.sharding.enabled and "self" in self.data.source_names:
+            raise ValueError("data.sources self is written by one process, which has no whole model if "
+                             "finetune.sharding is enabled; name other text, or write it in a run without")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _check_score(self) -> Self:
         if self.linearization.learns_in_transfer and not self.transfer.enabled:
             raise ValueError(

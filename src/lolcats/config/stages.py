@@ -156,8 +156,8 @@ class FinetuneConfig(OptimConfig):
 
     @property
     def records_steps(self) -> bool:
-        """Whether steps may be CUDA graphs, which hold nothing that is read from disk."""
-        return self.cuda_graph and self.teacher_logits.cache == "none"
+        """Whether steps may be CUDA graphs, which hold nothing that is read from disk, nor layers computed twice."""
+        return self.cuda_graph and self.teacher_logits.cache == "none" and not self.gradient_checkpointing
 
     @model_validator(mode="after")
     def _check_logits(self) -> Self:

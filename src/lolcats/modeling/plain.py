@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.models.sharded import sharded_by_us
 from lolcats.placing import hooks_of
 
 WRAPPERS = {
@@ -36,6 +37,8 @@ def check_plain(model: nn.Module, spread: bool = False) -> None:
     Raises:
         LolcatsError: the message says what it is and what to do first. Nothing has been changed.
     """
+    if sharded_by_us(model):
+        return  # it was plain before
     for module in model.modules():
         for base in type(module).__mro__:
             package = next((name for name in WRAPPERS if f"{base.__module__}.".startswith(f"{name}.")), None)

@@ -46,13 +46,17 @@ def check_rotations(model: PreTrainedModel, names: Mapping[int, str]) -> None:
     Raises:
         LolcatsError: as `RotaryFinder.find`.
     """
-    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append((module, args, kwargs)), with_kwargs=True
-        )
-        for name in names.values()
-    ]
+    looking = False
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal looking
+        if not looking:  # it runs the module itself
+            looking = True
+            RotaryFinder().find(module, args, kwargs)
+            looking = False
+
+    # At its own time in the pass: weights that are sharded are whole then.
+    hooks = [model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True) for name in names.values()]
     was_training = model.training
     try:
         model.eval()
@@ -61,8 +65,6 @@ def check_rotations(model: PreTrainedModel, names: Mapping[int, str]) -> None:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    for module, args, kwargs in calls:
-        RotaryFinder().find(module, args, kwargs)
 
 
 class RotaryFinder:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats.config import RunConfig, dump_config
 from lolcats.files import atomic_folder, write_text
 from lolcats.models.quantization import dequantize, dequantize_below
+from lolcats.models.sharded import is_shard
 from lolcats.models.shards import SHARD_BYTES
 from lolcats.runs.results import Results
 
@@ -32,14 +33,19 @@ def save_artefact(
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     results: Results,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write model, tokenizer, recipe and measured results; the folder appears only when it is complete.
+
+    Args:
+        weights: those of the model by name, where it has others now; None: its own.
 
     Raises:
         LolcatsError: the disk is full or the place cannot be written; nothing is left behind then.
     """
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary, max_shard_size=SHARD_BYTES)  # a shard of a GPU's model is held in memory
+        # A shard of a GPU's model is held in memory.
+        model.save_pretrained(temporary, state_dict=weights, max_shard_size=SHARD_BYTES)
         tokenizer.save_pretrained(temporary)
         (temporary / RECIPE_FILE).write_text(dump_config(config))
         (temporary / RESULTS_FILE).write_text(results.text())
@@ -74,7 +80,7 @@ def unchanged(model: nn.Module, merging: bool = True) -> Iterator[None]:
     """
     owners = [*model.modules(), *{id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()]
     kept = [(owner, {key: _shallow(value) for key, value in vars(owner).items()}) for owner in owners]
-    weights = [(p, p.data) for p in model.parameters()]
+    weights = [(p, p.data) for p in model.parameters() if not is_shard(p)]  # nothing writes into shards
     for module in model.modules() if merging else ():
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
         if weight is not None and weight.is_floating_point():

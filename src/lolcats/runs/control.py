@@ -17,8 +17,8 @@ from lolcats.evaluation.trained_window import save_window, window_folder
 from lolcats.evaluation.variants import window_variants
 from lolcats.modeling import convert, linearized_layers
 from lolcats.modeling.hf import cast_weights
-from lolcats.models.teacher import load_teacher
 from lolcats.runs.artefact import unchanged
+from lolcats.runs.loading import load_model
 from lolcats.runs.parts import record, teacher_of, train_stage
 from lolcats.runs.state import Run, start_batch
 from lolcats.training.parallel import on_main_process
@@ -64,7 +64,7 @@ def _before_stage_2(run: Run) -> Iterator[PreTrainedModel]:
 
 
 def _converted_anew(run: Run) -> PreTrainedModel:
-    model, _ = load_teacher(run.config.model, run.dtype, run.accelerator.device)
+    model, _ = load_model(run.config, run.dtype, run.accelerator.device, run.accelerator)
     convert(model, run.config.linearization, input_ids=start_batch(run.config, run.data))
     if run.widened:
         cast_weights(model, torch.float32)

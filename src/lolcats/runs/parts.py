@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lolcats.evaluation import Measurement, Variant, measure, teacher_variants
-from lolcats.models.teacher import load_teacher
+from lolcats.models.sharded import is_sharded
+from lolcats.runs.loading import load_model
 from lolcats.runs.results import Best
 from lolcats.runs.state import Run, timed
 from lolcats.training import FinetuneStage, Stage, TrainResult, train
@@ -19,7 +20,7 @@ def train_stage(run: Run, stage: Stage, config: Any) -> TrainResult:
     autocast = torch.bfloat16 if next(run.model.parameters()).dtype == torch.bfloat16 else None
     result = train(
         stage, config, run.data, run.folder.checkpoints(stage.name), run.reporter, accelerator=run.accelerator,
-        seed=run.config.seed, autocast=autocast,
+        seed=run.config.seed, autocast=autocast, sharded=is_sharded(run.model),
     )  # fmt: skip
     run.results.tokens[stage.name] = result.tokens
     run.results.tokens_per_second[stage.name] = round(result.tokens_per_second, 1)
@@ -71,4 +72,4 @@ def teacher_of(run: Run, stage: FinetuneStage | None) -> Variant:
         return teacher_variants(stage.model, stage.adapter.disable_adapter)["teacher"]
     if stage.teacher is not None:
         return teacher_variants(stage.teacher)["teacher"]
-    return Variant(load_teacher(run.config.model, run.dtype, run.model.device)[0])
+    return Variant(load_model(run.config, run.dtype, run.model.device, run.accelerator)[0])

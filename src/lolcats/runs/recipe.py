@@ -25,20 +25,23 @@ from lolcats.modeling.modules import attention_modules, choose_layers
 from lolcats.modeling.start import start_from_text
 from lolcats.models.device import check_impl, choose_device
 from lolcats.models.generation import sample
-from lolcats.models.teacher import load_teacher
+from lolcats.models.sharded import is_sharded
 from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.blocks import train_blocks
 from lolcats.runs.control import train_control
 from lolcats.runs.folder import RunFolder
+from lolcats.runs.loading import load_model
 from lolcats.runs.parts import measuring, record, teacher_of, train_stage
 from lolcats.runs.results import Results
+from lolcats.runs.sharded import save_sharded
 from lolcats.runs.state import Run, add_facts, linearize_layers, open_run, start_batch
 from lolcats.runs.trained import save_added
 from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStage
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
 from lolcats.training.reading import check_reading
+from lolcats.training.sharding import shards_weights
 from lolcats.training.teacher_logits import check_logits
 
 Step = Literal["prepare", "transfer", "finetune", "save", "control", "measure"]
@@ -76,7 +79,9 @@ def linearize(
     with ending_together(lambda: Accelerator(cpu=device.type == "cpu")) as accelerator, ExitStack() as held:
         for stage in ("transfer", "finetune"):
             if (settings := getattr(config, stage)).enabled:
-                check_batch_size(stage, settings.batch_size, accelerator.num_processes)
+                check_batch_size(
+                    stage, settings, accelerator.num_processes, shards_weights(config.finetune, accelerator)
+                )
         results = from_main_process(accelerator, lambda: open_run(folder, config, device, held, resume, overwrite))
         if results is None:
             return folder
@@ -113,7 +118,7 @@ def _prepare(
 ) -> Run:
     set_seed(config.seed)
     dtype = getattr(torch, results.dtype or "")
-    model, tokenizer = load_teacher(config.model, dtype, device, config.quantization)
+    model, tokenizer = load_model(config, dtype, device, accelerator)
     check_supported(model)  # before the text is read, which may take long
     choose_layers(list(attention_modules(model)), config.linearization.layers)
     shown = console if accelerator.is_main_process else None
@@ -218,6 +223,10 @@ def measure_student(run: Run) -> None:
 def save(run: Run) -> None:
     """Save the artefact, sample from it, and measure it, where it can differ from what was trained."""
     stage = run.stage
+    if is_sharded(run.model):
+        with save_sharded(run):
+            _measure_saved(run)
+        return
     adapter = None if stage is None else stage.adapter
     with unchanged(adapter or run.model):
         if run.config.quantization != "none":
@@ -230,12 +239,17 @@ def save(run: Run) -> None:
         artefact = (run.folder.model, run.model, run.tokenizer, run.config, run.results)
         on_main_process(run.accelerator, lambda: save_artefact(*artefact))
         run.write_results()
-        if stage is not None:
-            student = {"student": student_variants(run.model, [])["student"]}
-            run.saved = record(run, student, None, note=" (as saved)")
-        _sample(run, "student")
+        _measure_saved(run)
     if stage is not None:
         stage.adapter = adapter
+
+
+def _measure_saved(run: Run) -> None:
+    """What the artefact scores and writes, if something was trained beside it."""
+    if run.stage is not None:
+        student = {"student": student_variants(run.model, [])["student"]}
+        run.saved = record(run, student, None, note=" (as saved)")
+    _sample(run, "student")
 
 
 def _sample(run: Run, name: str) -> None:
@@ -249,6 +263,6 @@ def _sample(run: Run, name: str) -> None:
 
 def _slow_backward(run: Run) -> bool:
     """Whether stage 2 is better done in float32: CPUs run bfloat16 forward twice as fast, but backward far slower."""
-    if run.config.quantization != "none":
+    if run.config.quantization != "none" or is_sharded(run.model):
         return False
     return run.config.dtype == "auto" and run.accelerator.device.type == "cpu" and run.results.dtype == "bfloat16"

@@ -22,6 +22,7 @@ from lolcats.data import check_sources
 from lolcats.evaluation import Measurement
 from lolcats.modeling import convert, linearized_layers
 from lolcats.models.device import choose_dtype, describe_device
+from lolcats.models.sharded import is_sharded
 from lolcats.ops import kernels_available
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results
@@ -125,7 +126,9 @@ def linearize_layers(model: PreTrainedModel, config: RunConfig, batch: Tensor, r
     layers = config.linearization
     if layers.searches and results.split is not None:
         layers = layers.model_copy(update={"split": results.split})
-    convert(model, layers, input_ids=batch, decide=partial(from_main_process, accelerator))
+    # A sharded model runs in all processes or in none; they all find the same.
+    decide = None if is_sharded(model) else partial(from_main_process, accelerator)
+    convert(model, layers, input_ids=batch, decide=decide)
     if not config.linearization.searches:
         return config
     results.split = model.config.linearization["split"]

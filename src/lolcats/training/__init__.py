@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lolcats.config import FinetuneConfig, TransferConfig
+from lolcats.models.sharded import is_sharded
 from lolcats.models.vocabulary import check_token_ids
 from lolcats.training.finetune import FinetuneStage
 from lolcats.training.loop import train
-from lolcats.training.parallel import ending_together
+from lolcats.training.parallel import ending_together, from_main_process
 from lolcats.training.reading import check_reading
 from lolcats.training.report import Reporter
 from lolcats.training.stage import Stage, TrainingData, TrainResult
@@ -99,13 +100,15 @@ def _run(
     check_reading(config, data, model, seed)
     cpu = model.device.type == "cpu"
     with ending_together(lambda: Accelerator(cpu=cpu)) as accelerator, tempfile.TemporaryDirectory() as temporary:
+        place = folder or Path(from_main_process(accelerator, lambda: temporary))
         return train(
             stage,
             config,
             data,
-            folder or Path(temporary),
+            place,
             reporter or Reporter(),
             accelerator=accelerator,
             seed=seed,
             autocast=autocast,
+            sharded=is_sharded(model),
         )

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file
 from lolcats.modeling.old_names import renamed
+from lolcats.models.sharded import is_shard, local_part, own_rows
+from lolcats.training.shards import find_shards, read_shards
 
 FORMAT = "lolcats-checkpoint-1"
 SLOTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -102,7 +104,29 @@ def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.op
 
 def parameter_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Parameters by the names that they have in a checkpoint."""
-    return {f"parameter:{name}": p for name, p in parameters.items()}
+    return {f"parameter:{name}": p.detach() for name, p in parameters.items()}
+
+
+def load_whole(path: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `load_tensors`, with the shards that the checkpoint names: all processes read together.
+
+    A shard of a parameter that is sharded here too is read as it lies here; others are read whole.
+    """
+    tensors, metadata = load_tensors(path)
+    find_shards(path, metadata, damaged)
+    if (shards := metadata.get("shards")) is not None:
+        targets = {name: _like(path, name, parameters) for name in shards["names"]}
+        read_shards(path, shards, targets, damaged)
+        tensors |= targets
+    return tensors, metadata
+
+
+def _like(path: Path, name: str, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """A place for a tensor of a checkpoint, shaped and spread as its parameter is."""
+    parameter = parameters.get(name.split(":", 1 if name.startswith("parameter:") else 2)[-1])
+    if parameter is None:
+        raise damaged(path, f"it holds {name!r}, which is not trained")
+    return torch.zeros_like(parameter.detach())
 
 
 def restore_training(
@@ -113,7 +137,7 @@ def restore_training(
     Raises:
         LolcatsError: it cannot be read, is of another model, or something in it is missing or odd.
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_whole(path, parameters)
     states = _optimizer_states(path, tensors, parameters, metadata["step"])
     _restore_random(path, tensors)
     restore_parameters(path, tensors, parameters)
@@ -121,9 +145,18 @@ def restore_training(
         if name in states:  # the step counter stays where AdamW keeps it: on the CPU unless fused
             fused = bool(optimizer.defaults.get("fused"))
             optimizer.state[p] = {
-                k: v if k == "step" and not fused else v.to(p.device) for k, v in states[name].items()
+                k: (v.to(p.device) if fused else v) if k == "step" else _spread(v, p) for k, v in states[name].items()
             }
     return metadata
+
+
+def _spread(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A tensor of a parameter's shape, where and as the parameter lies."""
+    if is_shard(value) or not is_shard(parameter):
+        return value.to(parameter.device)
+    spread = torch.zeros_like(parameter.detach())
+    local_part(spread).copy_(own_rows(value, spread))
+    return spread
 
 
 def _optimizer_states(
@@ -144,7 +177,7 @@ def _optimizer_states(
             raise damaged(path, f"the state of the optimizer for {name} is not complete")
         for slot, value in state.items():
             shape = torch.Size([]) if slot == "step" else parameters[name].shape
-            if value.shape != shape or value.dtype != torch.float32 or not bool(value.isfinite().all()):
+            if value.shape != shape or value.dtype != torch.float32 or not finite(value):
                 raise damaged(path, f"the state of the optimizer for {name} has an odd {slot}")
     return states
 
@@ -174,11 +207,16 @@ def restore_parameters(path: Path, tensors: Mapping[str, Tensor], parameters: Ma
     for name, p in parameters.items():
         if held[name].dtype != p.dtype:
             raise damaged(path, f"{name} is {held[name].dtype}, expected {p.dtype}")
-        if not bool(held[name].isfinite().all()):
+        if not finite(held[name]):
             raise damaged(path, f"{name} holds numbers that are not finite")
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(held[name])
+            local_part(p).copy_(local_part(_spread(held[name], p)))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; of a sharded tensor, those that this process has."""
+    return bool(local_part(tensor.detach()).isfinite().all())
 
 
 def is_number(value: object) -> bool:

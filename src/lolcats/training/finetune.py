@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from lolcats.modeling import attention_mode, linearized_layers
 from lolcats.modeling.attention import FULL, added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.old_names import in_old_order, old_name
+from lolcats.models.sharded import decoder_layers, is_sharded, whole_tensor
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.lora import add_lora, check_lora
 from lolcats.training.losses import Teacher, TeacherStates, next_token_loss, shifted_labels
 from lolcats.training.passing import backward_in_parts
 from lolcats.training.recall import count_right
+from lolcats.training.recompute import recomputing
 from lolcats.training.stage import refuse_spread
 from lolcats.training.teacher_logits import (
     LogitsCache,
@@ -70,14 +73,18 @@ class FinetuneStage:
         added, own = added_parameters(model), set(map(id, self.added()))
         used = [(name, p) for name, p in model.named_parameters() if name not in added or id(p) in own]
         weights = ((old_name(name), p) for name, p in used)  # so that runs of 0.1 go on
-        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights)}
+        self._sharded = is_sharded(model)
+        gather = partial(whole_tensor, device=model.device)
+        self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights, gather)}
         model.requires_grad_(False)
         if config.method == "lora":
             self.adapter = add_lora(model, config)
+            self._move_adapters()
         else:
             if config.kl_factor > 0:
                 self.teacher = copy.deepcopy(model)
-            model.float()
+            if not self._sharded:  # else they were made so when they were spread
+                model.float()
             model.requires_grad_(True)
         self.head = OutputHead(model)
         self._teacher_head = self.head if self.teacher is None else OutputHead(self.teacher)
@@ -113,13 +120,13 @@ class FinetuneStage:
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
         """Gradient of the loss of a batch."""
-        with self._autocast_casts():
+        with self._learning():
             if batch.chunk is not None:
                 return backward_in_parts(
-                    batch, self._labels(batch), self._weights(batch), share, self.model, self._part_loss
+                    batch, self._labels(batch), self._weights(batch), share, self.model, self._part_loss, self._sharded
                 )
             loss, parts = self._loss(batch)
-        (loss * share).backward()
+            (loss * share).backward()
         return {"loss": loss.detach(), **parts}
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -137,8 +144,11 @@ class FinetuneStage:
         return ""
 
     def finish(self) -> PeftModel | None:
-        """Merge the adapters into the weights if the settings say so; otherwise return the model with adapters."""
-        if self.adapter is None or not self.config.merge:
+        """Merge the adapters into the weights if the settings say so; otherwise return the model with adapters.
+
+        Those on sharded weights stay.
+        """
+        if self.adapter is None or not self.config.merge or self._sharded:
             return self.adapter
         self.adapter.merge_and_unload()
         self.adapter = None
@@ -224,6 +234,22 @@ class FinetuneStage:
     def _near_tokens(self) -> int:
         """Such tokens of a text in all layers, with the windows that they have now."""
         return min(layer.mixer.near_tokens for layer in linearized_layers(self.model))
+
+    def _move_adapters(self) -> None:
+        """Bring the adapters to where the model computes: peft puts them where the weights wait that they belong to."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(self.model.device)
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """What holds in a pass forward and backward, since layers may be computed again on the way back."""
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast_casts())
+            stack.enter_context(attention_mode(self.model, self.mode))
+            if self.config.gradient_checkpointing:
+                stack.enter_context(recomputing(decoder_layers(self.model)))
+            yield
 
     @contextmanager
     def _autocast_casts(self) -> Iterator[None]:

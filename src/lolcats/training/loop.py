@@ -21,14 +21,17 @@ from torch import Tensor
 from lolcats.config import OptimConfig
 from lolcats.data import PackedDataset
 from lolcats.errors import LolcatsError
+from lolcats.models.sharded import is_shard
 from lolcats.training.batches import Batch, cut
 from lolcats.training.checkpoint import (
-    load_tensors,
+    load_whole,
     parameter_tensors,
+    read_metadata,
     restore_parameters,
     restore_training,
     training_tensors,
 )
+from lolcats.training.gradients import clip_gradients, first_not_finite, reduce_gradients
 from lolcats.training.graphs import GraphedStage
 from lolcats.training.identity import identity
 from lolcats.training.parallel import check_batch_size, check_same, from_main_process, on_main_process
@@ -36,6 +39,7 @@ from lolcats.training.reading import Reader
 from lolcats.training.report import Reporter
 from lolcats.training.resume import Checkpoints, Progress
 from lolcats.training.schedule import Schedule
+from lolcats.training.shards import write_apart
 from lolcats.training.stage import Stage, TrainingData, TrainResult
 from lolcats.training.teacher_pass import compute_ahead
 from lolcats.training.windows import step_window
@@ -54,21 +58,23 @@ def train(
     accelerator: Accelerator,
     seed: int,
     autocast: torch.dtype | None = None,
+    sharded: bool = False,
 ) -> TrainResult:
     """Run a stage to its end, from its last checkpoint if `folder` has one, and leave the best weights in the model.
 
     Args:
         folder: where `last.safetensors` and `best.safetensors` live.
         autocast: bfloat16 for mixed precision, None for none.
+        sharded: each process holds a part of the model's weights, so all must run it together.
 
     Raises:
         LolcatsError: the loss or a weight is not finite, the checkpoint does not fit (other settings, data or weights),
             or there are more processes than sequences in a batch.
     """
-    check_batch_size(stage.name, config.batch_size, accelerator.num_processes)
+    check_batch_size(stage.name, config, accelerator.num_processes, sharded)
     if config.lr > LARGEST_LR:
         raise LolcatsError(f"{stage.name}.lr is {config.lr:g}, more than a step in float32 can hold; lower it")
-    loop = _Loop(stage, config, data, folder, reporter, accelerator, seed, autocast)
+    loop = _Loop(stage, config, data, folder, reporter, accelerator, seed, autocast, sharded)
     return loop.run()
 
 
@@ -83,8 +89,10 @@ class _Loop:
         accelerator: Accelerator,
         seed: int,
         autocast: torch.dtype | None,
+        sharded: bool,
     ) -> None:
-        graphs = accelerator.device.type == "cuda" and config.records_steps
+        self.sharded = sharded
+        graphs = accelerator.device.type == "cuda" and config.records_steps and not sharded
         self.stage: Stage = GraphedStage(stage) if graphs else stage
         self.config, self.data, self.folder = config, data, folder
         self.reporter, self.accelerator, self.seed, self.autocast = reporter, accelerator, seed, autocast
@@ -93,8 +101,12 @@ class _Loop:
         self.steps = self.reader.steps
         self.parameters = stage.parameters()
         fused = accelerator.device.type == "cuda"
+        groups = [[p for p in self.parameters.values() if is_shard(p) is spread] for spread in (False, True)]
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.lr, weight_decay=config.weight_decay, fused=fused
+            [{"params": group} for group in groups if group],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=fused,
         )
         self.schedule = Schedule(config, self.steps)
         self.progress = Progress()
@@ -137,7 +149,8 @@ class _Loop:
         """Give the main process's parameters to all."""
         if self.accelerator.num_processes > 1:
             for p in self.parameters.values():
-                p.data.copy_(cast(Tensor, broadcast(p.data)))
+                if not is_shard(p):
+                    p.data.copy_(cast(Tensor, broadcast(p.data)))
 
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
@@ -153,8 +166,11 @@ class _Loop:
                     metrics = self.stage.backward(batch, share)
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0) + value.float() * share
-        totals = self._reduce(totals)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
+        trained = list(self.parameters.values())
+        reduce_gradients(trained, self.accelerator)
+        if self.accelerator.num_processes > 1:
+            totals = cast(dict[str, Tensor], self.accelerator.reduce(totals, "sum"))
+        norm = clip_gradients(trained, self.config.clip)
         values = {n: v.tolist() for n, v in totals.items()} | {"gradient_norm": float(norm)}
         self._check_finite(values, totals)
         values |= {} if self.progress.gap is None else {"recall_gap": self.progress.gap}
@@ -177,20 +193,6 @@ class _Loop:
         if self.accelerator.num_processes > 1 and step is not None:
             total = cast(Tensor, self.accelerator.reduce(torch.tensor(total, device=device), "sum")).item()
         return [(batch, count / (total or 1)) for batch, count in zip(batches, counts, strict=True)]
-
-    def _reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add up gradients and metrics over processes: only the few trained parameters, once a step."""
-        if self.accelerator.num_processes == 1:
-            return metrics
-        trained = list(self.parameters.values())
-        # A parameter without a gradient here (an expert that no token chose) may have one elsewhere.
-        flags = torch.tensor([p.grad is not None for p in trained], device=self.accelerator.device).float()
-        used = cast(Tensor, self.accelerator.reduce(flags, "sum")).tolist()
-        for p, count in zip(trained, used, strict=True):
-            if count:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = cast(Tensor, self.accelerator.reduce(p.grad, "sum"))
-        return cast(dict[str, Tensor], self.accelerator.reduce(metrics, "sum"))
 
     def _check_finite(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
@@ -217,8 +219,8 @@ class _Loop:
         self.reporter.validation(self.stage.name, self.progress.step, values, self._tokens())
         if values["loss"] < self.progress.best["loss"] or self._is_first_of_passing():
             self.progress.best, self.progress.best_step = values, self.progress.step
-            weights = parameter_tensors(self.parameters)
-            on_main_process(self.accelerator, lambda: self.checkpoints.save_best(weights, self.progress))
+            weights, shards = self._apart(self.checkpoints.best, parameter_tensors(self.parameters))
+            on_main_process(self.accelerator, lambda: self.checkpoints.save_best(weights, self.progress, shards))
 
     def _is_first_of_passing(self) -> bool:
         """Whether the best weights are still those before the long texts, which no validation sequence can judge."""
@@ -243,28 +245,39 @@ class _Loop:
         """Refuse weights that are not finite, or whose loss is not: they must not be kept as a checkpoint."""
         if not math.isfinite(loss):
             raise self._not_finite(f"the validation loss is {loss}", self.progress.step)
-        for name, p in self.parameters.items():
-            if not bool(p.detach().isfinite().all()):
-                raise self._not_finite(f"{name} holds numbers that are not finite", self.progress.step)
+        if name := first_not_finite(self.parameters, self.accelerator, self.sharded):
+            raise self._not_finite(f"{name} holds numbers that are not finite", self.progress.step)
 
     def _tokens(self) -> int:
         return self.progress.step * self.config.batch_size * self.length
 
     def _save(self, validated: bool) -> None:
         """Write `last`; what the step before made of the weights is looked at first, unless it was just now."""
-        on_main_process(self.accelerator, lambda: self._write_last(validated))
+        if self.sharded and not validated:  # which takes all processes
+            self._look_at_weights()
+        tensors, shards = self._apart(self.checkpoints.last, training_tensors(self.parameters, self.optimizer))
 
-    def _write_last(self, validated: bool) -> None:
-        if not validated:
-            cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-            with torch.random.fork_rng(cuda):  # the random numbers of the training go on as if nothing were asked
-                self._check_sound(self._scores(np.arange(1))["loss"])
-        tensors = training_tensors(self.parameters, self.optimizer)
-        self.checkpoints.save_last(tensors, self.progress, self.schedule.state())
+        def write() -> None:
+            if not self.sharded and not validated:
+                self._look_at_weights()
+            self.checkpoints.save_last(tensors, self.progress, self.schedule.state(), shards)
+
+        on_main_process(self.accelerator, write)
+
+    def _apart(self, file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return write_apart(file, self.progress.step, self.accelerator, tensors)
+
+    def _look_at_weights(self) -> None:
+        cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):  # the random numbers of the training go on as if nothing were asked
+            self._check_sound(self._scores(np.arange(1))["loss"])
 
     def _finish(self) -> TrainResult:
         """Leave the best weights in the model of every process."""
-        on_main_process(self.accelerator, self._restore_best)
+        if from_main_process(self.accelerator, self._best_in_shards):  # which all processes read together
+            self._restore_best()
+        else:
+            on_main_process(self.accelerator, self._restore_best)
         self._share_parameters()
         p = self.progress
         speed = self._tokens() / p.seconds if p.seconds else 0.0
@@ -272,7 +285,11 @@ class _Loop:
             p.step, self._tokens(), p.seconds, speed, p.best_step, p.best["loss"], p.best, changes=p.changes
         )
 
+    def _best_in_shards(self) -> bool:
+        best = self.checkpoints.best
+        return best.exists() and "shards" in read_metadata(best)
+
     def _restore_best(self) -> None:
         best = self.checkpoints.best
         if best.exists():
-            restore_parameters(best, load_tensors(best)[0], self.parameters)
+            restore_parameters(best, load_whole(best, self.parameters)[0], self.parameters)

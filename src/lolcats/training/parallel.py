@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from lolcats.config import FinetuneConfig, OptimConfig
 from lolcats.errors import LolcatsError
 from lolcats.training.process_meeting import meet, named_by_environment
 
@@ -67,16 +68,31 @@ def check_same(accelerator: Accelerator, value: str, what: str) -> None:
         )
 
 
-def check_batch_size(name: str, batch_size: int, processes: int) -> None:
-    """Refuse a batch that leaves a process without a sequence.
+def check_batch_size(name: str, config: OptimConfig, processes: int, sharded: bool = False) -> None:
+    """Refuse a batch that leaves a process without a sequence; of sharded weights, one that is not shared evenly.
 
     Raises:
-        LolcatsError: fewer sequences than processes.
+        LolcatsError: fewer sequences than processes; or sharded weights, which all processes compute with in step.
     """
-    if batch_size < processes:
+    size = config.batch_size
+    if size < processes:
         raise LolcatsError(
-            f"{name}.batch_size is {batch_size}, but {processes} processes share each batch: set it to {processes} or "
+            f"{name}.batch_size is {size}, but {processes} processes share each batch: set it to {processes} or "
             "more, or start fewer processes"
+        )
+    if not sharded:
+        return
+    if size % processes:
+        raise LolcatsError(
+            f"{name}.batch_size is {size}, which {processes} processes cannot share evenly, as sharded weights need: "
+            f"set it to a multiple of {processes}, or start another number of processes"
+        )
+    passing = config.passing if isinstance(config, FinetuneConfig) and config.passing.share else None
+    if passing is not None and size // passing.chunks % processes:
+        raise LolcatsError(
+            f"{name}.batch_size {size} makes {size // passing.chunks} long texts of finetune.passing.chunks "
+            f"{passing.chunks}, which {processes} processes cannot share evenly, as sharded weights need: set it to a "
+            f"multiple of {processes * passing.chunks}"
         )
 
 

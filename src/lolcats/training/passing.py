@@ -106,6 +106,7 @@ def backward_in_parts(
     share: float | Tensor,
     model: PreTrainedModel,
     loss_of: PartLoss,
+    together: bool = False,
 ) -> dict[str, Tensor]:
     """Back-propagate `share` times the mean loss over the tokens of long texts, part by part.
 
@@ -116,6 +117,7 @@ def backward_in_parts(
         share: the weight of the whole.
         model: the student, whose config says what caches are made of.
         loss_of: of one part.
+        together: all processes go backward through each part, for each has a share of the weights.
 
     Returns:
         The mean over all tokens of the loss and its parts.
@@ -133,7 +135,7 @@ def backward_in_parts(
             )
             loss, named = loss_of(mine, its, own, own_weights)
             weight = count / (sum(counts) or 1)
-            if count:
+            if count or together:
                 (loss * (share * weight)).backward()
             for name, value in {"loss": loss.detach(), **named}.items():
                 totals[name] = totals.get(name, 0) + value * weight

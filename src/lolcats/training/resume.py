@@ -19,6 +19,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import remove_leftovers
 from lolcats.training.checkpoint import damaged, is_number, read_metadata, save_tensors
 from lolcats.training.identity import compare
+from lolcats.training.shards import ENDING, find_shards, remove_other_shards
 
 
 @dataclass
@@ -68,21 +69,42 @@ class Checkpoints:
         progress = self._progress(metadata)
         progress.changes += self._check_identity(self.last, metadata, progress.step)
         self._check_best(progress)
+        self._look_at_shards()
         return progress
 
-    def save_last(self, tensors: Mapping[str, Tensor], progress: Progress, schedule: Mapping[str, float]) -> None:
-        """Write everything that a continuation needs."""
+    def _look_at_shards(self) -> None:
+        """See that all shards are there that files name, and delete all others: a kill left them."""
+        named = [read_metadata(file) for file in (self.last, self.best) if file.exists()]
+        for metadata in named:
+            find_shards(self.last, metadata, damaged)
+        remove_other_shards(self.folder, named)
+
+    def save_last(
+        self,
+        tensors: Mapping[str, Tensor],
+        progress: Progress,
+        schedule: Mapping[str, float],
+        shards: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write everything that a continuation needs; `shards` is what `write_shards` says of tensors apart."""
         p = progress
         metadata = {"stage": self.stage, "step": p.step, "steps": self.steps, "seconds": p.seconds, "best": p.best}
         metadata |= {"best_step": p.best_step, "schedule": schedule, "seed": self.seed, "changes": p.changes}
         if p.gap is not None:
             metadata |= {"gap": p.gap, "accuracy": p.accuracy}
-        save_tensors(self.last, tensors, {**metadata, **self.identity})
+        self._save(self.last, tensors, {**metadata, **self.identity, **(shards or {})})
 
-    def save_best(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Write the best weights so far."""
+    def save_best(
+        self, tensors: Mapping[str, Tensor], progress: Progress, shards: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the best weights so far; `shards` as for `save_last`."""
         own = {"stage": self.stage, "seed": self.seed, "step": progress.best_step}
-        save_tensors(self.best, tensors, {**progress.best, **own, **self.identity})
+        self._save(self.best, tensors, {**progress.best, **own, **self.identity, **(shards or {})})
+
+    def _save(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        save_tensors(file, tensors, metadata)
+        if any(self.folder.glob(f"*{ENDING}")):
+            remove_other_shards(self.folder, [read_metadata(f) for f in (self.last, self.best) if f.exists()])
 
     def _progress(self, metadata: Mapping[str, Any]) -> Progress:
         if metadata.get("stage") != self.stage or metadata.get("steps") != self.steps:
@@ -146,7 +168,7 @@ class Checkpoints:
         if step_of(metadata) <= progress.step or not is_number(metadata.get("loss")):
             raise damaged(self.best, f"expected the weights of step {progress.best_step}, got those of step "
                                      f"{step_of(metadata)}")  # fmt: skip
-        other = {"stage", "seed", "step", "tensors", *self.identity}
+        other = {"stage", "seed", "step", "tensors", "shards", *self.identity}
         progress.best = {key: value for key, value in metadata.items() if key not in other}
         progress.best_step = step_of(metadata)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lolcats.identity import weights_digest
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.modeling.attention import added_parameters
 from lolcats.modeling.hf import is_added
+from lolcats.models.sharded import whole_tensor
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.losses import mean_over_real, output_error, weight_cross_entropy
@@ -71,8 +73,9 @@ class TransferStage:
 
     def origin(self) -> dict[str, Any]:
         """The settings of the layers and the teacher's weights."""
+        gather = partial(whole_tensor, device=self.model.device)
         own = ((name, p) for name, p in self.model.named_parameters() if not (is_added(name) or p.is_meta))
-        return {"linearization": layer_settings(self.model), "weights": weights_digest(own)}
+        return {"linearization": layer_settings(self.model), "weights": weights_digest(own, gather)}
 
     def count(self, batch: Batch) -> int:
         """Real tokens of a batch."""
