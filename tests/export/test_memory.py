@@ -18,7 +18,7 @@ from lolcats.config import dump_config
 from lolcats.runs.artefact import save_artefact
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import Results
-from lolcats.runs.trained import save_added
+from lolcats.runs.trained import added_tensors, save_added
 from lolcats.training.checkpoint import save_tensors
 
 MB = 10**6
@@ -51,7 +51,7 @@ def make_runs(place: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         config = config.model_copy(update={"linearization": layers})
         run.path.mkdir()
         run.config_file.write_text(dump_config(config))
-        save_added(run, model)
+        save_added(run, added_tensors(model))
         lora = {
             f"parameter:model.layers.{layer}.self_attn.inner.{at}.lora_{side}.default.weight": torch.randn(shape)
             for layer in range(5)

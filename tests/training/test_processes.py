@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from forked import run_together
 
 SCRIPT = """
+import os
 import sys
 
 import numpy as np
@@ -40,6 +41,9 @@ finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, **comm
 windows = {"random_window": [16, 32], "window_dropout": 0.5, **common}
 transfer_attention(model, data, TransferConfig(**windows))
 finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0, near_weight=0.25, **windows))
+os.environ["LOLCATS_CACHE"] = f"{sys.argv[1]}/cache of {PartialState().num_processes}"
+finetune_lora(model, data, FinetuneConfig(lr=0.05, rank=2, kl_factor=1.0,
+                                          teacher_logits={"cache": "topk", "k": 8}, **common))
 long = LlamaForCausalLM(LlamaConfig(
     vocab_size=300, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=6, initializer_range=0.3, pad_token_id=0)).eval()
@@ -84,6 +88,14 @@ def test_both_processes_end_with_the_same_weights(trained: Path) -> None:
     first, second = load_file(trained / "2-0"), load_file(trained / "2-1")
     different = [name for name, value in first.items() if not torch.equal(value, second[name])]
     assert different == []
+
+
+def test_each_process_computes_a_part_of_the_logits_that_are_kept(trained: Path) -> None:
+    held = {processes: [*trained.glob(f"cache of {processes}/teacher_logits/*/*.safetensors")] for processes in (1, 2)}
+    assert {processes: len(files) for processes, files in held.items()} == {1: 1, 2: 2}
+    one, two = ([load_file(file)["keys"] for file in held[processes]] for processes in (1, 2))
+    digests = [sorted(bytes(key.tolist()) for key in torch.cat(keys)) for keys in (one, two)]
+    assert digests[0] == digests[1] and len(digests[0]) == 8 + 2
 
 
 SLOW = """

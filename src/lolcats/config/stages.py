@@ -166,6 +166,11 @@ class FinetuneConfig(OptimConfig):
                 "teacher_logits keeps what kl_factor compares with, and kl_factor is 0; set it above 0, or "
                 "teacher_logits.cache to none"
             )
+        if self.teacher_logits.cache != "none" and self.sharding.enabled and self.recall.share:
+            raise ValueError(
+                "with sharding the teacher reads in all processes at once, and sequences with questions, which "
+                "teacher_logits does not have, are not in all; set recall.share to 0, or teacher_logits.cache to none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ from lolcats.runs.parts import measuring, record, teacher_of, train_stage
 from lolcats.runs.results import Results
 from lolcats.runs.sharded import save_sharded
 from lolcats.runs.state import Run, add_facts, linearize_layers, open_run, start_batch
-from lolcats.runs.trained import save_added
+from lolcats.runs.trained import added_tensors, save_added
 from lolcats.training import FinetuneStage, Reporter, TrainingData, TransferStage
 from lolcats.training.lora import check_lora
 from lolcats.training.parallel import check_batch_size, ending_together, from_main_process, on_main_process
@@ -198,7 +198,8 @@ def transfer(run: Run) -> None:
 def finetune(run: Run) -> None:
     """Stage 2."""
     config = run.config.finetune
-    on_main_process(run.accelerator, lambda: save_added(run.folder, run.model))
+    added = added_tensors(run.model)
+    on_main_process(run.accelerator, lambda: save_added(run.folder, added))
     run.widened = _slow_backward(run)
     if config.enabled:
         if run.widened:

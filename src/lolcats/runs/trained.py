@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling.attention import added_parameters, measured_buffers
+from lolcats.models.sharded import whole_tensor
 from lolcats.models.shards import SHARD_BYTES, read_entries
 from lolcats.runs.assembled import Trained, assemble
 from lolcats.runs.folder import STAGES, RunFolder
@@ -24,13 +26,19 @@ def added_file(folder: RunFolder) -> Path:
     return folder.path / "added.safetensors"
 
 
-def save_added(folder: RunFolder, model: PreTrainedModel) -> None:
-    """Keep what the linearization added as stage 1 left it, with what it measured on text, which nothing trains.
+def added_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What the linearization added to a model, with what it measured on text; whole in each of several processes."""
+    tensors = {**added_parameters(model), **measured_buffers(model)}
+    return {name: whole_tensor(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def save_added(folder: RunFolder, tensors: Mapping[str, Tensor]) -> None:
+    """Keep `added_tensors` as stage 1 left them.
 
     Raises:
         LolcatsError: the disk is full or the place cannot be written.
     """
-    save_tensors(added_file(folder), {**added_parameters(model), **measured_buffers(model)}, {"step": 0})
+    save_tensors(added_file(folder), tensors, {"step": 0})
 
 
 def assemble_run(

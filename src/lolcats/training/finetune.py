@@ -68,13 +68,13 @@ class FinetuneStage:
         """Where the teacher's are kept, if they are."""
         check_lora(model, config)
         check_logits(config, model)
-        if config.teacher_logits.cache == "topk":
-            self.logits = LogitsCache(teacher_identity(model, config.teacher_logits.k))
         added, own = added_parameters(model), set(map(id, self.added()))
         used = [(name, p) for name, p in model.named_parameters() if name not in added or id(p) in own]
         weights = ((old_name(name), p) for name, p in used)  # so that runs of 0.1 go on
         self._sharded = is_sharded(model)
         gather = partial(whole_tensor, device=model.device)
+        if config.teacher_logits.cache == "topk":
+            self.logits = LogitsCache(teacher_identity(model, config.teacher_logits.k, gather))
         self._origin = {"linearization": layer_settings(model), "weights": weights_digest(weights, gather)}
         model.requires_grad_(False)
         if config.method == "lora":

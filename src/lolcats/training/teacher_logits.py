@@ -90,12 +90,15 @@ def top_k(teacher: TeacherStates, k: int) -> TopK:
     return TopK(*(torch.cat(some).unflatten(0, shape) for some in zip(*parts, strict=True)))
 
 
-def teacher_identity(model: PreTrainedModel, k: int) -> dict[str, Any]:
-    """What the numbers depend on; the same for all linearizations of a teacher, before adapters are put on it."""
+def teacher_identity(model: PreTrainedModel, k: int, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What the numbers depend on; the same for all linearizations of a teacher, before adapters are put on it.
+
+    `gather` is as in `weights_digest`.
+    """
     names = [(name.replace(".inner.", "."), p) for name, p in model.named_parameters() if not is_added(name)]
     left_out = NOT_COMPUTING | OF_STUDENTS
     settings = {name: value for name, value in model.config.to_dict().items() if name not in left_out}
-    facts = {"version": VERSION, "k": k, "dtype": str(model.dtype), "weights": weights_digest(names)}
+    facts = {"version": VERSION, "k": k, "dtype": str(model.dtype), "weights": weights_digest(names, gather)}
     return facts | {"settings": digest(json.loads(json.dumps(settings, default=str)))}
 
 
