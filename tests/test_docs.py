@@ -118,7 +118,7 @@ def test_settings_that_commands_are_shown_with_exist() -> None:
     valid = {key for run in layers for key in dotted(run)}
     valid |= {*(f"measure.{key}" for key in MeasureConfig.model_fields), "measure"}
     for page, verb, rest in commands():
-        if verb not in ("linearize", "sweep", "plan-memory"):
+        if verb not in ("linearize", "sweep", "plan", "plan-memory"):
             continue
         for key in KEY.findall(rest):
             assert key in valid or key.startswith("data.local."), (page, verb, key)

@@ -45,12 +45,13 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A random Llama of two layers, and its tokenizer."""
+def save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int = 2) -> None:
+    """A random Llama and its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, initializer_range=0.3, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

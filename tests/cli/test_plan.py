@@ -10,6 +10,7 @@ from .conftest import Run
 H100 = ("--gpu", "h100")
 
 
+@pytest.mark.slow
 def test_a_screen_and_its_numbers(cli: Run, place: Path) -> None:
     answer = cli("plan", "llama-3-8b-shape", "--recipe", "paper", *H100, "--price", "2.5", "--json", "plan.json")
     assert answer.code == 0, answer.err
@@ -38,6 +39,7 @@ def test_a_folder_and_its_config_are_the_same_plan(cli: Run, place: Path) -> Non
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_commands_of_a_model_that_does_not_fit(cli: Run, place: Path) -> None:
     answer = cli("plan", "llama-3-70b-shape", "--recipe", "paper", *H100, "--gpus", "8")
     assert answer.code == 0, answer.err
@@ -47,6 +49,7 @@ def test_commands_of_a_model_that_does_not_fit(cli: Run, place: Path) -> None:
     assert rest.startswith("torchrun") and "finetune.sharding.enabled=true" in rest and rest.endswith("--resume")
 
 
+@pytest.mark.slow
 def test_settings_of_a_file(cli: Run, place: Path) -> None:
     Path("mine.yaml").write_text("base: paper\nmodel: llama-3-8b-shape\nfinetune:\n  enabled: false\n")
     alone = cli("plan", "mine.yaml", *H100)
@@ -55,6 +58,7 @@ def test_settings_of_a_file(cli: Run, place: Path) -> None:
     assert other.code == 0 and f"lolcats linearize mine.yaml model={place / 'teacher'}" in other.out, other.err
 
 
+@pytest.mark.slow
 def test_what_a_plan_refuses(cli: Run, place: Path) -> None:
     cli("plan", "llama-3-8b-shape", "--gpu", "h101").refused("unknown GPU 'h101'", "h100", "a100-80gb")
     cli("plan", "llama-3-8b-shape").refused("no GPU here", "h100")

@@ -33,7 +33,14 @@ def differences(config: RunConfig, other: RunConfig) -> set[str]:
 
 def test_all_files_are_looked_at() -> None:
     assert set(RUNS) | set(STUDIES) == set(CONFIGS.rglob("*.yaml"))
-    assert {path.stem for path in RUNS} >= {"demo", "smollm2_135m", "llama3_1b", "llama3_8b"}
+    assert {path.stem for path in RUNS} >= {
+        "demo",
+        "smollm2_135m",
+        "llama3_1b",
+        "llama3_8b",
+        "llama3_70b",
+        "llama3_405b",
+    }
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
@@ -57,6 +64,19 @@ def test_llamas_follow_the_recipe(name: str) -> None:
         "model", "name", "data.sources", "transfer.micro_batch_size", "finetune.micro_batch_size",
         "evaluation.batch_size",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "block"), [("llama3_70b", 5), ("llama3_405b", 9)])
+def test_the_largest_llamas_follow_the_paper(name: str, block: int) -> None:
+    """What differs from `paper` is the model, what is published of it, and where it lies."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.transfer.blocks.size == block
+    published = {"finetune.rank", "finetune.alpha", "transfer.xent_factor", "transfer.micro_batch_size"}
+    changed = differences(config, load_config("paper"))
+    assert changed - (published if name == "llama3_405b" else set()) == {
+        "model", "name", "linearization.feature_size", "data.template", "transfer.blocks.size",
+        "finetune.micro_batch_size", "finetune.sharding.enabled", "evaluation.batch_size", "evaluation.controls",
+    } | ({"finetune.gradient_checkpointing"} if name == "llama3_405b" else set())  # fmt: skip
 
 
 def test_the_complete_file_is_the_recommended_recipe() -> None:

@@ -23,6 +23,7 @@ def benchmark() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_all_that_was_measured() -> None:
     found = list(benchmark().comparisons())
     assert len(found) == 24

@@ -42,11 +42,13 @@ def layouts(found: dict[str, Choice]) -> tuple[Layout, Layout]:
     return found["transfer"].plan.layout, found["finetune"].plan.layout
 
 
+@pytest.mark.slow
 def test_what_fits_is_plain() -> None:
     first, second = layouts(chosen(1, name="llama-3-8b-shape"))
     assert (first, second) == (Layout(rows=8), Layout(rows=8))
 
 
+@pytest.mark.slow
 def test_less_memory_takes_fewer_sequences_then_more_work() -> None:
     rows = [layouts(chosen(1, name="llama-3-8b-shape", memory=gib))[1] for gib in (60.0, 40.0)]
     assert rows[0].rows > rows[1].rows or rows[1].checkpointing
@@ -55,6 +57,7 @@ def test_less_memory_takes_fewer_sequences_then_more_work() -> None:
             assert choice.plan.memory.needed() <= gib
 
 
+@pytest.mark.slow
 def test_70b_on_one_gpu_and_on_eight() -> None:
     one, offloaded = layouts(chosen(1))
     assert one.block is not None and one.ranks == 1 and one.hidden == "store"
@@ -75,6 +78,7 @@ def test_nothing_fits() -> None:
         chosen(1, memory=3.0)
 
 
+@pytest.mark.slow
 def test_a_step_in_blocks_does_the_work_of_a_joint_one() -> None:
     machine = Machine(GPUS["h200"])
     joint = transfer_plan(shape(), paper(), machine, Layout(rows=8))

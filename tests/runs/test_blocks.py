@@ -154,6 +154,25 @@ def kill_at(step: int) -> Callable[..., None]:
     return act
 
 
+def test_an_interrupted_block_hands_on_what_it_would_have(make: Make) -> None:
+    """The teacher's hidden states, not those of what has been trained meanwhile; and nothing that nobody reads."""
+    config = make("transfer.blocks.size=2", "transfer.blocks.keep=true")
+    folder = run_blocks(config, job="prepare").path
+    run_blocks(config, job=0)
+    written = {file: file.read_bytes() for file in (folder / "hidden" / "boundary-001").iterdir()}
+    done = folder / "checkpoints" / "transfer" / "block-000" / "done.json"
+    done.unlink()
+    for file in sorted(written)[::2]:
+        file.unlink()
+    run_blocks(config, job=0)
+    assert {file: file.read_bytes() for file in (folder / "hidden" / "boundary-001").iterdir()} == written
+    run_blocks(config, job=1)
+    done.unlink()
+    run_blocks(make("transfer.blocks.size=2", "transfer.blocks.keep=false"), job=1)  # deletes what it has read
+    run_blocks(make("transfer.blocks.size=2", "transfer.blocks.keep=false"), job=0)
+    assert not list((folder / "hidden").rglob("*.safetensors"))
+
+
 def test_what_is_missing_is_told_with_the_command_that_makes_it(make: Make) -> None:
     config = make("transfer.blocks.size=2", "transfer.blocks.keep=true")
     folder = RunFolder.of(config)

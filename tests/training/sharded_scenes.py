@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +24,7 @@ from lolcats.data import PackedDataset
 from lolcats.models.quantization import keep_differentiable
 from lolcats.models.sharded import whole_tensor
 from lolcats.models.teacher import load_teacher
-from lolcats.training import Reporter, gradients
+from lolcats.training import Reporter, gradients, loop
 from lolcats.training.sharding import load_sharded, shards_weights
 
 LAYERS = {
@@ -34,15 +36,15 @@ COMMON: dict[str, Any] = {
     "lr": 0.02,
 }  # fmt: skip
 SHARDED = {"enabled": True}
+OFFLOADED: dict[str, Any] = {"sharding": {"enabled": True, "cpu_offload": True}, "micro_batch_size": 1}
 SCENES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("hybrid", {"kl_factor": 1.0, "near_weight": 0.25}),
-    "blend": ("blend", {"kl_factor": 1.0, "train_feature_maps": True, "gradient_checkpointing": True}),
-    "offloaded": ("hybrid", {"sharding": {"enabled": True, "cpu_offload": True}, "micro_batch_size": 1}),
+    "blend": ("blend", {"kl_factor": 1.0, "train_feature_maps": True, "gradient_checkpointing": True, **OFFLOADED}),
+    "alone": ("blend", {"kl_factor": 1.0, "train_feature_maps": True, **OFFLOADED}),
     "passing": ("hybrid", {"passing": {"share": 0.5, "chunks": 2}, "gradient_checkpointing": True}),
-    "full": ("hybrid", {"method": "full", "gradient_checkpointing": True}),
     "packed": ("hybrid", {"kl_factor": 1.0}),
     "long-lora": ("hybrid", {"kl_factor": 1.0, "tokens": 16 * 4 * 7}),
-    "long-full": ("hybrid", {"method": "full", "tokens": 16 * 4 * 7}),
+    "long-full": ("hybrid", {"method": "full", "gradient_checkpointing": True, "tokens": 16 * 4 * 7}),
 }
 
 
@@ -73,32 +75,53 @@ def student(accelerator: Accelerator, mixer: str, config: FinetuneConfig, packed
             return load_teacher(packed, torch.float32, "cpu", "4bit")
         return teacher(tied=mixer == "blend"), None
 
-    model, _ = load_sharded(load, config, accelerator) if shards_weights(config, accelerator) else load()
+    alone = accelerator.num_processes == 1  # where the settings would be refused: nothing is gained on a CPU
+    sharded = config.sharding.cpu_offload if alone else shards_weights(config, accelerator)
+    model, _ = load_sharded(load, config, accelerator) if sharded else load()
     keep_differentiable(model)
     set_seed(0)
     convert(model, LAYERS[mixer], input_ids=torch.from_numpy(training_data().train.ids[:2]).long())
     return model
 
 
+@contextmanager
+def killed_while_writing(step: int) -> Iterator[None]:
+    write = loop.write_apart
+
+    def write_and_die(file: Path, now: int, *rest: Any) -> Any:
+        found = write(file, now, *rest)
+        if file.stem == "last" and now == step:
+            raise Killed
+        return found
+
+    loop.write_apart = write_and_die
+    try:
+        yield
+    finally:
+        loop.write_apart = write
+
+
 def run_scene(place: Path, name: str, mixer: str, changes: dict[str, Any], folder: str = "", kill: int = 0) -> None:
     """Train a scene, from the checkpoint in `folder` if there is one, until it is killed after the step `kill`.
 
+    After step -`kill`, it is killed while its checkpoint is written: when there are shards, and no file names them yet.
     Its weights and metrics are files named after it, the number of processes and `folder`.
     """
     accelerator = Accelerator(cpu=True)
     own = folder or f"{name}-{accelerator.num_processes}"
     settings = {**COMMON, "sharding": SHARDED, "merge": False, **changes}
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and name != "alone":
         settings |= {"sharding": {}, "gradient_checkpointing": False}
     config = FinetuneConfig(**settings)
     model = student(accelerator, mixer, config, place / "teacher" if name == "packed" else None)
     if name == "lora":
         transfer_attention(model, training_data(), TransferConfig(tokens=16 * 4 * 2, batch_size=4, compile=False))
     metrics = place / f"{own}.jsonl" if accelerator.is_main_process else None
-    reporter = Killer(metrics, kill) if kill else Reporter(metrics)
+    reporter = Killer(metrics, kill) if kill > 0 else Reporter(metrics)
     set_seed(0)
     try:
-        finetune_lora(model, training_data(), config, folder=place / own, reporter=reporter)
+        with killed_while_writing(-kill):
+            finetune_lora(model, training_data(), config, folder=place / own, reporter=reporter)
     except Killed:
         return
     weights = {n: whole_tensor(p.detach()).contiguous() for n, p in model.named_parameters() if p.is_floating_point()}

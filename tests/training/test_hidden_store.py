@@ -69,6 +69,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         for step in range(9):
             held = states(step)
             store.write(f"train-{step:06}", held)
+            assert store.has(f"train-{step:06}")
             held["hidden"].zero_()  # the caller may go on with it
         store.flush()
         assert all(store.has(f"train-{step:06}") for step in range(9))

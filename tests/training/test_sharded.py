@@ -23,9 +23,9 @@ from tiny import TEXT, save_teacher, train_tokenizer
 SCENES = str(Path(__file__).with_name("sharded_scenes.py"))
 WHOLE = ["long-lora", "long-full", "long-lora:a", "long-full:b"]
 STARTS = {
-    2: ["lora", "blend", "offloaded", "passing", "full", "packed", "long-lora:a:3", "long-full:b:3"],
-    4: ["blend", "full", "long-lora:a:5", "long-full:b:5"],
-    1: ["lora", "blend", "offloaded", "passing", "full", "packed", *WHOLE],
+    2: ["lora", "blend", "passing", "packed", "long-lora:a:3", "long-full:b:3"],
+    4: ["blend", "long-lora:a:5", "long-full:b:-4"],
+    1: ["lora", "blend", "passing", "packed", *WHOLE, "alone"],
 }
 """Number of processes -> what they do, in this order: a and b are killed in two processes, then in four, and end in
 one; in one process nothing is sharded."""
@@ -59,16 +59,21 @@ def assert_same(folder: Path, one: str, other: str, processes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), [(n, w) for n in (2, 4) for w in STARTS[n] if ":" not in w])
 def test_sharded_weights_train_as_whole_ones(trained: Path, processes: int, name: str) -> None:
-    """Both layers; LoRA and all weights; with offloading, gradient checkpointing and state passing."""
+    """Both layers; with offloading, gradient checkpointing, state passing, and weights in 4 bits."""
     assert_same(trained, f"{name}-1", f"{name}-{processes}", processes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("whole", "resumed"), [("long-lora-1", "a"), ("long-full-1", "b")])
 def test_another_number_of_processes_goes_on(trained: Path, whole: str, resumed: str) -> None:
-    """Killed in two processes, then in four, and ended in one."""
+    """Killed in two processes, then in four (with all weights while they were written), and ended in one."""
     assert_same(trained, whole, resumed, 1)
     assert not list((trained / resumed).glob("*.shards")), "of sharded checkpoints nothing is left"
+
+
+@pytest.mark.slow
+def test_one_process_may_offload_its_weights(trained: Path) -> None:
+    assert_same(trained, "blend-1", "alone-1", 1)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -129,7 +129,7 @@ def empty_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def shard(
     model: PreTrainedModel,
-    weights: Mapping[str, Tensor] | None,
+    weight_of: Callable[[str], Tensor] | None,
     device: torch.device,
     *,
     trained: bool = False,
@@ -139,7 +139,7 @@ def shard(
 
     Args:
         model: without its weights, see `empty_weights`.
-        weights: what process 0 took out of it, taken from there one by one; None in all others.
+        weight_of: gives process 0 each weight by its name, once, when it is its turn; None in all others.
         device: where this process computes.
         trained: the weights of the model will be trained; they become float32.
         cpu_offload: the parts of the layers are kept in the memory of the CPU.
@@ -152,34 +152,32 @@ def shard(
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-    places, pool = _places(model), dict(weights or {})
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
-        if (state := getattr(module, "quant_state", None)) is not None:
-            state.to(device)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": policy}
+    places = _places(model)
+    _move_rest(model, device)
     parts, whole = _parts(model, trained)
-    for part in parts:
-        below = {id(p) for p in part.parameters()}
-        for name, where in places.items():
-            parameter = where[0].module._parameters[where[0].name]
-            assert parameter is not None
-            if id(parameter) in below and parameter.is_meta:
-                _fill(parameter, where, pool.pop(name, None), device, trained)
+    for part in [*parts, model]:  # last, what no part holds
+        _fill_all(part, places, weight_of, device, trained)
+        if part is model:
+            break
         ignored = {p for p in part.parameters() if not is_shard(p)} if part in whole else set()
-        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": policy}
         fully_shard(part, ignored_params=cast(Any, ignored), **options)
         if trained:
             _sum_gradients(part)
-    for name, where in places.items():  # what no part holds
-        parameter = where[0].module._parameters[where[0].name]
-        if parameter is not None and parameter.is_meta:
-            _fill(parameter, where, pool.pop(name, None), device, trained)
     for module in model.modules():
         if (state := getattr(module, "quant_state", None)) is not None:  # peft asks the weight, not the layer
             vars(module.weight).update(compress_statistics=state.nested, quant_type=state.quant_type)
     _ours.add(model)
     return model
+
+
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    """Bring to the device what a model has beside its weights: buffers, and scales of packed weights."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+        if (state := getattr(module, "quant_state", None)) is not None:
+            cast(Any, state).to(device)
 
 
 def _parts(model: PreTrainedModel, trained: bool) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -206,18 +204,27 @@ def _places(model: nn.Module) -> dict[str, list[Placed]]:
     return dict(found.values())
 
 
-def _fill(
-    empty: nn.Parameter, places: list[Placed], weight: Tensor | None, device: torch.device, trained: bool
+def _fill_all(
+    part: nn.Module,
+    places: Mapping[str, list[Placed]],
+    weight_of: Callable[[str], Tensor] | None,
+    device: torch.device,
+    trained: bool,
 ) -> None:
-    """Put a weight that process 0 has into its places in all processes."""
-    data = torch.empty_like(empty, device=device) if weight is None else weight.to(device).contiguous()
-    if dist.get_world_size() > 1:
-        dist.broadcast(data, 0)
-    if trained and data.is_floating_point():
-        data = data.float()
-    filled = nn.Parameter(data, requires_grad=trained and data.is_floating_point())
-    for place in places:
-        setattr(place.module, place.name, filled)
+    """Put the weights of a part of a model, which process 0 has, into their places in all processes."""
+    below = {id(p) for p in part.parameters()}
+    for name, where in places.items():
+        empty = where[0].module._parameters[where[0].name]
+        if empty is None or id(empty) not in below or not empty.is_meta:
+            continue
+        own = None if weight_of is None else weight_of(name).to(device).contiguous()
+        data = torch.empty_like(empty, device=device) if own is None else own
+        if dist.get_world_size() > 1:
+            dist.broadcast(data, 0)
+        learns = trained and data.is_floating_point()
+        filled = nn.Parameter(data.float() if learns else data, requires_grad=learns)
+        for place in where:
+            setattr(place.module, place.name, filled)
 
 
 def _sum_gradients(part: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,9 +61,9 @@ def load_sharded(load: Callable[[], Loaded], config: FinetuneConfig, accelerator
 
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    weights = kept if accelerator.is_main_process else None
+    weight_of = kept.pop if accelerator.is_main_process else None
     options: dict[str, bool] = {"trained": config.method == "full", "cpu_offload": config.sharding.cpu_offload}
-    shard(model, cast(Any, weights), _indexed(accelerator.device), **options)
+    shard(model, weight_of, _indexed(accelerator.device), **options)
     return model.eval(), tokenizer
 
 

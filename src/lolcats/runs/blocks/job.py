@@ -79,7 +79,8 @@ def _passage(work: Work, block: Block, number: int, stack: ExitStack, check: Cal
     last = number == work.plan.count - 1
     store = stack.enter_context(work.store(number + 1)) if stored and not last else None
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    return Passage(block, order, source, Sink(store, dtype))
+    sink = Sink(store, dtype, lambda: not settings.keep and work.places.done(number + 1).exists())
+    return Passage(block, order, source, sink)
 
 
 def _drop(work: Work, number: int) -> None:

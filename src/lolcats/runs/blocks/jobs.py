@@ -115,14 +115,16 @@ def run_blocks(config: RunConfig, job: Job = None, *, wait: float = 0.0, overwri
 
 
 def _train_share(work: Work, ranks: Ranks) -> None:
-    """Train each block that is this process's; who finishes the last one puts all together."""
+    """Train each block that is this process's, and wait for the others; the first one then puts all together."""
     work.plan.check_ranks(ranks.size)
     work, accelerator = replace(work, alone=ranks.size == 1), _accelerator(work)
     # torchrun ends all processes when one fails, so whoever makes what is missing is there.
     for number in range(ranks.rank, work.plan.count, ranks.size):
         train_block(work, number, accelerator, lambda: ranks.size > 1)
-    if all(work.places.done(number).exists() for number in range(work.plan.count)):
-        stitch_blocks(work)
+    # torchrun can start all again where one dies, on another machine say, as long as nobody has ended.
+    while not all(work.places.done(number).exists() for number in range(work.plan.count)):
+        time.sleep(LOOK)
+    stitch_blocks(work)
 
 
 def stitch_blocks(work: Work) -> None:

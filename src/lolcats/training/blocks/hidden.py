@@ -120,16 +120,20 @@ class Sink:
     Args:
         store: of the boundary; None: nowhere.
         dtype: of what is stored; None is the stream's own.
+        used: whether the block behind is finished, and needs nothing any more.
     """
 
-    def __init__(self, store: HiddenStore | None, dtype: torch.dtype | None = None) -> None:
-        self.store, self.dtype = store, dtype
+    def __init__(
+        self, store: HiddenStore | None, dtype: torch.dtype | None = None, used: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.store, self.dtype, self.used = store, dtype, used
 
     def has(self, place: str) -> bool:
         """Whether a batch need not be written any more."""
-        return self.store is None or self.store.has(place)
+        # In this order: a finished block says so before it deletes what it has read.
+        return self.store is None or self.store.has(place) or self.used()
 
     def write(self, place: str, stream: Tensor) -> None:
         """Write the stream of a batch, unless it is there."""
-        if self.store is not None and not self.store.has(place):
+        if self.store is not None and not self.has(place):
             self.store.write(place, {NAME: stream if self.dtype is None else stream.to(self.dtype)})

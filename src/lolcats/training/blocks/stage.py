@@ -7,14 +7,13 @@ by itself. Only gradients that are clipped together make the result of blocks an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
 
 from lolcats.config import TransferConfig
-from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling import linearized_layers
 from lolcats.models.block import Block
 from lolcats.training.batches import Batch
 from lolcats.training.blocks.hidden import Sink, Source
@@ -49,21 +48,28 @@ class Passage:
     @torch.no_grad()
     def complete(self, precision: Callable[[], AbstractContextManager[object]]) -> None:
         """Hand on all batches that have not been: of a block that has nothing to learn, or was interrupted."""
-        layers = linearized_layers(self.block.model)
-        for layer in layers:
-            layer.observer = _look_on
-        try:
+        with _teaching(self.block):
             for place in self.order.places:
                 if not self.sink.has(place):
                     with precision():
                         self.take(self.order.batch(place))
-        finally:
-            for layer in layers:
-                layer.observer = None
 
 
-def _look_on(_layer: LinearizedAttention, _call: AttentionCall, _teacher: Tensor) -> None:
-    """An observed layer computes as the teacher, by the same operations as while it is trained."""
+@contextmanager
+def _teaching(block: Block) -> Iterator[None]:
+    """Inside, the teacher's attention decides what a block hands on, as it does while it is trained."""
+    layers = linearized_layers(block.model)
+    for layer in layers:
+        layer.observer = _learn_nothing
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observer = None
+
+
+def _learn_nothing(*_: object) -> None:
+    pass
 
 
 class BlockStage(TransferStage):

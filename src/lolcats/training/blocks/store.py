@@ -86,6 +86,7 @@ class HiddenStore:
         self.folder, self.identity, self.remedy = folder, identity, remedy
         self._slots = threading.Semaphore(ahead)
         self._failed: BaseException | None = None
+        self._queued: set[str] = set()
         self._writing = ThreadPoolExecutor(1, "hidden-states-write")
         self._reading = _Ahead(self._read, lambda key: self._path(key).exists(), ahead)
         try:
@@ -107,6 +108,7 @@ class HiddenStore:
         try:
             self._raise_failed()
             held = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+            self._queued.add(key)
             self._writing.submit(self._write, path, key, held)
         except BaseException:
             self._slots.release()
@@ -135,12 +137,12 @@ class HiddenStore:
         self._reading.add(keys)
 
     def has(self, key: str) -> bool:
-        """Whether a step is on the disk, with a sound header and its whole length; else it is to be written.
+        """Whether a step waits to be written, or is on the disk with a sound header and its whole length.
 
         Raises:
             LolcatsError: it is of another identity.
         """
-        return has_states(self._path(key), key, self.identity, self.remedy)
+        return key in self._queued or has_states(self._path(key), key, self.identity, self.remedy)
 
     def drop(self, key: str) -> None:
         """Delete a step from the disk; it need not be there.
@@ -185,6 +187,7 @@ class HiddenStore:
         except BaseException as error:
             self._failed = error
         finally:
+            self._queued.discard(key)
             self._slots.release()
 
     def _raise_failed(self) -> None:
