@@ -85,7 +85,7 @@ def metadata(folder: RunFolder) -> dict[str, Any]:
     return read_metadata(folder.checkpoints("transfer") / "last.safetensors")
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [pytest.param(n, marks=[pytest.mark.slow] * (n == "hybrid")) for n in LAYERS])
 def test_blocks_train_what_all_layers_train_together(make: Make, joint: Callable[..., RunFolder], layer: str) -> None:
     expected = joint(*LAYERS[layer])
     for size in (1, 2, 4) if layer == "blend" else (2,):
@@ -110,6 +110,7 @@ def assert_same_numbers(folder: RunFolder, expected: RunFolder) -> None:
             assert line[name] == pytest.approx(other[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_run_by_blocks_goes_on_as_any_other(make: Make, joint: Callable[..., RunFolder]) -> None:
     expected = joint()
     folder = linearize(make("name=whole", "transfer.blocks.size=2"), until="transfer")
@@ -120,6 +121,7 @@ def test_a_run_by_blocks_goes_on_as_any_other(make: Make, joint: Callable[..., R
     assert_same(*files)
 
 
+@pytest.mark.slow
 def test_clipping_alone_tells_blocks_from_all_layers(make: Make, joint: Callable[..., RunFolder]) -> None:
     clip = "transfer.clip=1.0"
     found, expected = stage_1(run_blocks(make("transfer.blocks.size=1", clip))), stage_1(joint(clip))
@@ -127,7 +129,7 @@ def test_clipping_alone_tells_blocks_from_all_layers(make: Make, joint: Callable
     assert 1e-6 < max(value for name, value in distance.items() if name.startswith("parameter:")) < 0.05
 
 
-@pytest.mark.parametrize("hidden", ["store", "recompute"])
+@pytest.mark.parametrize("hidden", ["store", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_a_killed_block_goes_on_to_the_same_bytes(make: Make, monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     changes = ("transfer.blocks.size=2", *LAYERS["documents"], f"transfer.blocks.hidden={hidden}")
     expected = run_blocks(make("name=undisturbed", "transfer.blocks.size=2", *LAYERS["documents"]))

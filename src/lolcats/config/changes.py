@@ -26,12 +26,12 @@ Changes = dict[str, tuple[Any, Any]]
 FREE = {
     "name", "runs_dir", "device", "data.local", "linearization.impl", "evaluation.batch_size",
     "finetune.gradient_checkpointing", "finetune.sharding.enabled", "finetune.sharding.cpu_offload",
+    "transfer.blocks.hidden", "transfer.blocks.keep", "transfer.blocks.folder",
 } | {
     f"{stage}.{key}"
     for stage in ("transfer", "finetune")
     for key in ("micro_batch_size", "checkpoint_every", "compile", "cuda_graph")
 }  # fmt: skip
-FREE |= {f"transfer.blocks.{key}" for key in ("hidden", "keep", "folder")}
 TUNABLE = {
     "lr", "schedule", "final_lr", "warmup_steps", "weight_decay", "clip", "validate_every", "plateau_factor",
     "plateau_patience",

@@ -25,6 +25,9 @@ from lolcats.training.blocks.order import Order
 from lolcats.training.blocks.stage import BlockStage, Passage
 from lolcats.training.checkpoint import parameter_tensors, save_tensors
 
+BRIEF = 1.0
+"""Seconds: who waits for a block looks now and then whether its lock is held, and holds it while it does."""
+
 
 def train_block(work: Work, number: int, accelerator: Accelerator, wait: Callable[[], bool] | None = None) -> None:
     """Do all that there is to do for one block; what is done already is not done again.
@@ -42,7 +45,7 @@ def train_block(work: Work, number: int, accelerator: Accelerator, wait: Callabl
     work.plan.check_number(number)
     places = work.places
     busy = f"another process trains block {number} ({places.block(number)}); wait for it or end it"
-    with hold(places.lock(number), busy):
+    with hold(places.lock(number), busy, BRIEF):
         if places.done(number).exists():
             work.say(f"block {number}: done already")
             _drop(work, number)
