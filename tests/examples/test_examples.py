@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,40 +97,19 @@ def test_a_queue_does_a_whole_run(place: Path, variables: dict[str, str]) -> Non
     assert (place / "slurm" / "model" / "model.safetensors").is_file()
 
 
-def kill_rank(rank: int, when: Path, program: Path) -> None:
-    """Kill the process of a rank, which runs a program, once a file is there."""
-    deadline = time.monotonic() + 200
-    while not when.exists():
-        assert time.monotonic() < deadline, when
-        time.sleep(0.02)
-    numbers = [process for process in Path("/proc").iterdir() if process.name.isdigit()]
-    ours = [process for process in numbers if str(program).encode() in words_of(process, "cmdline")]
-    (found,) = [process for process in ours if f"RANK={rank}".encode() in words_of(process, "environ")]
-    os.kill(int(found.name), signal.SIGKILL)
-
-
-def words_of(process: Path, what: str) -> list[bytes]:
-    try:
-        return (process / what).read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is another user's
-        return []
-
-
 @pytest.mark.slow
 def test_two_nodes_do_a_whole_run(place: Path, variables: dict[str, str]) -> None:
-    """And one of their processes is killed: the launcher starts all again, and they go on."""
+    """Two launchers, which find each other, with a process each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    node = {**variables, "HEAD": f"localhost:{port}", "ADDRESS": "127.0.0.1", "NODES": "2", "RESTARTS": "1"}
+    node = {**variables, "HEAD": f"localhost:{port}", "ADDRESS": "127.0.0.1", "NODES": "2"}
     command = ["bash", EXAMPLES / "torchrun" / "launch.sh", "torchrun.yaml", "finetune.lr=0.001"]
     nodes = []
     for number in range(2):
         with (place / f"node-{number}.log").open("w") as log:
             nodes.append(subprocess.Popen(command, cwd=place, env=node, stdout=log, stderr=subprocess.STDOUT))
     try:
-        written = place / "torchrun" / "checkpoints" / "transfer" / "block-001" / "last.safetensors"
-        kill_rank(1, written, place / "bin" / "python")
         codes = [process.wait(timeout=200) for process in nodes]
     finally:
         for process in nodes:
@@ -141,7 +118,6 @@ def test_two_nodes_do_a_whole_run(place: Path, variables: dict[str, str]) -> Non
     said = "".join((place / f"node-{number}.log").read_text() for number in range(2))
     assert codes == [0, 0], said
     assert json.loads((place / "torchrun" / "results.json").read_text())["complete"], said
-    assert "exitcode: -9" in said, said
     first, second = (
         load_file(place / name / "checkpoints" / "transfer" / "best.safetensors") for name in ("slurm", "torchrun")
     )
