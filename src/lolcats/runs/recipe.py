@@ -146,6 +146,8 @@ def _prepare(
         f"linearized, {len(train_set):,} training sequences of {train_set.ids.shape[1]:,} tokens, "
         f"{results.device}, {results.dtype}"
     )
+    if config.finetune.sharding.enabled and not is_sharded(model):
+        run.say("finetune.sharding: one process has nothing to share, so its weights stay whole")
     if accelerator.is_main_process and (unknown := folder.unknown_settings()):
         run.say(f"{folder.config_file} has settings of a later version, which are ignored: {', '.join(unknown)}")
     return run
