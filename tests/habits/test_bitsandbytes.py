@@ -90,7 +90,7 @@ def test_lora_on_quantized_weights_is_lora_on_their_values(folder: str, kind: An
 
 
 @needs_bitsandbytes
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_gguf_teacher_can_be_quantized() -> None:
     model, _ = load_teacher("demo", torch.float32, quantization="8bit")
     assert is_quantized(model)

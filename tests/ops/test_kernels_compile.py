@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
-OFTEN = [("hedgehog", "sliding"), ("t2r", "terraced"), ("given", "sliding")]
+OFTEN = [("hedgehog", "sliding"), ("t2r", "terraced")]
 CASES = [
     pytest.param(*case, marks=pytest.mark.slow if case in OFTEN else pytest.mark.exhaustive)
     for case in itertools.product(("hedgehog", "t2r", "given"), ("sliding", "terraced"))

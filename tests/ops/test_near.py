@@ -181,7 +181,7 @@ def test_a_row_without_a_token_steps_over_it() -> None:
         (40, 130, 128, 1),
         (3, 10, 32, 2),
         (1030, 70, 32, 0),
-        (2050, 40, 32, 1),
+        pytest.param(2050, 40, 32, 1, marks=pytest.mark.exhaustive),
         (20, 300, 32, 1),
     ],
 )
