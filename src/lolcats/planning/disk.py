@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import RunConfig
-from lolcats.modeling.attention import added_parameters
+from lolcats.modeling.attention import added_parameters, measured_buffers
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.planning.shapes import linearized
 from lolcats.training.blocks.store import disk_bytes as disk_bytes_of_states
@@ -25,7 +25,7 @@ class RunBytes:
     model: int
     """Of the artefact."""
     checkpoints: int
-    """Of both stages, the best and the last ones."""
+    """Of both stages, the best and the last ones, and what the linearization added as stage 1 left it."""
     control: int
     """Of the trained window: its checkpoints, and its adapters beside the model."""
 
@@ -52,6 +52,7 @@ def run_bytes(model: PreTrainedModel, config: RunConfig, width: int | None = Non
     """The same from the linearized model."""
     fine = config.finetune
     added = sum(p.numel() for p in added_parameters(model).values())
+    measured = sum(b.numel() * b.itemsize for b in measured_buffers(model).values())
     weights = sum(p.numel() for p in model.parameters()) - added
     trained, tuned = added if config.transfer.enabled else 0, 0
     width = choose_dtype(config.dtype, choose_device(config.device)).itemsize if width is None else width
@@ -64,7 +65,8 @@ def run_bytes(model: PreTrainedModel, config: RunConfig, width: int | None = Non
     if fine.enabled and fine.train_feature_maps:
         trained += added
     control = 4 * (ADAMW + 2) * tuned if config.trains_window else 0  # it is kept beside the model too
-    return RunBytes(weights * width + 4 * added, 4 * (ADAMW + 1) * (trained + tuned), control)
+    left = 4 * added + measured
+    return RunBytes(weights * width + left, 4 * (ADAMW + 1) * (trained + tuned) + left, control)
 
 
 def hidden_bytes(config: RunConfig, tokens: int, hidden: int, boundaries: int = 1) -> int:
