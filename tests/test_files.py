@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file, atomic_folder, hold, remove_leftovers_in, write_text
+from lolcats.runs.folder import RunFolder
 
 KILLED = """
 import os, signal, sys
@@ -61,6 +63,16 @@ def test_leftovers_are_found_in_sub_folders(tmp_path: Path) -> None:
     kill_while_writing(tmp_path / "model", "folder")
     remove_leftovers_in(tmp_path)
     assert names(tmp_path) == ["checkpoints"] and names(tmp_path / "checkpoints") == []
+
+
+def test_a_run_that_was_killed_before_it_had_settings_is_begun_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    kill_while_writing(run.config_file, "file")
+    assert names(run.path) != []
+    with run.held():
+        run.prepare(load_config("paper", ["model=x", "name=run"]))
+    assert run.config_file.is_file() and len(names(run.path)) == 2  # beside it the lock
 
 
 def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:

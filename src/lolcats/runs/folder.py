@@ -25,7 +25,7 @@ from lolcats.config import RunConfig, dump_config, load_config
 from lolcats.config.changes import StageState, differences, forbidden, known_settings, tell, with_defaults, with_split
 from lolcats.config.strict_yaml import read_yaml, write_yaml
 from lolcats.errors import LolcatsError
-from lolcats.files import atomic_file, hold, remove_leftovers_in, write_text
+from lolcats.files import atomic_file, hold, remove_leftovers, remove_leftovers_in, write_text
 from lolcats.models.folder import expand
 from lolcats.runs.results import Results, read_results
 from lolcats.training.checkpoint import read_metadata
@@ -36,11 +36,7 @@ CHECKPOINTS = ("best.safetensors", "last.safetensors")
 
 
 class RunFolder:
-    """A run on disk.
-
-    Args:
-        path: the folder.
-    """
+    """A run on disk, in the folder `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,6 +209,7 @@ class RunFolder:
         return [item for item in self.path.iterdir() if item != self.lock_file]
 
     def _refuse_foreign(self) -> None:
+        remove_leftovers(self.config_file)  # of a process that was killed before it had written what makes it a run
         if self.path.is_dir() and self._items() and not self.config_file.exists():
             raise LolcatsError(f"{self.path} is not empty and is not a run of lolcats; choose another name=...")
         if self.path.exists() and not self.path.is_dir():
