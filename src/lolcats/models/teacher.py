@@ -19,7 +19,7 @@ from lolcats.errors import LolcatsError
 from lolcats.models.config import read_model_config
 from lolcats.models.device import check_impl
 from lolcats.models.device_map import DeviceMap, check_parts, first_device, forget_with, load_options
-from lolcats.models.folder import check_files, check_place, demo_file, expand_model
+from lolcats.models.folder import check_files, check_place, expand_model, gguf_file
 from lolcats.models.quantization import (
     Quantization,
     forget_quantization,
@@ -129,11 +129,6 @@ def check_adapter_on_hub(source: str) -> None:
             f"cannot load {source!r}: it is a peft adapter, or has one beside the model; merge it first: "
             "PeftModel.from_pretrained(base, NAME).merge_and_unload().save_pretrained(FOLDER), and give the folder"
         )
-
-
-def gguf_file(source: str) -> Path | None:
-    """The GGUF file that a source names; None where it names a folder or a model of the hub."""
-    return demo_file() if source == "demo" else Path(source) if source.endswith(".gguf") else None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

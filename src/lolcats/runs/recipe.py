@@ -29,6 +29,7 @@ from lolcats.models.sharded import is_sharded
 from lolcats.models.vocabulary import vocabulary_size
 from lolcats.runs.artefact import save_adapter, save_artefact, save_results, unchanged, unpack
 from lolcats.runs.blocks import train_blocks
+from lolcats.runs.blocks.plan import check_plan
 from lolcats.runs.control import train_control
 from lolcats.runs.folder import RunFolder
 from lolcats.runs.loading import load_model
@@ -75,6 +76,9 @@ def linearize(
     started = time.perf_counter()
     device = choose_device(config.device)
     check_impl(config.linearization.impl, device)
+    by_blocks = config.transfer.enabled and config.transfer.blocks.size is not None
+    if by_blocks:
+        check_plan(config)
     folder = RunFolder.of(config)
     with ending_together(lambda: Accelerator(cpu=device.type == "cpu")) as accelerator, ExitStack() as held:
         for stage in ("transfer", "finetune"):
@@ -88,7 +92,7 @@ def linearize(
         if device.type == "cuda":
             held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("high")  # TF32 holds bf16 operands exactly
-        if config.transfer.enabled and config.transfer.blocks.size is not None:
+        if by_blocks:
             shown = console if accelerator.is_main_process else None
             train_blocks(config, folder, device, results, accelerator, shown, only_prepare=until == "prepare")
         run = _prepare(config, folder, accelerator, device, console, results, started)

@@ -18,7 +18,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import hold
 from lolcats.models.device import check_impl, choose_device
 from lolcats.runs.blocks.job import train_block
-from lolcats.runs.blocks.plan import Places
+from lolcats.runs.blocks.plan import Places, check_plan
 from lolcats.runs.blocks.prepare import prepare
 from lolcats.runs.blocks.stitch import stitch
 from lolcats.runs.blocks.work import Work, open_work, prepared, read_prepared
@@ -93,9 +93,8 @@ def run_blocks(config: RunConfig, job: Job = None, *, wait: float = 0.0, overwri
     Raises:
         LolcatsError: anything the user can mend; the message says how.
     """
-    if not config.transfer.enabled:
-        raise LolcatsError("transfer.enabled is false: there is no first stage that blocks could be trained in")
     ranks = _take_ranks() if job is None else Ranks(0, 1, 0)
+    check_plan(config, ranks.size)
     device = _device(config, ranks)
     folder = RunFolder.of(config)
     if job == "prepare" or (job is None and ranks.rank == 0):
@@ -116,7 +115,6 @@ def run_blocks(config: RunConfig, job: Job = None, *, wait: float = 0.0, overwri
 
 def _train_share(work: Work, ranks: Ranks) -> None:
     """Train each block that is this process's, and wait for the others; the first one then puts all together."""
-    work.plan.check_ranks(ranks.size)
     work, accelerator = replace(work, alone=ranks.size == 1), _accelerator(work)
     # torchrun ends all processes when one fails, so whoever makes what is missing is there.
     for number in range(ranks.rank, work.plan.count, ranks.size):
@@ -172,7 +170,6 @@ def _opened(
         if results is None:
             raise LolcatsError(f"the run {folder.path} is finished already; choose another name=...")
         work = open_work(config, folder, device, getattr(torch, results.dtype or ""), console)
-        work.plan.check_ranks(at_once or 1)
         return _prepare(work, results, at_once or work.plan.count)
 
 

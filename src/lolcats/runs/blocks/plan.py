@@ -12,7 +12,9 @@ from transformers import PretrainedConfig
 from lolcats.config import RunConfig, TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.models.block import Part, number_of_layers
-from lolcats.models.folder import expand
+from lolcats.models.empty import model_config
+from lolcats.models.folder import check_place, expand, expand_model, gguf_file
+from lolcats.models.teacher import explained
 from lolcats.runs.folder import RunFolder
 from lolcats.training.blocks.store import disk_bytes
 
@@ -70,6 +72,25 @@ def plan_of(config: TransferConfig, model: PretrainedConfig) -> Plan:
         raise LolcatsError(f"transfer.blocks.size {size} does not divide the {layers} layers of the model; expected "
                            f"one of {divisors}")  # fmt: skip
     return Plan(layers, size)
+
+
+def check_plan(config: RunConfig, ranks: int = 1) -> None:
+    """See that blocks can be made as the settings ask, before anything is written or loaded.
+
+    Args:
+        config: of the run.
+        ranks: processes that train blocks side by side.
+
+    Raises:
+        LolcatsError: the first stage is off, the size does not fit, there are too many processes, or no such model.
+    """
+    if not config.transfer.enabled:
+        raise LolcatsError("transfer.enabled is false: there is no first stage that blocks could be trained in")
+    source = expand_model(config.model)
+    if gguf_file(source) is None:
+        check_place(source)
+    with explained(source):
+        plan_of(config.transfer, model_config(source)).check_ranks(ranks)
 
 
 class Places:

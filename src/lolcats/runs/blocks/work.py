@@ -25,9 +25,9 @@ from lolcats.modeling.modules import attention_modules, choose_layers
 from lolcats.models.block import Block, Part, load_block
 from lolcats.models.config import read_model_config
 from lolcats.models.empty import empty_model
-from lolcats.models.folder import check_files, check_place, expand_model
+from lolcats.models.folder import check_files, check_place, expand_model, gguf_file
 from lolcats.models.source_files import source_digest
-from lolcats.models.teacher import gguf_file, load_teacher, load_tokenizer
+from lolcats.models.teacher import load_teacher, load_tokenizer
 from lolcats.runs.blocks.plan import Places, Plan, plan_of
 from lolcats.runs.folder import RunFolder
 from lolcats.training import TrainingData
