@@ -70,7 +70,7 @@ def make_block_cases(place: Path, settings: dict[str, object]) -> list[Case]:
         "blocks, a rank each": [Command([block] * BLOCKS, together="torchrun")],
         "blocks, a job each": [
             Command([[*block, "--prepare"]]),
-            Command([[*block, str(number), "--wait", "60"] for number in range(BLOCKS)]),
+            Command([[*block, str(number), "--wait", "20"] for number in range(BLOCKS)]),
             stitch,
         ],
     }

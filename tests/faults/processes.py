@@ -74,7 +74,8 @@ def run(folder: Path, command: Command, again: bool = False, fault: Fault | None
     begun, port = time.monotonic(), free_port()
     words = command.again or command.words if again else command.words
     output, ranks = folder / "output", len(words) if command.together != "jobs" else 1
-    before = output.stat().st_size if output.exists() else 0
+    output.touch()  # a process may be killed before it writes anything
+    before = output.stat().st_size
 
     def begin(number: int, fault: Fault | None) -> int:
         rank = number if ranks > 1 else 0
