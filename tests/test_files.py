@@ -12,7 +12,7 @@ import pytest
 
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
-from lolcats.files import atomic_file, atomic_folder, hold, remove_leftovers_in, write_text
+from lolcats.files import atomic_file, atomic_folder, check_room, hold, remove_leftovers_in, write_text
 from lolcats.runs.folder import RunFolder
 
 KILLED = """
@@ -140,3 +140,11 @@ def test_what_a_writer_leaves_when_it_is_killed_goes_with_its_folder(tmp_path: P
     with atomic_file(target, apart=True) as temporary:
         temporary.write_text("whole")
     assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"] and target.read_text() == "whole"
+
+
+def test_room_is_looked_for_before(tmp_path: Path) -> None:
+    check_room(tmp_path / "not" / "there", 1)
+    message = r"there needs 1,048,576\.0 GiB, and its disk has .*GiB left; free .*GiB, or go$"
+    with pytest.raises(LolcatsError, match=message) as raised:
+        check_room(tmp_path / "not" / "there", 1 << 50, "go")
+    assert "\n" not in str(raised.value) and not (tmp_path / "not").exists()

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from lolcats.errors import DataError, LolcatsError
+from lolcats.printable import show_bytes
 
 _HOST = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname()) or "host"
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>\d+)\.(?P<kind>tmp|old)$", re.DOTALL)
@@ -199,6 +200,14 @@ def remove_leftovers_in(folder: Path) -> None:
                 found = _LEFTOVER.match(item.name)
                 assert found is not None
                 remove_leftovers(parent / found["name"])
+
+
+def check_room(folder: Path, size: int, otherwise: str = "choose another") -> None:
+    """Raise LolcatsError where a folder's disk has not the room for `size` bytes; its parents need not be there."""
+    place = next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), Path("/"))
+    if size > (free := shutil.disk_usage(place).free):
+        lacking = f"{show_bytes(size)}, and its disk has {show_bytes(free)} left; free {show_bytes(size - free)}"
+        raise LolcatsError(f"{folder} needs {lacking}, or {otherwise}")
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 from families import FAMILIES
 from lolcats import LolcatsError
-from lolcats.models.block import Part, decoder_layers, load_block
+from lolcats.models.block import Part, load_block
 from lolcats.models.block_check import check_blocks
+from lolcats.models.layers import decoder_layers
 from lolcats.models.quantization import keep_differentiable, quantization_config
 from lolcats.models.source_files import source_digest
 

@@ -246,7 +246,7 @@ def test_other_weights_are_refused(make: Make, teacher: Path, tmp_path: Path) ->
 def test_too_small_a_disk_is_told_before_anything_is_paid_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config, usage = make("transfer.blocks.size=1", "transfer.blocks.folder=/tmp"), shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage._replace(free=70_000))
-    with pytest.raises(LolcatsError, match=r"hidden states need .* in /tmp/try"):
+    with pytest.raises(LolcatsError, match=r"/tmp/try needs .*; free .*, or name another folder"):
         run_blocks(config, "prepare")
     assert not (RunFolder.of(config).path / "blocks" / "prepared.json").exists()
     run_blocks(make("transfer.blocks.size=1", "transfer.blocks.hidden=recompute"), "prepare")

@@ -245,7 +245,7 @@ def test_what_cannot_be(
         config(kl_factor=0.0, cross_entropy_factor=1.0)
     with pytest.raises(ValueError, match=r"the teacher reads in all processes at once.*set recall.share to 0"):
         config(sharding={"enabled": True}, recall={"share": 0.1})
-    monkeypatch.setattr("lolcats.models.shards.shutil.disk_usage", lambda place: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("lolcats.files.shutil.disk_usage", lambda place: type("Usage", (), {"free": 100}))
     with pytest.raises(LolcatsError, match=r"teacher_logits.* needs .* and its disk has 100 bytes left"):
         finetune_lora(make_student(window=4), training_data, config())
     monkeypatch.undo()

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import (
 from lolcats.errors import LolcatsError
 from lolcats.models.config import read_model_config
 from lolcats.models.empty import empty_model
+from lolcats.models.layers import decoder_layers
 from lolcats.models.quantization import Quantization, keep_differentiable, quantization_config
 from lolcats.models.teacher import explained
 from lolcats.models.weights import check_complete, check_finite
@@ -113,27 +114,6 @@ class _Blank(nn.Module):
 
     def forward(self, input_ids: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return torch.zeros((), dtype=self.dtype, device=input_ids.device).expand(*input_ids.shape, self.width)
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers of a causal language model.
-
-    Raises:
-        LolcatsError: there is no list of as many modules as the model has layers.
-    """
-    count = number_of_layers(cast(PreTrainedModel, model).config)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise LolcatsError(
-            f"{type(model).__name__} cannot be trained block by block: expected a list of its {count} decoder layers; "
-            "set transfer.blocks.size to null"
-        )
-    return min(lists, key=lambda found: found[0].count("."))
-
-
-def number_of_layers(config: PretrainedConfig) -> int:
-    """Decoder layers of a model."""
-    return int(cast(Any, config.get_text_config(decoder=True)).num_hidden_layers)
 
 
 def load_block(

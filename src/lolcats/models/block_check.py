@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.models.block import Block, Part, decoder_layers
+from lolcats.models.block import Block, Part
 from lolcats.models.empty import empty_model
+from lolcats.models.layers import decoder_layers
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,

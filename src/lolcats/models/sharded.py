@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.models.layers import decoder_layers
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -99,18 +100,6 @@ def own_rows(whole: Tensor, shard: Tensor) -> Tensor:
     return whole[min(rows, rank * height) : min(rows, (rank + 1) * height)]
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of a model.
-
-    Raises:
-        LolcatsError: it has no list of layers.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise LolcatsError(f"{type(model).__name__} has no list of decoder layers that could be sharded")
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
-
-
 def empty_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Take the weights out of a model, by name, so that what is left can be sent to other processes.
 
@@ -187,7 +176,7 @@ def _parts(model: PreTrainedModel, trained: bool) -> tuple[list[nn.Module], list
     """
     head, decoder = model.get_output_embeddings(), cast(nn.Module, model.base_model)
     tied = isinstance(head, nn.Module) and bool({*head.parameters()} & {*decoder.parameters()})
-    layers = decoder_layers(model)
+    layers = list(decoder_layers(model)[1])
     if trained and not tied and isinstance(head, nn.Module):
         return [*layers, head, decoder], []
     return [*layers, decoder], [decoder]

@@ -7,7 +7,6 @@ and their bytes one after the other, so a file can as well be written while its 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lolcats.errors import LolcatsError
+from lolcats.files import check_room
 from lolcats.models.weights import all_finite
-from lolcats.printable import show_bytes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -149,16 +148,6 @@ def split_into_shards(entries: dict[str, Entry], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         size += entry.size
     return shards
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raise LolcatsError where a folder's disk has not the room for `size` bytes; its parents need not be there."""
-    place = next((p for p in (folder, *folder.resolve().parents) if p.is_dir()), Path("/"))
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise LolcatsError(
-            f"{folder} needs {show_bytes(size)}, and its disk has {show_bytes(free)} left; free some, or choose another"
-        )
 
 
 def write_shards(folder: Path, entries: dict[str, Entry], limit: int = SHARD_BYTES) -> list[Path]:

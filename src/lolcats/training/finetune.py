@@ -24,7 +24,8 @@ from lolcats.modeling import attention_mode, linearized_layers
 from lolcats.modeling.attention import FULL, added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.old_names import in_old_order, old_name
-from lolcats.models.sharded import decoder_layers, is_sharded, whole_tensor
+from lolcats.models.layers import decoder_layers
+from lolcats.models.sharded import is_sharded, whole_tensor
 from lolcats.training.batches import Batch
 from lolcats.training.identity import layer_settings
 from lolcats.training.lora import add_lora, check_lora
@@ -248,7 +249,7 @@ class FinetuneStage:
             stack.enter_context(self._autocast_casts())
             stack.enter_context(attention_mode(self.model, self.mode))
             if self.config.gradient_checkpointing:
-                stack.enter_context(recomputing(decoder_layers(self.model)))
+                stack.enter_context(recomputing(list(decoder_layers(self.model)[1])))
             yield
 
     @contextmanager

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from lolcats.config import FinetuneConfig
 from lolcats.errors import LolcatsError
-from lolcats.models.sharded import check_torch, decoder_layers, empty_weights, shard
+from lolcats.models.layers import decoder_layers
+from lolcats.models.sharded import check_torch, empty_weights, shard
 from lolcats.training.parallel import from_main_process
 
 Loaded = tuple[PreTrainedModel, Any]

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from lolcats.config import FinetuneConfig, OptimConfig
 from lolcats.data import PackedDataset
-from lolcats.models.shards import check_room
+from lolcats.files import check_room
 from lolcats.printable import show_bytes
 from lolcats.training.batches import make_batch, step_rows
 from lolcats.training.parallel import from_main_process

@@ -11,9 +11,10 @@ from transformers import PretrainedConfig
 
 from lolcats.config import RunConfig, TransferConfig
 from lolcats.errors import LolcatsError
-from lolcats.models.block import Part, number_of_layers
+from lolcats.models.block import Part
 from lolcats.models.empty import model_config
 from lolcats.models.folder import check_place, expand, expand_model, gguf_file
+from lolcats.models.layers import number_of_layers
 from lolcats.models.teacher import explained
 from lolcats.runs.folder import RunFolder
 from lolcats.training.blocks.store import disk_bytes

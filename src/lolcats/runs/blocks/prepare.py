@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lolcats.files import write_json
+from lolcats.files import check_room, write_json
 from lolcats.modeling import check_model, convert
 from lolcats.modeling.attention import linearized_layers
 from lolcats.modeling.budget import SplitSearch, check_gradients, label_gradient, watched
@@ -20,7 +20,6 @@ from lolcats.printable import show_bytes
 from lolcats.runs.blocks.plan import hidden_bytes
 from lolcats.runs.blocks.work import Work, fixed_settings, own_layers, own_tensors, prepared, with_found_split
 from lolcats.runs.state import start_batch
-from lolcats.training.blocks.store import check_disk
 from lolcats.training.checkpoint import save_tensors
 
 
@@ -77,7 +76,8 @@ def check_disk_need(work: Work, at_once: int) -> None:
     one = Part(0, work.plan.size)
     work.say(f"stage 1 by {work.plan.count} blocks of {one.last} layers, up to {at_once} at once; hidden states take "
              f"up to {show_bytes(need)} of disk in {hidden}")  # fmt: skip
-    check_disk(hidden, max(0, need - there))
+    check_room(hidden, max(0, need - there), "name another folder (transfer.blocks.folder), or let hidden states be "
+               "computed anew (transfer.blocks.hidden=recompute)")  # fmt: skip
 
 
 def _find_split(work: Work, ids: Tensor) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -23,7 +22,6 @@ from typing_extensions import Self
 
 from lolcats.errors import LolcatsError
 from lolcats.files import remove_leftovers_in
-from lolcats.printable import show_bytes
 from lolcats.training.blocks.state_file import has_states, read_states, write_states
 
 POLL = 0.05
@@ -43,25 +41,6 @@ def disk_bytes(tokens: int, d_model: int, dtype: torch.dtype, boundaries: int, v
         validation_tokens: of the validation text.
     """
     return (tokens + validation_tokens) * d_model * dtype.itemsize * boundaries
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Refuse what does not fit on the disk of a folder, which need not be there yet.
-
-    Args:
-        folder: where the hidden states will lie.
-        needed: bytes that will be written there.
-
-    Raises:
-        LolcatsError: fewer are free.
-    """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise LolcatsError(
-            f"the hidden states need {show_bytes(needed)} in {folder}, where {show_bytes(free)} are free; free "
-            f"{show_bytes(needed - free)}, or name a folder on another disk, or let them be computed anew"
-        )
 
 
 class HiddenStore:
