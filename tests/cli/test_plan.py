@@ -44,7 +44,7 @@ def test_commands_of_a_model_that_does_not_fit(cli: Run, place: Path) -> None:
     answer = cli("plan", "llama-3-70b-shape", "--recipe", "paper", *H100, "--gpus", "8")
     assert answer.code == 0, answer.err
     block, stitch, rest = answer.out.splitlines()[-3:]
-    assert block.startswith("torchrun --nproc-per-node 8 -m lolcats.cli block paper model=llama-3-70b-shape ")
+    assert block.startswith("torchrun --nproc-per-node 8 -m lolcats block paper model=llama-3-70b-shape ")
     assert "transfer.blocks.size=10" in block and stitch.endswith("--stitch")
     assert rest.startswith("torchrun") and "finetune.sharding.enabled=true" in rest and rest.endswith("--resume")
 

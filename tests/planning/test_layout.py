@@ -142,7 +142,7 @@ def test_commands_say_what_differs_from_the_settings() -> None:
     ]
     assert lines(paper(), Layout(rows=8), Layout(8, 1, shard=True)) == [
         "lolcats linearize m finetune.micro_batch_size=1 finetune.sharding.enabled=true --until transfer",
-        "torchrun --nproc-per-node 8 -m lolcats.cli linearize m finetune.micro_batch_size=1 "
+        "torchrun --nproc-per-node 8 -m lolcats linearize m finetune.micro_batch_size=1 "
         "finetune.sharding.enabled=true --resume",
     ]
     prepare, one, stitch, rest = lines(paper(), Layout(16, 8, block=5, hidden="store"), Layout(16, 1))

@@ -74,4 +74,4 @@ def _line(verb: str, words: Sequence[str], layout: Layout) -> str:
         return f"lolcats {verb} {said}"
     hosts = -(-layout.ranks // GPUS_A_HOST)
     nodes = "" if hosts == 1 else f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
-    return f"torchrun {nodes}--nproc-per-node {min(layout.ranks, GPUS_A_HOST)} -m lolcats.cli {verb} {said}"
+    return f"torchrun {nodes}--nproc-per-node {min(layout.ranks, GPUS_A_HOST)} -m lolcats {verb} {said}"
