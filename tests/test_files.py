@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from killing import ENVIRONMENT, KILLED, kill_while_writing
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file, atomic_folder, check_room, hold, remove_leftovers_in, write_text
 from lolcats.runs.folder import RunFolder
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import bare
-from lolcats.files import atomic_file, atomic_folder
-place = Path(sys.argv[1])
-with (atomic_folder if sys.argv[2] == "folder" else atomic_file)(place) as temporary:
-    ((temporary / "half") if sys.argv[2] == "folder" else temporary).write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-TESTS = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
-
 
 def names(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir())
-
-
-def kill_while_writing(place: Path, kind: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(place), kind], env=ENVIRONMENT)
-    assert done.returncode == -signal.SIGKILL
 
 
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:

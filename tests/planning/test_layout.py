@@ -7,20 +7,15 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from lolcats import load_config
 from lolcats.config import RunConfig
 from lolcats.errors import LolcatsError
-from lolcats.models.shapes import config_of
 from lolcats.planning import GPUS, Machine, choose_machine, commands
-from lolcats.planning.disk import stored_states
 from lolcats.planning.layout import Choice, choose
 from lolcats.planning.memory import finetune_memory, transfer_memory
 from lolcats.planning.shapes import ModelShape, linearized, read_model, shape_of
 from lolcats.planning.stages import Layout, StagePlan, finetune_plan, transfer_plan
-from lolcats.runs.blocks.plan import Plan
-from lolcats.runs.blocks.plan import hidden_bytes as stored_by_blocks
 
 LARGE = "llama-3-70b-shape"
 
@@ -69,7 +64,9 @@ def test_70b_on_one_gpu_and_on_eight() -> None:
 
 def test_a_block_that_is_given_is_kept() -> None:
     assert chosen(8, "transfer.blocks.size=5")["transfer"].plan.layout.block == 5
-    with pytest.raises(LolcatsError, match=r"blocks of 7 layers do not divide the model's 80; expected one of 80, 40,"):
+    with pytest.raises(
+        LolcatsError, match=r"blocks.size 7 does not divide the 80 layers of the model; expected one of 1, 2, 4,"
+    ):
         chosen(8, "transfer.blocks.size=7")
 
 
@@ -89,17 +86,6 @@ def test_a_step_in_blocks_does_the_work_of_a_joint_one() -> None:
     assert blocks.memory.weights < joint.memory.weights / 7
     beside = transfer_plan(shape(), paper(), machine, Layout(ranks=8, rows=8, block=10, hidden="store"))
     assert beside.seconds == pytest.approx(blocks.seconds / 8, rel=0.01)
-
-
-@pytest.mark.parametrize("ranks", [1, 3, 16])
-def test_disk_of_hidden_states_is_that_which_blocks_ask_for(ranks: int) -> None:
-    """One definition: what `lolcats block` refuses a disk by."""
-    for words in ((), ("transfer.blocks.keep=true",), ("transfer.blocks.dtype=float32",)):
-        config = paper("transfer.blocks.size=5", *words)
-        asked = stored_by_blocks(
-            config, Plan(80, 5), config_of(LARGE), torch.bfloat16, config.data.validation_sequences, ranks
-        )
-        assert stored_states(config, 8192, 16, ranks) == asked
 
 
 def test_what_sharding_and_checkpointing_save() -> None:

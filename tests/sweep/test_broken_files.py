@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from killing import kill_while_writing
 from lolcats import LolcatsError
 from lolcats.cli.sweep_tables import print_results
 from lolcats.config import dump_config
@@ -21,6 +22,14 @@ from lolcats.sweep.measure import Measured
 from lolcats.sweep.runner import hold_folder
 
 NONSENSE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"runs": 3}', b'{"runs": [1]}']
+
+
+def test_a_sweep_that_was_killed_before_it_was_written_is_begun_again(make_sweep: Callable[..., Sweep]) -> None:
+    sweep = make_sweep(grid={"seed": [0]})
+    sweep.folder.mkdir(parents=True)
+    kill_while_writing(sweep.folder / "sweep.yaml", "file")
+    assert any(sweep.folder.iterdir())
+    check_runs(sweep)
 
 
 @pytest.mark.parametrize("content", NONSENSE, ids=lambda content: str(content[:12]))

@@ -155,7 +155,8 @@ class BlendMixer(Mixer):
             call = rows_of(call, texts)
             q, k = texts.take(q), texts.take(k)
             sink_q = None if sink_q is None else texts.take(sink_q)
-        out, new = self._rows(call, q, k, texts and texts.lengths, state, keep, mode, slots, sink_q, ready)
+        lengths = None if texts is None else texts.lengths
+        out, new = self._rows(call, q, k, lengths, state, keep, mode, slots, sink_q, ready)
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -167,16 +168,14 @@ class BlendMixer(Mixer):
         slots: Tensor | None, sink_q: Tensor | None, ready: Prepared | None,
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
         """A text in each row, padding on the right only; q and k are the far half's, `sink_q` of `capped_queries`."""
+        near, far = (None, None) if state is None else state
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
-            return self.far(q, k, call.v, call.hidden, call.padding, None if state is None else state.far, False)[
-                0
-            ], None
+            return self.far(q, k, call.v, call.hidden, call.padding, far, False)[0], None
         if (score := None if ready is None else ready.score) is None:
             score = self._scores(call, k, state, mode, slots)
         if sink_q is not None and call.reach is not None:
             beyond = positions_of(call, state, slots) >= call.reach.tokens
             sink_q = torch.where(beyond[:, None, :, None], sink_q, call.q)
-        near, far = (None, None) if state is None else state
         y, near = near_of_call(
             self.groups, call, near, ready, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
             impl=self.near_impl, sink_q=sink_q,
@@ -261,8 +260,7 @@ class BlendMixer(Mixer):
         rows, k = (call, k) if texts is None else (rows_of(call, texts), texts.take(k))
         score, until = self._scores(rows, k, None, "full", None), None
         if score is not None:
-            lengths = None if texts is None else texts.lengths
-            until = kept_until_of(self.groups, rows, score, lengths)
+            until = kept_until_of(self.groups, rows, score, None if texts is None else texts.lengths)
         teacher = far_attention(rows, self.groups, until)
         if texts is not None:
             teacher = teacher.put_back(texts, call.q.shape[2])
@@ -278,8 +276,7 @@ class BlendMixer(Mixer):
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlendState:
         """See `Mixer.empty_state`."""
         near = empty_near(self.groups, self.sizes, rows, dtype, device, self.bits)
-        far = None if self.far is None else self.far.empty_state(rows, dtype, device)
-        return BlendState(near, far)
+        return BlendState(near, None if self.far is None else self.far.empty_state(rows, dtype, device))
 
     @torch.no_grad()
     def start(self, call: Call, teacher: Tensor) -> None:

@@ -57,8 +57,7 @@ def commands(target: Sequence[str], config: RunConfig, chosen: Mapping[str, Choi
 def _block_lines(words: list[str], layout: Layout) -> list[str]:
     """Side by side on one host, or as jobs that a cluster starts."""
     if layout.ranks <= GPUS_A_HOST:
-        lines = [_line("block", words, layout)]
-        return lines if layout.ranks == 1 else [*lines, _line("block", [*words, "--stitch"], Layout())]
+        return [_line("block", words, layout)]  # which also puts them together
     target, *settings = words
     one = _line("block", [target, "N", *settings], Layout())
     return [

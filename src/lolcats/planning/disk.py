@@ -11,6 +11,7 @@ from lolcats.config import RunConfig
 from lolcats.modeling.attention import added_parameters, measured_buffers
 from lolcats.models.device import choose_device, choose_dtype
 from lolcats.planning.shapes import linearized
+from lolcats.runs.blocks.plan import stored_bytes
 from lolcats.training.blocks.store import disk_bytes as disk_bytes_of_states
 from lolcats.training.lora import lora_targets
 
@@ -69,18 +70,17 @@ def run_bytes(model: PreTrainedModel, config: RunConfig, width: int | None = Non
     return RunBytes(weights * width + left, 4 * (ADAMW + 1) * (trained + tuned) + left, control)
 
 
-def hidden_bytes(config: RunConfig, tokens: int, hidden: int, boundaries: int = 1) -> int:
-    """Of the hidden states [tokens, hidden] that blocks of layers hand on, at so many boundaries."""
-    dtype = getattr(torch, config.transfer.blocks.dtype or config.dtype.replace("auto", "bfloat16"))
-    return disk_bytes_of_states(tokens, hidden, dtype, boundaries)
+def hidden_bytes(config: RunConfig, tokens: int, hidden: int) -> int:
+    """Of the hidden states [tokens, hidden] at one boundary between blocks of layers."""
+    dtype = _dtype(config) if config.transfer.blocks.dtype is None else getattr(torch, config.transfer.blocks.dtype)
+    return disk_bytes_of_states(tokens, hidden, dtype, 1)
 
 
 def stored_states(config: RunConfig, hidden: int, blocks: int, at_once: int) -> int:
-    """Bytes of disk that the hidden states of a stage 1 in blocks take at most, validation included.
+    """Bytes of disk that `lolcats block` will ask for."""
+    return stored_bytes(config, blocks, hidden, _dtype(config), config.data.validation_sequences, at_once)
 
-    Each is deleted when it has been used, so there are those behind the blocks that are trained, and one more.
-    """
-    length, stage = config.data.sequence_length, config.transfer
-    tokens = stage.steps(length) * stage.batch_size * length + config.data.validation_sequences * length
-    kept = blocks - 1 if stage.blocks.keep else min(blocks - 1, at_once + 1)
-    return hidden_bytes(config, tokens, hidden, kept)
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    """Of the weights on a GPU."""
+    return getattr(torch, config.dtype.replace("auto", "bfloat16"))

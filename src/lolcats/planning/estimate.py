@@ -130,7 +130,9 @@ def speed_as_set(teacher: PreTrainedModel, config: RunConfig, machine: Machine) 
     for stage, plan_of in (("transfer", transfer_plan), ("finetune", finetune_plan)):
         own = getattr(config, stage)
         if own.enabled:
-            layout = Layout(rows=own.micro_batch_size or own.batch_size, quantization=config.quantization)
+            again = stage == "finetune" and config.finetune.gradient_checkpointing
+            rows = own.micro_batch_size or own.batch_size
+            layout = Layout(rows=rows, quantization=config.quantization, checkpointing=again)
             plan = plan_of(shape, config, machine, layout)
             found[stage] = plan.tokens / plan.seconds
     return found

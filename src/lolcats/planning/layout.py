@@ -12,11 +12,10 @@ from lolcats.planning.shapes import ModelShape
 from lolcats.planning.stages import (
     Layout,
     StagePlan,
-    block_sizes,
-    check_block,
     finetune_plan,
     transfer_plan,
 )
+from lolcats.runs.blocks.plan import block_sizes, cut_layers
 
 SLACK = 1.05
 """A plainer layout is taken where it takes no longer than this times the fastest."""
@@ -43,7 +42,7 @@ def choose(model: ModelShape, config: RunConfig, machine: Machine) -> dict[str, 
     """
     block = config.transfer.blocks.size
     if block is not None:
-        check_block(block, len(model.layers))
+        cut_layers(len(model.layers), block)
     kinds = ["none", "4bit"] if config.quantization == "none" else [config.quantization]
     if config.finetune.enabled and config.finetune.method == "full":
         kinds = ["none"]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lolcats.config import OptimConfig, RunConfig
-from lolcats.errors import LolcatsError
 from lolcats.planning.disk import hidden_bytes, stored_states
 from lolcats.planning.flops import finetune_step, optimizer_step, teacher_step, transfer_step
 from lolcats.planning.hardware import GIB, GPUS_A_HOST, HOST_MEMORY, Machine
@@ -75,22 +74,6 @@ class StagePlan:
         return max(self.memory.needed() - machine.gpu.memory, host)
 
 
-def check_block(size: int, layers: int) -> None:
-    """Refuse blocks of which the last would be smaller.
-
-    Raises:
-        LolcatsError: the message names the sizes that there are.
-    """
-    if size not in (sizes := block_sizes(layers)):
-        raise LolcatsError(f"blocks of {size} layers do not divide the model's {layers}; expected one of "
-                           f"{', '.join(map(str, sizes))}")  # fmt: skip
-
-
-def block_sizes(layers: int) -> list[int]:
-    """Sizes of blocks that divide so many layers, the largest first."""
-    return [size for size in range(layers, 0, -1) if layers % size == 0]
-
-
 def transfer_plan(model: ModelShape, config: RunConfig, machine: Machine, layout: Layout) -> StagePlan:
     """Stage 1."""
     stage = config.transfer
@@ -101,7 +84,7 @@ def transfer_plan(model: ModelShape, config: RunConfig, machine: Machine, layout
     micro = _micro_steps(stage, layout)
     once = [*transfer_step(model, config, layout.rows), *_unpacking(model, layout, passes=1)]
     last = optimizer_step(model.added, len(model.layers))
-    graph = stage.cuda_graph
+    graph = stage.records_steps
     seconds = steps * (micro * seconds_of(once, machine.gpu, graph) + seconds_of(last, machine.gpu, graph))
     memory = transfer_memory(model, config, layout.rows, layout.quantization)
     return StagePlan(layout, memory, tokens, _flops(once, layout.rows, config) * tokens, seconds, gpus=layout.ranks)
@@ -125,8 +108,8 @@ def _blocks_plan(
         if key not in known:
             once = _block_step(model, config, layout, block)
             last = optimizer_step(sum(layer.added for layer in model.layers[block]), layout.block)
-            graph = config.transfer.cuda_graph
-            step = micro * seconds_of(once, machine.gpu, graph) + seconds_of(last, machine.gpu, graph)
+            # Blocks are not recorded: a recording could neither wait for hidden states nor hand them on.
+            step = micro * seconds_of(once, machine.gpu, False) + seconds_of(last, machine.gpu, False)
             a_token, held = _flops(once, layout.rows, config), _block_memory(model, config, layout, block)
             known[key] = steps * max(step, moved), a_token * tokens, held
         seconds.append(known[key][0])
@@ -164,7 +147,8 @@ def finetune_plan(model: ModelShape, config: RunConfig, machine: Machine, layout
     once += _unpacking(model, layout, passes)
     trained = trained_numbers(model, config)
     spread = layout.shard or layout.offload
-    graph = stage.cuda_graph and not spread and not layout.checkpointing
+    recorded = stage.model_copy(update={"gradient_checkpointing": layout.checkpointing}).records_steps
+    graph = recorded and not spread
     compute = max(seconds_of(once, gpu, graph), passes * _weights_move(model, config, machine, layout))
     last = seconds_of(optimizer_step(trained // (layout.ranks if spread else 1), len(model.layers) * 7), gpu, graph)
     last += 0.0 if layout.ranks == 1 else 2 * 4 * trained / _between(machine, layout)

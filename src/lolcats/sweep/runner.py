@@ -15,7 +15,7 @@ from rich.console import Console
 from lolcats.config import flat, load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness.run import load_benchmarks, require_lm_eval
-from lolcats.files import hold, write_text
+from lolcats.files import hold, remove_leftovers, write_text
 from lolcats.models.context import check_context
 from lolcats.models.empty import known_model
 from lolcats.silence import quiet
@@ -166,6 +166,7 @@ def check_runs(sweep: Sweep, replaced: Sequence[SweepRun] = ()) -> None:
         LolcatsError: which runs differ, in what, and what to do.
     """
     folder = sweep.folder
+    remove_leftovers(folder / SWEEP_FILE)  # of a process that was killed before it had written what makes it a sweep
     if folder.exists() and any(folder.iterdir()) and not (folder / SWEEP_FILE).exists():
         raise LolcatsError(f"{folder} is not empty and is not a sweep of lolcats; choose another name=...")
     kept = [run for run in sweep.runs if run not in replaced and run.folder.config_file.exists()]

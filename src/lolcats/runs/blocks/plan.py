@@ -64,15 +64,27 @@ def plan_of(config: TransferConfig, model: PretrainedConfig) -> Plan:
     Raises:
         LolcatsError: none, or of a size that does not divide the layers.
     """
-    layers, size = number_of_layers(model), config.blocks.size
-    if size is None:
+    if config.blocks.size is None:
         raise LolcatsError("transfer.blocks.size is null: all layers are trained together by lolcats linearize; set it "
                            "to the layers of a block")  # fmt: skip
-    if layers % size:
-        divisors = ", ".join(str(k) for k in range(1, layers + 1) if layers % k == 0)
+    return cut_layers(number_of_layers(model), config.blocks.size)
+
+
+def cut_layers(layers: int, size: int) -> Plan:
+    """Blocks of `size` layers.
+
+    Raises:
+        LolcatsError: the last would be smaller; the message names the sizes that there are.
+    """
+    if size not in (sizes := block_sizes(layers)):
         raise LolcatsError(f"transfer.blocks.size {size} does not divide the {layers} layers of the model; expected "
-                           f"one of {divisors}")  # fmt: skip
+                           f"one of {', '.join(map(str, reversed(sizes)))}")  # fmt: skip
     return Plan(layers, size)
+
+
+def block_sizes(layers: int) -> list[int]:
+    """Sizes of blocks that divide so many layers, the largest first."""
+    return [size for size in range(layers, 0, -1) if layers % size == 0]
 
 
 def check_plan(config: RunConfig, ranks: int = 1) -> None:
@@ -131,21 +143,35 @@ class Places:
 
 def hidden_bytes(config: RunConfig, plan: Plan, model: PretrainedConfig, dtype: torch.dtype, validation: int,
                  at_once: int) -> int:  # fmt: skip
-    """Bytes of disk that hidden states take at most.
+    """Bytes of disk that hidden states take at most; see `stored_bytes`.
+
+    Args:
+        plan: the blocks of the run.
+        model: whose hidden states they are.
+        validation: sequences of validation data.
+    """
+    if config.transfer.blocks.hidden == "recompute":
+        return 0
+    text: Any = model.get_text_config(decoder=True)
+    return stored_bytes(config, plan.count, text.hidden_size, dtype, validation, at_once)
+
+
+def stored_bytes(config: RunConfig, blocks: int, hidden_size: int, dtype: torch.dtype, validation: int,
+                 at_once: int) -> int:  # fmt: skip
+    """Bytes of disk that hidden states take at most where they are stored.
+
+    Each is deleted when it has been used, so there are those behind the blocks that are trained, and one more.
 
     Args:
         config: of the run.
-        plan: its blocks.
-        model: whose hidden states they are.
-        dtype: of its weights.
+        blocks: how many there are.
+        hidden_size: numbers of a token.
+        dtype: of the weights.
         validation: sequences of validation data.
         at_once: blocks that are trained at the same time.
     """
     settings, length = config.transfer, config.data.sequence_length
-    if settings.blocks.hidden == "recompute":
-        return 0
-    text: Any = model.get_text_config(decoder=True)
     stored = dtype if settings.blocks.dtype is None else getattr(torch, settings.blocks.dtype)
-    boundaries = plan.count - 1 if settings.blocks.keep else min(plan.count - 1, at_once + 1)
+    boundaries = blocks - 1 if settings.blocks.keep else min(blocks - 1, at_once + 1)
     tokens = settings.steps(length) * settings.batch_size * length
-    return disk_bytes(tokens, text.hidden_size, stored, boundaries, validation * length)
+    return disk_bytes(tokens, hidden_size, stored, boundaries, validation * length)

@@ -24,14 +24,10 @@ from torch import Tensor
 
 from lolcats.errors import LolcatsError
 from lolcats.files import atomic_file
+from lolcats.models.shards import DTYPES, NAMES
 from lolcats.printable import reason, shorten
 
 FORMAT = "lolcats-hidden-states-1"
-TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""Name of a number format in safetensors -> in torch."""
 PIECE = 1 << 20
 """Bytes that are read and then summed while they are in the processor's cache."""
 OTHER = {"model": "of another model", "data": "of other data", "settings": "made with other settings"}
@@ -48,8 +44,7 @@ def write_states(path: Path, key: str, identity: Mapping[str, Any], tensors: Map
     Raises:
         LolcatsError: the disk is full, or the place cannot be written.
     """
-    names = {kind: name for name, kind in TYPES.items()}
-    held = {name: [names[t.dtype], list(t.shape), _crc(t)] for name, t in tensors.items()}
+    held = {name: [NAMES[t.dtype], list(t.shape), _crc(t)] for name, t in tensors.items()}
     content = json.dumps({"key": key, "identity": identity, "tensors": held}, sort_keys=True)
     with atomic_file(path, apart=True) as temporary:
         save_file(dict(tensors), temporary, metadata={FORMAT: f"{zlib.crc32(content.encode())} {content}"})
@@ -129,7 +124,7 @@ def _parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _read_tensor(file: BinaryIO, name: str, kind: str, shape: list[int], crc: int, place: int) -> Tensor:
-    tensor = torch.empty(shape, dtype=TYPES[kind])
+    tensor = torch.empty(shape, dtype=DTYPES[kind])
     view, found = memoryview(_bytes(tensor)), 0  # type: ignore[arg-type]  # numpy arrays are buffers
     file.seek(place)
     while len(view):
@@ -161,7 +156,7 @@ def _crc(tensor: Tensor) -> int:
 
 
 def _bytes_of(kind: str, shape: list[int]) -> int:
-    return math.prod(shape) * TYPES[kind].itemsize
+    return math.prod(shape) * DTYPES[kind].itemsize
 
 
 def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
