@@ -79,13 +79,18 @@ def variables(place: Path) -> Iterator[dict[str, str]]:
     server.kill()
 
 
-@pytest.mark.slow
-def test_a_queue_does_a_whole_run(place: Path, variables: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def queue(place: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A whole run by the jobs of a queue."""
     command = ["bash", EXAMPLES / "slurm" / "submit.sh", "slurm.yaml", str(BLOCKS), "finetune.lr=0.001"]
-    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_queue_does_a_whole_run(place: Path, queue: subprocess.CompletedProcess[str]) -> None:
     logs = "".join(file.read_text() for file in sorted(place.glob("job-*.log")))
-    assert not done.returncode, done.stderr + logs
-    assert done.stdout.split() == ["prepare", "1,", "blocks", "2,", "stitch", "3,", "stage", "2", "4"]
+    assert not queue.returncode, queue.stderr + logs
+    assert queue.stdout.split() == ["prepare", "1,", "blocks", "2,", "stitch", "3,", "stage", "2", "4"]
     queued = (place / "queued").read_text().splitlines()
     assert [re.findall(r"--(?:dependency|array)=\S+|\w+\.sbatch", line) for line in queued] == [
         ["prepare.sbatch"],
@@ -98,6 +103,7 @@ def test_a_queue_does_a_whole_run(place: Path, variables: dict[str, str]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("queue")
 def test_two_nodes_do_a_whole_run(place: Path, variables: dict[str, str]) -> None:
     """Two launchers, which find each other, with a process each."""
     with socket.socket() as free:
