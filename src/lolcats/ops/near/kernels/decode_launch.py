@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -90,57 +91,86 @@ def decode_step(
     Returns:
         The output [B, H, 1, Dv].
     """
-    (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
-    spec, ring = parts[0].spec, parts[0].state.ring
-    if codec is not None:
-        dv = codec.value_size(dv)
-        if not mapped:
-            q = codec.map_queries(q)
-            sink_q = None if sink_q is None else codec.map_queries(sink_q)
-    group, pairs = heads // kv_heads, max(part.spec.pairs for part in parts)
+    dv = v.shape[3] if codec is None else codec.value_size(v.shape[3])
+    if codec is not None and not mapped:
+        q = codec.map_queries(q)
+        sink_q = None if sink_q is None else codec.map_queries(sink_q)
     q, k, v = (x if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 else _own(x) for x in (q, k, v))
     make = torch.empty if active is None and state_indices is None else torch.zeros
-    out = make(batch, heads, 1, dv, dtype=q.dtype, device=q.device)
+    out = make(*q.shape[:3], dv, dtype=q.dtype, device=q.device)
     score = None if score is None else score.float().contiguous()
     # `active` is often a column of a wide mask.
     active, indices = (None if x is None else x.contiguous() for x in (active, state_indices))
     sink_q = None if sink_q is None else sink_q.to(q.dtype).contiguous()
-    part, splits = _cut(parts, batch)
-    found = {"dtype": torch.float32, "device": q.device}
-    sums, tops = (torch.empty(batch * kv_heads * splits * group, n, **found) for n in (dv, 2))
-    changes = torch.empty(batch * kv_heads, 3, dtype=torch.int32, device=q.device)
-    wide_dv, of_table = max(SMALLEST, padded(dv)), head_table(parts, q.device)
-    aligned, codes = codec is None and _aligned(parts), _by_codes(codec, q, dv)
-    levels = dv.bit_length() - 1 if codec is not None and dv == wide_dv else 0
-    both = {
-        "KV_HEADS": kv_heads, "GROUP": group, "DV": dv, "BV": wide_dv, "WK": k.shape[3], "WV": v.shape[3],
-        "KIND": KINDS[ring.k.dtype], "SINKS": spec.sinks, "HAS_PAIRS": pairs > 0, "HAS_ACTIVE": active is not None,
-        "HAS_INDICES": indices is not None, "K": KEYS,
-    }  # fmt: skip
-    flags = {name: both[name] for name in ("KV_HEADS", "SINKS", "HAS_PAIRS", "HAS_ACTIVE", "HAS_INDICES", "K")}
-    few = triton.next_power_of_2(group)
+    mixes = codec is not None and dv == _wide(dv)  # a size that the last kernel can mix back by itself
     with device_of(v):
-        on(near_begin, (batch, kv_heads))(
-            either(active, q), either(indices, q), of_table, changes, BP=padded(pairs), **flags, num_warps=2
-        )
-        on(near_decode, (batch, kv_heads, splits))(
-            q, k, v, either(sink_q, q), either(active, q), either(indices, q), of_table, sums, tops, changes,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), spec.reach or 0,
-            spec.product_scale(size), part, splits, BG=max(FEW_QUERIES, few) if codes else padded(group), D=size,
-            BD=max(SMALLEST, padded(size)),
-            BITS=16 if codec is None else codec.bits, WIDE=0 if codec is None else codec.wide(size),
-            BS=padded(spec.sinks), SOFTCAP=float(spec.softcap or 0.0), HAS_SINK_Q=sink_q is not None,
-            HAS_REACH=spec.reach is not None, PRECISION=precision(q.dtype), ALIGNED=aligned,
-            STAGES=3 if aligned and q.element_size() == 2 else 1, CODES=codes,
-            num_warps=FEW_WARPS if codes or (size > 64 and part > 1) else WARPS, **both,
-        )  # fmt: skip
-        on(near_finish, (batch, kv_heads))(
-            k, v, either(score, tops), either(sink_logits, q), either(active, q), either(indices, q), of_table, sums,
-            tops, changes, out, k.stride(0), k.stride(1), v.stride(0), v.stride(1), part, splits, BG=few,
-            BWK=padded(k.shape[3]), BWV=padded(v.shape[3]), LEARNED=sink_logits is not None, LEVELS=levels,
-            FACTOR=dv**-0.5, J=max(1, min(JOINED, 4096 // (few * wide_dv))), num_warps=4, **both,
-        )  # fmt: skip
-    return out if codec is None or levels else spread(out.float()).to(out.dtype)
+        _launch(_Step(q, k, v, score, active, indices, sink_q, sink_logits, out), parts, codec, mixes)
+    return out if codec is None or mixes else spread(out.float()).to(out.dtype)
+
+
+class _Step(NamedTuple):
+    """What the kernels read of a token, ready for them, and where the output goes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    score: Tensor | None
+    active: Tensor | None
+    indices: Tensor | None
+    sink_q: Tensor | None
+    sink_logits: Tensor | None
+    out: Tensor
+
+
+def _launch(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, mixes: bool) -> None:
+    """The three kernels, see `decode.py`."""
+    (batch, heads, _, size), kv_heads, dv = x.q.shape, x.k.shape[1], x.out.shape[3]
+    spec, group = parts[0].spec, heads // kv_heads
+    part, splits = _cut(parts, batch)
+    sums, tops = (x.q.new_empty(batch * kv_heads * splits * group, n, dtype=torch.float32) for n in (dv, 2))
+    changes = x.q.new_empty(batch * kv_heads, 3, dtype=torch.int32)
+    table = head_table(parts, x.q.device)
+    rows, few = (either(x.active, x.q), either(x.indices, x.q), table), triton.next_power_of_2(group)
+    strides = x.k.stride(0), x.k.stride(1), x.v.stride(0), x.v.stride(1)
+    flags = {
+        "KV_HEADS": kv_heads, "SINKS": spec.sinks, "HAS_PAIRS": any(part.spec.pairs for part in parts),
+        "HAS_ACTIVE": x.active is not None, "HAS_INDICES": x.indices is not None, "K": KEYS,
+    }  # fmt: skip
+    both = flags | {
+        "GROUP": group, "DV": dv, "BV": _wide(dv), "WK": x.k.shape[3], "WV": x.v.shape[3],
+        "KIND": KINDS[parts[0].state.ring.k.dtype],
+    }  # fmt: skip
+    most = padded(max(part.spec.pairs for part in parts))
+    on(near_begin, (batch, kv_heads))(*rows, changes, BP=most, **flags, num_warps=2)
+    on(near_decode, (batch, kv_heads, splits))(
+        x.q, x.k, x.v, either(x.sink_q, x.q), *rows, sums, tops, changes, x.q.stride(0), x.q.stride(1), *strides,
+        spec.reach or 0, spec.product_scale(size), part, splits, **_of_decode(x, parts, codec, part > 1), **both,
+    )  # fmt: skip
+    on(near_finish, (batch, kv_heads))(
+        x.k, x.v, either(x.score, tops), either(x.sink_logits, x.q), *rows, sums, tops, changes, x.out, *strides, part,
+        splits, BG=few, BWK=padded(x.k.shape[3]), BWV=padded(x.v.shape[3]), LEARNED=x.sink_logits is not None,
+        LEVELS=dv.bit_length() - 1 if mixes else 0, FACTOR=dv**-0.5, J=max(1, min(JOINED, 4096 // (few * _wide(dv)))),
+        num_warps=4, **both,
+    )  # fmt: skip
+
+
+def _of_decode(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, several: bool) -> dict[str, Any]:
+    """What `near_decode` is compiled for beside its sizes; `several`: a program has more than one tile."""
+    spec, size, group = parts[0].spec, x.q.shape[3], x.q.shape[1] // x.k.shape[1]
+    aligned, codes = codec is None and _aligned(parts), _by_codes(codec, x.q, x.out.shape[3])
+    return {
+        "BG": max(FEW_QUERIES, triton.next_power_of_2(group)) if codes else padded(group), "D": size, "BD": _wide(size),
+        "BITS": 16 if codec is None else codec.bits, "WIDE": 0 if codec is None else codec.wide(size),
+        "BS": padded(spec.sinks), "SOFTCAP": float(spec.softcap or 0.0), "HAS_SINK_Q": x.sink_q is not None,
+        "HAS_REACH": spec.reach is not None, "PRECISION": precision(x.q.dtype), "ALIGNED": aligned, "CODES": codes,
+        "STAGES": 3 if aligned and x.q.element_size() == 2 else 1,
+        "num_warps": FEW_WARPS if codes or (size > 64 and several) else WARPS,
+    }  # fmt: skip
+
+
+def _wide(size: int) -> int:
+    """Numbers of a head in a tile."""
+    return max(SMALLEST, padded(size))
 
 
 def _own(x: Tensor) -> Tensor:
