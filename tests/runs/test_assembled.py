@@ -118,7 +118,7 @@ def test_what_does_not_belong_together_is_refused(
             "linearization.budget=heads"]).linearization)  # fmt: skip
     nan = added | {min(added): torch.full_like(added[min(added)], float("nan"))}
     refused(r"has values that are not finite", Trained(nan))
-    with pytest.raises(LolcatsError, match=r"are packed \(GGUF\) .*write them out first"):
+    with pytest.raises(LolcatsError, match=r"are packed \(GGUF\) .*; finish it$"):
         assemble(tmp_path, "demo", layers, Trained(added))
     mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                  num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))  # fmt: skip

@@ -27,7 +27,7 @@ from lolcats.modeling.hf import is_added, mark_as_linearized
 from lolcats.modeling.install import install
 from lolcats.models.config import read_model_config
 from lolcats.models.empty import empty_model
-from lolcats.models.folder import check_files, check_place, expand_model
+from lolcats.models.folder import check_files, check_place, expand_model, gguf_file
 from lolcats.models.shards import SHARD_BYTES, Entry, entries_of, held, weight_files, write_shards
 from lolcats.models.teacher import load_tokenizer
 from lolcats.printable import reason
@@ -104,11 +104,11 @@ def teacher_folder(source: str | Path) -> Path:
         LolcatsError: there is no such teacher, or it is a GGUF file.
     """
     name = expand_model(source)
-    if name == "demo" or name.endswith(".gguf"):
+    if gguf_file(name) is not None:
         raise LolcatsError(
-            f"the weights of {name} are packed (GGUF) and cannot be read piece by piece; write them out first: "
-            "lolcats.load_teacher(NAME)[0].save_pretrained(FOLDER)"
-        )
+            f"the weights of {name} are packed (GGUF) and cannot be read piece by piece: the run has to write its "
+            "model itself; finish it", hint="finish_run",
+        )  # fmt: skip
     check_place(name)
     if not Path(name).is_dir():
         try:
