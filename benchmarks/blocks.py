@@ -6,7 +6,7 @@
 Only the layers of a block are made, with random weights and on their device; the stream in front of the first block is
 random too, and read from the disk. Side by side, each GPU trains one block, from what the one before it writes. The
 loop is that of real runs, without questions, and every block writes what it gives. Kernels are compiled in two steps
-that are not counted.
+that are not counted. A block alone is trained once more with nothing read or written, which leaves its own time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 import lolcats
 from lolcats.config import TransferConfig
@@ -74,12 +75,26 @@ def write_stream(folder: Path, order: Order, length: int, width: int) -> float:
     return held.numel() * 2 * len(order.training) / (time.perf_counter() - begun) / 1e9
 
 
-def measure(block: Block, config: TransferConfig, order: Order, folder: Path, rank: int) -> dict[str, float]:
-    """Train a block, from boundary `rank` to the next one."""
+class InMemory:
+    """The source of a stream that is on the device, the same for every batch."""
+
+    def __init__(self, order: Order, length: int, width: int) -> None:
+        self.held = torch.randn(order.size, length, width, device=order.device, dtype=torch.bfloat16)
+
+    def read(self, place: str) -> Tensor:
+        return self.held
+
+
+def measure(
+    block: Block, config: TransferConfig, order: Order, folder: Path, args: argparse.Namespace, stored: bool
+) -> dict[str, float]:
+    """Train a block, from the boundary in front of it to the next one, or from nothing `stored`."""
+    rank, width = args.rank, block.model.config.hidden_size
     accelerator = Accelerator(cpu=order.device == torch.device("cpu"))
     with ExitStack() as stack:
         before, behind = (stack.enter_context(HiddenStore(folder / f"boundary-{n}", {})) for n in (rank, rank + 1))
-        passage = Passage(block, order, Stored(before, order, lambda: None), Sink(behind))
+        source = Stored(before, order, lambda: None) if stored else InMemory(order, args.length, width)
+        passage = Passage(block, order, source, Sink(behind if stored else None))
         checkpoints, begun = folder / f"checkpoints-{rank}", time.perf_counter()
         result = train(
             BlockStage(passage, config), config, order.data, checkpoints, Reporter(), accelerator=accelerator, seed=0,
@@ -97,18 +112,20 @@ def run_rank(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     block = make_block(args.model, args.size or recipe.transfer.blocks.size or 1, device)
     put_in_layers(block.model, recipe.linearization.without_text())
     row: dict[str, Any] = {}
-    for name, steps in (("warm", WARM), ("timed", args.steps)):
+    phases = [("warm", WARM), ("timed", args.steps), ("alone", args.steps)]
+    for name, steps in phases[: 2 if args.side_by_side > 1 else 3]:
         config = _settings(args, recipe.transfer, steps)
         order = Order(config, random_text(steps * config.batch_size, args.length), 0, device)
         ready, place = folder / f"{name}.{args.rank}", folder / name
-        if args.rank == 0:
+        if args.rank == 0 and name != "alone":
             row["written_gb_per_second"] = write_stream(
                 place / "boundary-0", order, args.length, block.model.config.hidden_size
             )
         ready.touch()  # all begin together
         while not all((folder / f"{name}.{other}").exists() for other in range(args.side_by_side)):
             time.sleep(0.01)
-        row |= measure(block, config, order, place, args.rank)
+        found = measure(block, config, order, place, args, stored=name != "alone")
+        row |= {f"alone_{key}": value for key, value in found.items()} if name == "alone" else found
     if device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row | {"device": describe_device(device)}

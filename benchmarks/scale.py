@@ -29,6 +29,7 @@ from lolcats.models.sharded import shard
 from lolcats.training import FinetuneStage
 from lolcats.training.batches import Batch
 from lolcats.training.gradients import clip_gradients, reduce_gradients
+from lolcats.training.sharding import ensure_group
 
 WARM = 2
 """Steps that are not counted."""
@@ -135,10 +136,13 @@ def main() -> None:
     rows: dict[str, Any] = {}
     if args.against_one or accelerator.num_processes == 1:
         rows["whole, 1 process"] = against_one(FinetuneConfig(**common), accelerator, args)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 or args.offload:
+        ensure_group(accelerator)
         settings = FinetuneConfig(**common, sharding={"enabled": True, "cpu_offload": args.offload})  # type: ignore[arg-type]
-        model = sharded_model(args.model, settings, accelerator.device)
-        rows[f"sharded, {accelerator.num_processes} processes"] = measure(model, settings, accelerator, args)
+        indexed = accelerator.device if args.cpu else torch.device("cuda", torch.cuda.current_device())
+        model = sharded_model(args.model, settings, indexed)
+        kind = "in the host's memory" if args.offload else "sharded"
+        rows[f"{kind}, {accelerator.num_processes} processes"] = measure(model, settings, accelerator, args)
     if accelerator.is_main_process:
         where = f"{describe_device(accelerator.device)}, torch {torch.__version__}"
         print(f"{args.model}, {args.method}, {args.sequences} x {args.length} tokens a process, {where}")

@@ -57,15 +57,20 @@ def load_sharded(load: Callable[[], Loaded], config: FinetuneConfig, accelerator
         return model, tokenizer
 
     model, tokenizer = from_main_process(accelerator, read)
+    ensure_group(accelerator)
+    weight_of = kept.pop if accelerator.is_main_process else None
+    options: dict[str, bool] = {"trained": config.method == "full", "cpu_offload": config.sharding.cpu_offload}
+    shard(model, weight_of, _indexed(accelerator.device), **options)
+    return model.eval(), tokenizer
+
+
+def ensure_group(accelerator: Accelerator) -> None:
+    """Make the group of processes that weights are sharded over, where one process runs without."""
     if not dist.is_initialized():
         from torch.distributed import HashStore  # type: ignore[reportPrivateImportUsage]
 
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    weight_of = kept.pop if accelerator.is_main_process else None
-    options: dict[str, bool] = {"trained": config.method == "full", "cpu_offload": config.sharding.cpu_offload}
-    shard(model, weight_of, _indexed(accelerator.device), **options)
-    return model.eval(), tokenizer
 
 
 def _indexed(device: torch.device) -> torch.device:

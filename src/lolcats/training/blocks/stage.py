@@ -39,7 +39,7 @@ class Passage:
         ids, rows = batch.input_ids, batch.input_ids.shape[0]
         hidden = self.source.read(batch.place)
         if hidden is not None:
-            hidden = hidden[:rows].to(ids.device)
+            hidden = hidden[:rows].to(ids.device, non_blocking=True)
             hidden = hidden if self.sink.dtype is None else hidden.to(self.block.model.dtype)
         stream = self.block(ids, batch.position_ids, hidden)
         if rows == self.order.rows(batch.place):

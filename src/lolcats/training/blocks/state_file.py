@@ -124,7 +124,7 @@ def _parse_header(raw: bytes) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _read_tensor(file: BinaryIO, name: str, kind: str, shape: list[int], crc: int, place: int) -> Tensor:
-    tensor = torch.empty(shape, dtype=DTYPES[kind])
+    tensor = torch.empty(shape, dtype=DTYPES[kind], pin_memory=torch.cuda.is_available())  # moves on by itself
     view, found = memoryview(_bytes(tensor)), 0  # type: ignore[arg-type]  # numpy arrays are buffers
     file.seek(place)
     while len(view):

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,10 @@ class HiddenStore:
         self._slots.acquire()
         try:
             self._raise_failed()
-            held = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+            held = {name: _begin_copy(t.detach()) for name, t in tensors.items()}
+            copied = [torch.cuda.current_stream(t.device).record_event() for t in tensors.values() if t.is_cuda]
             self._queued.add(key)
-            self._writing.submit(self._write, path, key, held)
+            self._writing.submit(self._write, path, key, held, copied)
         except BaseException:
             self._slots.release()
             raise
@@ -159,8 +160,10 @@ class HiddenStore:
         assert _KEY.fullmatch(key), key
         return self.folder / f"{key}.safetensors"
 
-    def _write(self, path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    def _write(self, path: Path, key: str, tensors: dict[str, Tensor], copied: Sequence[torch.Event]) -> None:
         try:
+            for event in copied:
+                event.synchronize()
             if self._failed is None:
                 write_states(path, key, self.identity, tensors)
         except BaseException as error:
@@ -181,6 +184,11 @@ class HiddenStore:
             return self._read(key)
         except FileNotFoundError:
             return None
+
+
+def _begin_copy(tensor: Tensor) -> Tensor:
+    """A copy in this machine's memory. From a GPU it goes on by itself, into memory that is pinned and used again."""
+    return tensor.contiguous().to("cpu", non_blocking=True, copy=True)
 
 
 class _Ahead:

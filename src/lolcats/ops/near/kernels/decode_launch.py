@@ -19,12 +19,11 @@ from lolcats.ops.near.types import NearPart
 
 LARGEST_PAIRS = 4096
 """Scores of kept pairs that a program holds in registers."""
-KEYS = 64
-"""Slots of a tile."""
-FEW_WARPS, WARPS = 2, 4
-"""Of a program of `near_decode`: few where it has several tiles of more than 64 numbers (measured on an H200, as the
-other numbers here; loads in stages, which need copies of 4 bytes each, take four times as long), and of bytes that go
-into products as they are, by the number of instructions."""
+KEYS, CODED_KEYS = 64, 32
+"""Slots of a tile; fewer where bytes go into products as they are (all numbers here were measured on an H200)."""
+CODED_WARPS, FEW_WARPS, WARPS = 1, 2, 4
+"""Of a program of `near_decode`: one for such bytes, few where it has several tiles of more than 64 numbers. Loads in
+stages, which need copies of 4 bytes each, take four times as long."""
 FEW_QUERIES = 8
 """Columns of a product on the tensor cores."""
 PROGRAMS = 800
@@ -126,7 +125,9 @@ def _launch(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, mixes:
     """The three kernels, see `decode.py`."""
     (batch, heads, _, size), kv_heads, dv = x.q.shape, x.k.shape[1], x.out.shape[3]
     spec, group = parts[0].spec, heads // kv_heads
-    part, splits = _cut(parts, batch)
+    codes = _by_codes(codec, x.q, dv)
+    tile = CODED_KEYS if codes else KEYS
+    part, splits = _cut(parts, batch, tile)
     sums, tops = (x.q.new_empty(batch * kv_heads * splits * group, n, dtype=torch.float32) for n in (dv, 2))
     changes = x.q.new_empty(batch * kv_heads, 3, dtype=torch.int32)
     table = head_table(parts, x.q.device)
@@ -134,7 +135,7 @@ def _launch(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, mixes:
     strides = x.k.stride(0), x.k.stride(1), x.v.stride(0), x.v.stride(1)
     flags = {
         "KV_HEADS": kv_heads, "SINKS": spec.sinks, "HAS_PAIRS": any(part.spec.pairs for part in parts),
-        "HAS_ACTIVE": x.active is not None, "HAS_INDICES": x.indices is not None, "K": KEYS,
+        "HAS_ACTIVE": x.active is not None, "HAS_INDICES": x.indices is not None, "K": tile,
     }  # fmt: skip
     both = flags | {
         "GROUP": group, "DV": dv, "BV": _wide(dv), "WK": x.k.shape[3], "WV": x.v.shape[3],
@@ -144,7 +145,7 @@ def _launch(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, mixes:
     on(near_begin, (batch, kv_heads))(*rows, changes, BP=most, **flags, num_warps=2)
     on(near_decode, (batch, kv_heads, splits))(
         x.q, x.k, x.v, either(x.sink_q, x.q), *rows, sums, tops, changes, x.q.stride(0), x.q.stride(1), *strides,
-        spec.reach or 0, spec.product_scale(size), part, splits, **_of_decode(x, parts, codec, part > 1), **both,
+        spec.reach or 0, spec.product_scale(size), part, splits, **_of_decode(x, parts, codec, codes, part > 1), **both,
     )  # fmt: skip
     on(near_finish, (batch, kv_heads))(
         x.k, x.v, either(x.score, tops), either(x.sink_logits, x.q), *rows, sums, tops, changes, x.out, *strides, part,
@@ -154,17 +155,19 @@ def _launch(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, mixes:
     )  # fmt: skip
 
 
-def _of_decode(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, several: bool) -> dict[str, Any]:
+def _of_decode(
+    x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, codes: bool, several: bool
+) -> dict[str, Any]:
     """What `near_decode` is compiled for beside its sizes; `several`: a program has more than one tile."""
     spec, size, group = parts[0].spec, x.q.shape[3], x.q.shape[1] // x.k.shape[1]
-    aligned, codes = codec is None and _aligned(parts), _by_codes(codec, x.q, x.out.shape[3])
+    aligned, warps = codec is None and _aligned(parts), FEW_WARPS if size > 64 and several else WARPS
     return {
         "BG": max(FEW_QUERIES, triton.next_power_of_2(group)) if codes else padded(group), "D": size, "BD": _wide(size),
         "BITS": 16 if codec is None else codec.bits, "WIDE": 0 if codec is None else codec.wide(size),
         "BS": padded(spec.sinks), "SOFTCAP": float(spec.softcap or 0.0), "HAS_SINK_Q": x.sink_q is not None,
         "HAS_REACH": spec.reach is not None, "PRECISION": precision(x.q.dtype), "ALIGNED": aligned, "CODES": codes,
         "STAGES": 3 if aligned and x.q.element_size() == 2 else 1,
-        "num_warps": FEW_WARPS if codes or (size > 64 and several) else WARPS,
+        "num_warps": CODED_WARPS if codes else warps,
     }  # fmt: skip
 
 
@@ -177,10 +180,10 @@ def _own(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _cut(parts: Sequence[NearPart], batch: int) -> tuple[int, int]:
+def _cut(parts: Sequence[NearPart], batch: int, tile: int) -> tuple[int, int]:
     """Tiles of a program, and programs of the largest key head."""
     tiles = [
-        triton.cdiv(part.spec.pairs, KEYS) + triton.cdiv(part.spec.window, KEYS) for part in parts for _ in part.heads
+        triton.cdiv(part.spec.pairs, tile) + triton.cdiv(part.spec.window, tile) for part in parts for _ in part.heads
     ]
     part = max(1, min(LARGEST_PART, batch * sum(tiles) // PROGRAMS), triton.cdiv(max(tiles), MOST_PARTS))
     return part, triton.cdiv(max(tiles), part)
