@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lolcats.mixers.rotation import Layout, Rotation
+from lolcats.ops.near import NearSpec, empty_near_state, near_attention
 from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map, spread
 
 SIZES = [8, 14, 20, 64, 80]
@@ -26,6 +27,10 @@ def codec_of(q: Tensor, k: Tensor, bits: int) -> PairCodec:
     return PairCodec(bits, measure_keys(q, k, torch.arange(size).roll(size // 2)))
 
 
+def rounded_keys(codec: PairCodec, k: Tensor) -> Tensor:
+    return codec.coded(k, k, False).k
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bits", [8, 4])
@@ -36,11 +41,39 @@ def test_decoded_is_rounded(bits: int, size: int, dtype: torch.dtype) -> None:
     stored = codec.encode(k, v)
     assert all(x.dtype == torch.uint8 for x in stored)
     assert stored[0].shape[-1] == codec.key_bytes(size) and codec.value_size(stored[1].shape[-1]) == size
-    for got, want in zip(codec.decode(*stored, dtype), (codec.round_keys(k), codec.round_values(v)), strict=True):
+    for got, want in zip(codec.decode(*stored, dtype), codec.coded(k, v, False)[:2], strict=True):
         assert torch.equal(got, want)
+    assert all(torch.equal(x, y) for x, y in zip(codec.coded(k, v, True)[2:], stored, strict=True) if x is not None)
     parts = [codec.encode(k[:, :, i : i + 1], v[:, :, i : i + 1]) for i in range(k.shape[2])]
     for whole, each in zip(stored, zip(*parts, strict=True), strict=True):
         assert torch.equal(whole, torch.cat(each, 2))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_empty_state(bits: int) -> None:
+    """Encoded by one pair, it is that of all its pairs."""
+    q, k, v = texts()
+    codec, state = codec_of(q, k, bits), empty_near_state(k, v, NearSpec(5, 2, 3))
+    got, want = codec.encode_empty(state), codec.encode_state(state)
+    assert all(torch.equal(x, y) for x, y in zip(got.tensors(), want.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_coded_once_for_all(bits: int) -> None:
+    """What is given coded gives the output and the state of what is not, whole and in two parts."""
+    q, k, v = texts(dtype=torch.bfloat16)
+    codec, spec, score = codec_of(q, k, bits), NearSpec(5, 2, 7, 0.1), torch.randn(2, 3, 40)
+    state = None
+    for part in (slice(0, 23), slice(23, 40)):
+        call = q[:, :, part], k[:, :, part], v[:, :, part]
+        options = {"score": score[:, :, part], "initial_state": state, "return_state": True, "codec": codec}
+        want = near_attention(*call, spec, **options)
+        coded = codec.coded(k, v, True).of(lambda x, part=part: x[:, :, part])
+        got = near_attention(*call, spec, coded=coded, **options)
+        assert torch.equal(got.out, want.out)
+        assert want.state is not None and got.state is not None
+        assert all(torch.equal(x, y) for x, y in zip(got.state.tensors(), want.state.tensors(), strict=True))
+        state = want.state
 
 
 def test_bytes() -> None:
@@ -54,12 +87,12 @@ def test_bytes() -> None:
 def test_errors_are_those_of_the_bits(bits: int, error: float) -> None:
     q, k, v = texts()
     codec = codec_of(q, k, bits)
-    assert float((codec.round_values(v) - v).std() / v.std()) < error
+    assert float((codec.coded(v, v, False).v - v).std() / v.std()) < error
     small = torch.ones(64, dtype=torch.bool)
     small[[1, 33]] = False
     # 8 bits have one step for all channels of a key, which is that of the large ones
     limit = error if bits == 4 else 3 * error
-    assert float((codec.round_keys(k) - k)[..., small].std()) < limit, "large channels do not spoil the others"
+    assert float((rounded_keys(codec, k) - k)[..., small].std()) < limit, "large channels do not spoil the others"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -83,7 +116,7 @@ def test_no_position_is_beyond_the_range(bits: int) -> None:
         return Rotation(cos, sin, Layout("half")).apply(x)
 
     codec = codec_of(rotated(q, 0), rotated(k, 0), bits)
-    errors = [(codec.round_keys(x) - x).square().mean().sqrt() for x in (rotated(k, 0), rotated(k, 100_000))]
+    errors = [(rounded_keys(codec, x) - x).square().mean().sqrt() for x in (rotated(k, 0), rotated(k, 100_000))]
     assert float(errors[1] / errors[0]) < 1.1
 
 
@@ -105,18 +138,18 @@ def test_spread_is_orthogonal_and_its_own_inverse(size: int) -> None:
 def test_extremes(bits: int) -> None:
     """Nothing, and numbers as large as bfloat16 models make them."""
     codec = PairCodec(bits, plain_map(3, 64))
-    assert float(codec.round_keys(torch.zeros(1, 3, 2, 64)).abs().max()) < 1e-4
+    assert float(rounded_keys(codec, torch.zeros(1, 3, 2, 64)).abs().max()) < 1e-4
     large = 1e4 * texts()[2]
-    assert float((codec.round_keys(large) - large).std() / large.std()) < 0.1
+    assert float((rounded_keys(codec, large) - large).std() / large.std()) < 0.1
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_pass(bits: int) -> None:
     q, k, v = texts()
     codec = codec_of(q, k, bits)
-    want = codec.round_keys(k), codec.round_values(v)
+    want = codec.coded(k, v, False)[:2]
     k, v = k.requires_grad_(), v.requires_grad_()
-    got = codec.round_keys(k), codec.round_values(v)
+    got = codec.coded(k, v, False)[:2]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     (got[0].sum() + got[1].sum()).backward()
     assert k.grad is not None and v.grad is not None

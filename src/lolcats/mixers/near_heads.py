@@ -20,7 +20,7 @@ from torch import Tensor
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.state import state_bytes
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
-from lolcats.ops.near.quantize import PairCodec, plain_map
+from lolcats.ops.near.quantize import Coded, PairCodec, plain_map
 
 Split = tuple[tuple[int, int], ...]
 """(window, kept pairs) of each key head."""
@@ -164,9 +164,14 @@ def near_half(
         The output [B, H, N, Dv] and, with `keep`, the states.
     """
     before = (None,) * len(groups) if states is None else (states,) if isinstance(states, NearState) else states
-    if codec is not None and states is not None and keep and call.q.shape[2] == 1:  # once, not by each group
+    step = states is not None and keep and call.q.shape[2] == 1
+    if codec is not None and step:  # once, not by each group
         k, v = codec.encode(call.k, call.v)
         call = replace(call, k=k, v=v)
+    coded = None
+    if codec is not None and not step:
+        with torch.autocast(call.k.device.type, enabled=False):
+            coded = codec.coded(call.k, call.v, keep)
     outs, after = [], []
     for group, state in zip(groups, before, strict=True):
         how = {
@@ -176,7 +181,8 @@ def near_half(
             "codec": group.codec(codec),
             "impl": impl,
         }
-        out, state = _one_group(group, call, state, lengths, keep, slots, how)
+        own = None if coded is None else coded.of(group.take)
+        out, state = _one_group(group, call, state, lengths, keep, slots, own, how)
         outs.append(out)
         after.append(state)
     return _join(groups, outs), joined_states(after) if keep else None
@@ -189,6 +195,7 @@ def _one_group(
     lengths: Tensor | None,
     keep: bool,
     slots: Tensor | None,
+    coded: Coded | None,
     how: dict[str, Any],
 ) -> tuple[Tensor, NearState | None]:
     """A group's output and state; `how` is what step and attention have in common."""
@@ -196,7 +203,7 @@ def _one_group(
     spec = group.told(call)
     if state is not None and keep and q.shape[2] == 1:
         return near_step(q, k, v, state, spec, active=lengths, state_indices=slots, donate=True, **how)
-    return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, **how)
+    return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, coded=coded, **how)
 
 
 def empty_near(

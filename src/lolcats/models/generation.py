@@ -30,8 +30,9 @@ SHOWN = 40
 """Tokens of a text that only shows what a model is like."""
 SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_p")
 """Options that are generation settings; all others go to `generate` as they are."""
-PIECE = 2048
-"""Longer prompts are read in pieces of so many tokens: what a pass needs beside the cache stays the same."""
+PIECE, GPU_PIECE = 2048, 16_384
+"""Longer prompts are read in pieces of so many tokens: what a pass needs beside the cache stays the same. On a GPU more
+are read at once, because it reads some thousands in the time in which Python starts a layer's kernels."""
 NOT_FINITE = (
     "the model's predictions are NaN or infinite, so there is no text: its weights are damaged, or its numbers "
     "overflow (try dtype float32)"
@@ -101,8 +102,9 @@ def write_tokens(
     check_context(model, ids.shape[1] + max_new_tokens, "prompt and continuation")
     options["max_new_tokens"] = max_new_tokens
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
-    if ids.shape[1] > PIECE and hasattr(model.config, "linearization"):  # not every family can read in pieces
-        settings["prefill_chunk_size"] = PIECE
+    piece = piece_of(model)
+    if ids.shape[1] > piece and hasattr(model.config, "linearization"):  # not every family can read in pieces
+        settings["prefill_chunk_size"] = piece
     ids = ids.to(main_device(model))
     with own_settings(model, tokenizer, settings) as config:
         return cast(Any, model).generate(
@@ -112,6 +114,15 @@ def write_tokens(
             logits_processor=LogitsProcessorList([_Finite()]),
             **options,
         )
+
+
+def piece_of(model: PreTrainedModel, texts: int = 1) -> int:
+    """Tokens of each of so many prompts that are read at once."""
+    linearization = getattr(model.config, "linearization", None) or {}
+    # Layers that keep softmax attention have a mask of all of a piece and all of the text before it.
+    if main_device(model).type != "cuda" or linearization.get("layers") != "all":
+        return PIECE
+    return max(PIECE, GPU_PIECE // texts)
 
 
 class _Finite(LogitsProcessor):

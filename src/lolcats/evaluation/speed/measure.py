@@ -19,7 +19,7 @@ from lolcats.modeling.cache_contents import cache_bytes
 from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.head import FAILURES
 from lolcats.modeling.recorders import Recorder
-from lolcats.models.generation import PIECE
+from lolcats.models.generation import piece_of
 
 WARM = 3
 """Steps before the clock starts: kernels are compiled and steps recorded in them."""
@@ -155,7 +155,7 @@ def _round(model: PreTrainedModel, ids: Tensor, tokens: int, whole: bool, memory
 def _read_whole(model: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, float]:
     """A cache of prompts [B, N], read as `write_tokens` has them read, and the seconds until the first token."""
     cache = DynamicCache(config=model.config)
-    piece = PIECE if linearized_layers(model) else ids.shape[1]
+    piece = piece_of(model, len(ids)) if linearized_layers(model) else ids.shape[1]
     return cache, seconds(lambda: _read(model, ids, cache, piece).argmax(-1), ids.device)
 
 

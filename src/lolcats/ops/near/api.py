@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.near.blocks import Kernels, block_near, empty_near_state
-from lolcats.ops.near.quantize import PairCodec
+from lolcats.ops.near.quantize import Coded, PairCodec
 from lolcats.ops.near.reference import reference_near
 from lolcats.ops.near.types import NearOutput, NearSpec, NearState
 
@@ -32,6 +32,7 @@ def near_attention(
     initial_state: NearState | None = None,
     return_state: bool = False,
     codec: PairCodec | None = None,
+    coded: Coded | None = None,
     impl: str = "auto",
 ) -> NearOutput:
     """Causal softmax attention over sinks, a window, and the pairs of the highest score of all that left the window.
@@ -49,6 +50,7 @@ def near_attention(
         initial_state: the `state` of an earlier call on the tokens before these.
         return_state: also return the state after the last real token of each row.
         codec: stores the pairs of the state in fewer bits; attention sees all pairs as they are when read again.
+        coded: what `codec.coded(k, v, return_state)` gives, where it is known already.
         impl: "reference" (literal, whole texts only), "chunked" (blocks in torch; linear in N), "triton" (kernels, on
             CUDA devices) or "auto": "triton" where it can run the call and nothing is being compiled, else "chunked".
             The kernels give no gradient to a call that goes on from a state, or with `sink_q`.
@@ -68,10 +70,10 @@ def near_attention(
     with torch.autocast(q.device.type, enabled=False):
         stored = None
         if codec is not None:
-            if return_state:
-                stored = (*codec.encode(k, v), initial_state or codec.encode_state(empty_near_state(k, v, spec)))
+            k, v, keys, values = codec.coded(k, v, return_state) if coded is None else coded
+            if keys is not None and values is not None:
+                stored = keys, values, initial_state or codec.encode_empty(empty_near_state(k, v, spec))
             initial_state = None if initial_state is None else codec.decode_state(initial_state, k.dtype)
-            k, v = codec.round_keys(k), codec.round_values(v)
         if impl == "reference":
             expect(initial_state is None and not return_state, "the reference without states", "a state")
             return reference_near(q, k, v, spec, score, lengths, sink_logits, sink_q)

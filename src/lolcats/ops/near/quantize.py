@@ -63,6 +63,22 @@ def measure_keys(q: Tensor, k: Tensor, partners: Tensor) -> Tensor:
     return torch.stack([order, scale]).to(torch.int16)
 
 
+class Coded(NamedTuple):
+    """Pairs as attention sees them, and as the state has them."""
+
+    k: Tensor
+    """[B, KV, N, D], rounded, in the dtype that it had; gradients pass through as if it were not."""
+    v: Tensor
+    keys: Tensor | None
+    """[B, KV, N, `key_bytes`] bytes, as `encode` gives them; None where nobody stores them."""
+    values: Tensor | None
+
+    def of(self, take: Callable[[Tensor], Tensor]) -> Coded:
+        """What `take` takes of each."""
+        stored = (None if x is None else take(x) for x in (self.keys, self.values))
+        return Coded(take(self.k), take(self.v), *stored)
+
+
 class PairCodec(NamedTuple):
     """How pairs become bytes."""
 
@@ -94,34 +110,29 @@ class PairCodec(NamedTuple):
         order, scale = (x[:, None] for x in self._key_map(q))
         return self._mixed((_wide(grouped) / scale).gather(-1, order.expand_as(grouped))).flatten(1, 2).to(q.dtype)
 
-    def round_keys(self, k: Tensor) -> Tensor:
-        """Keys [B, KV, N, D] as they are after encoding and decoding, in their dtype.
+    def coded(self, k: Tensor, v: Tensor, store: bool) -> Coded:
+        """Keys [B, KV, N, D] and values [B, KV, N, Dv] as they are after encoding and decoding.
 
-        Gradients pass through the rounding as if there were none.
+        Args:
+            k, v: pairs, in any dtype.
+            store: give their bytes too.
         """
         with torch.no_grad():
-            rounded = self._keys(torch.cat([_level(*part) * part[2] for part in self._coded_keys(k)], -1))
-        return _with_gradient(rounded, k)
-
-    def round_values(self, v: Tensor) -> Tensor:
-        """Values [B, KV, N, Dv] as they are after encoding and decoding, in their dtype; gradients as of keys."""
-        with torch.no_grad():
-            code, step = _coded(spread(_wide(v)), self.bits)
-            rounded = spread(_level(code, self.bits) * step)
-        return _with_gradient(rounded, v)
+            parts, (code, step) = self._coded_keys(k), _coded(spread(_wide(v.detach())), self.bits)
+            rounded_k = self._keys(torch.cat([_level(code, bits) * step for code, bits, step in parts], -1))
+            rounded_v = spread(_level(code, self.bits) * step)
+            keys = self._key_stored(parts) if store else None
+            values = _stored(code, step, self.bits) if store else None
+        return Coded(_with_gradient(rounded_k, k), _with_gradient(rounded_v, v), keys, values)
 
     @torch.no_grad()
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes of keys [B, KV, N, `key_bytes`] and values [B, KV, N, Dv b/8 + 2], steps last."""
         if self.bits == 8 and k.shape == v.shape and k.shape[2] == 1:  # a decoding step: one small kernel for both
             both = spread(torch.cat([self._ordered(k), _wide(v)], 1))
-            code, step = _coded(both, self.bits)
-            keys, values = torch.cat([_pack(code, self.bits), _step_bytes(step)], -1).chunk(2, 1)
+            keys, values = _stored(*_coded(both, self.bits), self.bits).chunk(2, 1)
             return keys.contiguous(), values.contiguous()
-        parts = self._coded_keys(k)
-        keys = [_pack(code, bits) for code, bits, _ in parts] + [_step_bytes(step) for *_, step in parts]
-        code, step = _coded(spread(_wide(v)), self.bits)
-        return torch.cat(keys, -1), torch.cat([_pack(code, self.bits), _step_bytes(step)], -1)
+        return self._key_stored(self._coded_keys(k)), _stored(*_coded(spread(_wide(v)), self.bits), self.bits)
 
     @torch.no_grad()
     def decode(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -141,6 +152,12 @@ class PairCodec(NamedTuple):
         """The state with its pairs as bytes."""
         return _with_pairs(state, self.encode)
 
+    def encode_empty(self, state: NearState) -> NearState:
+        """The same of a state whose pairs are all 0; its tensors may share memory, to be read alone."""
+        zeros = (x.new_zeros(1, x.shape[1], 1, x.shape[3]) for x in state.ring[:2])
+        key, value = self.encode(*zeros)
+        return _with_pairs(state, lambda k, v: (key.expand(*k.shape[:3], -1), value.expand(*v.shape[:3], -1)))
+
     def decode_state(self, state: NearState, dtype: torch.dtype) -> NearState:
         """The state with its pairs in `dtype`."""
         return _with_pairs(state, lambda k, v: self.decode(k, v, dtype))
@@ -152,6 +169,13 @@ class PairCodec(NamedTuple):
         if wide:
             parts = [(mapped[..., :wide], 8), *parts]
         return [(code, bits, step) for x, bits in parts for code, step in (_coded(x, bits),)]
+
+    @staticmethod
+    def _key_stored(parts: list[tuple[Tensor, int, Tensor]]) -> Tensor:
+        """Bytes of what `_coded_keys` gives."""
+        return torch.cat(
+            [*(_pack(code, bits) for code, bits, _ in parts), *(_step_bytes(step) for *_, step in parts)], -1
+        )
 
     def _ordered(self, k: Tensor) -> Tensor:
         """Keys scaled and in their order."""
@@ -243,6 +267,10 @@ def _step_bytes(step: Tensor) -> Tensor:
 def _read_step(stored: Tensor, dtype: torch.dtype) -> Tensor:
     # A copy: a view of bytes that begins at an odd one cannot be read as float16, even where it is contiguous.
     return stored.clone(memory_format=torch.contiguous_format).view(torch.float16).to(dtype)
+
+
+def _stored(code: Tensor, step: Tensor, bits: int) -> Tensor:
+    return torch.cat([_pack(code, bits), _step_bytes(step)], -1)
 
 
 def _pack(code: Tensor, bits: int) -> Tensor:
