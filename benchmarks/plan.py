@@ -55,6 +55,9 @@ class Comparison:
 def comparisons() -> Iterator[Comparison]:
     """All numbers of the file of measurements."""
     for row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]:
+        if "block" in row:
+            yield _of_block(row)
+            continue
         settings = [f"batch_size={row['sequences']}", f"cuda_graph={str(row.get('graphs', True)).lower()}"]
         words = [f"{stage}.{word}" for stage in ("transfer", "finetune") for word in settings]
         config = load_config(row["recipe"], [f"data.sequence_length={row['length']}", *words])
@@ -64,6 +67,14 @@ def comparisons() -> Iterator[Comparison]:
             yield Comparison(row, stage, plan.tokens / plan.seconds)
             if f"{stage}_peak" in row:
                 yield Comparison(row, f"{stage}_peak", plan.memory.tensors / GIB)
+
+
+def _of_block(row: dict[str, Any]) -> Comparison:
+    """A block in the middle, by itself: of all blocks after one another it takes its part of the time."""
+    config = load_config(str(ROOT / row["recipe"]))
+    model, layout = _shape(row["model"], config), Layout(rows=row["sequences"], block=row["block"], hidden="store")
+    plan = transfer_plan(model, config, Machine(GPUS[row["device"]]), layout)
+    return Comparison(row, "transfer", plan.tokens / plan.seconds * len(model.layers) / row["block"])
 
 
 def _shape(name: str, config: RunConfig) -> ModelShape:
@@ -79,6 +90,7 @@ def print_comparison() -> None:
         row, digits = found.row, ".1f" if found.what.endswith("peak") else ",.0f"
         note = " (fitted)" if row.get("fitted") else ""
         note += "" if row.get("graphs", True) else ", no graphs"
+        note += f", a block of {row['block']}" if "block" in row else ""
         cells = [
             f"{row['device'].upper()}, {row['date']}",
             f"{row['model']}, `{row['recipe']}`{note}",

@@ -26,7 +26,7 @@ def benchmark() -> Any:
 @pytest.mark.slow
 def test_all_that_was_measured() -> None:
     found = list(benchmark().comparisons())
-    assert len(found) == 24
+    assert len(found) == 26
     for each in found:
         limit = 0.02 if each.what.endswith("peak") else 0.15
         assert abs(each.error) <= limit, (each.row, each.what, each.computed)

@@ -28,8 +28,8 @@ OUTPUT, OUTPUT_BACK = 4, 4
 """For each number of the attention's output: brought into the order of the next product."""
 ERROR = 60
 """For each number of the outputs that stage 1 compares: to float32, difference, square, mean, and back."""
-XENT = 60
-"""For each pair of tokens and head, where attention weights are compared."""
+XENT = 750
+"""For each pair of tokens and head, where attention weights are compared (fitted: those of both, in torch, and back)."""
 LOGIT, LOGIT_KL = 40, 66
 """For each logit: to float32, log softmax, loss and gradient; with those of the teacher beside."""
 ADAMW = 40

@@ -24,8 +24,8 @@ from lolcats.planning.memory import (
 from lolcats.planning.shapes import ModelShape
 from lolcats.planning.work import Work, seconds_of
 
-DISK = 1e9
-"""Bytes a second with which a process writes hidden states, and reads others: assumed, of a plain SSD."""
+DISK = 0.7e9
+"""Bytes a second with which a process writes hidden states, and reads others: measured on the disk of one machine."""
 NETWORK = 50e9
 """Bytes a second of a GPU to other hosts: a link of 400 Gbit/s for each, as servers of this kind have."""
 UNPACK = 2.5

@@ -29,7 +29,7 @@ import triton.language as tl
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
-    LENGTHS,
+    COUNTS,
     load_bias,
     load_part,
     load_rows,
@@ -46,7 +46,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def output_terms(out, grad, delta, o_b, o_h, o_n, g_b, g_h, g_n, tokens, HEADS: tl.constexpr, DV: tl.constexpr,
                  BV: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """delta_i = do_i.o_i, fp32. Grid: (blocks of C, batch x HEADS)."""
@@ -58,7 +58,7 @@ def output_terms(out, grad, delta, o_b, o_h, o_n, g_b, g_h, g_n, tokens, HEADS: 
     store_vector(delta + (batch * HEADS + head) * tokens, first, tokens, tl.sum(o * g, 1), C)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def query_features(
     q,
     k,
@@ -229,7 +229,7 @@ def query_features(
         store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, C, WIDTH, BF)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def key_features(
     q,
     k,
@@ -409,7 +409,7 @@ def key_features(
         store_tile(dy + token0 * WIDTH, WIDTH, first, length, 0, dx, C, WIDTH, BF)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def weight_kernel(
     x,
     dy,

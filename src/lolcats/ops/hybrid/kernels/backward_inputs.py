@@ -22,7 +22,7 @@ import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
-    LENGTHS,
+    COUNTS,
     LOG2E,
     cap,
     load_part,
@@ -40,7 +40,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def query_inputs(
     q,
     k,
@@ -185,7 +185,7 @@ def query_inputs(
     store_tile(dq + batch * dq_b + head * dq_h + start * dq_n, dq_n, first, length, 0, acc, C, D, BD)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def key_inputs(
     q,
     k,

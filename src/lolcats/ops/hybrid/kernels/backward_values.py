@@ -21,7 +21,7 @@ import triton.language as tl
 from lolcats.ops.hybrid.kernels.tiles import (
     GIVEN,
     HEDGEHOG,
-    LENGTHS,
+    COUNTS,
     changing_one,
     load_bias,
     load_part,
@@ -35,7 +35,7 @@ from lolcats.ops.hybrid.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def key_values(
     q,
     k,
