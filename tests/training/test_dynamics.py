@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from killing import Killed, Killer
 from lolcats.config import FinetuneConfig
 from lolcats.training import FinetuneStage, Reporter, TrainingData, finetune_lora
 from lolcats.training.batches import make_batch
-from lolcats.training.dynamics import SEQUENCES, update_sizes
+from lolcats.training.dynamics import SEQUENCES, Dynamics, update_sizes
+from lolcats.training.window_control import WindowStage
 
 Students = Callable[..., Any]
 STEPS = 9
@@ -109,13 +111,12 @@ def test_a_line_at_the_begin_and_at_each_validation(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [[2], [5, 8]], ids=str)
 def test_a_resumed_run_writes_the_file_of_an_undisturbed_one(
-    make_student: Students, training_data: TrainingData, tmp_path: Path, kills: list[int]
+    make_student: Students, training_data: TrainingData, tmp_path: Path
 ) -> None:
-    """Killed before its first checkpoint, or between a validation and the next checkpoint, with half a line left."""
+    """Killed before its first checkpoint, twice between a validation and the next one, and with half a line left."""
     runs = tmp_path / "run", tmp_path / "other"
-    for at in kills:
+    for at in (2, 5, 8):
         torch.manual_seed(0)
         with pytest.raises(Killed):
             finetune(make_student(window=4), training_data, runs[0], Killer(runs[0] / "metrics.jsonl", at))
@@ -140,10 +141,11 @@ def test_it_does_not_change_the_training(make_student: Students, training_data: 
     assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())
 
 
-@pytest.mark.slow
-def test_where_there_are_no_adapters_there_is_no_file(
-    make_student: Students, training_data: TrainingData, tmp_path: Path
+@pytest.mark.parametrize("kind", ["lora", "full", "control"])
+def test_the_student_with_adapters_alone_has_lines(
+    make_student: Students, training_data: TrainingData, tmp_path: Path, kind: str
 ) -> None:
-    student = make_student(window=4)
-    finetune(student, training_data, tmp_path, Reporter(tmp_path / "metrics.jsonl"), method="full")
-    assert (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "lora.jsonl").exists()
+    settings = config(method="full") if kind == "full" else config()
+    stage = (WindowStage if kind == "control" else FinetuneStage)(make_student(window=4), settings)
+    Dynamics(stage, training_data, Reporter(tmp_path / "metrics.jsonl"), Accelerator(cpu=True), None).begin(0)
+    assert (tmp_path / "lora.jsonl").exists() is (kind == "lora")

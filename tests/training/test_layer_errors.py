@@ -222,13 +222,13 @@ def test_a_layer_that_runs_twice_is_refused(make_student: Students, tokens: Toke
 @pytest.mark.slow
 def test_it_is_learned(make_student: Students, training_data: TrainingData, tmp_path: Path) -> None:
     data = TrainingData(training_data.train, training_data.train)
-    changes: dict[str, Any] = {"tokens": 20 * 4 * 16, "validate_every": 4, "micro_batch_size": 2}
+    changes: dict[str, Any] = {"tokens": 20 * 4 * 8, "validate_every": 4, "micro_batch_size": 2}
     changes |= {"train_feature_maps": True, "lr": 2e-2, "rank": 8}
     torch.manual_seed(0)
     result, _ = finetune_lora(make_student(window=4), data, config(**changes), reporter=Reporter(tmp_path / "m.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "validation_error" in line]
-    assert validations[-1]["validation_error"] < 0.9 * next(line["error"] for line in lines)
+    assert validations[-1]["validation_error"] < 0.95 * next(line["error"] for line in lines)
     assert result.best_loss == pytest.approx(3 * min(line["validation_error"] for line in validations), rel=1e-5)
     layers = validations[-1]["validation_layers"]
     assert len(layers) == 3 and np.mean(layers) == pytest.approx(validations[-1]["validation_error"], rel=1e-5)

@@ -196,6 +196,7 @@ class Broken:
         self.calls += 1
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_left_out(make_student: Students, training_data: TrainingData, tmp_path: Path) -> None:
     broken, sound = Broken(3), Broken(1000)
     reporter = Reporter(tmp_path / "metrics.jsonl", trackers=Trackers([broken, sound]))

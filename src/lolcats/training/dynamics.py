@@ -6,8 +6,6 @@ scale B A for each module with adapters, and the error of each linearized layer 
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -27,7 +25,7 @@ SEQUENCES = 4
 
 
 class Dynamics:
-    """The lines of lora.jsonl of one stage; nothing where the stage has no adapters, is not asked or has no reader.
+    """The lines of lora.jsonl; none where a stage is not the student's, has no adapters, is not asked or not read.
 
     Args:
         stage: of training.
@@ -46,10 +44,11 @@ class Dynamics:
         autocast: torch.dtype | None,
     ) -> None:
         self.reporter, self.data, self.device, self.autocast = reporter, data, accelerator.device, autocast
-        asked = isinstance(stage, FinetuneStage) and stage.adapter is not None and stage.config.lora_dynamics
         self.stage: FinetuneStage | None = None
-        if asked and from_main_process(accelerator, lambda: reporter.path is not None):
-            self.stage = cast(FinetuneStage, stage)
+        if isinstance(stage, FinetuneStage) and stage.adapter is not None and stage.config.lora_dynamics:
+            of_student = stage.name == stage.section  # its control is trained by a stage of another name
+            if of_student and from_main_process(accelerator, lambda: reporter.path is not None):
+                self.stage = stage
 
     def begin(self, step: int) -> None:
         """Write the line of a stage that has not done a step; of one that goes on it is there."""
