@@ -28,8 +28,10 @@ def test_every_format_is_the_model(cli: Run, finished: Path) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(finished / "model"))
     merged = cli("export", finished, "m")
     assert merged.code == 0 and merged.err == "" and merged.out.startswith("merged: m, ")
+    assert f"no report.html beside it: lolcats report {finished} --output {finished / 'report.html'}" in merged.out
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("m")), expected)
     code = cli("export", finished / "model", "r", "--format", "remote-code")
+    assert "report" not in code.out, "it may be that of a model without a run"
     assert code.code == 0 and Path("r/modeling_lolcats.py").is_file() and code.out.startswith("remote-code: r, ")
     adapter = cli("export", finished, "a", "--format", "adapter")
     assert adapter.code == 0 and "% of the model's" in adapter.out

@@ -157,7 +157,10 @@ def test_all_problems_are_shown_together_one_a_line(load_text):
         ("transfer: {tokens: 1.5}", "transfer.tokens"),
         ("transfer: {lr: .inf}", "transfer.lr"),
         ("finetune: {batch_size: 6, micro_batch_size: 4}", "finetune: micro_batch_size 4 must divide batch_size 6"),
-        ("finetune: {kl_factor: 0, cross_entropy_factor: 0}", "finetune: cross_entropy_factor and kl_factor"),
+        (
+            "finetune: {kl_factor: 0, cross_entropy_factor: 0}",
+            "finetune: cross_entropy_factor, kl_factor and error_factor",
+        ),
         ("transfer: {mse_factor: 0}", "transfer: mse_factor and xent_factor"),
         ("evaluation: {controls: [window]}", "evaluation.controls.0"),
         ("name: ../elsewhere", "name: "),

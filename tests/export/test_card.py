@@ -102,6 +102,7 @@ def test_the_recipe_in_words() -> None:
         (["finetune.enabled=false"], "Stage 2, fine-tuning: left out"),
         (["transfer.enabled=false"], "Stage 1, attention transfer: left out"),
         (["finetune.method=full"], "all weights"),
+        (["finetune.error_factor=1000"], "divergence from the teacher + 1000 x squared error of attention outputs."),
         (["finetune.targets=[q_proj, v_proj]"], "linear layers: q_proj, v_proj"),
         (["linearization.layers=0.5"], "50% of the global attention layers"),
         (["linearization.feature_size=16"], "of size 16"),

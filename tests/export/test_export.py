@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats import LolcatsError, export_model, load_config
 from lolcats.export import FORMATS
+from lolcats.runs.folder import RunFolder
 from lolcats.runs.results import read_results
 
 from .conftest import Runs
@@ -76,6 +78,53 @@ def test_no_path_of_this_machine_where_the_base_is_named(runs: Runs, tmp_path: P
     assert (recipe.model, recipe.data.sources) == ("someone/teacher", ["river.txt"])
     assert b"base_model: someone/teacher" in files["README.md"]
     assert json.loads(files["lolcats_results.json"])["model"] == "someone/teacher"
+
+
+PAGE = '<html><title>{run}</title><script>const files = [{model}, {text}, "layers"]</script></html>'
+
+
+def with_report(run: RunFolder, tmp_path: Path) -> Path:
+    """A copy of a run, whose page names the paths of this machine."""
+    copied = Path(shutil.copytree(run.path, tmp_path / "a & b" / "run"))
+    config = run.config()
+    page = PAGE.format(
+        run=html.escape(str(copied)), model=json.dumps(config.model), text=json.dumps(config.data.sources[0])
+    )
+    (copied / "report.html").write_text(page)
+    return copied
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_page_of_a_run_lies_beside_its_card(runs: Runs, tmp_path: Path, format: str) -> None:
+    run = with_report(runs(), tmp_path)
+    done = export_model(run, tmp_path / "out", format)
+    assert done.report and (done.folder / "report.html").read_bytes() == (run / "report.html").read_bytes()
+    assert "[report.html](report.html)" in (done.folder / "README.md").read_text()
+    assert "report.html" not in done.left_out
+    without = export_model(runs().path, tmp_path / "without", format)
+    assert not without.report and "report.html" not in (without.folder / "README.md").read_text()
+
+
+def test_the_page_goes_along_with_an_export_of_an_export(runs: Runs, tmp_path: Path) -> None:
+    first = export_model(with_report(runs(), tmp_path), tmp_path / "x" / "same").folder
+    second = export_model(first, tmp_path / "y" / "same")
+    assert second.report and second.left_out == [] and contents(first) == contents(second.folder)
+
+
+def test_the_page_that_others_see_names_no_place_of_this_machine(runs: Runs, tmp_path: Path) -> None:
+    run = with_report(runs(), tmp_path)
+    done = export_model(run, tmp_path / "out", base="someone/teacher")
+    expected = PAGE.format(run="run", model='"someone/teacher"', text='"river.txt"')
+    assert (done.folder / "report.html").read_text() == expected
+
+
+def test_a_page_that_is_a_link_elsewhere_is_refused(runs: Runs, tmp_path: Path) -> None:
+    run = with_report(runs(), tmp_path)
+    (run / "report.html").rename(tmp_path / "secret.html")
+    (run / "report.html").symlink_to(tmp_path / "secret.html")
+    with pytest.raises(LolcatsError, match=r"report.html is a link to .*secret.html, outside the folder"):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_is_replaced_only_when_asked(runs: Runs, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_more_work_takes_longer() -> None:
     for changes in ({"checkpointing": True}, {"quantization": "4bit"}, {"offload": True}, {"rows": 1}):
         assert seconds(paper(), **changes) > plain, changes
     assert seconds(paper("finetune.kl_factor=1")) > 1.2 * plain
+    assert seconds(paper("finetune.error_factor=1")) > 1.2 * plain
     assert seconds(paper("finetune.rank=256")) > plain
     assert seconds(paper(), ranks=8, rows=1) < plain / 4
 

@@ -25,6 +25,7 @@ from lolcats.models.quantization import keep_differentiable
 from lolcats.models.sharded import whole_tensor
 from lolcats.models.teacher import load_teacher
 from lolcats.training import Reporter, gradients, loop
+from lolcats.training.report import LORA_FILE
 from lolcats.training.sharding import load_sharded, shards_weights
 
 LAYERS = {
@@ -43,6 +44,7 @@ SCENES: dict[str, tuple[str, dict[str, Any]]] = {
     "alone": ("blend", {"kl_factor": 1.0, "train_feature_maps": True, **OFFLOADED}),
     "passing": ("hybrid", {"passing": {"share": 0.5, "chunks": 2}, "gradient_checkpointing": True}),
     "packed": ("hybrid", {"kl_factor": 1.0}),
+    "errors": ("hybrid", {"cross_entropy_factor": 0.0, "error_factor": 5.0, "gradient_checkpointing": True}),
     "long-lora": ("hybrid", {"kl_factor": 1.0, "tokens": 16 * 4 * 7}),
     "long-full": ("hybrid", {"method": "full", "gradient_checkpointing": True, "tokens": 16 * 4 * 7}),
 }
@@ -126,6 +128,8 @@ def run_scene(place: Path, name: str, mixer: str, changes: dict[str, Any], folde
         return
     weights = {n: whole_tensor(p.detach()).contiguous() for n, p in model.named_parameters() if p.is_floating_point()}
     save_file(weights, place / f"{own}.{accelerator.process_index}")
+    if metrics is not None and (place / LORA_FILE).exists():
+        (place / LORA_FILE).rename(place / f"{own}.{LORA_FILE}")
 
 
 def add_up_together(place: Path) -> None:

@@ -23,9 +23,9 @@ from tiny import TEXT, save_teacher, train_tokenizer
 SCENES = str(Path(__file__).with_name("sharded_scenes.py"))
 WHOLE = ["long-lora", "long-full", "long-lora:a", "long-full:b"]
 STARTS = {
-    2: ["lora", "blend", "passing", "packed", "long-lora:a:3", "long-full:b:3"],
+    2: ["lora", "blend", "passing", "packed", "errors", "long-lora:a:3", "long-full:b:3"],
     4: ["blend", "long-lora:a:5", "long-full:b:-4"],
-    1: ["lora", "blend", "passing", "packed", *WHOLE, "alone"],
+    1: ["lora", "blend", "passing", "packed", "errors", *WHOLE, "alone"],
 }
 """Number of processes -> what they do, in this order: a and b are killed in two processes, then in four, and end in
 one; in one process nothing is sharded."""
@@ -61,6 +61,20 @@ def assert_same(folder: Path, one: str, other: str, processes: int) -> None:
 def test_sharded_weights_train_as_whole_ones(trained: Path, processes: int, name: str) -> None:
     """Both layers; with offloading, gradient checkpointing, state passing, and weights in 4 bits."""
     assert_same(trained, f"{name}-1", f"{name}-{processes}", processes)
+
+
+@pytest.mark.slow
+def test_updates_and_errors_of_layers_are_those_of_whole_weights(trained: Path) -> None:
+    """Written by one process: at the begin and after each second step of four."""
+    whole, sharded = (
+        [json.loads(line) for line in (trained / f"errors-{n}.lora.jsonl").read_text().splitlines()] for n in (1, 2)
+    )
+    assert [line["step"] for line in whole] == [line["step"] for line in sharded] == [0, 2, 4]
+    for one, other in zip(whole, sharded, strict=True):
+        assert one["modules"].keys() == other["modules"].keys()
+        torch.testing.assert_close(other["errors"], one["errors"], rtol=1e-4, atol=1e-6)
+        for name, pair in one["modules"].items():
+            torch.testing.assert_close(other["modules"][name], pair, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_tokens_that_see_all_do_so_in_every_head(make: Students) -> None:
     """By their windows: those of the head with the smallest one, and of the layer with the smallest."""
     student = make("none")
     assert [layer.mixer.near_tokens for layer in linearized_layers(student)] == [3, 4, 3]
-    assert FinetuneStage(student, FinetuneConfig(**STAGE))._near_tokens == 3
+    assert FinetuneStage(student, FinetuneConfig(**STAGE))._counted.near_tokens == 3
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

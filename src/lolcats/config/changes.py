@@ -26,6 +26,7 @@ Changes = dict[str, tuple[Any, Any]]
 FREE = {
     "name", "runs_dir", "device", "data.local", "linearization.impl", "evaluation.batch_size",
     "finetune.gradient_checkpointing", "finetune.sharding.enabled", "finetune.sharding.cpu_offload",
+    "finetune.lora_dynamics", "report_to",
     "transfer.blocks.hidden", "transfer.blocks.keep", "transfer.blocks.folder",
 } | {
     f"{stage}.{key}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from lolcats.config.data import DataConfig
@@ -22,6 +22,12 @@ def _check_control(name: str) -> str:
 
 Control = Annotated[str, AfterValidator(_check_control)]
 """The name of a control, as settings hold it."""
+
+
+def _as_list(value: object) -> object:
+    # As in transformers, one name may stand for itself, and "none" for no tracker.
+    names = [] if value == "none" else [value] if isinstance(value, str) else value
+    return list(dict.fromkeys(names)) if isinstance(names, list) else names
 
 
 class EvaluationConfig(Section):
@@ -47,6 +53,8 @@ class RunConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"  # of the teacher's linear layers while training
+    # Trackers that show the scalars of metrics.jsonl while stages are trained.
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_as_list)] = Field(default=[])
     linearization: AnyLinearization = Field(default_factory=HybridConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     transfer: TransferConfig = Field(default_factory=TransferConfig)

@@ -48,7 +48,7 @@ class OptimConfig(Section):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
         if self._losses and not any(getattr(self, name) for name in self._losses):
-            raise ValueError(f"{' and '.join(self._losses)} are both 0; set at least one above 0")
+            raise ValueError(f"{', '.join(self._losses[:-1])} and {self._losses[-1]} are all 0; set one above 0")
         return self
 
     @model_validator(mode="after")
@@ -132,7 +132,7 @@ class ShardingConfig(Section):
 class FinetuneConfig(OptimConfig):
     """Stage 2: the linearized model learns to predict text, by LoRA or with all weights."""
 
-    _losses = ("cross_entropy_factor", "kl_factor")
+    _losses = ("cross_entropy_factor", "kl_factor", "error_factor")
     tokens: Tokens = 10_000_000
     lr: Rate = 1e-4
     method: Literal["lora", "full"] = "lora"
@@ -144,6 +144,7 @@ class FinetuneConfig(OptimConfig):
     train_feature_maps: bool = False
     cross_entropy_factor: Factor = 1.0  # weight of next-token cross-entropy
     kl_factor: Factor = 0.0  # weight of the divergence from the teacher's logits
+    error_factor: Factor = 0.0  # weight of the squared error of the layers' attention outputs, from the teacher's
     mask_prompt: bool = False  # count the loss only on responses
     # Weight in the loss of the first tokens of a text, which see all of it in window and sinks.
     near_weight: Share = 1.0
@@ -151,13 +152,21 @@ class FinetuneConfig(OptimConfig):
     passing: PassingConfig = Field(default_factory=PassingConfig)
     recall: FinetuneRecall = Field(default_factory=FinetuneRecall)
     teacher_logits: LogitsConfig = Field(default_factory=LogitsConfig)
+    # Write size and effective rank of each module's update, and the error of each layer, at each validation.
+    lora_dynamics: bool = True
     gradient_checkpointing: bool = False  # compute each decoder layer twice, and keep only its input meanwhile
     sharding: ShardingConfig = Field(default_factory=ShardingConfig)
 
     @property
     def records_steps(self) -> bool:
-        """Whether steps may be CUDA graphs, which hold nothing that is read from disk, nor layers computed twice."""
-        return self.cuda_graph and self.teacher_logits.cache == "none" and not self.gradient_checkpointing
+        """Whether steps may be CUDA graphs, which hold nothing that is read from disk, nor what is computed twice."""
+        twice = self.gradient_checkpointing or self.error_factor > 0
+        return self.cuda_graph and self.teacher_logits.cache == "none" and not twice
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether a loss compares with the teacher, so that it reads along."""
+        return self.kl_factor > 0 or self.error_factor > 0
 
     @model_validator(mode="after")
     def _check_logits(self) -> Self:
@@ -165,6 +174,11 @@ class FinetuneConfig(OptimConfig):
             raise ValueError(
                 "teacher_logits keeps what kl_factor compares with, and kl_factor is 0; set it above 0, or "
                 "teacher_logits.cache to none"
+            )
+        if self.teacher_logits.cache != "none" and self.error_factor:
+            raise ValueError(
+                "teacher_logits saves the teacher's pass in each step, and error_factor needs it for what its layers "
+                "give; set error_factor to 0, or teacher_logits.cache to none"
             )
         if self.teacher_logits.cache != "none" and self.sharding.enabled and self.recall.share:
             raise ValueError(
@@ -177,10 +191,10 @@ class FinetuneConfig(OptimConfig):
     def _check_memory(self) -> Self:
         if self.sharding.cpu_offload and self.method == "full":
             raise ValueError("sharding.cpu_offload is for frozen weights, and method full has none; use lora")
-        if self.sharding.enabled and self.method == "full" and self.kl_factor:
+        if self.sharding.enabled and self.method == "full" and self.follows_teacher:
             raise ValueError(
-                "sharding with method full and kl_factor above 0 would need the teacher beside the model that is "
-                "trained; set kl_factor to 0, or use lora"
+                "sharding with method full and kl_factor or error_factor above 0 would need the teacher beside the "
+                "model that is trained; set kl_factor to 0 and error_factor to 0, or use lora"
             )
         return self
 

@@ -11,9 +11,10 @@ from lolcats.config import dump_config
 from lolcats.errors import LolcatsError
 from lolcats.export.adapter import write_adapter
 from lolcats.export.card import Format, model_card
-from lolcats.export.contents import copy_files, model_files
+from lolcats.export.contents import REPORT_FILE, copy_files, model_files
 from lolcats.export.folder import check_place, new_folder
 from lolcats.export.remote_code import write_code
+from lolcats.export.report import read_report, without_places
 from lolcats.export.source import Source, is_local, last_part, open_source, without_paths
 from lolcats.export.weights import check_loads, check_model, write_weights
 from lolcats.models.shards import INDEX, SHARD_BYTES, weight_files
@@ -34,6 +35,8 @@ class Exported(NamedTuple):
     """Bytes of the whole model's weights, to compare an adapter with."""
     left_out: list[str]
     """Names of what lies in the model's folder and is no part of a model."""
+    report: bool = False
+    """Whether the page of the run is among the files."""
 
 
 def export_model(
@@ -70,8 +73,11 @@ def export_model(
     """
     how = _checked(format, dtype, shard_bytes)
     opened, out = open_source(Path(source)), Path(out)
+    report = read_report(opened)
     if base is not None or hide_paths:
-        opened.config = without_paths(opened.config, base or last_part(opened.config.model))
+        base = base or last_part(opened.config.model)
+        report = None if report is None else without_places(report, opened, base)
+        opened.config = without_paths(opened.config, base)
         opened.results.model = opened.config.model
     keep = [opened.model] if opened.run is None else [opened.model, opened.run.path]
     check_place(out, overwrite, keep)
@@ -82,9 +88,9 @@ def export_model(
         weights = sum(file.stat().st_size for file in weight_files(opened.model))
     with new_folder(out, overwrite=overwrite, keep=keep) as folder:
         write_format(opened, files, folder, format, how)
-        write_texts(opened, folder, cast(Format, format), name or out.resolve().name)
+        write_texts(opened, folder, cast(Format, format), name or out.resolve().name, report)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Exported(out, size, weights or size, left_out)
+    return Exported(out, size, weights or size, left_out, report is not None)
 
 
 class Writing(NamedTuple):
@@ -125,11 +131,13 @@ def write_format(source: Source, files: list[Path], folder: Path, format: str, h
         write_code(folder)
 
 
-def write_texts(source: Source, folder: Path, format: Format, name: str) -> None:
-    """Recipe, results and model card."""
+def write_texts(source: Source, folder: Path, format: Format, name: str, report: str | None) -> None:
+    """Recipe, results, the page of the run where it has one, and the model card."""
     (folder / RECIPE_FILE).write_text(dump_config(source.config))
     (folder / RESULTS_FILE).write_text(source.results.text())
-    card = model_card(source.config, source.results, format, name=name)
+    if report is not None:
+        (folder / REPORT_FILE).write_text(report, encoding="utf-8")
+    card = model_card(source.config, source.results, format, name=name, report=report is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from lolcats.config import FinetuneConfig, LinearizationConfig, RunConfig, TransferConfig
+from lolcats.export.contents import REPORT_FILE
 from lolcats.export.source import is_local, last_part
 from lolcats.files import finite
 from lolcats.runs.results import Results
@@ -38,6 +39,9 @@ HOLDS = {
     "remote-code": "This folder holds the whole model and the code that runs it, which transformers executes only with "
     "`trust_remote_code=True`. Where the package lolcats is imported, its code is used instead.",
 }
+REPORT = f"""\
+[{REPORT_FILE}]({REPORT_FILE}) shows what was kept and what was lost: training, quality and memory beside the
+controls, and each layer and head. It is one file that needs no network; download it and open it in a browser."""
 LIMITS = """\
 * Text further back than the window is remembered in a state of fixed size, so exact recall over long distances suffers
   most. Perplexity hardly shows that: compare this model with the controls above, and test what you need.
@@ -45,7 +49,7 @@ LIMITS = """\
 * It was trained on the text named above and keeps best what resembles it. It has the base model's faults and biases."""
 
 
-def model_card(config: RunConfig, results: Results, format: Format, *, name: str = "PATH") -> str:
+def model_card(config: RunConfig, results: Results, format: Format, *, name: str = "PATH", report: bool = False) -> str:
     """The text of README.md for an exported model.
 
     Args:
@@ -53,6 +57,7 @@ def model_card(config: RunConfig, results: Results, format: Format, *, name: str
         results: what was measured; anything may be missing.
         format: what the folder holds.
         name: the folder or hub name that is loaded.
+        report: whether the page of the run lies beside the card.
     """
     base = HUB_NAMES.get(config.model, last_part(config.model))
     parts = [
@@ -65,6 +70,7 @@ def model_card(config: RunConfig, results: Results, format: Format, *, name: str
         f"## Load it\n\n```python\n{LOADING[format].format(name=name)}\n```",
         "## How it was made\n\n" + "\n".join(f"* {line}" for line in recipe_lines(config, results)),
         "## Measured\n\n" + measured(results),
+        *([f"## Report\n\n{REPORT}"] if report else []),
         f"## Limits\n\n{LIMITS}",
         f"## License\n\nThe license of the base model `{base}` applies to this model too.",
     ]
@@ -121,11 +127,12 @@ def finetune_line(stage: FinetuneConfig, trained: Mapping[str, Any]) -> str:
     targets = stage.targets if isinstance(stage.targets, str) else ", ".join(stage.targets)
     how = f"LoRA of rank {stage.rank}, alpha {stage.alpha:g}, on the linear layers: {targets}"
     how = how if stage.method == "lora" else "all weights"
+    error = f" + {stage.error_factor:g} x squared error of attention outputs" if stage.error_factor else ""
     maps = ", feature maps trained too" if stage.train_feature_maps else ""
     return (
         f"Stage 2, fine-tuning: {_tokens(stage.tokens, trained.get('finetune'))}, {how}{maps}, learning rate "
         f"{stage.lr:g}, loss = {stage.cross_entropy_factor:g} x next-token cross-entropy + {stage.kl_factor:g} x "
-        "divergence from the teacher."
+        f"divergence from the teacher{error}."
     )
 
 

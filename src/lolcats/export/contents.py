@@ -15,6 +15,8 @@ from lolcats.runs.artefact import RECIPE_FILE, RESULTS_FILE
 
 TEMPLATES = "additional_chat_templates"
 """Folder of the chat templates of a tokenizer that has several."""
+REPORT_FILE = "report.html"
+"""The page of a run, in its folder or beside an exported model."""
 KNOWN = re.compile(
     r"config\.json|generation_config\.json|model\.safetensors\.index\.json"
     r"|tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab[\w.-]*\.(json|txt)|merges[\w.-]*\.txt"
@@ -41,14 +43,15 @@ def model_files(model: Path) -> tuple[list[Path], list[str]]:
         if file in weights or file.name == TEMPLATES or (file.name == INDEX and weights[0].name == WEIGHTS):
             continue
         if known and file.is_file():
-            _check_link(file, model)
+            check_link(file, model)
             found.append(file)
-        elif file.suffix not in (".py", ".md"):  # code and card of an earlier export are written anew
+        elif file.suffix not in (".py", ".md") and file.name != REPORT_FILE:  # of an earlier export, written anew
             left_out.append(file.name)
     return found, left_out
 
 
-def _check_link(file: Path, model: Path) -> None:
+def check_link(file: Path, model: Path) -> None:
+    """Raise LolcatsError if a file of a model's folder is a link that leads elsewhere."""
     folder, target = model.resolve(), file.resolve()
     blobs = folder.parent.parent / "blobs"
     in_cache = folder.parent.name == "snapshots" and target.parent == blobs

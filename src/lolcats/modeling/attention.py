@@ -44,6 +44,8 @@ CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 Observer = Callable[["LinearizedAttention", AttentionCall, Tensor], None]
 """Called with the layer, the call and the softmax output [B, H, N, Dv]; see `training.transfer`."""
+Listener = Callable[["LinearizedAttention", Tensor], None]
+"""Called with the layer and what it gives, [B, H, N, Dv], in whatever mode; see `training.layer_errors`."""
 
 
 class LinearizedAttention(nn.Module):
@@ -62,6 +64,7 @@ class LinearizedAttention(nn.Module):
         self.mixer = mixer
         self.mode = FULL
         self.observer: Observer | None = None
+        self.listener: Listener | None = None
         self.model_config: PretrainedConfig | None = None
         self.window_tokens: dict[torch.dtype, int] = {}
         """Where layers share a budget, tokens of the window that takes as much in all of them together."""
@@ -212,6 +215,8 @@ def mixer_interface(
         mask, past.seen,
     )  # fmt: skip
     out = layer.dispatch(call, linearized)
+    if layer.listener is not None:
+        layer.listener(layer, out)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 

@@ -77,7 +77,7 @@ def read_network(model: Any, device: torch.device) -> Network | None:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters or has_many_axes(model.base_model):
         return None
     layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
-    if any(layer.mode == SOFTMAX or layer.observer is not None for layer in layers):
+    if any(layer.mode == SOFTMAX or layer.observer is not None or layer.listener is not None for layer in layers):
         return None
     if any(layer.mixer.needs_rotation and not layer.rotary.is_decided for layer in layers):
         return None

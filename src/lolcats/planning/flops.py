@@ -27,7 +27,7 @@ ROTARY, ROTARY_BACK = 20, 26
 OUTPUT, OUTPUT_BACK = 4, 4
 """For each number of the attention's output: brought into the order of the next product."""
 ERROR = 60
-"""For each number of the outputs that stage 1 compares: to float32, difference, square, mean, and back."""
+"""For each number of outputs that are compared with the teacher: to float32, difference, square, mean, and back."""
 XENT = 750
 """For each pair of tokens and head, where attention weights are compared (fitted: those of both, in torch, and back)."""
 LOGIT, LOGIT_KL = 40, 66
@@ -64,11 +64,11 @@ def teacher_step(model: ModelShape, rows: int, length: int, layers: slice = slic
 
 def finetune_step(model: ModelShape, config: RunConfig, rows: int, checkpointing: bool = False) -> list[Work]:
     """Stage 2 on `rows` sequences, without the optimiser; with checkpointing each layer is computed twice."""
-    length, teacher = config.data.sequence_length, config.finetune.kl_factor > 0
-    pieces = teacher_step(model, rows, length) if teacher else []
+    length, fine = config.data.sequence_length, config.finetune
+    pieces = teacher_step(model, rows, length) if fine.follows_teacher else []
     for layer, count in distinct(model.layers):
         pieces += [piece.times(count) for piece in _tuned(layer, config, rows, checkpointing)]
-    return pieces + head_loss(model, rows * length, teacher)
+    return pieces + head_loss(model, rows * length, fine.kl_factor > 0)
 
 
 def optimizer_step(trained: int, layers: int) -> list[Work]:
@@ -102,6 +102,8 @@ def _tuned(layer: LayerShape, config: RunConfig, rows: int, checkpointing: bool)
     else:
         yield from mixer_work(layer.mixer, rows, length, "finetune")
         yield from mixer_work(layer.mixer, rows, length, "forward") if checkpointing else []
+        if fine.error_factor:
+            yield Work("bytes", bytes=ERROR * tokens * layer.query_size, kernels=20)
     yield from once
     yield from once if checkpointing else []
     yield from backward(layer, tokens, fine.method == "full")

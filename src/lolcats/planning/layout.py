@@ -103,7 +103,7 @@ def _second_layouts(config: RunConfig, machine: Machine, kind: str) -> Iterator[
     counts = sorted({1, most, *(count for count in (8, 16, 32, 64, 128, 256) if count < most)})
     lora = stage.method == "lora"
     for shard, offload in ((False, False), (True, False), (True, True)):
-        if (offload and not lora) or (shard and kind == "8bit") or (shard and not lora and stage.kl_factor):
+        if (offload and not lora) or (shard and kind == "8bit") or (shard and not lora and stage.follows_teacher):
             continue
         for checkpointing in (False, True):
             for ranks in counts:

@@ -91,7 +91,7 @@ def finetune_memory(
     fine, tokens = config.finetune, rows * config.data.sequence_length
     full = fine.method == "full"
     width = 4.0 if full else 2.0
-    weights = weight_bytes(model, quantization, width=width) * (2 if full and fine.kl_factor else 1)
+    weights = weight_bytes(model, quantization, width=width) * (2 if full and fine.follows_teacher else 1)
     trained = (12 if full else TRAINED) * trained_numbers(model, config)
     host = 0.0
     if shard or offload:
@@ -102,6 +102,8 @@ def finetune_memory(
     held = [_held(layer, fine.rank) for layer in model.layers]
     carried = 2.0 * model.hidden
     a_token = carried * len(held) + max(held) if checkpointing else sum(held)
+    if fine.error_factor:  # what the teacher's layers give and what the student's do
+        a_token += sum(2 * 2.0 * layer.query_size for layer in model.layers if layer.mixer is not None)
     once = max(_passing(layer) for layer in model.layers)
     logits = (LOGIT_KL if fine.kl_factor else LOGIT) * min(HEAD_CHUNK, tokens) * model.vocabulary
     return Memory(

@@ -142,7 +142,7 @@ def finetune_plan(model: ModelShape, config: RunConfig, machine: Machine, layout
     stage, gpu = config.finetune, machine.gpu
     steps = stage.steps(config.data.sequence_length)
     tokens = steps * stage.batch_size * config.data.sequence_length
-    passes = 2 + layout.checkpointing + (stage.kl_factor > 0)
+    passes = 2 + layout.checkpointing + stage.follows_teacher
     once = finetune_step(model, config, layout.rows, layout.checkpointing)
     once += _unpacking(model, layout, passes)
     trained = trained_numbers(model, config)

@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, and how it is opened without losing anybody's work.
 
 runs/NAME/config.yaml       the settings, complete
-          metrics.jsonl     a line a step
+          metrics.jsonl     a line a step; lora.jsonl: a line a validation of stage 2
+          tensorboard/, wandb/  of trackers, where they were asked for
           checkpoints/STAGE/{last,best}.safetensors; copied_from.txt where they are another run's
           results.json      what was measured; added.safetensors: what stage 1 left of what the linearization added
           model/            the artefact

@@ -44,6 +44,7 @@ from lolcats.training.parallel import check_batch_size, ending_together, from_ma
 from lolcats.training.reading import check_reading
 from lolcats.training.sharding import shards_weights
 from lolcats.training.teacher_logits import check_logits
+from lolcats.training.trackers import check_trackers, trackers_of
 
 Step = Literal["prepare", "transfer", "finetune", "save", "control", "measure"]
 STEPS: list[Step] = ["prepare", "transfer", "finetune", "save", "control", "measure"]
@@ -76,6 +77,7 @@ def linearize(
     started = time.perf_counter()
     device = choose_device(config.device)
     check_impl(config.linearization.impl, device)
+    check_trackers(config.report_to)
     by_blocks = config.transfer.enabled and config.transfer.blocks.size is not None
     if by_blocks:
         check_plan(config)
@@ -96,6 +98,7 @@ def linearize(
             shown = console if accelerator.is_main_process else None
             train_blocks(config, folder, device, results, accelerator, shown, only_prepare=until == "prepare")
         run = _prepare(config, folder, accelerator, device, console, results, started)
+        held.push(lambda kind, *_: run.reporter.trackers.close(failed=kind is not None))
         results.add_seconds("loading", time.perf_counter() - started)
         for name, step in zip(
             STEPS, (measure_teacher, transfer, finetune, save, train_control, measure_student), strict=True
@@ -134,7 +137,8 @@ def _prepare(
         check_reading(stage, data, model, config.seed, accelerator.num_processes)
     segments = evaluation_segments(config, tokenizer, validation, vocabulary_size(model))
     notes = notes_on_data(config, len(train_set) * train_set.ids.shape[1], shown)
-    reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process)
+    trackers = trackers_of(config.report_to, folder.path, config.name, config.model_dump(mode="json"))
+    reporter = Reporter(folder.metrics_file, console, enabled=accelerator.is_main_process, trackers=trackers)
     add_facts(results, config, device, segments, SAMPLE_PROMPT)
     results.data_notes = notes
     config = linearize_layers(model, config, start_batch(config, data), results, accelerator)

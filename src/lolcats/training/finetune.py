@@ -14,22 +14,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats.config import FinetuneConfig
 from lolcats.identity import weights_digest
-from lolcats.modeling import attention_mode, linearized_layers
+from lolcats.modeling import LinearizedAttention, attention_mode, linearized_layers
 from lolcats.modeling.attention import FULL, added_parameters
 from lolcats.modeling.head import OutputHead
 from lolcats.modeling.old_names import in_old_order, old_name
 from lolcats.models.layers import decoder_layers
 from lolcats.models.sharded import is_sharded, whole_tensor
 from lolcats.training.batches import Batch
+from lolcats.training.counted import Counted, real_tokens
 from lolcats.training.identity import layer_settings
-from lolcats.training.lora import add_lora, check_lora
-from lolcats.training.losses import Teacher, TeacherStates, next_token_loss, shifted_labels
+from lolcats.training.layer_errors import attention_outputs, layer_errors, listening, weighted_error
+from lolcats.training.lora import add_lora, check_lora, trusting_autocast
+from lolcats.training.losses import Teacher, TeacherStates, next_token_loss
 from lolcats.training.passing import backward_in_parts
 from lolcats.training.recall import count_right
 from lolcats.training.recompute import recomputing
@@ -63,6 +64,7 @@ class FinetuneStage:
     def __init__(self, model: PreTrainedModel, config: FinetuneConfig) -> None:
         refuse_spread(model)
         self.model, self.config = model, config
+        self._counted = Counted(model, config.mask_prompt, config.near_weight)
         self.adapter: PeftModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.logits: LogitsCache | None = None
@@ -82,7 +84,7 @@ class FinetuneStage:
             self.adapter = add_lora(model, config)
             self._move_adapters()
         else:
-            if config.kl_factor > 0:
+            if config.follows_teacher:
                 self.teacher = copy.deepcopy(model)
             if not self._sharded:  # else they were made so when they were spread
                 model.float()
@@ -116,7 +118,7 @@ class FinetuneStage:
 
     def count(self, batch: Batch) -> float:
         """Tokens whose loss counts in a batch, or the sum of their weights."""
-        counted, weights = self._labels(batch) != -100, self._weights(batch)
+        counted, weights = self._counted.labels(batch) != -100, self._counted.weights(batch)
         return int(counted.sum()) if weights is None else float(weights[counted].sum())
 
     def backward(self, batch: Batch, share: float | Tensor) -> dict[str, Tensor]:
@@ -124,7 +126,13 @@ class FinetuneStage:
         with self._learning():
             if batch.chunk is not None:
                 return backward_in_parts(
-                    batch, self._labels(batch), self._weights(batch), share, self.model, self._part_loss, self._sharded
+                    batch,
+                    self._counted.labels(batch),
+                    self._counted.weights(batch),
+                    share,
+                    self.model,
+                    self._part_loss,
+                    self._sharded,
                 )
             loss, parts = self._loss(batch)
             (loss * share).backward()
@@ -156,29 +164,59 @@ class FinetuneStage:
         return None
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-        }
-        hidden, teacher = self._hidden(inputs, None if self.logits is None else self._kept(batch), inputs)
-        c, labels, weights = self.config, self._labels(batch), self._weights(batch)
+        inputs, labels, weights = _inputs(batch), self._counted.labels(batch), self._counted.weights(batch)
+        kept = None if self.logits is None else self._kept(batch)
+        hidden, teacher, errors = self._hidden(inputs, kept, inputs, labels, weights)
+        c = self.config
         plain = batch.document is None and not c.mask_prompt  # then all count but the last of each row, and near ones
         if plain:
-            part = slice(self._near_tokens if c.near_weight == 0 else 0, -1)
+            part = slice(self._counted.near_tokens if c.near_weight == 0 else 0, -1)
             hidden, labels = hidden[:, part], labels[:, part]
             weights = None if weights is None else weights[:, part]
             teacher = None if teacher is None else teacher.take((slice(None), part))
-        factors = c.cross_entropy_factor, c.kl_factor
-        return next_token_loss(self.head, hidden, labels, teacher, *factors, all_counted=plain, weights=weights)
+        return self._sum(hidden, labels, teacher, weights, errors, plain)
 
     def _part_loss(
         self, inputs: dict[str, Any], teacher_inputs: dict[str, Any], labels: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a part of a long text, see `backward_in_parts`."""
-        hidden, teacher = self._hidden(inputs, None, teacher_inputs)
+        hidden, teacher, errors = self._hidden(inputs, None, teacher_inputs, labels, weights)
+        return self._sum(hidden, labels, teacher, weights, errors)
+
+    def _sum(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        teacher: Teacher | None,
+        weights: Tensor | None,
+        errors: Tensor | None,
+        all_counted: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all losses, and each by name."""
         c = self.config
-        return next_token_loss(self.head, hidden, labels, teacher, c.cross_entropy_factor, c.kl_factor, weights=weights)
+        factors = c.cross_entropy_factor, c.kl_factor
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(factors)):  # without, the first is only told
+            loss, parts = next_token_loss(
+                self.head, hidden, labels, teacher, *factors, all_counted=all_counted, weights=weights
+            )
+        if errors is None:
+            return loss, parts
+        # FSDP gathers a layer's weights when the gradient of its output arrives, which the last layer's must have.
+        loss = loss + c.error_factor * errors.mean() + 0.0 * hidden.flatten()[:1].sum()
+        return loss, {**parts, "error": errors.detach().mean(), "layers": errors.detach()}
+
+    def layer_errors(self, batch: Batch) -> Tensor:
+        """The error of the attention output of each linearized layer [L], over all real tokens; no gradients."""
+        inputs, real, errors = _inputs(batch), real_tokens(batch).float(), {}
+        with torch.no_grad(), attention_outputs(self.teacher or self.model, "cpu") as expected:
+            self._states(inputs)
+
+        def compare(layer: LinearizedAttention, out: Tensor) -> None:
+            errors[layer.layer_idx] = weighted_error(out, expected.pop(layer.layer_idx).to(out.device), real)
+
+        with torch.no_grad(), attention_mode(self.model, self.mode), listening(self.model, compare):
+            self.head.hidden(**inputs)
+        return torch.stack([errors[index] for index in sorted(errors)])
 
     def teacher_top(self, batch: Batch, rows: list[int] | None = None) -> TopK:
         """What the teacher predicts of some rows of a batch, as far as it is kept."""
@@ -200,41 +238,30 @@ class FinetuneStage:
             return TeacherStates(self._teacher_head.hidden(**inputs), self._teacher_logits)
 
     def _hidden(
-        self, inputs: dict[str, Any], teacher: Teacher | None, teacher_inputs: dict[str, Any]
-    ) -> tuple[Tensor, Teacher | None]:
-        """The student's last hidden states, and what the loss compares with, where it is not known already."""
-        if self.config.kl_factor > 0 and teacher is None:
-            teacher = self._states(teacher_inputs)
-        with attention_mode(self.model, self.mode):
-            return self.head.hidden(**inputs), teacher
+        self,
+        inputs: dict[str, Any],
+        teacher: Teacher | None,
+        teacher_inputs: dict[str, Any],
+        labels: Tensor,
+        weights: Tensor | None,
+    ) -> tuple[Tensor, Teacher | None, Tensor | None]:
+        """The student's last hidden states; what they are compared with, if it is not known; and errors of layers."""
+        c = self.config
+        if not c.error_factor:
+            if c.kl_factor > 0 and teacher is None:
+                teacher = self._states(teacher_inputs)
+            with attention_mode(self.model, self.mode):
+                return self.head.hidden(**inputs), teacher, None
+        with attention_outputs(self.teacher or self.model) as expected:
+            states = self._states(teacher_inputs)
+        with attention_mode(self.model, self.mode), attention_outputs(self.model) as got:
+            hidden = self.head.hidden(**inputs)
+        counted = (labels != -100).float() * (1.0 if weights is None else weights)
+        return hidden, states if c.kl_factor > 0 else None, layer_errors(got, expected, counted)
 
     def _teacher_logits(self, hidden: Tensor) -> Tensor:
         with self._as_teacher():  # a head of several layers may carry adapters
             return self._teacher_head(hidden)
-
-    def _labels(self, batch: Batch) -> Tensor:
-        counted = batch.loss_mask if self.config.mask_prompt else _real(batch)
-        labels = shifted_labels(batch.input_ids, counted, batch.document)
-        return labels.masked_fill(self._near(batch), -100) if self.config.near_weight == 0 else labels
-
-    def _weights(self, batch: Batch) -> Tensor | None:
-        """Of each token [B, N] in the loss, None where all that count weigh the same."""
-        if self.config.near_weight in (0, 1):
-            return None
-        return torch.where(self._near(batch), self.config.near_weight, 1.0)
-
-    def _near(self, batch: Batch) -> Tensor:
-        """Which tokens [B, N] see their whole text in window and sinks."""
-        position = batch.position_ids
-        if position is None:
-            ids = batch.input_ids
-            position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return position < self._near_tokens
-
-    @property
-    def _near_tokens(self) -> int:
-        """Such tokens of a text in all layers, with the windows that they have now."""
-        return min(layer.mixer.near_tokens for layer in linearized_layers(self.model))
 
     def _move_adapters(self) -> None:
         """Bring the adapters to where the model computes: peft puts them where the weights wait that they belong to."""
@@ -246,21 +273,11 @@ class FinetuneStage:
     def _learning(self) -> Iterator[None]:
         """What holds in a pass forward and backward, since layers may be computed again on the way back."""
         with ExitStack() as stack:
-            stack.enter_context(self._autocast_casts())
+            stack.enter_context(trusting_autocast(self.adapter, self.model.device))
             stack.enter_context(attention_mode(self.model, self.mode))
             if self.config.gradient_checkpointing:
                 stack.enter_context(recomputing(list(decoder_layers(self.model)[1])))
             yield
-
-    @contextmanager
-    def _autocast_casts(self) -> Iterator[None]:
-        """Under autocast peft need not cast inputs to float32, which autocast would cast back for the product."""
-        device = self.model.device.type
-        if self.adapter is None or not torch.is_autocast_enabled(device):
-            yield
-        else:
-            with disable_input_dtype_casting(self.adapter):
-                yield
 
     @contextmanager
     def _as_teacher(self) -> Iterator[None]:
@@ -272,7 +289,5 @@ class FinetuneStage:
                     yield
 
 
-def _real(batch: Batch) -> Tensor:
-    if batch.document is None:
-        return torch.ones_like(batch.loss_mask)
-    return batch.document >= 0
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}

@@ -31,6 +31,7 @@ from lolcats.training.checkpoint import (
     restore_training,
     training_tensors,
 )
+from lolcats.training.dynamics import Dynamics
 from lolcats.training.gradients import clip_gradients, first_not_finite, reduce_gradients
 from lolcats.training.graphs import GraphedStage
 from lolcats.training.identity import identity
@@ -99,6 +100,7 @@ class _Loop:
         self.length = data.train.ids.shape[1]
         self.reader = Reader(config, data, seed, accelerator.process_index, accelerator.num_processes)
         self.steps = self.reader.steps
+        self.dynamics = Dynamics(stage, data, reporter, accelerator, autocast)
         self.parameters = stage.parameters()
         fused = accelerator.device.type == "cuda"
         groups = [[p for p in self.parameters.values() if is_shard(p) is spread] for spread in (False, True)]
@@ -121,6 +123,7 @@ class _Loop:
         how = {"seed": self.seed, "accelerator": self.accelerator, "autocast": self.autocast}
         compute_ahead(self.stage, self.config, self.data, left, **how, say=self.reporter.say)
         with self.reporter.stage(self.stage.name, self.steps, self.progress.step) as bar:
+            self.dynamics.begin(self.progress.step)
             while self.progress.step < self.steps:
                 self._step(bar)
                 done = self.progress.step == self.steps
@@ -217,6 +220,7 @@ class _Loop:
             recall.judge(self.progress, values)
         self.schedule.observe(values["loss"])
         self.reporter.validation(self.stage.name, self.progress.step, values, self._tokens())
+        self.dynamics.note(self.progress.step)
         if values["loss"] < self.progress.best["loss"] or self._is_first_of_passing():
             self.progress.best, self.progress.best_step = values, self.progress.step
             weights, shards = self._apart(self.checkpoints.best, parameter_tensors(self.parameters))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -84,6 +89,16 @@ def lora_config(model: nn.Module, config: FinetuneConfig, targets: list[str]) ->
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
         task_type="CAUSAL_LM",
     )
+
+
+@contextmanager
+def trusting_autocast(adapter: PeftModel | None, device: torch.device) -> Iterator[None]:
+    """Inside, under autocast, peft does not cast inputs to float32: autocast would cast them back for the product."""
+    if adapter is None or not torch.is_autocast_enabled(device.type):
+        yield
+    else:
+        with disable_input_dtype_casting(adapter):
+            yield
 
 
 def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:

@@ -19,7 +19,12 @@ HEAD_CHUNK = 2048
 
 def output_error(student: Tensor, teacher: Tensor, document: Tensor | None) -> Tensor:
     """Mean squared error of attention outputs [B, H, N, Dv], padding (negative `document` [B, N]) left out."""
-    return mean_over_real((student.float() - teacher.float()).square().mean((1, 3)), document)
+    return mean_over_real(token_error(student, teacher), document)
+
+
+def token_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of attention outputs [B, H, N, Dv] at each token [B, N]."""
+    return (student.float() - teacher.float()).square().mean((1, 3))
 
 
 def mean_over_real(values: Tensor, document: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,33 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lolcats.files import write_bytes
+from lolcats.training.trackers import Trackers
+
+LORA_FILE = "lora.jsonl"
+"""Beside metrics.jsonl."""
 
 
 class Reporter:
-    """Writes metrics.jsonl (None: nowhere) and draws progress on `console` (None: silently)."""
+    """Writes metrics.jsonl, lora.jsonl beside it (None: nowhere), and draws progress on `console` (None: silently).
 
-    def __init__(self, path: Path | None = None, console: Console | None = None, enabled: bool = True) -> None:
+    Args:
+        path: of metrics.jsonl.
+        console: for progress.
+        enabled: False in all processes but the main one: nothing is written or shown.
+        trackers: are told what metrics.jsonl is told.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        console: Console | None = None,
+        enabled: bool = True,
+        trackers: Trackers | None = None,
+    ) -> None:
         self.path = path if enabled else None
+        self._lora_path = None if self.path is None else self.path.with_name(LORA_FILE)
         self.console = console if enabled else None
+        self.trackers = trackers if enabled and trackers is not None else Trackers()
         self._progress: Progress | None = None
 
     @contextmanager
@@ -65,24 +84,46 @@ class Reporter:
                 recall = f", {values['recall_accuracy']:.0%} of answers right within {values['recall_gap']:,} tokens"
             self._progress.console.print(f"{stage:<9} step {step}: validation loss {values['loss']:.4g}{recall}")
 
+    def lora(self, stage: str, step: int, modules: Mapping[str, tuple[float, float]], errors: Sequence[float]) -> None:
+        """Norm and effective rank of the updates of modules, and errors of layers, after a step (0: before the first).
+
+        Six digits of each are kept.
+        """
+        sizes = {name: [_short(value) for value in pair] for name, pair in modules.items()}
+        line = {"stage": stage, "step": step, "modules": sizes, "errors": [_short(value) for value in errors]}
+        _append(self._lora_path, line)
+
     def resumed(self, stage: str, step: int) -> None:
         """Drop lines written after the checkpoint from which the stage goes on, and what is no line of metrics."""
-        if self.path is None or not self.path.exists():
-            return
-        content = self.path.read_bytes()
+        for path in (self.path, self._lora_path):
+            if path is not None and path.exists():
+                self._cut(path, stage, step or -1)  # at its start a stage has not even a line of step 0
+        self.trackers.resumed(stage, step)
+
+    def _cut(self, path: Path, stage: str, step: int) -> None:
+        content = path.read_bytes()
         lines = content.splitlines()
         read = [(line, found) for line in lines if (found := _read_line(line)) is not None]
         lost = len(lines) - len(read)
         if lost - (not content.endswith(b"\n")) > 0 and self.console is not None:  # a kill leaves one half line
-            self.say(f"{self.path}: {lost} lines that are no metrics were dropped")
+            self.say(f"{path}: {lost} lines that are no metrics were dropped")
         kept = b"".join(line + b"\n" for line, found in read if not (found[0] == stage and found[1] > step))
         if kept != content:
-            write_bytes(self.path, kept)
+            write_bytes(path, kept)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        _append(self.path, line)
+        self.trackers.log(line)
+
+
+def _append(path: Path | None, line: Mapping[str, Any]) -> None:
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _read_line(line: bytes) -> tuple[str, int] | None:
