@@ -64,6 +64,20 @@ def test_gradients_reach_only_what_was_asked_for(make_student: Students, tokens:
     assert {p.dtype for p in stage.parameters().values()} == {torch.float32}
 
 
+def test_dropout_drops_in_training_alone(make_student: Students, tokens: Tokens) -> None:
+    """Of a model in evaluation, as runs load it; losses of the same weights differ from step to step."""
+    for dropout, different in ((0.0, 1), (0.5, 3)):
+        student = make_student(window=4).eval()
+        stage = FinetuneStage(student, config(dropout=dropout))
+        stir(student)
+        batch = batch_of(tokens())
+        learning = {float(stage.backward(batch, 1.0)["loss"]) for _ in range(3)}
+        with torch.no_grad():
+            validating = {float(stage.validate(batch)["loss"]) for _ in range(2)}
+        assert (len(learning), len(validating)) == (different, 1)
+        assert not any(module.training for module in student.modules())
+
+
 def test_a_bfloat16_model_gets_float32_adapters(make_student: Students, teacher: Any) -> None:
     stage = FinetuneStage(make_student(teacher.to(torch.bfloat16), window=4), config(train_feature_maps=True))
     assert {p.dtype for p in stage.parameters().values()} == {torch.float32}

@@ -29,7 +29,7 @@ OUTPUT, OUTPUT_BACK = 4, 4
 ERROR = 60
 """For each number of outputs that are compared with the teacher: to float32, difference, square, mean, and back."""
 XENT = 750
-"""For each pair of tokens and head, where attention weights are compared (fitted: those of both, in torch, and back)."""
+"""For each pair of tokens and head, where attention weights are compared (fitted: those of both, and back)."""
 LOGIT, LOGIT_KL = 40, 66
 """For each logit: to float32, log softmax, loss and gradient; with those of the teacher beside."""
 ADAMW = 40

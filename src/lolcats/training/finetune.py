@@ -29,7 +29,7 @@ from lolcats.training.batches import Batch
 from lolcats.training.counted import Counted, real_tokens
 from lolcats.training.identity import layer_settings
 from lolcats.training.layer_errors import attention_outputs, layer_errors, listening, weighted_error
-from lolcats.training.lora import add_lora, check_lora, trusting_autocast
+from lolcats.training.lora import add_lora, check_lora, dropping, trusting_autocast
 from lolcats.training.losses import Teacher, TeacherStates, next_token_loss
 from lolcats.training.passing import backward_in_parts
 from lolcats.training.recall import count_right
@@ -275,6 +275,7 @@ class FinetuneStage:
         with ExitStack() as stack:
             stack.enter_context(trusting_autocast(self.adapter, self.model.device))
             stack.enter_context(attention_mode(self.model, self.mode))
+            stack.enter_context(dropping(self.adapter))
             if self.config.gradient_checkpointing:
                 stack.enter_context(recomputing(list(decoder_layers(self.model)[1])))
             yield

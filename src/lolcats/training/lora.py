@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -99,6 +100,21 @@ def trusting_autocast(adapter: PeftModel | None, device: torch.device) -> Iterat
     else:
         with disable_input_dtype_casting(adapter):
             yield
+
+
+@contextmanager
+def dropping(adapter: PeftModel | None) -> Iterator[None]:
+    """Inside, the dropout of the adapters drops, though the model around them is in evaluation."""
+    layers = [m for m in (() if adapter is None else adapter.modules()) if isinstance(m, LoraLayer)]
+    drops = [drop for layer in layers for drop in layer.lora_dropout.values()]
+    before = [drop.training for drop in drops]
+    try:
+        for drop in drops:
+            drop.train()
+        yield
+    finally:
+        for drop, training in zip(drops, before, strict=True):
+            drop.train(training)
 
 
 def lora_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import (
+    COUNTS,
     GIVEN,
     HEDGEHOG,
-    COUNTS,
     load_bias,
     load_part,
     load_rows,

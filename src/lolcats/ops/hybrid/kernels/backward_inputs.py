@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import (
-    GIVEN,
     COUNTS,
+    GIVEN,
     LOG2E,
     cap,
     load_part,

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from lolcats.ops.hybrid.kernels.tiles import (
+    COUNTS,
     GIVEN,
     HEDGEHOG,
-    COUNTS,
     changing_one,
     load_bias,
     load_part,

@@ -28,8 +28,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 COUNTS = ["segments", "groups", "tiles", "segment_tiles", "splits"]
 LENGTHS = ["tokens", *COUNTS]
 """Numbers that a kernel is told at run time, whatever divides them: they come from the length of a text, and a kernel
-made anew for each would take seconds where a forward pass takes milliseconds. Those of backward passes are made once more
-for lengths that 16 divides, as those of training are: that spares them a fifth of what they spill."""
+made anew for each would take seconds where a forward pass takes milliseconds. Those of backward passes are made once
+more for lengths that 16 divides, as those of training are: that spares them much of what they spill."""
 
 
 @triton.jit
