@@ -40,6 +40,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def first_problem(error: Exception) -> str:
+    """What is wrong with content that a pydantic model was to hold: where, and what came; of others what they say."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {str(first['input'])[:40]!r})"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, of the machine or of a GPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
