@@ -26,8 +26,14 @@ from lolcats.mixers.inside import Inside, Sees
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.training.losses import output_error
 
-BLOCK = 256
-"""Queries of the teacher, and keys of the student, whose weights are in memory at once."""
+BLOCK, BLOCK_BYTES = 256, 1 << 26
+"""Queries of the teacher, and keys of the student, whose weights are in memory at once: so many, and of all heads in
+float32 no more than so many bytes. A few tensors of this size are made of them."""
+
+
+def block_of(call: Call) -> int:
+    """See `BLOCK`."""
+    return max(1, min(BLOCK, BLOCK_BYTES // (4 * call.q.shape[1] * call.q.shape[2])))
 
 
 class TeacherSums:
@@ -41,7 +47,7 @@ class TeacherSums:
     def __init__(self, call: Call, sees: Sees) -> None:
         heads, keys = call.q.shape[1], torch.arange(call.q.shape[2], device=call.q.device)
         entropy, far, has_far = [], [], []
-        for begin, weights in attention_blocks(call, BLOCK):
+        for begin, weights in attention_blocks(call, block_of(call)):
             query, key = keys[begin : weights.shape[-1], None], keys[None, : weights.shape[-1]]
             beyond = by_head(~sees(query, key) & (key <= query), heads)
             entropy.append(torch.special.entr(weights[0]).sum(-1))
@@ -65,7 +71,7 @@ def beyond_near(inside: Inside, call: Call) -> Tensor:
     rows, kv_heads, n, _ = call.k.shape
     keys = torch.arange(n, device=call.k.device)
     total = torch.zeros(call.q.shape[1], n, device=call.k.device)
-    for key in keys.split(BLOCK):
+    for key in keys.split(block_of(call)):
         marks = (keys[:, None] == key).to(torch.float32).expand(rows, kv_heads, -1, -1)
         total += (inside.near(marks)[0] * by_head(~inside.sees(keys[:, None], key[None]), len(total))).sum(-1)
     return total
