@@ -202,7 +202,8 @@ class _Work:
         chosen, heads = choose_maps(layers, [pool.cells for pool in pools.values()], self.settings.map_bytes)
         stream = Stream(self.teacher, self.models.student, chosen)
         maps = [read_map(stream, texts[name], pools[name], heads, self._tick) for name in texts]
-        self._tick(len(texts) * (len(self.stream.layers) - len(chosen)))  # of what has no room there is nothing to do
+        if left := len(self.stream.layers) - len(chosen):  # of those that have no room there is nothing to do
+            self._tick(len(texts) * left)
         shown = [text_in_cells(tokenizer, name, texts[name], pools[name]) for name in texts]
         digest = write_maps(folder, maps)
         return AttentionSection(file=MAPS, digest=digest, texts=shown, layers=stream.indices, heads=heads)
