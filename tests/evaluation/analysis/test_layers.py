@@ -48,7 +48,7 @@ def mean(numbers: list[float]) -> float | None:
 
 
 def slow_head(seen: LayerPass, head: int, pairs: Tensor | None) -> dict[str, Any]:
-    """One head by loops over queries; `pairs` [H, N] is the near half's weight of kept pairs."""
+    """One head by loops over queries; `pairs` [H, N] is the weight that near attention gives to kept pairs."""
     inside, n = seen.inside(), seen.call.q.shape[2]
     error = (seen.student_output() - seen.output)[0, head].double().square().mean()
     teacher, square = teacher_weights(seen.teacher)[head], seen.output[0, head].double().square().mean()
@@ -60,9 +60,10 @@ def slow_head(seen: LayerPass, head: int, pairs: Tensor | None) -> dict[str, Any
             continue
         share = None if inside.share is None else float(inside.share[0, head, i])
         far["teacher"].append(float(teacher[i, beyond].sum()))
-        if pairs is not None:
+        if inside.sizes[head // 3].pairs:
+            assert pairs is not None
             far["kept"].append((1 - (share or 0.0)) * float(pairs[head, i]))
-        if share is not None or pairs is None:
+        if share is not None or inside.one_denominator:
             far["share"].append(float(total[i, beyond].sum()) if share is None else share)
     return {
         "error": float(error), "relative_error": float(error / square), "far_share_teacher": mean(far["teacher"]),
@@ -139,25 +140,33 @@ def test_a_student_with_other_projections(make_student: Make, tokens: Tokens) ->
         assert measured(one).error != measured(plain[layer]).error
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "cohere2"])
-def test_families_with_local_layers_caps_and_sinks(family: str, tokens: Tokens) -> None:
-    """Sliding layers stay as they are; capped scores and learned sinks are those of the teacher."""
-    settings, indices = FAMILIES[family]
+def family_model(family: str, layers: str) -> PreTrainedModel:
+    """A tiny one, linearized where it can be."""
     base = {"vocab_size": 97, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6, "initializer_range": 0.3,
             "pad_token_id": 0}  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(base | settings))).eval()
-    convert(model, LinearizationConfig(**LAYERS["learned"]), seed=0)
-    seen = passes(model, tokens(1, TOKENS)[0])
-    assert tuple(seen) == indices
-    for one in seen.values():
+    own = {name: value for name, value in (base | FAMILIES[family].settings).items() if value is not None}
+    config = AutoConfig.for_model(family, **own)
+    return convert(AutoModelForCausalLM.from_config(config).eval(), LinearizationConfig(**LAYERS[layers]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("gemma2", "learned"), ("gpt_oss", "learned"), ("gpt2", "hybrid"), ("deepseek_v3", "learned")],
+)
+def test_families(family: str, layers: str, tokens: Tokens) -> None:
+    """Local layers stay as they are; caps, learned sinks and other ways to make q, k and v are those of the family."""
+    model, ids = family_model(family, layers), tokens(1, TOKENS)[0]
+    seen, apart = passes(model, ids), passes(model, ids, copy.deepcopy(model))
+    assert tuple(seen) == FAMILIES[family].layers
+    for layer, one in seen.items():
         weights = teacher_weights(one.teacher)
-        values = one.teacher.v[0].double().repeat_interleave(3, 0)
+        values = one.teacher.v[0].double().repeat_interleave(len(weights) // one.teacher.v.shape[1], 0)
         torch.testing.assert_close(weights @ values, one.output[0].double(), rtol=1e-4, atol=1e-5)
-        found = measured(one)
         entropy = -(weights * weights.clamp_min(1e-300).log()).sum(-1).mean()
-        assert found.entropy == pytest.approx(float(entropy), rel=1e-4)
+        assert measured(one).entropy == pytest.approx(float(entropy), rel=1e-4)
+        assert measured(one) == measured(apart[layer])  # whose own modules are called with the same inputs
 
 
 def test_what_cannot_be_looked_at(make_student: Make, teacher: PreTrainedModel) -> None:

@@ -95,13 +95,11 @@ class LayerMeter:
         self._add("entropy", teacher.entropy.mean(-1))
         self._add("far", (teacher.far * far).sum(-1))
         self._add("queries", far.sum(-1))
-        outside = None
-        if inside.keep is not None or inside.share is None:
-            outside = beyond_near(inside, seen.call)
-        share = inside.share[0] if inside.share is not None else outside if inside.keep is None else None
-        for name, part in (("kept", None if inside.keep is None else outside), ("share", share)):
-            if part is not None:
-                self._add(name, (part * far).sum(-1))
+        if inside.keep is not None:
+            self._add("kept", (beyond_near(inside, seen.call) * far).sum(-1))
+        share = beyond_near(inside, seen.call) if inside.one_denominator else inside.share
+        if share is not None:
+            self._add("share", (share.view_as(far) * far).sum(-1))
         if inside.decay is not None:
             self._add("decay", inside.decay[0].mean(-1))
 
@@ -112,7 +110,8 @@ class LayerMeter:
         count, sizes, factor = len(sums["texts"]), self._inside.sizes, self._inside.window_factor
         for head in range(count):
             size = sizes[key_head := head * len(sizes) // count]
-            kept, share = self._over("kept", "queries", head), self._over("share", "queries", head)
+            kept = self._over("kept", "queries", head) if size.pairs else None
+            share, far = self._over("share", "queries", head), self._over("far", "queries", head)
             heads.append(
                 HeadAnalysis(
                     head=head,
@@ -120,8 +119,8 @@ class LayerMeter:
                     error=self._over("error", "texts", head),
                     relative_error=self._over("error", "square", head),
                     entropy=self._over("entropy", "texts", head),
-                    far_share_teacher=self._over("far", "queries", head),
-                    far_share_student=None if kept is None and share is None else (kept or 0.0) + (share or 0.0),
+                    far_share_teacher=far,
+                    far_share_student=None if far is None else (kept or 0.0) + (share or 0.0),
                     kept_share=kept,
                     share=share,
                     decay=self._over("decay", "texts", head),
