@@ -67,7 +67,7 @@ test-vllm: .venv-vllm/.made
 check: .venv/.dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/pyright --threads $(TEST_WORKERS)
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix src tests benchmarks

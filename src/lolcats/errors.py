@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, cast
 
 
 class LolcatsError(ValueError):
@@ -38,6 +39,15 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line: the first of its message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_problem(error: Exception) -> str:
+    """What is wrong with content that a pydantic model was to hold: where, and what came; of others what they say."""
+    listed = getattr(error, "errors", None)  # pydantic itself is not needed by whoever has no such error
+    if not callable(listed):
+        return str(error)
+    first = cast(Any, listed)(include_url=False, include_context=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {str(first['input'])[:40]!r})"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

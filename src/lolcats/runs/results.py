@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_problem
 from lolcats.evaluation import Measurement
 from lolcats.evaluation.memory import TextMemory
 from lolcats.files import finite, read_json_object
@@ -160,14 +160,7 @@ def read_results(file: Path, then: str = RESUME) -> Results:
     try:
         return Results.model_validate(_noted(content))
     except (ValidationError, RecursionError, OverflowError) as error:
-        raise LolcatsError(f"{file} cannot be used: {_first_problem(error)}; {then}") from error
-
-
-def _first_problem(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors(include_url=False, include_context=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {str(first['input'])[:40]!r})"
+        raise LolcatsError(f"{file} cannot be used: {first_problem(error)}; {then}") from error
 
 
 def _noted(content: dict[str, Any]) -> dict[str, Any]:

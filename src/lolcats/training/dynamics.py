@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lolcats.modeling import LinearizedAttention
 from lolcats.models.sharded import whole_tensor
@@ -19,6 +19,7 @@ from lolcats.training.finetune import FinetuneStage
 from lolcats.training.parallel import from_main_process
 from lolcats.training.report import Reporter
 from lolcats.training.stage import Stage, TrainingData
+from lolcats.training.update_size import update_size
 
 SEQUENCES = 4
 """Of the validation data, by which the errors of layers are found: read one by one, as one is the least memory."""
@@ -72,40 +73,17 @@ class Dynamics:
 
 
 def update_sizes(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Frobenius norm and effective rank of the update scale B A of each module with LoRA, by its name.
-
-    The effective rank is exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007), 0
-    where the update is 0. Singular values are found by way of B'B and A A', [r, r] in float64, without the product.
+    """See `update_size`, of each module with LoRA, by its name.
 
     Args:
         model: with adapters of peft, not merged; if they are sharded, in all processes.
     """
-    names, grams = [], []
+    sizes: dict[str, tuple[float, float]] = {}
     for name, module in _module_names(model).items():
         for adapter, a in module.lora_A.items():
-            down, up = (_wide(layer.get_parameter("weight")) for layer in (a, module.lora_B[adapter]))
-            names.append(name)
-            grams.append((down @ down.T, up.T @ up * module.scaling[adapter] ** 2))
-    if not grams:
-        return {}
-    sizes = [_size(*(gram.cpu() for gram in pair)) for pair in grams]
-    return dict(zip(names, sizes, strict=True))
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    whole = whole_tensor(matrix.detach())
-    return (whole.cpu() if whole.device.type == "mps" else whole).double()  # which has no float64
-
-
-def _size(down: Tensor, up: Tensor) -> tuple[float, float]:
-    """Norm and effective rank of U D, from D D' and U'U [r, r]: with D D' = S S', its squares are those of S' U'U S."""
-    values, vectors = torch.linalg.eigh(down)
-    root = vectors * values.clamp_min(0).sqrt()
-    singular = torch.linalg.eigvalsh(root.T @ up @ root).clamp_min(0).sqrt()
-    if not float(singular.sum()):
-        return 0.0, 0.0
-    entropy = torch.special.entr(singular / singular.sum()).sum()
-    return float(singular.norm()), float(entropy.exp())
+            down, up = (layer.get_parameter("weight") for layer in (a, module.lora_B[adapter]))
+            sizes[name] = update_size(whole_tensor(down), whole_tensor(up), module.scaling[adapter])
+    return sizes
 
 
 def _module_names(model: nn.Module) -> dict[str, LoraLayer]:
