@@ -1,0 +1,127 @@
+"""LoRA as it trains: norm and effective rank of the updates, by layer, projection and step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import altair as alt
+
+from lolcats.report.charts.theme import PALE, base, choice, chosen, finished, joined, look, thinned
+from lolcats.report.figure import Figure, Table, spread_words
+from lolcats.report.subject import Subject
+
+MEASURES = {"norm": "norm of the update", "effective_rank": "effective rank of the update"}
+MOST_STEPS = 60
+"""Of a line on the page."""
+LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?([^.]+)$")
+"""Number of the layer and name of the projection in the name of a module."""
+
+
+def lora_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
+    """The last step as a map, and all steps of a layer as lines."""
+    rows = [row for subject in subjects for row in lora_rows(subject)]
+    if not rows:
+        return
+    yield _map(rows)
+    if len({row["step"] for row in rows}) > 1:
+        yield _lines(rows)
+
+
+def lora_rows(subject: Subject) -> list[dict[str, Any]]:
+    """A row for each module and step: what was written in training, else what the analysis holds."""
+    found = [row for line in subject.lora for row in _of_line(subject.name, line)]
+    lora = None if subject.analysis is None else subject.analysis.lora
+    if found or lora is None:
+        return found
+    return [
+        _row(subject.name, module.layer, module.projection, step, norm, rank)
+        for module in lora.modules
+        for step, norm, rank in zip(module.steps, module.norm, module.effective_rank, strict=False)
+    ]
+
+
+def _of_line(run: str, line: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    modules = line.get("modules")
+    for name, values in modules.items() if isinstance(modules, dict) else ():
+        place = LAYER.search(name)
+        if place is not None and isinstance(values, list) and len(values) >= 2:
+            yield _row(run, int(place[1]), place[2], line["step"], values[0], values[1])
+
+
+def _row(run: str, layer: int, projection: str, step: int, norm: Any, rank: Any) -> dict[str, Any]:
+    return {
+        "run": run, "layer": layer, "projection": projection, "step": step, "norm": norm, "effective_rank": rank,
+    }  # fmt: skip
+
+
+def _long(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a number."""
+    kept = [name for name in rows[0] if name not in MEASURES]
+    return [
+        {name: row[name] for name in kept} | {"measure": label, "value": row[key]}
+        for key, label in MEASURES.items()
+        for row in rows
+        if row[key] is not None
+    ]
+
+
+def _map(rows: list[dict[str, Any]]) -> Figure:
+    """Layers x projections at the last step."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    ends = {run: max(row["step"] for row in rows if row["run"] == run) for run in runs}
+    last = [row for row in rows if row["step"] == ends[row["run"]]]
+    words = (
+        f"LoRA at the last step: norms of the updates {spread_words([row['norm'] for row in last])}, effective ranks "
+    )
+    words += f"{spread_words([row['effective_rank'] for row in last])}."
+    chart = base(_long(last)).transform_filter(chosen("measure", "run"))
+    where: dict[str, Any] = {
+        "x": alt.X("projection:N", title=None, sort=None, axis=alt.Axis(labelAngle=-40)),
+        "y": alt.Y("layer:O", title="layer"),
+    }
+    color = alt.Color("value:Q", scale=alt.Scale(range=PALE, zero=True), legend=alt.Legend(title=None))
+    boxes = chart.mark_rect(stroke="#999", strokeWidth=0.4).encode(
+        color=color, tooltip=["layer:O", "projection:N", "measure:N", "value:Q"], **where
+    )
+    figures = chart.mark_text(color="#000", fontSize=9).encode(text=alt.Text("value:Q", format=".2~g"), **where)
+    layers = alt.layer(boxes, figures).add_params(
+        choice("choose_measure", "show", list(MEASURES.values())), choice("choose_run", "of", runs)
+    )
+    return Figure(
+        key="lora",
+        title="LoRA by layer and projection",
+        text="How much each weight was changed: the Frobenius norm of the update, and in how many directions.",
+        alt=words,
+        table=Table(list(last[0]), [list(row.values()) for row in last]),
+        spec=finished(layers, words, width="container", height=max(160, 17 * len({row["layer"] for row in last}))),
+    )
+
+
+def _lines(rows: list[dict[str, Any]]) -> Figure:
+    """One layer over the steps, a line a projection."""
+    runs, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "layer"))
+    projections = list(dict.fromkeys(row["projection"] for row in rows))
+    steps = set(thinned(sorted({row["step"] for row in rows}), MOST_STEPS))
+    words = f"LoRA over {spread_words([row['step'] for row in rows])} steps, of {len(layers)} layers and "
+    words += f"{', '.join(projections)}."
+    chart = joined(
+        base(_long([row for row in rows if row["step"] in steps])).transform_filter(chosen("layer", "measure", "run")),
+        look("projection", projections),
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
+        tooltip=["projection:N", "step:Q", "value:Q"],
+    ).add_params(
+        choice("choose_layer", "layer", sorted(layers)),
+        choice("choose_measure", "show", list(MEASURES.values())),
+        choice("choose_run", "of", runs),
+    )
+    return Figure(
+        key="lora_steps",
+        title="LoRA over the steps",
+        text="How the updates of one layer grow while stage 2 trains.",
+        alt=words,
+        table=Table(list(rows[0]), [list(row.values()) for row in rows]),
+        spec=finished(chart, words),
+    )
