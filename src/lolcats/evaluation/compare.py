@@ -82,7 +82,7 @@ def compare(
     first = next(iter(loaded.variants.values())).model
     check_context(first, length, "a segment")
     if held_out is not None:
-        segments = _held_out_segments(held_out, loaded.tokenizer, local, length, last, max_segments)
+        segments = held_out_segments(held_out, loaded.tokenizer, local, length, last, max_segments)
     else:
         segments = read_segments(sources, local, loaded.tokenizer, vocabulary_size(first), length, max_segments)
     return measure(
@@ -179,7 +179,7 @@ def read_segments(
         raise DataError(f"{', '.join(sources)}: {error}; choose a shorter length") from error
 
 
-def _held_out_segments(
+def held_out_segments(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     local: Mapping[str, str] | None,

@@ -210,6 +210,10 @@ class Mixer(nn.Module):
         """A loss of stage 1 beside the transfer, for parameters that the layer's output says nothing of; or None."""
         return None
 
+    def inside(self, call: Call) -> Any:
+        """What the layer does with whole texts, one in each row: a `lolcats.mixers.inside.Inside`."""
+        raise NotImplementedError
+
     def attention_weights(self, call: Call) -> Tensor:
         """The weights [B, H, N, N] with which the layer sums values, for losses on them; O(N^2) memory.
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Mixer, Sizes
 from lolcats.mixers.far import FarHalf
+from lolcats.mixers.inside import Inside, keeper, near_inside
 from lolcats.mixers.near_decode import near_of_call, prepared_step
 from lolcats.mixers.near_heads import (
     BlendState,
@@ -36,19 +37,20 @@ from lolcats.mixers.near_heads import (
     empty_near,
     group_heads,
     keeps_pairs,
-    kept_until_of,
+    key_map_of,
     positions_of,
     read_split,
+    sink_queries,
     windows_of,
 )
-from lolcats.mixers.parts import Parts, Share, far_attention
+from lolcats.mixers.parts import Parts, Share, far_attention, far_beyond_kept
 from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
 from lolcats.mixers.state import put_rows, take_rows
 from lolcats.mixers.texts import find_texts, one_text, rows_of
 from lolcats.ops.near import NearSpec
 from lolcats.ops.near.prepared import Prepared
-from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
+from lolcats.ops.near.quantize import PairCodec, plain_map
 from lolcats.ops.near.selection import EMPTY
 from lolcats.ops.types import map_state
 
@@ -135,8 +137,7 @@ class BlendMixer(Mixer):
         """See `Mixer.step`."""
         if slots is None:
             return super().step(call, state, mode=mode)
-        far = take_rows(state.far, slots)
-        out, new = self._run(call, BlendState(state.near, far), True, mode, slots)
+        out, new = self._run(call, BlendState(state.near, take_rows(state.far, slots)), True, mode, slots)
         if state.far is not None and new is not None and new.far is not None:
             put_rows(state.far, new.far, slots)
         return out, state
@@ -152,8 +153,7 @@ class BlendMixer(Mixer):
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
         if texts is not None:
             assert state is None or call.segments is None, "packed texts start without a state"
-            call = rows_of(call, texts)
-            q, k = texts.take(q), texts.take(k)
+            call, q, k = rows_of(call, texts), texts.take(q), texts.take(k)
             sink_q = None if sink_q is None else texts.take(sink_q)
         lengths = None if texts is None else texts.lengths
         out, new = self._rows(call, q, k, lengths, state, keep, mode, slots, sink_q, ready)
@@ -173,12 +173,9 @@ class BlendMixer(Mixer):
             return self.far(q, k, call.v, call.hidden, call.padding, far, False)[0], None
         if (score := None if ready is None else ready.score) is None:
             score = self._scores(call, k, state, mode, slots)
-        if sink_q is not None and call.reach is not None:
-            beyond = positions_of(call, state, slots) >= call.reach.tokens
-            sink_q = torch.where(beyond[:, None, :, None], sink_q, call.q)
         y, near = near_of_call(
             self.groups, call, near, ready, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
-            impl=self.near_impl, sink_q=sink_q,
+            impl=self.near_impl, sink_q=sink_queries(call, state, slots, sink_q),
         )  # fmt: skip
         if self.far is not None and not self.near_alone and (mode not in NOT_FAR or keep):
             y_far, far = self.far(q, k, call.v, call.hidden, call.padding, far, keep)
@@ -258,13 +255,18 @@ class BlendMixer(Mixer):
         assert self.share is not None
         k, texts = self._for_far(call)[1], find_texts(call.padding, call.segments)
         rows, k = (call, k) if texts is None else (rows_of(call, texts), texts.take(k))
-        score, until = self._scores(rows, k, None, "full", None), None
-        if score is not None:
-            until = kept_until_of(self.groups, rows, score, None if texts is None else texts.lengths)
-        teacher = far_attention(rows, self.groups, until)
-        if texts is not None:
-            teacher = teacher.put_back(texts, call.q.shape[2])
+        teacher = far_beyond_kept(rows, self.groups, self._scores(rows, k, None, "full", None), texts, call.q.shape[2])
         return Parts(teacher, self.share(call.hidden), self.target_output(call, "far"))
+
+    def inside(self, call: Call) -> Inside:
+        """See `Mixer.inside`."""
+        q, k = self._for_far(call)
+        found = near_inside(self.groups, call, self._scores(call, k, None, "full", None), self.codec)
+        if self.score is not None and keeps_pairs(self.groups):
+            found = found._replace(keep=keeper(self.groups, call, k, self.score, partial(self._recall, k, call, None)))
+        if self.near_alone or self.far is None or self.share is None:
+            return found
+        return found.joined(self.far.sums(q, k, call.hidden), self.share(call.hidden), self.far.decays(call.hidden))
 
     def side_loss(self, call: Call) -> Tensor | None:
         """The error of a learned score, from one text of the batch."""
@@ -285,9 +287,7 @@ class BlendMixer(Mixer):
         Where pairs are stored in fewer bits, also measure which channels of the keys matter.
         """
         if self.key_map is not None:
-            channels = torch.arange(self.sizes.head_dim, device=call.k.device)
-            partners = channels if call.rotation is None else call.rotation.partners(channels)
-            self.key_map.copy_(measure_keys(call.q, call.k, partners))
+            self.key_map.copy_(key_map_of(call))
         if self.share is not None:
             self.share.match(far_attention(call, self.groups).mass, windows_of(self.groups), self.settings.sinks)
 

@@ -5,6 +5,7 @@ It is a mean of values, so nothing in it grows with the length of a text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +37,20 @@ class FarHalf(nn.Module):
         """
         raise NotImplementedError
 
+    def sums(self, q: Tensor, k: Tensor, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """What whole texts give for values [B, KV, N, C]: [B, H, N, C]; the other arguments as for `forward`."""
+        return lambda values: self(q, k, values, hidden, None, None, False)[0]
+
     def recall(self, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None, state: Any) -> Tensor:
         """Relative squared error [B, KV, N] with which the state after each token gives its own value for its key."""
         raise NotImplementedError
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Any:
         """Before any token; float32, in a model of float64 float64."""
+        raise NotImplementedError
+
+    def decays(self, hidden: Tensor) -> Tensor | None:
+        """What each token leaves of the state before it, [B, H, N], mean over channels; None where it leaves all."""
         raise NotImplementedError
 
 
@@ -70,6 +79,10 @@ class HalvedState(FarHalf):
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Any:
         """See `FarHalf.empty_state`."""
         return _narrowed(self.inner.empty_state(rows, dtype, device))
+
+    def decays(self, hidden: Tensor) -> Tensor | None:
+        """See `FarHalf.decays`."""
+        return self.inner.decays(hidden)
 
 
 def _widened(state: Any) -> Any:
@@ -142,6 +155,11 @@ class LinearFar(FarHalf):
             torch.zeros(*shape, self.sizes.value_dim, dtype=dtype, device=device),
             torch.zeros(*shape, dtype=dtype, device=device),
         )
+
+    def decays(self, hidden: Tensor) -> Tensor | None:
+        """See `FarHalf.decays`."""
+        log_decay = self._log_decay(hidden)
+        return None if log_decay is None else log_decay.exp()
 
     @property
     def _kept_heads(self) -> int:

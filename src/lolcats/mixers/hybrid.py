@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lolcats.mixers.base import Call, Mixer, Sizes
 from lolcats.mixers.feature_maps import FeatureMap, build_feature_map, map_weights
+from lolcats.mixers.inside import Inside, NearSize
 from lolcats.mixers.start import MATCHED_WINDOW_FACTOR, Features, matched_scale
 from lolcats.ops import (
     HybridOutput,
@@ -34,6 +35,7 @@ from lolcats.ops import (
     leaving_keys,
     resolve_impl,
 )
+from lolcats.ops.hybrid.layout import in_window
 from lolcats.ops.types import map_state
 
 PAPER_WINDOW_FACTOR = -2.1972246
@@ -173,19 +175,32 @@ class HybridMixer(Mixer):
         return super().target_output(call, target)
 
     def attention_weights(self, call: Call) -> Tensor:
-        """See `Mixer.attention_weights`.
-
-        They are what the layer gives for the identity matrix as values: those of the operation itself, by the layer's
-        implementation, where "auto" is the chunked form, since the kernels' values are short.
-        """
+        """See `Mixer.attention_weights`: what the layer gives for the identity matrix as values."""
         n = call.q.shape[2]
-        identity = torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n)
+        return self.inside(call).near(torch.eye(n, device=call.q.device).expand(*call.k.shape[:2], n, n))
+
+    def inside(self, call: Call) -> Inside:
+        """See `Mixer.inside`.
+
+        Sums are those of the operation, by the layer's implementation, where "auto" is the chunked form: the values of
+        the kernels are short.
+        """
         features = self._query_features(call.q, "full"), self.feature_k(call.k)
-        return hybrid_attention(
-            call.q, call.k, identity, features, self.window_factor,
-            log_decay=self.log_decay(call.hidden), segment_ids=call.segments,
-            impl="chunked" if self.plain_impl == "auto" else self.plain_impl, **self._options(call),
-        ).out  # fmt: skip
+        log_decay, options = self.log_decay(call.hidden), self._options(call)
+        options["impl"] = "chunked" if self.plain_impl == "auto" else self.plain_impl
+
+        def near(values: Tensor) -> Tensor:
+            return hybrid_attention(
+                call.q, call.k, values, features, self.window_factor, log_decay=log_decay, segment_ids=call.segments,
+                **options,
+            ).out  # fmt: skip
+
+        def sees(query: Tensor, key: Tensor) -> Tensor:
+            return ((key < self.settings.sinks) | in_window(query, key, self.settings))[None]
+
+        decay = None if log_decay is None else log_decay.exp()
+        sizes = (NearSize(self.settings.window, self.settings.sinks, 0),) * self.sizes.kv_heads
+        return Inside(sizes, near, None, None, decay, self.window_factor.sigmoid(), sees, None)
 
     @property
     def near_tokens(self) -> int:

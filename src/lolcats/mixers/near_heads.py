@@ -20,7 +20,7 @@ from torch import Tensor
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.state import state_bytes
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
-from lolcats.ops.near.quantize import PairCodec, plain_map
+from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
 
 Split = tuple[tuple[int, int], ...]
 """(window, kept pairs) of each key head."""
@@ -133,6 +133,14 @@ def capped_queries(call: Call, state: BlendState | None, sinks: int) -> Tensor |
     return call.reach.capped(call.q, call.rotation)
 
 
+def sink_queries(call: Call, state: BlendState | None, slots: Tensor | None, capped: Tensor | None) -> Tensor | None:
+    """Queries [B, H, N, D] as sinks see them: `capped_queries` beyond the model's context, all others as they are."""
+    if capped is None or call.reach is None:
+        return capped
+    beyond = positions_of(call, state, slots) >= call.reach.tokens
+    return torch.where(beyond[:, None, :, None], capped, call.q)
+
+
 def near_half(
     groups: tuple[HeadGroup, ...],
     call: Call,
@@ -218,6 +226,12 @@ def empty_near(
             state = PairCodec(bits, key_map).encode_state(state)
         states.append(state)
     return joined_states(states)
+
+
+def key_map_of(call: Call) -> Tensor:
+    """Which channels of the keys matter in these texts, for a codec."""
+    channels = torch.arange(call.k.shape[3], device=call.k.device)
+    return measure_keys(call.q, call.k, channels if call.rotation is None else call.rotation.partners(channels))
 
 
 def kept_until_of(groups: tuple[HeadGroup, ...], call: Call, score: Tensor, lengths: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from lolcats.mixers.base import Call, Sizes
-from lolcats.mixers.near_heads import HeadGroup, windows_of
+from lolcats.mixers.near_heads import HeadGroup, kept_until_of, windows_of
 from lolcats.mixers.scores import Window
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.mixers.texts import TextRows
@@ -120,3 +120,19 @@ def far_attention(call: Call, near: tuple[HeadGroup, ...], until: Tensor | None 
             masses.append(weights.sum(-1))
             outputs.append(weights @ v[:, :, :end])
     return FarAttention(torch.cat(masses, 2).clamp(max=1.0), torch.cat(outputs, 2))
+
+
+def far_beyond_kept(
+    rows: Call, near: tuple[HeadGroup, ...], score: Tensor | None, texts: TextRows | None, tokens: int
+) -> FarAttention:
+    """The teacher's attention to what a layer that keeps pairs by their score does not see.
+
+    Args:
+        rows: a text in each row.
+        near: the key heads of the layer.
+        score: [B, KV, N], or None without kept pairs.
+        texts: where the texts were, if not in rows of `tokens` tokens; the result is put back there.
+    """
+    until = None if score is None else kept_until_of(near, rows, score, None if texts is None else texts.lengths)
+    found = far_attention(rows, near, until)
+    return found if texts is None else found.put_back(texts, tokens)

@@ -96,6 +96,14 @@ class RecurrentFar(FarHalf):
         kv = torch.zeros(rows, self.states, self.features, self.sizes.value_dim, dtype=dtype, device=device)
         return RecurrentState(kv, None, torch.zeros(rows, dtype=torch.int64, device=device))
 
+    def decays(self, hidden: Tensor) -> Tensor | None:
+        """See `FarHalf.decays`."""
+        if (log_decay := self._log_decay(hidden)) is None:
+            return None
+        decay = log_decay.exp()
+        decay = decay.mean(-1) if self.kind in BY_CHANNEL else decay
+        return decay.repeat_interleave(self.sizes.heads // self.states, 1)
+
     def _run(
         self,
         q: Tensor,

@@ -95,7 +95,7 @@ class KeyScores(nn.Module):
 
     def __init__(self, sizes: Sizes, name: str, mix: float, fade: int | None, recall_error: bool) -> None:
         super().__init__()
-        self.name, self.mix, self.fade = name, mix, fade
+        self.sizes, self.name, self.mix, self.fade = sizes, name, mix, fade
         self.network = LearnedScore(sizes, recall_error) if name == "learned" else None
 
     def forward(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:

@@ -58,10 +58,15 @@ def sample(
     """
     ids = encode(tokenizer, prompt)
     if max_new_tokens is None:
-        room = (context_limit(model) or 0) - ids.shape[1] if ends_there(model) else SHOWN
-        max_new_tokens = max(1, min(SHOWN, room))
+        max_new_tokens = with_room(model, ids, SHOWN)
     written = write_tokens(model, tokenizer, ids, max_new_tokens=max_new_tokens, **options)
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def with_room(model: PreTrainedModel, ids: Tensor, wanted: int) -> int:
+    """How many tokens can be written after ids [1, N]: those wanted, or what is left of a table of positions."""
+    room = (context_limit(model) or 0) - ids.shape[1] if ends_there(model) else wanted
+    return max(1, min(wanted, room))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Tensor:
