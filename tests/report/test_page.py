@@ -50,10 +50,11 @@ def test_texts_stay_texts(opened: Opened) -> None:
 
 
 def test_attention_shows_the_head_that_is_chosen(opened: Opened) -> None:
-    """The worst layer at first; the tooltip has the weights of the map that was written."""
+    """The worst layer and head at first; the tooltip has the weights of the map that was written."""
     page = opened.page
     figure = page.locator("#attention")
-    assert figure.locator("select[name=choose_layer]").input_value() == "1"
+    chosen = [figure.locator(f"select[name=choose_{name}]").input_value() for name in ("layer", "head")]
+    assert chosen == ["1", "3"]
     figure.locator(".mark-rect path").nth(1).hover()
     tooltip = page.locator("#vg-tooltip-element")
     tooltip.locator("td", has_text="a").first.wait_for(state="visible")
@@ -61,7 +62,7 @@ def test_attention_shows_the_head_that_is_chosen(opened: Opened) -> None:
     rows = dict(zip(names, values, strict=True))
     assert (rows["query"], rows["key"], rows["query_token"]) == ("1", "0", "a")
     for seed, side in enumerate(("teacher", "student")):
-        weight = float(make_map(seed)[1, 0, 1, 0])
+        weight = float(make_map(seed)[1, 3, 1, 0])
         assert float(rows[side]) == pytest.approx(weight, abs=1.5 / LEVELS)
     assert float(rows["difference"].replace(MINUS, "-")) == pytest.approx(
         float(rows["student"]) - float(rows["teacher"])

@@ -58,14 +58,19 @@ def test_far_half_by_the_kind_of_layer() -> None:
     assert both == "Perplexity 12.11, without them 13.53, +11.7 %. Both without the far half."
 
 
-def test_window() -> None:
+def test_window(tmp_path: Path) -> None:
     """The trained window counts; without it the untrained does, with what is missing."""
     subject = make_subject()
     found = finding(subject, "window")
     assert (found.kind, found.command) == ("good", "") and "trained as long: 12.27, +7.5 %" in found.text
     del subject.results.perplexity["trained_window"]
     found = finding(subject, "window")
-    assert "nothing trained: 12.57" in found.text and "was not measured" in found.text
+    assert "nothing trained: 12.57" in found.text and "No window was trained" in found.text and not found.command
+    (tmp_path / "controls" / "trained_window").mkdir(parents=True)
+    (tmp_path / "controls" / "trained_window" / "adapter_config.json").write_text("{}")
+    subject.model = tmp_path
+    found = finding(subject, "window")
+    assert "was not measured" in found.text
     assert found.command == ("lolcats evaluate runs/x --control trained_window --json runs/x/evaluate.json")
     subject.results.perplexity["equal_window"] = 11.0
     assert finding(subject, "window").kind == "bad"

@@ -18,12 +18,15 @@ from lolcats.report.subject import Subject
 from lolcats.variants import ordered, short_label
 
 
-def make_sections(subjects: Sequence[Subject], maps: Sequence[TextMaps]) -> tuple[list[Section], list[Lacking]]:
+def make_sections(
+    subjects: Sequence[Subject], maps: Sequence[TextMaps], first_head: int | None = None
+) -> tuple[list[Section], list[Lacking]]:
     """The parts for which there is something to show, in the order of the story, and the others.
 
     Args:
         subjects: runs and models.
         maps: of attention.
+        first_head: the head that they show at first.
     """
     first = subjects[0]
     report = shlex.join(["lolcats", "report", *(str(subject.place) for subject in subjects)])
@@ -33,7 +36,7 @@ def make_sections(subjects: Sequence[Subject], maps: Sequence[TextMaps]) -> tupl
         ("recall", "Recall", lambda: recall_figures(subjects), first.command("recall", "passkey,niah_single_2")),
         ("layers", "Layers and heads", lambda: [*layer_figures(subjects), error_figure(subjects)], report),
         ("kept", "Kept pairs", lambda: kept_figures(subjects), report),
-        ("attention", "Attention", lambda: [attention_figure(maps, _worst(subjects))], report),
+        ("attention", "Attention", lambda: [attention_figure(maps, _worst(subjects, first_head))], report),
         ("training", "Training", lambda: curve_figures(subjects), ""),
         ("lora", "LoRA", lambda: lora_figures(subjects), ""),
     ]  # fmt: skip
@@ -69,10 +72,13 @@ def _concerns(key: str, subjects: Sequence[Subject]) -> bool:
     return True
 
 
-def _worst(subjects: Sequence[Subject]) -> int | None:
-    """The layer with the largest error of the first run that knows it."""
-    errors = [(layer.relative_error, layer.layer) for layer in subjects[0].layers if layer.relative_error is not None]
-    return max(errors)[1] if errors else None
+def _worst(subjects: Sequence[Subject], head: int | None) -> tuple[int | None, int | None]:
+    """The layer with the largest error of the first run, and the head given or that with the largest error in it."""
+    layer = max(subjects[0].layers, key=lambda layer: layer.relative_error or 0.0, default=None)
+    if layer is None or not layer.heads:
+        return None, head
+    worst = max(layer.heads, key=lambda one: one.relative_error or 0.0)
+    return layer.layer, worst.head if head is None else head
 
 
 def _quality(subjects: Sequence[Subject]) -> list[Figure | None]:

@@ -13,9 +13,11 @@ from lolcats.config.mixers import BlendConfig
 from lolcats.evaluation.analysis import Analysis
 from lolcats.evaluation.analysis.file import LayerAnalysis
 from lolcats.evaluation.recall import Cell
+from lolcats.evaluation.trained_window import has_window
 from lolcats.report.measured import BenchmarkFile, EvaluateFile, RecallFile
 from lolcats.report.sizes import Sizes
 from lolcats.runs.results import Results
+from lolcats.variants import TRAINED_WINDOW
 
 
 class Scores(NamedTuple):
@@ -105,6 +107,13 @@ class Subject:
     def layers(self) -> list[LayerAnalysis]:
         """What was found of its layers."""
         return [] if self.analysis is None else self.analysis.layers or []
+
+    @property
+    def window_advice(self) -> tuple[str, str]:
+        """Why the trained window was not measured, and the command that does, "" where it is too late."""
+        if self.model is not None and has_window(self.model):
+            return "The trained window was not measured.", self.command("evaluate", "--control", TRAINED_WINDOW)
+        return f"No window was trained beside it, as evaluation.controls with {TRAINED_WINDOW} asks for.", ""
 
     def command(self, verb: str, *options: str) -> str:
         """What measures something of it, with the numbers beside it, where the next report finds them."""

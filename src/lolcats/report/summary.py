@@ -30,8 +30,8 @@ class Summary:
     """(tokens, the teacher's cache, the student's, how many times less)."""
     memory_text: str
     cost: list[tuple[str, str]]
-    lacking: list[tuple[str, str]]
-    """(what was not measured, the command that does)."""
+    lacking: list[tuple[str, str, str]]
+    """(variant that was not measured, why, the command that does)."""
     notes: list[str]
 
 
@@ -44,11 +44,7 @@ def summary(subject: Subject) -> Summary:
         (label(name), cells, name in MAIN)
         for name, cells in score_cells(names, {} if scores is None else scores.kl)
     ]  # fmt: skip
-    lacking = [
-        (label(name), subject.command("evaluate", "--control", name) if name not in ("teacher", "student") else "")
-        for name in MAIN
-        if name not in names and not (name == TRAINED_WINDOW and not subject.config.finetune.enabled)
-    ]
+    lacking = [(label(name), *_advice(subject, name)) for name in MAIN if name not in names]
     where = ", ".join(filter(None, (results.device, results.dtype, results.date)))
     return Summary(
         name=subject.name,
@@ -61,8 +57,22 @@ def summary(subject: Subject) -> Summary:
         memory_text="" if results.memory is None else f"{results.memory.line()}.",
         cost=list(_cost(subject)),
         lacking=lacking,
-        notes=[*subject.notes, *(f"{name}: {note}" for name, note in results.notes.items()), *results.data_notes],
+        notes=[*subject.notes, *_notes(subject), *results.data_notes],
     )
+
+
+def _advice(subject: Subject, name: str) -> tuple[str, str]:
+    """Why a variant was not measured, and the command that does."""
+    if name == TRAINED_WINDOW:
+        return subject.window_advice
+    control = () if name in ("teacher", "student") else ("--control", name)
+    return "Not measured.", subject.command("evaluate", *control)
+
+
+def _notes(subject: Subject) -> Iterator[str]:
+    """What results and analysis say of what failed or is not known."""
+    for notes in (subject.results.notes, {} if subject.analysis is None else subject.analysis.notes):
+        yield from (f"{name}: {note}" for name, note in notes.items())
 
 
 def _text(subject: Subject, text: str) -> str:

@@ -56,8 +56,8 @@ def against_window(subject: Subject) -> Finding:
         says = {"good": "lower than", "bad": "higher than", "same": "about that of"}[kind]
         text = f"Perplexity {show_number(pair[0])}, {says} a window of the same bytes, {trained}: {_change(pair)}."
         lacking = control != TRAINED_WINDOW and subject.config.finetune.enabled
-        text += " The trained window was not measured." if lacking else ""
-        command = _evaluate(subject, TRAINED_WINDOW) if lacking else ""
+        why, command = subject.window_advice if lacking else ("", "")
+        text = f"{text} {why}".strip()
         return Finding(key, question, kind, _ANSWERS[kind], text, command)
     return _not_measured(key, question, _evaluate(subject, "equal_window"))
 

@@ -46,6 +46,8 @@ def files_folder(output: Path) -> Path:
 def write_report(
     subjects: Sequence[Subject],
     output: Path,
+    *,
+    first_head: int | None = None,
     progress: Callable[[str, int, int | None], None] = lambda name, done, count: None,
 ) -> list[Path]:
     """Write the page of some runs and models and the folder of its figures; both are replaced if they are there.
@@ -53,6 +55,7 @@ def write_report(
     Args:
         subjects: see `gather`.
         output: a .html file.
+        first_head: the head that maps of attention show at first; None is the lowest.
         progress: called with what is done, and how many of how many are.
 
     Returns:
@@ -69,7 +72,7 @@ def write_report(
     from lolcats.report.summary import summary
 
     progress("reading", 0, None)
-    sections, lacking = make_sections(subjects, list(text_maps(subjects)))
+    sections, lacking = make_sections(subjects, list(text_maps(subjects)), first_head)
     folder, figures = files_folder(output), [figure for section in sections for figure in section.figures]
     with atomic_folder(folder) as temporary:
         for number, figure in enumerate(figures):

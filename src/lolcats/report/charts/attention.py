@@ -24,7 +24,7 @@ MOST_CHARACTERS = 1_500_000
 """Of all maps together on the page; larger ones are pooled."""
 MOST_CELLS = 96
 """Of a side of a map on the page."""
-SIDE = 250
+SIDE = 300
 """Pixels of a map."""
 
 
@@ -47,19 +47,20 @@ class TextMaps:
         return len(self.layers) * len(self.heads)
 
 
-def attention_figure(texts: Sequence[TextMaps], first_layer: int | None = None) -> Figure | None:
+def attention_figure(texts: Sequence[TextMaps], first: tuple[int | None, int | None] = (None, None)) -> Figure | None:
     """The maps of all texts, one of which is shown.
 
     Args:
         texts: of any runs.
-        first_layer: the layer that is shown at first.
+        first: layer and head that are shown at first.
     """
     if not texts:
         return None
     texts = _fitting(texts)
     rows = [row for text in texts for row in _rows(text)]
     layers, heads = (sorted({row[name] for row in rows}) for name in ("layer", "head"))
-    layers.sort(key=lambda layer: layer != first_layer)
+    layers.sort(key=lambda layer: layer != first[0])
+    heads.sort(key=lambda head: head != first[1])
     words = f"Maps of attention of {len(layers)} layers and {len(heads)} heads over "
     words += f"{', '.join(text.label for text in texts)}: what each query (row) "
     words += "looks at (column), for teacher, student and their difference."
@@ -79,7 +80,7 @@ def attention_figure(texts: Sequence[TextMaps], first_layer: int | None = None) 
         alt=words,
         table=_table(texts),
         spec=finished(chart, words, center=False) | {"autosize": {"type": "pad", "resize": True}},
-        cells=SIDE + 90,
+        cells=SIDE + 60,
     )
 
 
@@ -150,7 +151,7 @@ def _views() -> list[alt.Chart]:
     """Teacher, student, difference."""
     blank = alt.Axis(labels=False, ticks=False, domain=False)
     plain = alt.Scale(type="sqrt", domain=[0, 1], scheme="viridis")
-    split = alt.Scale(type="pow", exponent=0.5, domain=[-1, 1], domainMid=0, range=DIVERGING)
+    split = alt.Scale(type="pow", exponent=0.5, domain=[-0.5, 0.5], domainMid=0, clamp=True, range=DIVERGING)
     return [
         alt.Chart()
         .mark_rect()
@@ -166,7 +167,7 @@ def _views() -> list[alt.Chart]:
         for name, title, scale, values in (
             ("teacher", "teacher", plain, [0, 0.1, 0.5, 1]),
             ("student", "student", plain, [0, 0.1, 0.5, 1]),
-            ("difference", "student minus teacher", split, [-1, -0.1, 0, 0.1, 1]),
+            ("difference", "student minus teacher", split, [-0.5, -0.1, 0, 0.1, 0.5]),
         )
     ]
 

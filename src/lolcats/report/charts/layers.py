@@ -153,7 +153,7 @@ def _scatters(rows: list[dict[str, Any]]) -> Iterator[Figure]:
     """Error against entropy, and the far shares of student and teacher, a point a head."""
     kinds = [
         ("error_by_entropy", "Error against entropy", "entropy", "relative_error",
-         "A point a head. Heads that look at much at once (high entropy) are often those that are hard to replace."),
+         "A point a head: whether what looks at much at once (high entropy) is harder to replace."),
         ("far_share", "Far share of teacher and student", "far_share_teacher", "far_share_student",
          "A point a head. On the diagonal, the student looks as much beyond window and sinks as the teacher."),
     ]  # fmt: skip

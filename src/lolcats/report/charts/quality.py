@@ -111,7 +111,7 @@ def error_figure(subjects: Sequence[Subject]) -> Figure | None:
     return Figure(
         key="error_by_perplexity",
         title="Error of the layers against perplexity",
-        text="A point a run. The paper finds that layers nearer to the teacher's give models nearer to it.",
+        text="A point a run: whether layers nearer to the teacher's make a model that predicts better.",
         alt=words,
         table=Table(list(rows[0]), [list(row.values()) for row in rows]),
         spec=finished(alt.layer(points, names), words),

@@ -53,6 +53,7 @@ CONFIG: dict[str, Any] = {
     "axis": {
         "labelColor": INK, "titleColor": INK, "domainColor": INK, "tickColor": INK, "gridColor": INK,
         "gridOpacity": 0.13, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal",
+        "labelFlush": False,
     },
     "legend": {
         "labelColor": INK, "titleColor": INK, "orient": "bottom", "labelFontSize": 12,
@@ -74,7 +75,7 @@ def base(rows: Sequence[dict[str, Any]]) -> alt.Chart:
 def finished(chart: Any, alt_text: str, **size: Any) -> dict[str, Any]:
     """The Vega-Lite specification of a chart; as wide as the page lets it, unless `size` says otherwise."""
     properties: dict[str, Any] = {"description": alt_text, **(size or {"width": "container", "height": HEIGHT})}
-    spec = chart.properties(**properties).to_dict()
+    spec = chart.properties(**properties).to_dict(validate=False)  # which takes seconds, and finds our mistakes alone
     spec["config"] = CONFIG
     return spec
 
@@ -129,7 +130,7 @@ def number_scale(values: Sequence[float | None], zero: bool = False) -> alt.Scal
     """Logarithmic where positive values are far apart."""
     known = [value for value in values if value is not None]
     if known and min(known) > 0 and max(known) > LOG_RATIO * min(known):
-        return alt.Scale(type="log", nice=True)
+        return alt.Scale(type="log", nice=False, padding=12)
     return alt.Scale(zero=zero, nice=True)
 
 
