@@ -90,8 +90,9 @@ def write_metrics(folder: Path) -> None:
     lines = [
         {"stage": "finetune", "step": step, "modules": {
             f"layers.{layer}.self_attn.{name}": [0.1 * step * (layer + 1), 1.0 + 0.1 * step] for layer in range(LAYERS)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")}}
-        for step in (10, 20, 30, 40)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+         "errors": [0.1 / (step + n + 1) for n in range(LAYERS)]}
+        for step in (0, 10, 20, 30, 40)
     ]  # fmt: skip
     (folder / "lora.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

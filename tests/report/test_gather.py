@@ -22,7 +22,7 @@ def test_a_run_is_read_whole(run: Path) -> None:
     (subject,) = gather([run])
     assert subject.name == run.name and subject.unfinished == "" and subject.notes == []
     assert subject.results == RunFolder(run).results() and subject.results.perplexity == PERPLEXITY
-    assert len(subject.metrics) == 2 * 44 and len(subject.lora) == 4
+    assert len(subject.metrics) == 2 * 44 and len(subject.lora) == 5
     assert [layer.layer for layer in subject.layers] == list(range(LAYERS))
     cells = {(cell.variant, cell.task, cell.length): cell for cell in make_cells()}
     assert subject.cells() == cells

@@ -16,6 +16,7 @@ from PIL import Image
 from lolcats.errors import LolcatsError
 from lolcats.report import check_report, gather, write_report
 from lolcats.report.charts.attention import ALPHABET, LEVELS, TextMaps, attention_figure, encode, pooled
+from lolcats.report.charts.lora import error_rows, lora_rows
 from lolcats.report.charts.theme import thinned
 from lolcats.report.figure import Table
 from lolcats.report.generations import comparisons
@@ -24,7 +25,7 @@ from lolcats.report.sections import make_sections
 from lolcats.report.summary import summary
 from lolcats.variants import label, score_cells
 
-from .made import EVIL, PERPLEXITY, make_cells, make_run
+from .made import EVIL, LAYERS, PERPLEXITY, make_cells, make_run
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "src/lolcats/report/templates/page.css"
@@ -146,6 +147,31 @@ def test_many_maps_are_pooled_until_they_fit() -> None:
     figure = attention_figure(texts)
     assert figure is not None and figure.spec is not None
     assert 500_000 < len(json.dumps(figure.spec)) < 2_000_000
+
+
+def test_lora_as_training_wrote_it(run: Path) -> None:
+    """Norms and ranks by layer and projection; errors at the first line and the last; else what the analysis has."""
+    (subject,) = gather([run])
+    rows = lora_rows(subject)
+    assert len(rows) == 5 * LAYERS * 4 and rows[-1] == {
+        "run": run.name, "layer": 3, "projection": "o_proj", "step": 40, "norm": 0.1 * 40 * 4, "effective_rank": 5.0,
+    }  # fmt: skip
+    errors = list(error_rows(subject))
+    assert [(row["when"], row["step"], row["error"]) for row in errors if row["layer"] == 1] == [
+        ("before LoRA", 0, 0.1 / 2), ("after LoRA", 40, 0.1 / 42),
+    ]  # fmt: skip
+    subject.lora = []
+    assert {row["step"] for row in lora_rows(subject)} == {1, 2}
+    assert [row["error"] for row in error_rows(subject)] == [0.1] * LAYERS
+
+
+def test_experts_of_a_layer_are_told_apart(run: Path) -> None:
+    """Modules that end alike are called by all that follows the number of the layer."""
+    (subject,) = gather([run])
+    names = ["model.layers.2.mlp.experts.0.up", "model.layers.2.mlp.experts.1.up", "model.layers.3.mlp.up", "lm_head"]
+    subject.lora = [{"stage": "finetune", "step": 1, "modules": {name: [1.0, 2.0] for name in names}}]
+    found = [(row["layer"], row["projection"]) for row in lora_rows(subject)]
+    assert found == [(2, "mlp.experts.0.up"), (2, "mlp.experts.1.up"), (3, "up")]
 
 
 def test_thinned_keeps_both_ends() -> None:

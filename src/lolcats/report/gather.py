@@ -36,6 +36,8 @@ def gather(sources: Sequence[Path], files: Sequence[Path] = ()) -> list[Subject]
     Raises:
         LolcatsError: a source is neither, a file cannot be read or is about none of them.
     """
+    if len({source.resolve() for source in sources}) < len(sources):
+        raise LolcatsError("a run is named twice; name each once")
     subjects = [_read(source) for source in sources]
     _name_apart(subjects)
     for file in files:
@@ -153,6 +155,3 @@ def _name_apart(subjects: Sequence[Subject]) -> None:
     for subject in subjects:
         if names.count(subject.name) > 1:
             subject.name = str(subject.place)
-    known = {subject.place.resolve() for subject in subjects}
-    if len(known) < len(subjects):
-        raise LolcatsError("a run is named twice; name each once")

@@ -89,13 +89,13 @@ def write_figure(figure: Figure, folder: Path) -> None:
     """The numbers of a figure as CSV, and its picture as PNG where it has one."""
     (folder / f"{figure.key}.csv").write_text(figure.table.to_csv(), encoding="utf-8")
     if figure.spec is not None:
-        (folder / f"{figure.key}.png").write_bytes(picture(figure.spec))
+        (folder / f"{figure.key}.png").write_bytes(picture(figure.spec, figure.title))
     elif figure.picture is not None:
         (folder / f"{figure.key}.png").write_bytes(figure.picture)
 
 
-def picture(spec: dict[str, Any]) -> bytes:
-    """A chart as PNG, as it is at first."""
+def picture(spec: dict[str, Any], title: str) -> bytes:
+    """A chart as PNG, as it is at first; what is chosen stands under its title."""
     import vl_convert
 
     from lolcats.report.charts.theme import VEGA_LITE
@@ -103,5 +103,7 @@ def picture(spec: dict[str, Any]) -> bytes:
     still = copy.copy(spec)
     if still.get("width") == "container":
         still["width"] = WIDTH
+    chosen = [f"{one['bind']['name'].strip()}: {one['value']}" for one in spec.get("params", []) if "bind" in one]
+    still["title"] = {"text": title, "subtitle": ", ".join(chosen)}
     still["config"] = spec["config"] | {"background": "white"}
     return vl_convert.vegalite_to_png(still, vl_version=VEGA_LITE, scale=1.5)

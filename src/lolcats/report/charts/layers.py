@@ -41,13 +41,13 @@ def layer_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
     layers = [row for subject in subjects for row in _layer_rows(subject)]
     if layers:
         yield _layer_figure(layers)
+    validated = [row for subject in subjects for row in _validated(subject)]
+    if validated:
+        yield _validation_figure(validated)
     heads = [row for subject in subjects for row in _head_rows(subject)]
     if heads:
         yield _head_map(heads)
         yield from _scatters(heads)
-    validated = [row for subject in subjects for row in _validated(subject)]
-    if validated:
-        yield _validation_figure(validated)
 
 
 def _layer_rows(subject: Subject) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,18 +16,20 @@ from lolcats.report.subject import Subject
 MEASURES = {"norm": "norm of the update", "effective_rank": "effective rank of the update"}
 MOST_STEPS = 60
 """Of a line on the page."""
-LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?([^.]+)$")
+LAYER = re.compile(r"(?:^|\.)(?P<layer>\d+)\.(?P<rest>(?:.*\.)?(?P<last>[^.]+))$")
 """Number of the layer and name of the projection in the name of a module."""
 
 
 def lora_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
-    """The last step as a map, and all steps of a layer as lines."""
+    """The last step as a map, all steps of a layer as lines, and what became of the errors of the layers."""
     rows = [row for subject in subjects for row in lora_rows(subject)]
-    if not rows:
-        return
-    yield _map(rows)
+    if rows:
+        yield _map(rows)
     if len({row["step"] for row in rows}) > 1:
         yield _lines(rows)
+    errors = [row for subject in subjects for row in error_rows(subject)]
+    if errors:
+        yield _error_figure(errors)
 
 
 def lora_rows(subject: Subject) -> list[dict[str, Any]]:
@@ -44,10 +47,33 @@ def lora_rows(subject: Subject) -> list[dict[str, Any]]:
 
 def _of_line(run: str, line: dict[str, Any]) -> Iterator[dict[str, Any]]:
     modules = line.get("modules")
-    for name, values in modules.items() if isinstance(modules, dict) else ():
-        place = LAYER.search(name)
-        if place is not None and isinstance(values, list) and len(values) >= 2:
-            yield _row(run, int(place[1]), place[2], line["step"], values[0], values[1])
+    known = [
+        (place, values)
+        for name, values in (modules.items() if isinstance(modules, dict) else ())
+        if (place := LAYER.search(name)) is not None and isinstance(values, list) and len(values) >= 2
+    ]
+    counts = Counter((place["layer"], place["last"]) for place, _ in known)
+    for (
+        place,
+        values,
+    ) in known:  # those of a layer that end alike, as those of experts do, by all that follows its number
+        alike = counts[place["layer"], place["last"]] > 1
+        name = place["rest"] if alike else place["last"]
+        yield _row(run, int(place["layer"]), name, line["step"], values[0], values[1])
+
+
+def error_rows(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Errors of linearized layers before and after LoRA: as training wrote them, else as the analysis found them."""
+    lines = [line for line in subject.lora if isinstance(line.get("errors"), list)]
+    lora = None if subject.analysis is None else subject.analysis.lora
+    if len(lines) > 1:
+        for when, line in (("before LoRA", lines[0]), ("after LoRA", lines[-1])):
+            for layer, error in enumerate(line["errors"]):
+                yield {"run": subject.name, "layer": layer, "when": when, "step": line["step"], "error": error}
+    elif lora is not None:
+        for when, errors in (("before LoRA", lora.error_before_lora), ("after LoRA", lora.error_after_lora)):
+            for layer, error in zip(lora.layers, errors, strict=False):
+                yield {"run": subject.name, "layer": layer, "when": when, "step": None, "error": error}
 
 
 def _row(run: str, layer: int, projection: str, step: int, norm: Any, rank: Any) -> dict[str, Any]:
@@ -124,4 +150,29 @@ def _lines(rows: list[dict[str, Any]]) -> Figure:
         alt=words,
         table=Table(list(rows[0]), [list(row.values()) for row in rows]),
         spec=finished(chart, words),
+    )
+
+
+def _error_figure(rows: list[dict[str, Any]]) -> Figure:
+    """A line each, before and after."""
+    several = len({row["run"] for row in rows}) > 1
+    drawn = [row | {"line": f"{row['run']}, {row['when']}" if several else row["when"]} for row in rows]
+    sums = {
+        when: [row["error"] for row in rows if row["when"] == when] for when in dict.fromkeys(r["when"] for r in rows)
+    }
+    words = "Error of the layers' attention " + ", ".join(f"{when} {spread_words(sums[when])}" for when in sums) + "."
+    lines = joined(
+        base(drawn),
+        look("line", list(dict.fromkeys(row["line"] for row in drawn))),
+        x=alt.X("layer:Q", title="linearized layer", axis=alt.Axis(tickMinStep=1, format="d")),
+        y=alt.Y("error:Q", title="mean squared error", scale=alt.Scale(zero=True)),
+        tooltip=["line:N", "layer:Q", "error:Q"],
+    )
+    return Figure(
+        key="lora_errors",
+        title="Error by layer, before and after LoRA",
+        text="Of the output of attention, each model reading with what its own earlier layers made of the text.",
+        alt=words,
+        table=Table(list(rows[0]), [list(row.values()) for row in rows]),
+        spec=finished(lines, words),
     )

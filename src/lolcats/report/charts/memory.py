@@ -104,7 +104,7 @@ def cache_figure(subjects: Sequence[Subject]) -> Figure | None:
         for subject in subjects
         if subject.sizes is not None
         for tokens, teacher, own in subject.sizes.memory()
-        for line, held in (("teacher's keys and values", teacher), (subject.name, own))
+        for line, held in (("teacher's cache", teacher), (subject.name, own))
     ]
     if not rows:
         return None
@@ -118,7 +118,7 @@ def cache_figure(subjects: Sequence[Subject]) -> Figure | None:
         base(drawn),
         look("line", lines),
         x=alt.X("tokens:Q", title="tokens of the text", scale=alt.Scale(type="log", base=2, nice=False)),
-        y=alt.Y("mebibytes:Q", title="MiB", scale=alt.Scale(type="log")),
+        y=alt.Y("mebibytes:Q", title="MiB", scale=alt.Scale(type="log", nice=False, padding=12)),
         tooltip=["line:N", "tokens:Q", "bytes:Q"],
     )
     return Figure(

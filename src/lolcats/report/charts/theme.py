@@ -110,13 +110,20 @@ def look(
         (PALETTE[n % len(PALETTE)], SHAPES[n % len(SHAPES)], DASHES[n % len(DASHES)]) for n in range(count)
     ]
     colors, shapes, dashes = (list(column) for column in zip(*told, strict=True))
-    # Its symbols have no outline: that would be dashed as the lines are.
-    legend = alt.Legend(title=None, columns=columns, labelLimit=LEGEND_WIDTH // columns, symbolStrokeWidth=0)
+    legend = alt.Legend(title=None, columns=columns, labelLimit=LEGEND_WIDTH // columns)
     return {
         "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=alt.Scale(domain=names, range=shapes), legend=legend),
-        "strokeDash": alt.StrokeDash(f"{field}:N", scale=alt.Scale(domain=names, range=dashes), legend=legend),
+        "strokeDash": _dashes(field, dict(zip(names, dashes, strict=True))),
     }
+
+
+def _dashes(field: str, dashes: dict[str, list[int]]) -> Any:
+    """The dash of each value, by conditions: a scale would dash the symbols of the legend, which nobody can tell."""
+    found: Any = alt
+    for name, dash in dashes.items():
+        found = found.when(alt.FieldEqualPredicate(field=field, equal=name)).then(alt.value(dash))
+    return found.otherwise(alt.value([1, 0]))
 
 
 def joined(chart: alt.Chart, looks: dict[str, Any], **encodings: Any) -> Any:
