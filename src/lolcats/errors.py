@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, cast
 
 
 class LolcatsError(ValueError):
@@ -42,11 +43,10 @@ def first_line(error: BaseException) -> str:
 
 def first_problem(error: Exception) -> str:
     """What is wrong with content that a pydantic model was to hold: where, and what came; of others what they say."""
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
+    listed = getattr(error, "errors", None)  # pydantic itself is not needed by whoever has no such error
+    if not callable(listed):
         return str(error)
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = cast(Any, listed)(include_url=False, include_context=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {str(first['input'])[:40]!r})"
 
 

@@ -381,3 +381,23 @@ def test_saved_and_loaded_is_the_same(
     assert loaded.config.linearization == student.config.linearization
     assert loaded.config.linearization["mixer"] == name
     assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
+
+
+@torch.no_grad()
+def test_inside_is_the_layer(name: str, settings: dict[str, Any]) -> None:
+    """Weights that are read off for other values are those with which the layer sums its own."""
+    mixer, call = make(name, settings), make_call(tokens=23)
+    inside, identity = mixer.inside(call), torch.eye(23).double().expand(2, 2, 23, 23)
+    codec = getattr(mixer, "codec", None)
+    stored = call.v if codec is None else codec.round_values(call.v)
+    near = inside.near(identity)
+    far = torch.zeros_like(near) if inside.far is None else inside.far(identity)
+    output = near @ stored.repeat_interleave(2, 1) + far @ call.v.repeat_interleave(2, 1)
+    torch.testing.assert_close(output, mixer(call)[0], **EXACT)
+    torch.testing.assert_close(inside.total(identity), near + far, **EXACT)
+    assert not (near + far).triu(1).any()
+    if settings.get("far", "linear") in ("linear", "none") and "feature_map" not in settings:  # the others are no means
+        torch.testing.assert_close((near + far).sum(-1), torch.ones(2, 4, 23).double(), **EXACT)
+    for part in (inside.share, inside.decay):
+        assert part is None or (part.shape == (2, 4, 23) and bool(((part > 0) & (part < 1)).all()))
+    assert (inside.keep is not None) == any("kept" in part for part in mixer.state_spec(torch.float64).names)

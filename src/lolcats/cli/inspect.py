@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from lolcats.cli.analysis_tables import kept_line, layers_table, share_line
 from lolcats.cli.load import find_model, read_recipe, read_results
 from lolcats.cli.options import Model
 from lolcats.cli.tables import console, number_table, say, score_table, show_layers
@@ -42,6 +44,8 @@ def inspect(model: Model) -> None:
         out.print(layer_table(facts.memory))
     if results.perplexity:
         print_results(out, results, recipe)
+    if facts.linearized:
+        print_analysis(out, Path(source))
 
 
 def facts_table(facts: ModelFacts, recipe: RunConfig | None) -> Table:
@@ -98,3 +102,22 @@ def print_results(out: Console, results: Results, recipe: RunConfig | None) -> N
     text = f"{results.evaluation.tokens or '?'} tokens in segments of {results.evaluation.length or '?'}"
     out.print(f"\nmeasured {made}: {text}")
     out.print(score_table(results.perplexity, results.kl, recipe))
+
+
+def print_analysis(out: Console, source: Path) -> None:
+    """What an analysis has found: worst layers, where they look, which pairs they keep; or how to make one."""
+    from lolcats.evaluation.analysis import read_analysis
+
+    run = source.parent if (source.parent / "config.yaml").is_file() else source
+    analysis = read_analysis(source) or read_analysis(run)
+    if analysis is None or not analysis.layers:
+        if run.is_dir():
+            say(out, f"\nerrors, far shares and kept pairs by layer and head: lolcats report {run}")
+        return
+    text = analysis.text
+    read = "" if text is None else f": {text.segments * text.length:,} tokens of {text.source}"
+    out.print(f"\nworst layers, analysed {analysis.date} on {analysis.device}{read}")
+    out.print(layers_table(analysis.layers))
+    say(out, f"\n{share_line(analysis.layers)}")
+    if line := kept_line(analysis):
+        say(out, line)

@@ -5,6 +5,7 @@ It is a mean of values, so nothing in it grows with the length of a text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,10 @@ class HalvedState(FarHalf):
         """See `FarHalf.decays`."""
         return self.inner.decays(hidden)
 
+    def sums(self, q: Tensor, k: Tensor, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """See `FarHalf.sums`."""
+        return self.inner.sums(q, k, hidden)
+
 
 def _widened(state: Any) -> Any:
     return map_state(state, lambda t: t.float() if t.dtype == torch.bfloat16 else t)
@@ -160,6 +165,12 @@ class LinearFar(FarHalf):
         """See `FarHalf.decays`."""
         log_decay = self._log_decay(hidden)
         return None if log_decay is None else log_decay.exp()
+
+    def sums(self, q: Tensor, k: Tensor, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """See `FarHalf.sums`; by the chunked form, for the kernels' values are short."""
+        plain = copy.copy(self)
+        plain.impl = "chunked"
+        return FarHalf.sums(plain, q, k, hidden)
 
     @property
     def _kept_heads(self) -> int:

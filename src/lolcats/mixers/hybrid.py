@@ -182,12 +182,12 @@ class HybridMixer(Mixer):
     def inside(self, call: Call) -> Inside:
         """See `Mixer.inside`.
 
-        Sums are those of the operation, by the layer's implementation, where "auto" is the chunked form: the values of
-        the kernels are short.
+        Sums are by the implementation of the layer, but for the kernels, whose values are short: in their place
+        stands the chunked form.
         """
         features = self._query_features(call.q, "full"), self.feature_k(call.k)
         log_decay, options = self.log_decay(call.hidden), self._options(call)
-        options["impl"] = "chunked" if self.plain_impl == "auto" else self.plain_impl
+        options["impl"] = "chunked" if self.plain_impl in ("auto", "triton") else self.plain_impl
 
         def near(values: Tensor) -> Tensor:
             return hybrid_attention(

@@ -66,6 +66,11 @@ class Inside(NamedTuple):
     keep: Callable[[str | None], Chosen] | None
     """The pairs that the layer keeps, or would by the score of another name; None where it keeps none."""
 
+    @property
+    def one_denominator(self) -> bool:
+        """Whether `near` is both halves: what it gives to keys that `sees` leaves out is the far half's then."""
+        return self.window_factor is not None
+
     def total(self, values: Tensor) -> Tensor:
         """What the layer gives for values [B, KV, N, C] of its own dtype: [B, H, N, C]."""
         near = self.near(values)

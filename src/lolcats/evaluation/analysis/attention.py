@@ -6,7 +6,7 @@ keys of part b together, mean over these queries; so what a query gives in all, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.analysis.file import AttentionText, LayerAnalysis
-from lolcats.evaluation.analysis.layers import BLOCK
+from lolcats.evaluation.analysis.layers import block_of
 from lolcats.evaluation.analysis.maps import Maps, map_bytes
 from lolcats.evaluation.analysis.stream import LayerPass, Stream
 from lolcats.mixers.softmax import attention_blocks
@@ -54,7 +54,9 @@ def attention_maps(seen: LayerPass, pooling: Pooling) -> tuple[Tensor, Tensor]:
     """
     marks = pooling.marks(seen.call.q.device)
     rows = (marks / marks.sum(0)).mT  # [cells, N], means over the queries of a cell
-    parts = [weights[0] @ marks[: weights.shape[-1]] for _, weights in attention_blocks(seen.teacher, BLOCK)]
+    parts = [
+        weights[0] @ marks[: weights.shape[-1]] for _, weights in attention_blocks(seen.teacher, block_of(seen.teacher))
+    ]
     given = seen.inside().total(marks.expand(*seen.call.k.shape[:2], -1, -1))[0]
     return rows @ torch.cat(parts, 1), rows @ given.float()
 
@@ -83,13 +85,17 @@ def choose_maps(layers: Sequence[LayerAnalysis], cells: Sequence[int], most: int
     return sorted(chosen), [head * heads // count for head in range(count)]
 
 
-def read_map(stream: Stream, ids: Tensor, pooling: Pooling, heads: Sequence[int]) -> Maps:
-    """The maps of one text, tokens [N], by the layers of a stream."""
+def read_map(
+    stream: Stream, ids: Tensor, pooling: Pooling, heads: Sequence[int], progress: Callable[[], object] | None = None
+) -> Maps:
+    """The maps of one text, tokens [N], by the layers of a stream; `progress` is called after each of them."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def visit(seen: LayerPass) -> None:
         teacher, student = (both[list(heads)].cpu() for both in attention_maps(seen, pooling))
         found[seen.layer] = teacher, student
+        if progress is not None:
+            progress()
 
     stream.read(ids, visit)
     sides = zip(*(found[index] for index in stream.indices), strict=True)

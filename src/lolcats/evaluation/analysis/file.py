@@ -50,11 +50,11 @@ class HeadAnalysis(_Section):
     far_share_teacher: Number = None
     """The teacher's attention to keys that are in neither window nor sinks of this head."""
     far_share_student: Number = None
-    """`kept_share` and `share` together."""
+    """`kept_share` and `share` together, 0 where there is neither."""
     kept_share: Number = None
-    """Weight of the kept pairs; None without them."""
+    """Weight of the kept pairs; None for a head without them."""
     share: Number = None
-    """Weight of the far half: lambda of `blend`, the linear half's part of the denominator of `hybrid`."""
+    """Weight of the far half: lambda of `blend`, the linear half's part of the denominator of `hybrid`; or None."""
     window: int | None = None
     sinks: int | None = None
     pairs: int | None = None

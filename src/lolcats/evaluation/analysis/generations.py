@@ -15,7 +15,7 @@ from lolcats.models.generation import encode, with_room, write_tokens
 PROMPTS = (
     "The most important thing to know about computers is",
     "Once upon a time, in a small town by the sea,",
-    "Question: What is the capital of France?\nAnswer:",
+    "The capital of France is",
 )
 """Where no others are given."""
 

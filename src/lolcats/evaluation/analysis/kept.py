@@ -53,7 +53,7 @@ class _Times(NamedTuple):
 
 def overlap(one: Tensor, other: Tensor) -> float | None:
     """Share of what `other` marks that `one` marks too; None where it marks nothing."""
-    return float((one & other).sum() / other.sum()) if bool(other.any()) else None
+    return int((one & other).sum()) / int(other.sum()) if bool(other.any()) else None
 
 
 def kept_pairs(seen: LayerPass, tokens: list[str]) -> list[KeptAnalysis]:

@@ -26,8 +26,14 @@ from lolcats.mixers.inside import Inside, Sees
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.training.losses import output_error
 
-BLOCK = 256
-"""Queries of the teacher, and keys of the student, whose weights are in memory at once."""
+BLOCK, BLOCK_BYTES = 256, 1 << 26
+"""Queries of the teacher, and keys of the student, whose weights are in memory at once: so many, and of all heads in
+float32 no more than so many bytes. A few tensors of this size are made of them."""
+
+
+def block_of(call: Call) -> int:
+    """See `BLOCK`."""
+    return max(1, min(BLOCK, BLOCK_BYTES // (4 * call.q.shape[1] * call.q.shape[2])))
 
 
 class TeacherSums:
@@ -41,7 +47,7 @@ class TeacherSums:
     def __init__(self, call: Call, sees: Sees) -> None:
         heads, keys = call.q.shape[1], torch.arange(call.q.shape[2], device=call.q.device)
         entropy, far, has_far = [], [], []
-        for begin, weights in attention_blocks(call, BLOCK):
+        for begin, weights in attention_blocks(call, block_of(call)):
             query, key = keys[begin : weights.shape[-1], None], keys[None, : weights.shape[-1]]
             beyond = by_head(~sees(query, key) & (key <= query), heads)
             entropy.append(torch.special.entr(weights[0]).sum(-1))
@@ -65,7 +71,7 @@ def beyond_near(inside: Inside, call: Call) -> Tensor:
     rows, kv_heads, n, _ = call.k.shape
     keys = torch.arange(n, device=call.k.device)
     total = torch.zeros(call.q.shape[1], n, device=call.k.device)
-    for key in keys.split(BLOCK):
+    for key in keys.split(block_of(call)):
         marks = (keys[:, None] == key).to(torch.float32).expand(rows, kv_heads, -1, -1)
         total += (inside.near(marks)[0] * by_head(~inside.sees(keys[:, None], key[None]), len(total))).sum(-1)
     return total
@@ -89,13 +95,11 @@ class LayerMeter:
         self._add("entropy", teacher.entropy.mean(-1))
         self._add("far", (teacher.far * far).sum(-1))
         self._add("queries", far.sum(-1))
-        outside = None
-        if inside.keep is not None or inside.share is None:
-            outside = beyond_near(inside, seen.call)
-        share = inside.share[0] if inside.share is not None else outside if inside.keep is None else None
-        for name, part in (("kept", None if inside.keep is None else outside), ("share", share)):
-            if part is not None:
-                self._add(name, (part * far).sum(-1))
+        if inside.keep is not None:
+            self._add("kept", (beyond_near(inside, seen.call) * far).sum(-1))
+        share = beyond_near(inside, seen.call) if inside.one_denominator else inside.share
+        if share is not None:
+            self._add("share", (share.view_as(far) * far).sum(-1))
         if inside.decay is not None:
             self._add("decay", inside.decay[0].mean(-1))
 
@@ -106,7 +110,8 @@ class LayerMeter:
         count, sizes, factor = len(sums["texts"]), self._inside.sizes, self._inside.window_factor
         for head in range(count):
             size = sizes[key_head := head * len(sizes) // count]
-            kept, share = self._over("kept", "queries", head), self._over("share", "queries", head)
+            kept = self._over("kept", "queries", head) if size.pairs else None
+            share, far = self._over("share", "queries", head), self._over("far", "queries", head)
             heads.append(
                 HeadAnalysis(
                     head=head,
@@ -114,8 +119,8 @@ class LayerMeter:
                     error=self._over("error", "texts", head),
                     relative_error=self._over("error", "square", head),
                     entropy=self._over("entropy", "texts", head),
-                    far_share_teacher=self._over("far", "queries", head),
-                    far_share_student=None if kept is None and share is None else (kept or 0.0) + (share or 0.0),
+                    far_share_teacher=far,
+                    far_share_student=None if far is None else (kept or 0.0) + (share or 0.0),
                     kept_share=kept,
                     share=share,
                     decay=self._over("decay", "texts", head),

@@ -111,7 +111,8 @@ class _Work:
         self.teacher = models.student if models.teacher is None else models.teacher
         self.stream = Stream(self.teacher, models.student, settings.layers)
         passes = 1 + (models.teacher is not None) + (models.teacher is not None and models.stage_1 is not None)
-        self.count = passes * len(segments) * len(self.stream.layers) + len(settings.prompts)
+        texts = passes * len(segments) + (max(1, len(settings.texts)) if settings.map_tokens else 0)
+        self.count = texts * len(self.stream.layers) + len(settings.prompts)
         self.finished = 0
         self.notes: dict[str, str] = {}
 
@@ -137,8 +138,8 @@ class _Work:
         write_analysis(folder, analysis)
         return analysis
 
-    def _tick(self) -> None:
-        self.finished += 1
+    def _tick(self, parts: int = 1) -> None:
+        self.finished += parts
         if self.progress is not None:
             self.progress(min(self.finished, self.count), self.count)
 
@@ -200,7 +201,9 @@ class _Work:
         pools = {name: Pooling.of(len(ids), self.settings.map_tokens) for name, ids in texts.items()}
         chosen, heads = choose_maps(layers, [pool.cells for pool in pools.values()], self.settings.map_bytes)
         stream = Stream(self.teacher, self.models.student, chosen)
-        maps = [read_map(stream, texts[name], pools[name], heads) for name in texts]
+        maps = [read_map(stream, texts[name], pools[name], heads, self._tick) for name in texts]
+        if left := len(self.stream.layers) - len(chosen):  # of those that have no room there is nothing to do
+            self._tick(len(texts) * left)
         shown = [text_in_cells(tokenizer, name, texts[name], pools[name]) for name in texts]
         digest = write_maps(folder, maps)
         return AttentionSection(file=MAPS, digest=digest, texts=shown, layers=stream.indices, heads=heads)

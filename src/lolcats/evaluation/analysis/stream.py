@@ -8,6 +8,7 @@ those of its own projections, which stage 2 may have changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from lolcats.errors import LolcatsError
 from lolcats.mixers.inside import Inside
 from lolcats.modeling import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.attention import SOFTMAX
 from lolcats.placing import main_device
 
 
@@ -65,6 +67,7 @@ class Stream:
         if unknown := set(only or ()) - known:
             raise LolcatsError(f"layers {sorted(unknown)} are not linearized; choose some of {sorted(known)}")
         self.layers = [layer for layer in linearized_layers(teacher) if only is None or layer.layer_idx in only]
+        self._others = [layer for layer in linearized_layers(teacher) if layer not in self.layers]
         if not self.layers:
             raise LolcatsError("no layer to look at: expected a linearized model; call lolcats.convert first")
 
@@ -87,15 +90,15 @@ class Stream:
             theirs = call if own is layer else _call_of(own, *inputs[layer.layer_idx])
             visit(LayerPass(layer.layer_idx, _alone(call), output, own, _alone(theirs)))
 
-        hooks = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers]
-        for layer in self.layers:
-            layer.observer = observe
-        try:
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(layer.register_forward_pre_hook(remember, with_kwargs=True))
+                stack.callback(setattr, layer, "observer", None)
+                layer.observer = observe
+            for layer in self._others:  # whoever is observed gives the teacher's output anyway
+                stack.callback(setattr, layer, "mode", layer.mode)
+                layer.mode = SOFTMAX
             self.teacher.base_model(input_ids=ids[None].to(main_device(self.teacher)), use_cache=False)
-        finally:
-            for layer, hook in zip(self.layers, hooks, strict=True):
-                layer.observer = None
-                hook.remove()
 
 
 def _call_of(layer: LinearizedAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
