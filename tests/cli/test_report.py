@@ -40,7 +40,7 @@ def test_a_real_run(cli: Run, finished: Path) -> None:
 @pytest.mark.slow
 def test_what_was_not_analysed_is(cli: Run, finished: Path) -> None:
     """Once, then the analysis is there; anew where something else is asked for, with texts and prompts of the user."""
-    run = shutil.copytree(finished, "run")
+    run = shutil.copytree(finished, Path("run"))
     words = ["report", run, "--segments", "1", "--prompt", "the cat <b>", "--text", "the moon and the river"]
     assert cli(*words).code == 0
     page = Path("report.html").read_text()
@@ -57,7 +57,7 @@ def test_what_was_not_analysed_is(cli: Run, finished: Path) -> None:
 
 def test_a_teacher_that_is_gone_is_a_note(cli: Run, finished: Path) -> None:
     """The report is made without the analysis, and says why."""
-    run = shutil.copytree(finished, "run")
+    run = shutil.copytree(finished, Path("run"))
     for file in (run / "config.yaml", run / "model" / "lolcats_recipe.yaml"):
         file.write_text(file.read_text().replace("/teacher", "/gone"))
     answer = cli("report", run)
