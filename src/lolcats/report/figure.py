@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SHOWN_ROWS = 200
+SHOWN_ROWS = 100
 """Of a table on the page; the CSV file has all."""
 
 

@@ -14,6 +14,8 @@ from lolcats.report.subject import Subject
 STAGES = {"transfer": "Stage 1: attention transfer", "finetune": "Stage 2: fine-tuning", "control": "The window's own"}
 NOT_MEASURES = {"stage", "step", "tokens"}
 FIRST = "loss"
+MOST_POINTS, FEWEST_POINTS = 400, 60
+"""Of a line on the page, and with many runs; the CSV file has all."""
 
 
 def curve_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
@@ -50,7 +52,7 @@ def _figure(stage: str, rows: list[dict[str, Any]]) -> Figure:
             own = [row for row in rows if (row["run"], row["kind"], row["measure"]) == (run, kind, measure)]
             drawn += [
                 {"line": label, "measure": measure, **{k: row[k] for k in ("step", "tokens", "value")}}
-                for row in thinned(own)
+                for row in thinned(own, max(FEWEST_POINTS, MOST_POINTS // len(runs)))
             ]
     losses = [row["value"] for row in rows if row["measure"] == FIRST]
     title = f"{STAGES.get(stage, stage)}, step by step"

@@ -11,6 +11,8 @@ from lolcats.report.charts.theme import VERMILLION, base, choice, chosen, finish
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 
+MOST_TOLD = 25_000
+"""Pairs up to which their tokens and scores are in the chart too."""
 SUMS = ("candidates", "stay_mean", "overlap_oracle", "overlap_recency")
 
 
@@ -46,6 +48,7 @@ def kept_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
 
 def _pairs_figure(drawn: list[dict[str, Any]]) -> Figure:
     runs, layers = (list(dict.fromkeys(row[name] for row in drawn)) for name in ("run", "layer"))
+    told = ["position", "token", "score"] if sum(len(r["position"]) for r in drawn) <= MOST_TOLD else ["position"]
     rows = [
         [row["run"], row["layer"], row["key_head"], *pair]
         for row in drawn
@@ -53,11 +56,12 @@ def _pairs_figure(drawn: list[dict[str, Any]]) -> Figure:
     ]
     count = len({row["key_head"] for row in drawn})
     words = f"Positions of {len(rows):,} kept pairs of {len(layers)} layers, from {spread_words([r[3] for r in rows])}."
-    chart = base(drawn).transform_filter(chosen("layer", "run")).transform_flatten(["position", "token", "score"])
+    short = [{name: row[name] for name in ("run", "layer", "key_head", *told)} for row in drawn]
+    chart = base(short).transform_filter(chosen("layer", "run")).transform_flatten(told)
     ticks = chart.mark_tick(thickness=2, color=VERMILLION, opacity=0.8, bandSize=max(14, 40 // count)).encode(
         x=alt.X("position:Q", title="position in the text"),
         y=alt.Y("key_head:O", title="key head"),
-        tooltip=["position:Q", "token:N", "score:Q"],
+        tooltip=[f"{name}:{'N' if name == 'token' else 'Q'}" for name in told],
     )
     ticks = ticks.add_params(choice("choose_layer", "layer", layers), choice("choose_run", "of", runs))
     return Figure(

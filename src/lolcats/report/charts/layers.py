@@ -7,7 +7,18 @@ from typing import Any
 
 import altair as alt
 
-from lolcats.report.charts.theme import PALE, base, choice, chosen, finished, joined, look, number_scale
+from lolcats.report.charts.theme import (
+    PALE,
+    base,
+    choice,
+    chosen,
+    finished,
+    joined,
+    look,
+    measured,
+    number_scale,
+    thinned,
+)
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 
@@ -32,6 +43,8 @@ HEAD_MEASURES = {
     "pairs": "kept pairs",
 }
 """What a head says of itself -> what people call it."""
+MOST_VALIDATIONS = 24
+"""Of a run, whose layers are on the page."""
 MOST_FIGURES = 16
 """Heads up to which there is room for a figure in each cell."""
 
@@ -111,33 +124,23 @@ def _head_map(rows: list[dict[str, Any]]) -> Figure:
     """Layers x heads of one run, coloured by what is chosen."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     measures = [name for name in HEAD_MEASURES if any(row[name] is not None for row in rows)]
-    drawn = [
-        {
-            "run": row["run"],
-            "layer": row["layer"],
-            "head": row["head"],
-            "measure": HEAD_MEASURES[name],
-            "value": row[name],
-        }
-        for row in rows
-        for name in measures
-        if row[name] is not None
-    ]
+    drawn = [{name: row[name] for name in ("run", "layer", "head", *measures)} for row in rows]
     words = f"Map of {len(rows)} heads; relative error {spread_words([row['relative_error'] for row in rows])}."
-    chart = base(drawn).transform_filter(chosen("measure", "run"))
+    chart = measured(base(drawn).transform_filter(chosen("run")))
     where: dict[str, Any] = {
         "x": alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0)),
         "y": alt.Y("layer:O", title="layer"),
     }
     color = alt.Color("value:Q", scale=alt.Scale(range=PALE, zero=True), legend=alt.Legend(title=None))
     boxes = chart.mark_rect(stroke="#999", strokeWidth=0.4).encode(
-        color=color, tooltip=["layer:O", "head:O", "measure:N", "value:Q"], **where
+        color=color, tooltip=["layer:O", "head:O", "value:Q"], **where
     )
     parts: list[Any] = [boxes]
     if len({row["head"] for row in rows}) <= MOST_FIGURES:
         parts.append(chart.mark_text(color="#000", fontSize=9).encode(text=alt.Text("value:Q", format=".2~g"), **where))
     layers = alt.layer(*parts).add_params(
-        choice("choose_measure", "show", [HEAD_MEASURES[name] for name in measures]), choice("choose_run", "of", runs)
+        choice("choose_measure", "show", measures, [HEAD_MEASURES[name] for name in measures]),
+        choice("choose_run", "of", runs),
     )
     return Figure(
         key="heads",
@@ -196,9 +199,9 @@ def _scatter(rows: list[dict[str, Any]], key: str, title: str, names: tuple[str,
 
 def _validated(subject: Subject) -> Iterator[dict[str, Any]]:
     """Losses of layers that validations gave, a row a layer and step."""
-    for line in subject.metrics:
-        values = line.get("validation_layers")
-        for layer, value in enumerate(values if isinstance(values, list) else []):
+    lines = [line for line in subject.metrics if isinstance(line.get("validation_layers"), list)]
+    for line in thinned(lines, MOST_VALIDATIONS):
+        for layer, value in enumerate(line["validation_layers"]):
             yield {
                 "run": subject.name,
                 "stage": line.get("stage"),

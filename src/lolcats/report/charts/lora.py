@@ -9,12 +9,13 @@ from typing import Any
 
 import altair as alt
 
-from lolcats.report.charts.theme import PALE, base, choice, chosen, finished, joined, look, thinned
+from lolcats.report.charts.theme import PALE, base, choice, chosen, finished, joined, look, measured, thinned
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 
 MEASURES = {"norm": "norm of the update", "effective_rank": "effective rank of the update"}
-MOST_STEPS = 60
+PACKED = ["step", *MEASURES]
+MOST_STEPS = 30
 """Of a line on the page."""
 LAYER = re.compile(r"(?:^|\.)(?P<layer>\d+)\.(?P<rest>(?:.*\.)?(?P<last>[^.]+))$")
 """Number of the layer and name of the projection in the name of a module."""
@@ -82,17 +83,6 @@ def _row(run: str, layer: int, projection: str, step: int, norm: Any, rank: Any)
     }  # fmt: skip
 
 
-def _long(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a number."""
-    kept = [name for name in rows[0] if name not in MEASURES]
-    return [
-        {name: row[name] for name in kept} | {"measure": label, "value": row[key]}
-        for key, label in MEASURES.items()
-        for row in rows
-        if row[key] is not None
-    ]
-
-
 def _map(rows: list[dict[str, Any]]) -> Figure:
     """Layers x projections at the last step."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
@@ -102,18 +92,18 @@ def _map(rows: list[dict[str, Any]]) -> Figure:
         f"LoRA at the last step: norms of the updates {spread_words([row['norm'] for row in last])}, effective ranks "
     )
     words += f"{spread_words([row['effective_rank'] for row in last])}."
-    chart = base(_long(last)).transform_filter(chosen("measure", "run"))
+    chart = measured(base(last).transform_filter(chosen("run")))
     where: dict[str, Any] = {
         "x": alt.X("projection:N", title=None, sort=None, axis=alt.Axis(labelAngle=-40)),
         "y": alt.Y("layer:O", title="layer"),
     }
     color = alt.Color("value:Q", scale=alt.Scale(range=PALE, zero=True), legend=alt.Legend(title=None))
     boxes = chart.mark_rect(stroke="#999", strokeWidth=0.4).encode(
-        color=color, tooltip=["layer:O", "projection:N", "measure:N", "value:Q"], **where
+        color=color, tooltip=["layer:O", "projection:N", "value:Q"], **where
     )
     figures = chart.mark_text(color="#000", fontSize=9).encode(text=alt.Text("value:Q", format=".2~g"), **where)
     layers = alt.layer(boxes, figures).add_params(
-        choice("choose_measure", "show", list(MEASURES.values())), choice("choose_run", "of", runs)
+        choice("choose_measure", "show", list(MEASURES), list(MEASURES.values())), choice("choose_run", "of", runs)
     )
     return Figure(
         key="lora",
@@ -125,6 +115,17 @@ def _map(rows: list[dict[str, Any]]) -> Figure:
     )
 
 
+def _packed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a module, with a list of each number: names would take more room than the numbers."""
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["run"], row["layer"], row["projection"]
+        packed = found.setdefault(key, {n: row[n] for n in ("run", "layer", "projection")} | {n: [] for n in PACKED})
+        for name in PACKED:
+            packed[name].append(row[name])
+    return list(found.values())
+
+
 def _lines(rows: list[dict[str, Any]]) -> Figure:
     """One layer over the steps, a line a projection."""
     runs, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "layer"))
@@ -132,15 +133,16 @@ def _lines(rows: list[dict[str, Any]]) -> Figure:
     steps = set(thinned(sorted({row["step"] for row in rows}), MOST_STEPS))
     words = f"LoRA over {spread_words([row['step'] for row in rows])} steps, of {len(layers)} layers and "
     words += f"{', '.join(projections)}."
+    chosen_rows = base(_packed([row for row in rows if row["step"] in steps])).transform_filter(chosen("layer", "run"))
     chart = joined(
-        base(_long([row for row in rows if row["step"] in steps])).transform_filter(chosen("layer", "measure", "run")),
+        measured(chosen_rows.transform_flatten(PACKED)),
         look("projection", projections),
         x=alt.X("step:Q", title="step"),
         y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
         tooltip=["projection:N", "step:Q", "value:Q"],
     ).add_params(
         choice("choose_layer", "layer", sorted(layers)),
-        choice("choose_measure", "show", list(MEASURES.values())),
+        choice("choose_measure", "show", list(MEASURES), list(MEASURES.values())),
         choice("choose_run", "of", runs),
     )
     return Figure(

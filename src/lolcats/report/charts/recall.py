@@ -17,6 +17,9 @@ from lolcats.report.figure import Figure, Table
 from lolcats.report.subject import Subject
 from lolcats.variants import ordered, short_label
 
+MOST_PICTURES = 4
+"""Files whose maps are shown side by side; the first figure has those of all."""
+
 
 def recall_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
     """A map to choose from, all scores as a table, and the maps of each file side by side."""
@@ -27,10 +30,10 @@ def recall_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
     if maps:
         yield _map_figure(maps)
     yield _score_table(rows)
-    for number, subject in enumerate(subjects):
-        for place, file in enumerate(subject.recalls):
-            if cells := _whole(file.cells):
-                yield _still(f"recall_maps_{number}_{place}", subject.name, file.file.name, cells)
+    files = [(subject.name, file) for subject in subjects for file in subject.recalls]
+    for number, (run, file) in enumerate(files[:MOST_PICTURES]):
+        if cells := _whole(file.cells):
+            yield _still(f"recall_maps_{number}", run, file.file.name, cells)
 
 
 def _cells(subject: Subject) -> Iterator[dict[str, Any]]:

@@ -29,8 +29,6 @@ LEGEND_WIDTH = 310
 """Pixels of a row of names, on a telephone."""
 LOG_RATIO = 4.0
 """Values this far apart are drawn on a logarithmic scale."""
-MOST_POINTS = 400
-"""Of a line; the CSV file has all."""
 
 VARIANT_LOOK = {
     "teacher": (INK, "square", [6, 3]),
@@ -68,8 +66,21 @@ CONFIG: dict[str, Any] = {
 
 
 def base(rows: Sequence[dict[str, Any]]) -> alt.Chart:
-    """A chart of rows, of which numbers that are not finite are missing."""
-    return alt.Chart(alt.Data(values=finite(list(rows))))
+    """A chart of rows with six digits of their numbers, of which those that are not finite are missing."""
+    return alt.Chart(alt.Data(values=_short(finite(list(rows)))))
+
+
+def measured(chart: alt.Chart) -> alt.Chart:
+    """The rows that have the measure which is chosen, as `value`."""
+    return chart.transform_calculate(value="datum[choose_measure]").transform_filter("isValid(datum.value)")
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return [_short(item) for item in value] if isinstance(value, list) else value
 
 
 def finished(chart: Any, alt_text: str, **size: Any) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def number_scale(values: Sequence[float | None], zero: bool = False) -> alt.Scal
     return alt.Scale(zero=zero, nice=True)
 
 
-def thinned(rows: Sequence[Any], most: int = MOST_POINTS) -> list[Any]:
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
     """At most so many of the rows, evenly, the last among them."""
     if len(rows) <= most:
         return list(rows)
