@@ -76,6 +76,15 @@ def test_window(tmp_path: Path) -> None:
     assert finding(subject, "window").kind == "bad"
 
 
+def test_a_control_from_another_text_says_so() -> None:
+    """Both perplexities are of one text, which is named where it is not the run's own."""
+    subject = make_subject()
+    del subject.results.perplexity["near_only"]
+    scores = {"student": Score(perplexity=20.0), "near_only": Score(perplexity=25.0)}
+    subject.evaluations = [EvaluateFile(file=Path("other.json"), length=512, scores=scores)]
+    assert finding(subject, "far").text == "Perplexity 20.00, without it 25.00, +25.0 % (other.json, 512 tokens)."
+
+
 def test_nothing_measured_says_what_measures() -> None:
     """Every finding of an empty run names its command, and none of them makes a claim."""
     subject = make_subject(results=Results())

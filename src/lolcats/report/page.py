@@ -19,7 +19,7 @@ from lolcats.report.subject import Subject
 from lolcats.report.summary import Summary
 from lolcats.version import __version__
 
-FOLDER = "lolcats.report.templates"
+PACKAGE = "lolcats.report"
 
 
 @dataclass
@@ -83,7 +83,7 @@ def policy(scripts: Sequence[str]) -> str:
 
 
 def _text(name: str) -> str:
-    return resources.files(FOLDER).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(PACKAGE).joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _data_url(picture: bytes) -> str:

@@ -52,9 +52,9 @@ def against_window(subject: Subject) -> Finding:
     for control, trained in ((TRAINED_WINDOW, "trained as long"), ("equal_window", "nothing trained")):
         if (pair := _pair(subject, "student", control)) is None:
             continue
-        kind = _compare(*pair)
+        kind = _compare(pair)
         says = {"good": "lower than", "bad": "higher than", "same": "about that of"}[kind]
-        text = f"Perplexity {show_number(pair[0])}, {says} a window of the same bytes, {trained}: {_change(pair)}."
+        text = f"Perplexity {show_number(pair.own)}, {says} a window of the same bytes, {trained}: {_change(pair)}."
         lacking = control != TRAINED_WINDOW and subject.config.finetune.enabled
         why, command = subject.window_advice if lacking else ("", "")
         text = f"{text} {why}".strip()
@@ -69,7 +69,7 @@ def far_half(subject: Subject) -> Finding:
         return Finding(key, question, "plain", "it has none", "Its layers have no far half.")
     if (pair := _pair(subject, "student", subject.without_far)) is None:
         return _not_measured(key, question, _evaluate(subject, subject.without_far))
-    return Finding(key, question, kind := _compare(*pair), _ANSWERS[kind], _without(pair, "it"))
+    return Finding(key, question, kind := _compare(pair), _ANSWERS[kind], _without(pair, "it"))
 
 
 def kept_pairs(subject: Subject) -> Finding:
@@ -81,7 +81,7 @@ def kept_pairs(subject: Subject) -> Finding:
     if (pair := _pair(subject, *names)) is None:
         return _not_measured(key, question, _evaluate(subject, *(name for name in names if name != "student")))
     where = " Both without the far half." if subject.has_far else ""
-    return Finding(key, question, kind := _compare(*pair), _ANSWERS[kind], f"{_without(pair, 'them')}{where}")
+    return Finding(key, question, kind := _compare(pair), _ANSWERS[kind], f"{_without(pair, 'them')}{where}")
 
 
 def length(subject: Subject) -> Finding:
@@ -182,28 +182,35 @@ def _over(scores: Scores, part: tuple[int, int], reference: tuple[int, int], by:
     return values[0] / values[1] if values[1] else None
 
 
-def _pair(subject: Subject, first: str, second: str) -> tuple[float, float] | None:
-    """Perplexities of two variants on one text, the first that has both."""
-    for scores in subject.scores():
+class _Pair(NamedTuple):
+    """Perplexities of two variants on one text."""
+
+    own: float
+    other: float
+    where: str
+    """Which text, where it is not that of the run itself."""
+
+
+def _pair(subject: Subject, first: str, second: str) -> _Pair | None:
+    """Two variants on the first text that has both."""
+    for number, scores in enumerate(subject.scores()):
         one, other = scores.perplexity.get(first), scores.perplexity.get(second)
         if one and other:
-            return one, other
+            return _Pair(one, other, f" ({scores.text})" if number else "")
     return None
 
 
-def _compare(own: float, other: float) -> Kind:
+def _compare(pair: _Pair) -> Kind:
     """Good where the first perplexity is lower."""
-    return "good" if other > SAME * own else "bad" if own > SAME * other else "same"
+    return "good" if pair.other > SAME * pair.own else "bad" if pair.own > SAME * pair.other else "same"
 
 
-def _change(pair: tuple[float, float]) -> str:
-    own, other = pair
-    return f"{show_number(other)}, {100 * (other / own - 1):+.1f} %"
+def _change(pair: _Pair) -> str:
+    return f"{show_number(pair.other)}, {100 * (pair.other / pair.own - 1):+.1f} %{pair.where}"
 
 
-def _without(pair: tuple[float, float], what: str) -> str:
-    own, other = pair
-    return f"Perplexity {show_number(own)}, without {what} {_change((own, other))}."
+def _without(pair: _Pair, what: str) -> str:
+    return f"Perplexity {show_number(pair.own)}, without {what} {_change(pair)}."
 
 
 def _recall_line(task: str, tokens: int, row: dict[str, Cell | None]) -> str:

@@ -93,9 +93,10 @@ def _layer_figure(rows: list[dict[str, Any]]) -> Figure:
     several = len({row["run"] for row in rows}) > 1
     for point in drawn:
         point["line"] = ", ".join(point.pop(name) for name in (("run", "kind") if several else ("kind",)))
-    worst = sorted((r for r in rows if r["relative_error"] is not None), key=lambda r: -r["relative_error"])[:3]
+    known = sorted((r for r in rows if r["relative_error"] is not None), key=lambda r: -r["relative_error"])
+    worst = list(dict.fromkeys(row["layer"] for row in known))[:3]
     words = f"Error by layer, as a share of the teacher's output: {spread_words([r['relative_error'] for r in rows])}; "
-    words += f"the worst are layers {', '.join(str(row['layer']) for row in worst)}."
+    words += f"the worst are layers {', '.join(map(str, worst))}."
     labels = list(LAYER_MEASURES.values())
     layers = joined(
         base(drawn).transform_filter(chosen("measure")),
