@@ -37,6 +37,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
     """With how far it is; it is read all the same."""
     (subject,) = gather([make_run(tmp_path, complete=False)])
     assert subject.unfinished == "not finished: stage 1 not begun, stage 2 not begun, no model yet"
+    assert subject.resume_command == f"lolcats linearize {tmp_path}/made/config.yaml --resume"
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.yaml").write_text(dump_config(load_config("recommended")))
     (bare,) = gather([tmp_path / "bare"])

@@ -1,4 +1,4 @@
-"""The files that `evaluate`, `benchmark`, `recall` and sweeps write with `--json`, read again."""
+"""The files that `evaluate`, `benchmark`, `recall` and sweeps write as JSON, read again."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Score(BaseModel):
 
 
 class EvaluateFile(_File):
-    """`lolcats evaluate --json`."""
+    """Of `lolcats evaluate`."""
 
     length: int
     scores: dict[str, Score]
 
 
 class BenchmarkFile(_File):
-    """`lolcats benchmark --json`."""
+    """Of `lolcats benchmark`."""
 
     rows: list[Row]
 
 
 class RecallFile(_File):
-    """`lolcats recall --json`, or the recall of a sweep."""
+    """Of `lolcats recall`, or the recall of a sweep."""
 
     samples: int | None = None
     cells: list[Cell]

@@ -83,7 +83,7 @@ def policy(scripts: Sequence[str]) -> str:
 
 
 def _text(name: str) -> str:
-    return resources.files(PACKAGE).joinpath("templates", name).read_text(encoding="utf-8")
+    return (resources.files(PACKAGE) / "templates" / name).read_text(encoding="utf-8")
 
 
 def _data_url(picture: bytes) -> str:

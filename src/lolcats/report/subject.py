@@ -112,10 +112,24 @@ class Subject:
     def window_advice(self) -> tuple[str, str]:
         """Why the trained window was not measured, and the command that does, "" where it is too late."""
         if self.model is not None and has_window(self.model):
-            return "The trained window was not measured.", self.command("evaluate", "--control", TRAINED_WINDOW)
+            return "The trained window was not measured.", self.evaluate_command(TRAINED_WINDOW)
         return f"No window was trained beside it, as evaluation.controls with {TRAINED_WINDOW} asks for.", ""
 
-    def command(self, verb: str, *options: str) -> str:
+    def evaluate_command(self, *controls: str) -> str:
+        """The command that measures teacher, student and some controls."""
+        return self.command("evaluate", *(word for name in controls for word in ("--control", name)))
+
+    @property
+    def beyond_command(self) -> str:
+        """The command that measures texts longer than those of the training."""
+        return self.command("evaluate", "--beyond", "4", file="evaluate_beyond.json")
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with a run."""
+        return shlex.join(["lolcats", "linearize", str(self.place / "config.yaml"), "--resume"])
+
+    def command(self, verb: str, *words: str, file: str = "") -> str:
         """What measures something of it, with the numbers beside it, where the next report finds them."""
-        file = self.place / f"{verb}.json"
-        return shlex.join(["lolcats", verb, str(self.place), *options, "--json", str(file)])
+        target = self.place / (file or f"{verb}.json")
+        return shlex.join(["lolcats", verb, str(self.place), *words, "--json", str(target)])

@@ -65,8 +65,7 @@ def _advice(subject: Subject, name: str) -> tuple[str, str]:
     """Why a variant was not measured, and the command that does."""
     if name == TRAINED_WINDOW:
         return subject.window_advice
-    control = () if name in ("teacher", "student") else ("--control", name)
-    return "Not measured.", subject.command("evaluate", *control)
+    return "Not measured.", subject.evaluate_command(*(() if name in ("teacher", "student") else (name,)))
 
 
 def _notes(subject: Subject) -> Iterator[str]:

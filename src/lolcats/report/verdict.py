@@ -59,7 +59,7 @@ def against_window(subject: Subject) -> Finding:
         why, command = subject.window_advice if lacking else ("", "")
         text = f"{text} {why}".strip()
         return Finding(key, question, kind, _ANSWERS[kind], text, command)
-    return _not_measured(key, question, _evaluate(subject, "equal_window"))
+    return _not_measured(key, question, subject.evaluate_command("equal_window"))
 
 
 def far_half(subject: Subject) -> Finding:
@@ -68,7 +68,7 @@ def far_half(subject: Subject) -> Finding:
     if not subject.has_far:
         return Finding(key, question, "plain", "it has none", "Its layers have no far half.")
     if (pair := _pair(subject, "student", subject.without_far)) is None:
-        return _not_measured(key, question, _evaluate(subject, subject.without_far))
+        return _not_measured(key, question, subject.evaluate_command(subject.without_far))
     return Finding(key, question, kind := _compare(pair), _ANSWERS[kind], _without(pair, "it"))
 
 
@@ -79,7 +79,7 @@ def kept_pairs(subject: Subject) -> Finding:
         return Finding(key, question, "plain", "it keeps none", "Its layers keep no pairs.")
     names = ("near_only", "window_only") if subject.has_far else ("student", "window_only")
     if (pair := _pair(subject, *names)) is None:
-        return _not_measured(key, question, _evaluate(subject, *(name for name in names if name != "student")))
+        return _not_measured(key, question, subject.evaluate_command(*(name for name in names if name != "student")))
     where = " Both without the far half." if subject.has_far else ""
     return Finding(key, question, kind := _compare(pair), _ANSWERS[kind], f"{_without(pair, 'them')}{where}")
 
@@ -87,8 +87,7 @@ def kept_pairs(subject: Subject) -> Finding:
 def length(subject: Subject) -> Finding:
     """Up to which length it predicts as well as within the texts of its training."""
     key, question, trained = "length", "How long may a text be?", subject.trained_length
-    command = shlex.join(["lolcats", "evaluate", str(subject.place), "--beyond", "4"])
-    command += f" --json {shlex.quote(str(subject.place / 'evaluate_beyond.json'))}"
+    command = subject.beyond_command
     longest = max(
         (scores for scores in subject.scores() if scores.by_position.get("student")),
         key=lambda scores: max(end for _, end in ranges(scores)),
@@ -231,10 +230,6 @@ def _recall_answer(kept: Sequence[float]) -> tuple[Kind, str]:
     if min(kept) >= FOUND:
         return "good", "as the teacher's"
     return ("bad", "little") if max(kept) < LITTLE else ("mixed", "part of it")
-
-
-def _evaluate(subject: Subject, *controls: str) -> str:
-    return subject.command("evaluate", *(word for name in controls for word in ("--control", name)))
 
 
 def _not_measured(key: str, question: str, command: str) -> Finding:

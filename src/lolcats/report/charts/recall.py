@@ -126,7 +126,7 @@ def _whole(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _still(key: str, run: str, file: str, cells: list[Cell]) -> Figure:
-    """The maps of one file as `lolcats recall --plot` draws them."""
+    """The maps of one file as `lolcats recall` draws them."""
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "maps.png"
         plot_recall(cells, picture, short_label)
