@@ -55,11 +55,8 @@ def analyse_folder(
             cannot be used.
     """
     place = Path(source)
-    run = RunFolder(place) if (place / "config.yaml").is_file() else None
-    model = place if run is None else run.model
-    if not (model / "config.json").is_file():
-        raise LolcatsError(f"{place} is neither a finished run nor a saved model; finish it first", hint="finish_run")
-    recipe = _recipe(model)
+    run, model = _find(place)
+    recipe = load_config(file) if (file := model / RECIPE_FILE).is_file() else None
     if teacher is None and recipe is not None:
         teacher = recipe.model
     teacher = None if teacher in (None, "none") else teacher
@@ -83,9 +80,13 @@ def analyse_folder(
     return analyse(found, text, name, place, settings, progress)
 
 
-def _recipe(model: Path) -> RunConfig | None:
-    file = model / RECIPE_FILE
-    return load_config(file) if file.is_file() else None
+def _find(place: Path) -> tuple[RunFolder | None, Path]:
+    """The run in a folder, if it is one, and the folder of its model."""
+    run = RunFolder(place) if (place / "config.yaml").is_file() else None
+    model = place if run is None else run.model
+    if not (model / "config.json").is_file():
+        raise LolcatsError(f"{place} is neither a finished run nor a saved model; finish it first", hint="finish_run")
+    return run, model
 
 
 def _segments(

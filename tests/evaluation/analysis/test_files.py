@@ -69,13 +69,15 @@ def random_maps(cells: int, seed: int, negative: bool = False) -> Maps:
 
 @pytest.mark.parametrize("negative", [False, True])
 def test_codes(negative: bool) -> None:
-    """No weight is off by more than half a step, and 0 is 0."""
+    """No root is off by more than half a step, and 0 is 0."""
     values = random_maps(11, 0, negative).student
     codes, low, high = encode(values)
     assert codes.shape == (2, 3, 66) and codes.dtype == np.uint8 and (low < 0).any() == negative
     step = (high - low)[..., None] / 255
     back = decode(codes, low, high)
-    assert (np.abs(back - values) <= 0.51 * step + 1e-9).all() and not np.triu(back, 1).any()
+    roots = [np.sign(x) * np.sqrt(np.abs(x)) for x in (values, back)]
+    assert (np.abs(roots[1] - roots[0]) <= 0.51 * step + 1e-6).all() and not np.triu(back, 1).any()
+    np.testing.assert_allclose(back.sum(-1), values.sum(-1), atol=0.02)
     if not negative:
         assert not back[values == 0].any()
     assert codes.nbytes + low.nbytes + high.nbytes == 6 * map_bytes(11) / 2
@@ -96,7 +98,7 @@ def test_maps_come_back(tmp_path: Path) -> None:
     section = section_of(maps, write_maps(tmp_path, maps))
     for wrote, found in zip(maps, read_maps(tmp_path, section), strict=True):
         for one, other in zip(wrote, found, strict=True):
-            np.testing.assert_allclose(one, other, atol=1 / 500)
+            np.testing.assert_allclose(one, other, atol=1 / 250)
     assert [file.name for file in tmp_path.iterdir()] == [MAPS]
     assert section.digest == write_maps(tmp_path, maps)  # the same bytes each time
 

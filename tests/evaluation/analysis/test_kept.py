@@ -37,7 +37,8 @@ def share(one: set[int], other: set[int]) -> float | None:
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_kept_pairs(name: str, make_student: Make, tokens: Tokens) -> None:
-    for seen in passes(make_student(**LAYERS[name]), tokens(1, TOKENS)[0]).values():
+    every = list(passes(make_student(**LAYERS[name]), tokens(1, TOKENS)[0]).values())
+    for seen in every if name == "heads" else every[1:2]:  # where layers differ, all of them
         found = {row.key_head: row for row in kept_pairs(seen, WORDS)}
         sizes = seen.inside().sizes
         assert list(found) == [head for head, size in enumerate(sizes) if size.pairs]

@@ -28,6 +28,7 @@ def kilobytes(name: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux tells it")
 def test_peak(make_teacher: Callable[..., PreTrainedModel], make_student: Callable[..., PreTrainedModel],
               tokens: Callable[..., Tensor]) -> None:  # fmt: skip

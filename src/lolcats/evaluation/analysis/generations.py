@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lolcats.evaluation.analysis.file import Generation
@@ -43,26 +44,30 @@ def write_both(
     found = []
     for prompt in prompts:
         ids = encode(tokenizer, prompt)
-        written = []
-        for variant in (teacher, student):
-            with variant.mode():
-                count = with_room(variant.model, ids, new_tokens)
-                written.append(write_tokens(variant.model, tokenizer, ids, max_new_tokens=count)[0, ids.shape[1] :])
-        texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
-        tokens = [token_texts(tokenizer, tokens) for tokens in written]
-        found.append(
-            Generation(
-                prompt=prompt,
-                teacher=texts[0],
-                student=texts[1],
-                first_difference=first_difference(*(tokens.tolist() for tokens in written)),
-                tokens_teacher=tokens[0],
-                tokens_student=tokens[1],
-            )
-        )
+        written = (_written(variant, tokenizer, ids, new_tokens) for variant in (teacher, student))
+        found.append(_generation(prompt, tokenizer, *written))
         if progress is not None:
             progress()
     return found
+
+
+def _written(variant: Variant, tokenizer: PreTrainedTokenizerBase, ids: Tensor, new_tokens: int) -> Tensor:
+    """The tokens after ids [1, N]."""
+    with variant.mode():
+        count = with_room(variant.model, ids, new_tokens)
+        return write_tokens(variant.model, tokenizer, ids, max_new_tokens=count)[0, ids.shape[1] :]
+
+
+def _generation(prompt: str, tokenizer: PreTrainedTokenizerBase, teacher: Tensor, student: Tensor) -> Generation:
+    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (teacher, student)]
+    return Generation(
+        prompt=prompt,
+        teacher=texts[0],
+        student=texts[1],
+        first_difference=first_difference(teacher.tolist(), student.tolist()),
+        tokens_teacher=token_texts(tokenizer, teacher),
+        tokens_student=token_texts(tokenizer, student),
+    )
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

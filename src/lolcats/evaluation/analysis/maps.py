@@ -3,8 +3,11 @@
 Of text number t there are the arrays, L layers, H heads, n cells, T = n (n + 1) / 2:
 
     teacher_t, student_t              uint8 [L, H, T], the rows of the lower triangle one after the other
-    teacher_low_t, student_low_t      float32 [L, H, n], the value of 0 in each row (0 but where weights are negative)
-    teacher_high_t, student_high_t    float32 [L, H, n], that of 255
+    teacher_low_t, student_low_t      float32 [L, H, n], the root of code 0 in each row (0 but for negative weights)
+    teacher_high_t, student_high_t    float32 [L, H, n], that of code 255
+
+Between them roots are linear in the code, and a weight is its root's square with the root's sign: many weights are
+small, and together they are as much as the large ones.
 """
 
 from __future__ import annotations
@@ -82,18 +85,20 @@ def read_maps(folder: Path, section: AttentionSection) -> list[Maps]:
 def encode(values: Floats) -> tuple[NDArray[np.uint8], Floats, Floats]:
     """Codes [..., T] of maps [..., n, n], and what 0 and 255 stand for in each row."""
     causal = np.tril(np.nan_to_num(values.astype(np.float32)))
-    low, high = np.minimum(causal.min(-1), 0.0), np.maximum(causal.max(-1), 0.0)
+    roots = np.sign(causal) * np.sqrt(np.abs(causal))
+    low, high = np.minimum(roots.min(-1), 0.0), np.maximum(roots.max(-1), 0.0)
     step = np.where(high > low, (high - low) / 255, 1.0)[..., None]
-    codes = np.rint((causal - low[..., None]) / step).astype(np.uint8)
+    codes = np.rint((roots - low[..., None]) / step).astype(np.uint8)
     rows, columns = np.tril_indices(values.shape[-1])
     return codes[..., rows, columns], low, high
 
 
 def decode(codes: NDArray[np.uint8], low: Floats, high: Floats) -> Floats:
-    """`encode` undone, up to half a step; 0 above the diagonal."""
+    """`encode` undone, up to half a step of roots; 0 above the diagonal."""
     cells = low.shape[-1]
     rows, columns = np.tril_indices(cells)
     step = ((high - low) / 255)[..., rows]
     values = np.zeros((*low.shape, cells), dtype=np.float32)
-    values[..., rows, columns] = low[..., rows] + codes * step
+    roots = low[..., rows] + codes * step
+    values[..., rows, columns] = np.sign(roots) * roots**2
     return values
