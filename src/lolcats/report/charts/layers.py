@@ -138,7 +138,7 @@ def _head_map(rows: list[dict[str, Any]]) -> Figure:
     )
     parts: list[Any] = [boxes]
     if len({row["head"] for row in rows}) <= MOST_FIGURES:
-        parts.append(chart.mark_text(color="#000", fontSize=9).encode(text=alt.Text("value:Q", format=".2~g"), **where))
+        parts.append(chart.mark_text(color="#000", fontSize=9).encode(text="shown:N", **where))
     layers = alt.layer(*parts).add_params(
         choice("choose_measure", "show", measures, [HEAD_MEASURES[name] for name in measures]),
         choice("choose_run", "of", runs),

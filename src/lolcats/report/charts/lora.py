@@ -101,7 +101,7 @@ def _map(rows: list[dict[str, Any]]) -> Figure:
     boxes = chart.mark_rect(stroke="#999", strokeWidth=0.4).encode(
         color=color, tooltip=["layer:O", "projection:N", "value:Q"], **where
     )
-    figures = chart.mark_text(color="#000", fontSize=9).encode(text=alt.Text("value:Q", format=".2~g"), **where)
+    figures = chart.mark_text(color="#000", fontSize=9).encode(text="shown:N", **where)
     layers = alt.layer(boxes, figures).add_params(
         choice("choose_measure", "show", list(MEASURES), list(MEASURES.values())), choice("choose_run", "of", runs)
     )
@@ -159,6 +159,8 @@ def _error_figure(rows: list[dict[str, Any]]) -> Figure:
     """A line each, before and after."""
     several = len({row["run"] for row in rows}) > 1
     drawn = [row | {"line": f"{row['run']}, {row['when']}" if several else row["when"]} for row in rows]
+    in_training = any(row["step"] is not None for row in rows)
+    stream = "each model reading what its own earlier layers made" if in_training else "on the teacher's own stream"
     sums = {
         when: [row["error"] for row in rows if row["when"] == when] for when in dict.fromkeys(r["when"] for r in rows)
     }
@@ -173,7 +175,7 @@ def _error_figure(rows: list[dict[str, Any]]) -> Figure:
     return Figure(
         key="lora_errors",
         title="Error by layer, before and after LoRA",
-        text="Of the output of attention, each model reading with what its own earlier layers made of the text.",
+        text=f"Of the output of attention, {stream}.",
         alt=words,
         table=Table(list(rows[0]), [list(row.values()) for row in rows]),
         spec=finished(lines, words),

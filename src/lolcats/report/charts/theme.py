@@ -71,8 +71,14 @@ def base(rows: Sequence[dict[str, Any]]) -> alt.Chart:
 
 
 def measured(chart: alt.Chart) -> alt.Chart:
-    """The rows that have the measure which is chosen, as `value`."""
-    return chart.transform_calculate(value="datum[choose_measure]").transform_filter("isValid(datum.value)")
+    """The rows that have the measure which is chosen, as `value`, and as `shown` in as few characters as a cell has."""
+    return (
+        chart.transform_calculate(value="datum[choose_measure]")
+        .transform_filter("isValid(datum.value)")
+        .transform_calculate(
+            shown="format(datum.value, datum.value != 0 && abs(datum.value) < 0.01 ? '.0e' : '.2~g')",
+        )
+    )
 
 
 def _short(value: Any) -> Any:
