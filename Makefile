@@ -22,13 +22,14 @@ REQUIREMENTS := pyproject.toml constraints.txt
 VLLM_INSTALL := .venv-vllm/bin/python -m pip install --no-compile --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all test-gpu test-faults test-vllm check format clean
+.PHONY: help demo browser quick test test-all test-gpu test-faults test-vllm check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         linearize a 135M model on this machine (CONFIG=..., DEMO_ARGS='key=value ...')"
 	@echo "make quick        the fast tests: after every change (TEST_ARGS='...')"
 	@echo "make test         the tests that need no GPU, as continuous integration runs them"
+	@echo "make browser      install Chromium by apt-get, as root, where there is no browser: it tests reports"
 	@echo "make test-all     these and the large products: every family of transformers, every combination"
 	@echo "make test-faults  kill runs at random moments and compare (KILLS=300 SEED=0)"
 	@echo "make test-gpu     the tests that need a GPU"
@@ -44,6 +45,11 @@ demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 demo: export PYTHONDONTWRITEBYTECODE =
 demo: .venv/.demo
 	$(BIN)/lolcats linearize $(CONFIG) --overwrite $(DEMO_ARGS)
+
+# What opens the pages of reports in the tests, which are skipped where there is none.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 
 quick: .venv/.dev
 	$(PYTEST) -m "not gpu and not exhaustive and not slow" $(TEST_ARGS)

@@ -14,6 +14,7 @@ ROOT = Path(lolcats.__file__).parent
 OTHERS = {
     "data/hub.py": "hf download", "sweep/jobs.py": "sweep-job", "serving/server.py": "of vLLM, as on its command line",
     "planning/commands.py": "torchrun", "runs/blocks/jobs.py": "lolcats linearize", "runs/blocks/work.py": "command(",
+    "report/subject.py": '"lolcats", verb',
 }  # fmt: skip
 """File -> whole commands that it tells or starts, of which options are a part."""
 

@@ -27,6 +27,7 @@ from lolcats.cli.plan import plan
 from lolcats.cli.plan_memory import plan_memory
 from lolcats.cli.plot import plot
 from lolcats.cli.recall import recall
+from lolcats.cli.report import report
 from lolcats.cli.select_layers import select_layers
 from lolcats.cli.serve import serve
 from lolcats.cli.sweep import sweep, sweep_job
@@ -56,8 +57,8 @@ class _Verb(TyperCommand):
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
-    linearize, block, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, generate, chat,
-    inspect, check, export,
+    linearize, block, plan, plan_memory, select_layers, sweep, evaluate, benchmark, recall, bench, plot, report,
+    generate, chat, inspect, check, export,
 ):  # fmt: skip
     app.command(cls=_Verb)(verb)
 app.command("sweep-job", cls=_Verb, hidden=True)(sweep_job)

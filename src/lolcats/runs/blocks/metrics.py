@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.files import write_text
+from lolcats.runs.metrics import read_lines
 
 Key = tuple[int, bool]
 """A step, and whether it is its validation."""
@@ -22,25 +23,12 @@ def merge_metrics(blocks: Sequence[tuple[int, Path]], target: Path) -> None:
         blocks: linearized layers of each, and its metrics.
         target: metrics.jsonl of the run.
     """
-    lines = [{_key(line): line for line in _read(path)} for _, path in blocks]
+    lines = [{_key(line): line for line in read_lines(path)} for _, path in blocks]
     common = [key for key in lines[0] if all(key in own for own in lines)]
     counts = [layers for layers, _ in blocks]
     merged = [_merge(counts, [own[key] for own in lines]) for key in common]
-    others = [line for line in _read(target) if line.get("stage") != "transfer"]
+    others = [line for line in read_lines(target) if line.get("stage") != "transfer"]
     write_text(target, "".join(json.dumps(line) + "\n" for line in [*merged, *others]))
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; a run that was killed may have left half a line."""
-    found: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int):
-            found.append(content)
-    return found
 
 
 def _key(line: dict[str, Any]) -> Key:
