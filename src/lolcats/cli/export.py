@@ -68,8 +68,7 @@ def export(
     share = f", {done.size / done.model_size:.1%} of the model's {show_bytes(done.model_size)}"
     typer.echo(f"{format_name}: {done.folder}, {show_bytes(done.size)}{share if format_name == 'adapter' else ''}")
     if not done.report and (Path(model) / "config.yaml").is_file():
-        page = Path(model) / "report.html"
-        typer.echo(f"no {page.name} beside it: lolcats report {model} --output {page} makes one to export")
+        typer.echo(f"no report beside it: lolcats report {model} makes one to export")
     if done.left_out:
         typer.echo(f"left out, no part of a model: {', '.join(map(repr, done.left_out))}")
     if push_to_hub is not None:

@@ -11,14 +11,18 @@ from lolcats.cli.options import Device, Dtype, check_target
 from lolcats.cli.suite import Teacher, bar
 from lolcats.cli.tables import console, say
 
+PAGE = "report.html"
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="RUN|MODEL...", help="Folders of runs, finished or not, and of linearized models."),
 ]
 Output = Annotated[
-    Path,
+    Path | None,
     typer.Option(
-        metavar="FILE.html", callback=check_target, help="The page; FILE_files/ has its charts as PNG and CSV."
+        metavar="FILE.html",
+        callback=check_target,
+        help="The page; FILE_files/ has its charts as PNG and CSV. Default: report.html in the folder of the run, of "
+        "several or of a model here.",
     ),
 ]
 Results = Annotated[
@@ -43,7 +47,7 @@ Segments = Annotated[int | None, typer.Option(min=1, help="Of the text that is a
 
 def report(
     sources: Sources,
-    output: Output = Path("report.html"),
+    output: Output = None,
     results: Results = None,
     analysis: Analysis = True,
     layer: Layers = None,
@@ -59,11 +63,13 @@ def report(
     from lolcats.models.folder import expand
     from lolcats.report import Wanted, add_analyses, check_report, gather, write_report
 
+    places = [expand(source) for source in sources]
+    output = output or _own_place(places)
     check_report(output)
     out = console()
     wanted = Wanted(layer or (), text or (), prompt or (), segments, teacher, device, dtype)
     with bar(out, "reading") as show:
-        subjects = gather([expand(source) for source in sources], [expand(file) for file in results or []])
+        subjects = gather(places, [expand(file) for file in results or []])
         if analysis:
             add_analyses(subjects, wanted, show)
         files = write_report(subjects, output, first_head=head, progress=show)
@@ -71,3 +77,9 @@ def report(
         for note in subject.notes:
             say(out, f"{subject.name}: {note}")
     say(out, f"{files[0]} ({files[0].stat().st_size / 1e6:.1f} MB), its charts and numbers in {files[1]}")
+
+
+def _own_place(places: list[Path]) -> Path:
+    """Where the page goes unless it is told: with one run into its folder, from where it is exported with the model."""
+    alone = len(places) == 1 and (places[0] / "config.yaml").is_file()
+    return places[0] / PAGE if alone else Path(PAGE)
