@@ -389,7 +389,7 @@ def test_inside_is_the_layer(name: str, settings: dict[str, Any]) -> None:
     mixer, call = make(name, settings), make_call(tokens=23)
     inside, identity = mixer.inside(call), torch.eye(23).double().expand(2, 2, 23, 23)
     codec = getattr(mixer, "codec", None)
-    stored = call.v if codec is None else codec.round_values(call.v)
+    stored = call.v if codec is None else codec.coded(call.k, call.v, False).v
     near = inside.near(identity)
     far = torch.zeros_like(near) if inside.far is None else inside.far(identity)
     output = near @ stored.repeat_interleave(2, 1) + far @ call.v.repeat_interleave(2, 1)

@@ -102,7 +102,7 @@ def near_inside(groups: tuple[HeadGroup, ...], call: Call, score: Tensor | None,
     dtype, windows, sinks = accumulation_dtype(call.q, call.v), windows_of(groups), groups[0].spec.sinks
     sink_q = sink_queries(call, None, None, capped_queries(call, None, sinks))
     sink_q = None if sink_q is None else sink_q.to(dtype)
-    k = call.k if codec is None else codec.round_keys(call.k)
+    k = call.k if codec is None else codec.coded(call.k, call.v, False).k
     plain = replace(call, q=call.q.to(dtype), k=k.to(dtype))
 
     def near(values: Tensor) -> Tensor:

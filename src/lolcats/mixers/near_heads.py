@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes
-from lolcats.mixers.state import state_bytes
+from lolcats.mixers.state import map_state, state_bytes
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
 from lolcats.ops.near.quantize import Coded, PairCodec, measure_keys, plain_map
 
@@ -230,7 +230,7 @@ def empty_near(
         state = empty_near_state(k, v, group.spec)
         if bits < 16:  # nobody reads these pairs, and the layer's own map may be on another device
             key_map = plain_map(len(group.heads), sizes.head_dim, device)
-            state = PairCodec(bits, key_map).encode_state(state)
+            state = map_state(PairCodec(bits, key_map).encode_empty(state), _own)
         states.append(state)
     return joined_states(states)
 
@@ -239,6 +239,10 @@ def key_map_of(call: Call) -> Tensor:
     """Which channels of the keys matter in these texts, for a codec."""
     channels = torch.arange(call.k.shape[3], device=call.k.device)
     return measure_keys(call.q, call.k, channels if call.rotation is None else call.rotation.partners(channels))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def kept_until_of(groups: tuple[HeadGroup, ...], call: Call, score: Tensor, lengths: Tensor | None) -> Tensor:
