@@ -35,5 +35,5 @@ def test_labels() -> None:
 def test_no_other_module_lists_the_controls() -> None:
     for file in ROOT.rglob("*.py"):
         named = [name for name in CONTROLS if re.search(rf'"{name}"', file.read_text(encoding="utf-8"))]
-        known = {"variants.py", "plots.py"} | {"attention.py"}  # what is drawn; the modes of the layer itself
+        known = {"variants.py", "plots.py", "theme.py"} | {"attention.py"}  # how it is drawn; modes of the layer itself
         assert len(named) < 2 or file.name in known or "mixers" in file.parts, file

@@ -14,6 +14,8 @@ from lolcats.printable import show_number
 Weights = Literal["teacher", "student", "stage 1", "window"]
 TRAINED_WINDOW = "trained_window"
 """The one control that is trained, as a step of its own; its stage and its folder are called so too."""
+EQUAL_WINDOW, NEAR_ONLY, WINDOW_ONLY = "equal_window", "near_only", "window_only"
+"""Controls by which a part of a layer is judged."""
 
 
 class VariantInfo(NamedTuple):
@@ -32,12 +34,12 @@ class VariantInfo(NamedTuple):
 VARIANTS = (
     VariantInfo("teacher", "teacher (softmax)", "softmax", "teacher"),
     VariantInfo("training_free", "window + sinks, nothing trained", "window_only", "teacher", True),
-    VariantInfo("equal_window", "window of the same memory, nothing trained", "equal_window", "teacher", True),
+    VariantInfo(EQUAL_WINDOW, "window of the same memory, nothing trained", "equal_window", "teacher", True),
     VariantInfo(TRAINED_WINDOW, "window of the same memory, trained", "equal_window", "window", True),
     VariantInfo("transfer", "after attention transfer", "full", "stage 1"),
     VariantInfo("student", "{student}", "full", "student"),
-    VariantInfo("near_only", "{student} without its far half", "near_only", "student", True),
-    VariantInfo("window_only", "{student}, window and sinks alone", "window_only", "student", True),
+    VariantInfo(NEAR_ONLY, "{student} without its far half", "near_only", "student", True),
+    VariantInfo(WINDOW_ONLY, "{student}, window and sinks alone", "window_only", "student", True),
     VariantInfo("linear_only", "{student} without its softmax half", "linear_only", "student", True),
     VariantInfo("no_attention", "{student} without attention", "no_attention", "student", True),
 )

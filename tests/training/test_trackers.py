@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import warnings
@@ -101,8 +102,7 @@ def test_a_run_reports_both_stages(make_config: Callable[..., RunConfig]) -> Non
 
 def read_wandb(folder: Path) -> list[Any]:
     """The records of the offline runs in a folder: a header, and blocks of 32 KB of pieces of records."""
-    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]  (not among the tests' packages)
-
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         content, place, record = file.read_bytes(), 7, b""
@@ -114,7 +114,7 @@ def read_wandb(folder: Path) -> list[Any]:
             record += content[place + 7 : place + 7 + size]
             place += 7 + size
             if kind in (1, 4):  # whole, or the last piece
-                found.append(wandb_internal_pb2.Record.FromString(record))
+                found.append(messages.Record.FromString(record))
                 record = b""
     return found
 

@@ -17,7 +17,7 @@ from lolcats.evaluation.trained_window import has_window
 from lolcats.report.measured import BenchmarkFile, EvaluateFile, RecallFile
 from lolcats.report.sizes import Sizes
 from lolcats.runs.results import Results
-from lolcats.variants import TRAINED_WINDOW
+from lolcats.variants import NEAR_ONLY, TRAINED_WINDOW, WINDOW_ONLY
 
 
 class Scores(NamedTuple):
@@ -77,7 +77,7 @@ class Subject:
     @property
     def without_far(self) -> str:
         """The control that is the student without its far half alone."""
-        return "near_only" if self.keeps_pairs else "window_only"
+        return NEAR_ONLY if self.keeps_pairs else WINDOW_ONLY
 
     def scores(self) -> Iterator[Scores]:
         """All perplexities, those of the run first."""

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from lolcats.evaluation.recall import Cell
 from lolcats.printable import show_number
 from lolcats.report.subject import Scores, Subject
-from lolcats.variants import TRAINED_WINDOW
+from lolcats.variants import EQUAL_WINDOW, NEAR_ONLY, TRAINED_WINDOW, WINDOW_ONLY
 
 SAME = 1.01
 """Ratio of two perplexities of one text up to which they are called the same."""
@@ -49,7 +49,7 @@ def verdict(subject: Subject) -> list[Finding]:
 def against_window(subject: Subject) -> Finding:
     """Whether the student beats a plain window of the bytes of its state."""
     key, question = "window", "Better than a plain window of the same memory?"
-    for control, trained in ((TRAINED_WINDOW, "trained as long"), ("equal_window", "nothing trained")):
+    for control, trained in ((TRAINED_WINDOW, "trained as long"), (EQUAL_WINDOW, "nothing trained")):
         if (pair := _pair(subject, "student", control)) is None:
             continue
         kind = _compare(pair)
@@ -59,7 +59,7 @@ def against_window(subject: Subject) -> Finding:
         why, command = subject.window_advice if lacking else ("", "")
         text = f"{text} {why}".strip()
         return Finding(key, question, kind, _ANSWERS[kind], text, command)
-    return _not_measured(key, question, subject.evaluate_command("equal_window"))
+    return _not_measured(key, question, subject.evaluate_command(EQUAL_WINDOW))
 
 
 def far_half(subject: Subject) -> Finding:
@@ -77,7 +77,7 @@ def kept_pairs(subject: Subject) -> Finding:
     key, question = "pairs", "Do the kept pairs help?"
     if not subject.keeps_pairs:
         return Finding(key, question, "plain", "it keeps none", "Its layers keep no pairs.")
-    names = ("near_only", "window_only") if subject.has_far else ("student", "window_only")
+    names = (NEAR_ONLY, WINDOW_ONLY) if subject.has_far else ("student", WINDOW_ONLY)
     if (pair := _pair(subject, *names)) is None:
         return _not_measured(key, question, subject.evaluate_command(*(name for name in names if name != "student")))
     where = " Both without the far half." if subject.has_far else ""
@@ -165,7 +165,7 @@ def good_up_to(scores: Scores, trained: int) -> int:
     return good
 
 
-_WINDOWS = (TRAINED_WINDOW, "equal_window")
+_WINDOWS = (TRAINED_WINDOW, EQUAL_WINDOW)
 _ANSWERS: dict[Kind, str] = {"good": "yes", "bad": "no", "same": "no difference"}
 
 
