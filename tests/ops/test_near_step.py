@@ -157,10 +157,10 @@ def test_key_heads_of_several_sizes_at_once(bits: int) -> None:
 @pytest.mark.parametrize(
     ("size", "value_size", "group", "dtype"),
     [
-        (20, 12, 1, torch.float16),
+        pytest.param(20, 12, 1, torch.float16, marks=pytest.mark.exhaustive),
         (64, 64, 3, torch.bfloat16),
         (128, 36, 9, torch.float16),
-        (100, 128, 2, torch.float16),
+        pytest.param(100, 128, 2, torch.float16, marks=pytest.mark.exhaustive),
     ],
 )
 @torch.no_grad()
