@@ -111,12 +111,7 @@ class PairCodec(NamedTuple):
         return self._mixed((_wide(grouped) / scale).gather(-1, order.expand_as(grouped))).flatten(1, 2).to(q.dtype)
 
     def coded(self, k: Tensor, v: Tensor, store: bool) -> Coded:
-        """Keys [B, KV, N, D] and values [B, KV, N, Dv] as they are after encoding and decoding.
-
-        Args:
-            k, v: pairs, in any dtype.
-            store: give their bytes too.
-        """
+        """Keys [B, KV, N, D] and values [B, KV, N, Dv] as they are when read again; with `store` their bytes too."""
         with torch.no_grad():
             parts, (code, step) = self._coded_keys(k), _coded(spread(_wide(v.detach())), self.bits)
             rounded_k = self._keys(torch.cat([_level(code, bits) * step for code, bits, step in parts], -1))
