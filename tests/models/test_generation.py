@@ -126,6 +126,17 @@ class Held(TorchDispatchMode):
         self.bytes -= size if self.uses[place] == 0 else 0
 
 
+def test_a_gpu_reads_more_at_once(
+    make_student: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all texts together, but not where layers that keep softmax attention mask all that came before."""
+    whole, part = make_student(window=4), make_student(window=4, layers=[0])
+    assert generation.piece_of(whole) == generation.piece_of(part) == generation.PIECE
+    monkeypatch.setattr(generation, "main_device", lambda _: torch.device("cuda"))
+    assert [generation.piece_of(whole, texts) for texts in (1, 2, 64)] == [16_384, 8_192, 2_048]
+    assert generation.piece_of(part) == generation.PIECE
+
+
 @pytest.mark.parametrize(
     "layer", [{"window": 8, "sinks": 2}, {"mixer": "blend", "window": 8, "bits": 8, "kept": {"pairs": 8}}], ids=str
 )
