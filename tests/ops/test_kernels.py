@@ -52,7 +52,7 @@ def name_of(case: Case) -> str:
     return "-".join(str(x) for x in case)
 
 
-WINDOWS = [("sliding", w) for w in (0, 1, 16, 64, 65, 256)] + [("terraced", w) for w in (1, 16, 64, 100)]
+WINDOWS = [("sliding", w) for w in (0, 1, 16, 64, 65, 256)] + [("terraced", w) for w in (1, 16, 64, 100, 128)]
 LENGTHS = (1, 63, 64, 65, 200)
 
 
@@ -75,6 +75,22 @@ CASES = [pytest.param(case, marks=[pytest.mark.slow] * is_slow(case), id=name_of
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_are_the_reference(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(330, 64, "terraced", sinks=3, decay=True, batch=1, kv_heads=1, features=3),
+        pytest.param(
+            Case(520, 128, "terraced", sinks=70, batch=1, kv_heads=1, groups=2, features=4), marks=pytest.mark.slow
+        ),
+        pytest.param(Case(400, 192, "terraced", decay=True, batch=1, kv_heads=1, features=4), marks=pytest.mark.slow),
+    ],
+    ids=name_of,
+)
+def test_terraced_windows_of_whole_blocks(case: Case) -> None:
+    """They reach a block less far than others; texts of more tiles than one have states."""
     check(case)
 
 

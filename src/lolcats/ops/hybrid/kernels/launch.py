@@ -210,14 +210,21 @@ def make_plan(x: Operands, context: Context, spec: HybridSpec, kind: str) -> Pla
     tma = context.rows is None and x.v.shape[3] % 8 == 0 and can_describe(*x[:5])
     return Plan(
         kind, spec, batch, heads, x.k.shape[1], map_heads, n, rows, d, x.v.shape[3], width,
-        2 * width if kind == "hedgehog" else width, *reach_of(spec), context.longest or n, tma,
+        2 * width if kind == "hedgehog" else width, *reach_of(spec, context.rows is None), context.longest or n, tma,
         x.v.element_size() == 2,
     )  # fmt: skip
 
 
-def reach_of(spec: HybridSpec) -> tuple[int, int, int]:
-    """REACH, FIRST and MIXED: where softmax pairs and linear pairs can be (tiles.py)."""
+def reach_of(spec: HybridSpec, aligned: bool) -> tuple[int, int, int]:
+    """REACH, FIRST and MIXED: where softmax pairs and linear pairs can be (tiles.py).
+
+    `aligned`: rows begin at position 0. Where whole blocks then make up a terraced window's own, the first of these is
+    as near to its last query as a block can be, so that a third of the blocks in reach drops out (window 64).
+    """
     window, terraced = spec.window, spec.window_kind == "terraced"
+    if terraced and aligned and window % BLOCK == 0:
+        own = window // BLOCK
+        return 2 * own - 1, own + 1, -own
     furthest = 2 * window if terraced else window  # softmax pairs are less than this apart
     nearest = window + 1 if terraced else window  # linear pairs are at least this apart
     reach = max(0, -(-(furthest - 1) // BLOCK))
