@@ -1,7 +1,8 @@
-"""Models of which accelerate keeps parts in several places: devices, main memory, disk.
+"""Models that are kept in several places: devices, main memory, disk.
 
-Such a part has a hook (`_hf_hook`) that brings its inputs, and weights that are kept elsewhere, to where it computes.
-Between calls these weights are on the meta device.
+A part that accelerate placed has a hook (`_hf_hook`) that brings its inputs, and weights that are kept elsewhere, to
+where it computes; between calls these weights are on the meta device. A sharded part (`models.sharded`) has its weights
+brought to the device of its mesh.
 """
 
 from __future__ import annotations
@@ -25,9 +26,21 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def computes_on(module: nn.Module) -> torch.device | None:
-    """Where a module computes by its hook, None where it has none."""
+    """Where a module computes by its hook, or its weights that are sharded; None where it has none.
+
+    Shards may wait in the memory of the CPU, which is not where they are used.
+    """
     places = [hook.execution_device for hook in hooks_of(module) if getattr(hook, "execution_device", None) is not None]
-    return torch.device(places[0]) if places else None
+    if places:
+        return torch.device(places[0])
+    meshes = [mesh for p in module.parameters() if (mesh := getattr(p, "device_mesh", None)) is not None]
+    return _of_mesh(meshes[0]) if meshes else None
+
+
+def _of_mesh(mesh: Any) -> torch.device:
+    """This process's device in a mesh of processes."""
+    kind = mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def main_device(model: Any) -> torch.device:

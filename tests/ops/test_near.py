@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lolcats.ops.near import NearSpec, NearState, empty_near_state, near_attention, near_step
 from lolcats.ops.near.blocks import BLOCK
-from lolcats.ops.near.selection import select_pairs
+from lolcats.ops.near.selection import by_kernel, select_pairs
 
 near: Any = near_attention  # of which tests unpack lists of tensors
 step: Any = near_step
@@ -185,17 +185,19 @@ def test_a_row_without_a_token_steps_over_it() -> None:
         (20, 300, 32, 1),
     ],
 )
-@pytest.mark.parametrize(("way", "shortest"), [("_select_short", 0), ("_select_long", 10**6), ("_select_long", 1)])
+@pytest.mark.parametrize(("short", "shortest"), [(10**6, 0), (0, 10**6), (0, 1)])
 def test_the_kernels_of_the_selection(
-    pairs: int, n: int, block: int, levels: int, way: str, shortest: int, monkeypatch: pytest.MonkeyPatch
+    pairs: int, n: int, block: int, levels: int, short: int, shortest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same pairs, also where scores are equal or minus infinity; of a fresh text empty ones come last.
+    """The same pairs, also where scores are equal or minus infinity; of a fresh text empty ones come last, then surplus
+    ones.
 
     Long texts in one segment, and in as many as there are blocks.
     """
     from lolcats.ops.near.kernels import select as kernels
 
     monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", shortest)
+    monkeypatch.setattr(kernels, "SHORT", short)
     generator = torch.Generator().manual_seed(1)
     leaving, held = (torch.randn(2, 2, m, generator=generator) for m in (n, pairs))
     if levels:
@@ -203,7 +205,7 @@ def test_the_kernels_of_the_selection(
     held[0, :, pairs // 2 :] = leaving[1, :, 3:9] = -torch.inf
     want = select_pairs(held, leaving, block)
     scores = torch.cat([held, leaving], -1)
-    before, until, after = getattr(kernels, way)(scores, pairs, block)
+    before, until, after = (x.long() for x in by_kernel(kernels.select, scores, pairs, block, None))
     assert torch.equal(before.sort(-1).values, want.before.sort(-1).values)
     assert torch.equal(after.sort(-1).values, want.after.sort(-1).values)
     # A pair that is gone when it comes was never there, whatever number says so.
@@ -212,9 +214,16 @@ def test_the_kernels_of_the_selection(
     assert torch.equal(torch.maximum(until, comes)[pair], torch.maximum(want.until, comes)[pair])
     fresh = torch.cat([torch.full_like(held, -torch.inf), leaving], -1)
     fresh[:, :, pairs : pairs + 2] = -torch.inf  # sinks
-    before = getattr(kernels, way)(fresh, pairs, block)[0]
+    before = by_kernel(kernels.select, fresh, pairs, block, None).before.long()
     empty = fresh[:, :, None].expand(-1, -1, before.shape[2], -1).gather(3, before) == -torch.inf
     assert not (empty[..., :-1] & ~empty[..., 1:]).any()
+    surplus = torch.tensor([[0], [pairs // 3]])
+    fresh[:, 1, : pairs // 3] = torch.inf
+    want = select_pairs(fresh[..., :pairs], fresh[..., pairs:], block, surplus)
+    got = by_kernel(kernels.select, fresh, pairs, block, surplus)
+    for mine, its in ((got.before, want.before), (got.after, want.after)):
+        assert torch.equal(mine.long().sort(-1).values, its.sort(-1).values)
+        assert (mine[:, 1, ..., pairs - pairs // 3 :] < pairs // 3).all()
 
 
 def test_gradients() -> None:

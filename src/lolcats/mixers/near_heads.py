@@ -19,7 +19,15 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.state import map_state, state_bytes
-from lolcats.ops.near import NearSpec, NearState, empty_near_state, kept_until, near_attention, near_step
+from lolcats.ops.near import (
+    NearSpec,
+    NearState,
+    empty_near_state,
+    kept_until,
+    near_attention,
+    near_attentions,
+    near_step,
+)
 from lolcats.ops.near.quantize import Coded, PairCodec, measure_keys, plain_map
 
 Split = tuple[tuple[int, int], ...]
@@ -154,7 +162,7 @@ def near_half(
     impl: str,
     sink_q: Tensor | None = None,
 ) -> tuple[Tensor, NearStates | None]:
-    """Near attention of a call, group by group.
+    """Near attention of a call, group by group where it is not to be had for all of them at once.
 
     Args:
         groups: of the layer.
@@ -180,6 +188,14 @@ def near_half(
     if codec is not None and not step:
         with torch.autocast(call.k.device.type, enabled=False):
             coded = codec.coded(call.k, call.v, keep)
+    if not step:
+        done = near_attentions(
+            call.q, call.k, call.v, tuple((group.told(call), group.heads) for group in groups), score=score,
+            lengths=lengths, sink_logits=call.sink_logits, sink_q=sink_q, return_state=keep, codec=codec, coded=coded,
+            initial_states=None if states is None else [state for state in before if state is not None], impl=impl,
+        )  # fmt: skip
+        if done is not None:
+            return done[0], None if done[1] is None else joined_states(done[1])
     outs, after = [], []
     for group, state in zip(groups, before, strict=True):
         how = {

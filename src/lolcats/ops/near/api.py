@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.near.blocks import Kernels, block_near, empty_near_state
 from lolcats.ops.near.quantize import Coded, PairCodec
 from lolcats.ops.near.reference import reference_near
+from lolcats.ops.near.several import Parts, near_of_several
 from lolcats.ops.near.types import NearOutput, NearSpec, NearState
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
@@ -81,6 +82,50 @@ def near_attention(
         return block_near(
             q, k, v, spec, score, lengths, sink_logits, initial_state, return_state, kernels, stored, sink_q
         )
+
+
+def near_attentions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Parts,
+    *,
+    score: Tensor | None = None,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    sink_q: Tensor | None = None,
+    initial_states: Sequence[NearState] | None = None,
+    return_state: bool = False,
+    codec: PairCodec | None = None,
+    coded: Coded | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, list[NearState] | None] | None:
+    """`near_attention` of key heads whose sizes differ, all at once; None where it is to run for one part at a time.
+
+    That is where no kernels run, or a gradient is asked for.
+
+    Args:
+        q: [B, H, N, D]; k: [B, KV, N, D]; v: [B, KV, N, Dv].
+        parts: all KV key heads by their sizes; their specs differ in nothing else.
+        initial_states: of each part.
+        score, lengths, sink_logits, sink_q, return_state, codec, coded, impl: as in `near_attention`.
+
+    Returns:
+        The output [B, H, N, Dv] in the dtype of v and, with `return_state`, the state of each part.
+    """
+    if len(parts) == 1 or impl not in ("auto", "triton") or (impl == "auto" and not q.is_cuda):
+        return None
+    launch = _launch()
+    if launch is None or launch.refusal(q, k, v, True, sink_logits) is not None:
+        return None
+    score = k.new_zeros(k.shape[:3], dtype=torch.float32) if score is None else score
+    with torch.autocast(q.device.type, enabled=False):
+        if coded is None:
+            coded = Coded(k, v, None, None) if codec is None else codec.coded(k, v, return_state)
+        return near_of_several(
+            q, parts, coded, launch.near, score=score, states=initial_states, lengths=lengths, sink_logits=sink_logits,
+            sink_q=sink_q, return_state=return_state, codec=codec,
+        )  # fmt: skip
 
 
 class _Launch(NamedTuple):

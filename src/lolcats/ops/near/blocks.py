@@ -102,7 +102,7 @@ def kept_until(k: Tensor, v: Tensor, spec: NearSpec, score: Tensor, lengths: Ten
     count = torch.full((batch,), n, device=k.device) if lengths is None else lengths
     marks = _line_up_scores(score, k, v, None, spec)
     chosen = select_pairs(_held_scores(k, v, None, spec), _leaving(marks, spec, count, n), min(BLOCK, n))
-    left = chosen.until[:, :, spec.pairs + spec.window :]  # what leaves with query i is key i - w
+    left = chosen.until[:, :, spec.pairs + spec.window :].long()  # what leaves with query i is key i - w
     return nnf.pad(left, (0, n - left.shape[2]), value=n)
 
 
@@ -196,12 +196,13 @@ def _attend_blocks(
         sink_mask = slots <= query[..., None] + start[:, None, None, None]
         mask.append(sink_mask[:, None].expand(-1, kv_heads, -1, -1, -1))
     if kept is not None and chosen is not None:
+        before = chosen.before.long()
         for parts, held, x in ((seen_k, kept.k, keys.k), (seen_v, kept.v, keys.v)):
             candidates = torch.cat([held.to(x.dtype), x[:, :, :n]], 2)
-            parts.append(take_pairs(candidates, chosen.before))
-        until = chosen.until.gather(2, chosen.before.flatten(2)).view_as(chosen.before)
+            parts.append(take_pairs(candidates, before))
+        until = chosen.until.gather(2, before.flatten(2)).view_as(before)
         # An empty slot is the first to go, and may be there for the whole text.
-        filled = _filled(kept.score, keys, spec, n).gather(2, chosen.before.flatten(2)).view_as(chosen.before)
+        filled = _filled(kept.score, keys, spec, n).gather(2, before.flatten(2)).view_as(before)
         mask.append((query[..., None] < until[:, :, :, None]) & filled[:, :, :, None])
     q, seen_k = with_sink_queries(q, sink_q, seen_k, None if keys.sinks is None else 1)
     spec = spec._replace(scale=spec.product_scale(size))
@@ -261,13 +262,14 @@ def _final_state(keys: _Keys, state: NearState, chosen: Selection | None, spec: 
         n = keys.k.shape[2] - w
         k, v = (torch.cat([held.to(x.dtype), x[:, :, :n]], 2) for held, x in ((kept.k, keys.k), (kept.v, keys.v)))
         scores = torch.cat([kept.score, _leaving(keys, spec, count, n)], 2)
-        at = chosen.after[..., None]
+        after = chosen.after.long()
+        at = after[..., None]
         position = torch.cat([kept.position, keys.position[:, None, :n].expand(*scores.shape[:2], -1)], 2)
         kept = KeptPairs(
             k.gather(2, at.expand(-1, -1, -1, k.shape[-1])),
             v.gather(2, at.expand(-1, -1, -1, v.shape[-1])),
-            scores.gather(2, chosen.after),
-            position.gather(2, chosen.after).to(kept.position.dtype),
+            scores.gather(2, after),
+            position.gather(2, after).to(kept.position.dtype),
         )
     return NearState(ring, keys.sinks, kept, length)
 

@@ -24,26 +24,28 @@ class Selection(NamedTuple):
     """What becomes of M = P + N candidates: the P pairs kept before, then the one that leaves at each query."""
 
     before: Tensor
-    """[B, KV, n, P] int64: candidates that are kept when a block of queries begins; of a fresh text empty ones last."""
+    """[B, KV, n, P], integers: candidates that are kept when a block of queries begins; of a fresh text empty ones
+    last, and then surplus ones."""
     until: Tensor
-    """[B, KV, M] int64: the query from which on the candidate is not kept (N if there is none)."""
+    """[B, KV, M], integers: the query from which on the candidate is not kept (N if there is none)."""
     after: Tensor
-    """[B, KV, P] int64: candidates that are kept at the end."""
+    """[B, KV, P], integers: candidates that are kept at the end, surplus ones last."""
 
 
 @torch.no_grad()
-def select_pairs(held: Tensor, leaving: Tensor, block: int) -> Selection:
+def select_pairs(held: Tensor, leaving: Tensor, block: int, surplus: Tensor | None = None) -> Selection:
     """Follow the kept pairs through N queries.
 
     Args:
         held: [B, KV, P], scores of the pairs that are kept at the start.
         leaving: [B, KV, N], score of the key that leaves with each query; `EMPTY` where none does.
         block: queries of a block.
+        surplus: [KV, 1], how many of the first pairs are surplus: of infinite score, so that they are always kept.
     """
     pairs, n = held.shape[-1], leaving.shape[-1]
     scores = torch.cat([held, leaving], -1)
     if scores.is_cuda and not torch.compiler.is_compiling() and (kernel := _kernel(scores, pairs, block)) is not None:
-        return Selection(*kernel(scores, pairs, block))
+        return by_kernel(kernel, scores, pairs, block, surplus)
     until = torch.full(scores.shape, n, dtype=torch.int64, device=held.device)
     kept = torch.arange(pairs, device=held.device).expand(held.shape)
     before = []
@@ -58,12 +60,29 @@ def select_pairs(held: Tensor, leaving: Tensor, block: int) -> Selection:
         until.scatter_(-1, pool, torch.where(stays[..., -1], n, left))
         rank = beaten[..., -1].long()
         kept = torch.empty_like(pool).scatter_(-1, rank, pool)[..., :pairs]
-    return Selection(torch.stack(before, 2), until, kept)
+    return _of_orders(torch.stack([*before, kept], 2), until, surplus)
 
 
-def _kernel(
-    scores: Tensor, pairs: int, block: int
-) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor]] | None:
+Kernel = Callable[[Tensor, int, int], tuple[Tensor, Tensor, bool]]
+"""`kernels.select.select`."""
+
+
+def by_kernel(kernel: Kernel, scores: Tensor, pairs: int, block: int, surplus: Tensor | None) -> Selection:
+    """`select_pairs` of scores [B, KV, P + N], those of the pairs first."""
+    orders, until, best_first = kernel(scores, pairs, block)
+    return _of_orders(orders, until, surplus if best_first else None)
+
+
+def _of_orders(orders: Tensor, until: Tensor, first: Tensor | None) -> Selection:
+    """From what is kept when each block begins and at the end, whose `first` [KV, 1] slots belong behind the others."""
+    if first is not None:
+        pairs = orders.shape[-1]
+        place = (torch.arange(pairs, device=orders.device) + first) % pairs
+        orders = orders.gather(-1, place[:, None].expand(orders.shape))
+    return Selection(orders[:, :, :-1], until, orders[:, :, -1])
+
+
+def _kernel(scores: Tensor, pairs: int, block: int) -> Kernel | None:
     """The kernel that does the same, where it can."""
     if importlib.util.find_spec("triton") is None:
         return None

@@ -96,7 +96,9 @@ def query_gradients(
     filled = tl.where(alive, filled_slots(begin, window, pairs, SINKS, HAS_PAIRS, False), 0)
     for slot0 in tl.range(0, filled, KEYS, num_stages=STAGES):
         slot = slot0 + tl.arange(0, KEYS)
-        code, since, limit = slot_keys(before, until, slot, offset, count, window, pairs, SINKS, HAS_PAIRS, False)
+        code, since, limit = slot_keys(
+            before, until, slot, offset, count, window, pairs, window, SINKS, HAS_PAIRS, False
+        )
         k_tile = load_keys(k, k_n, k, code, count, D, BD, False)
         v_tile = load_keys(v, v_n, v, code, count, DV, BV, False)
         visible = slots_visible(query[:, None], since[None, :], limit[None, :], count)
@@ -146,6 +148,7 @@ def slot_gradients(
         count,
         window,
         pairs,
+        window,
         SINKS,
         HAS_PAIRS,
         False,

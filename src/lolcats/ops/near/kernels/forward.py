@@ -6,7 +6,7 @@ running row maximum, as in flash attention. A learned sink is where maximum and 
 logarithm of the denominator, to the base of two, is kept for the backward pass; infinity where a query sees nothing.
 
 Shapes: q, out [B, H, N, D or Dv]; k, v [B, KV, N, .]; before [B, KV, blocks, P]; until [B, KV, P + N]; held rows
-[B, KV, w + P + s, .].
+[B, KV, w + P + s, .], with the largest w and P where key heads differ.
 Bytes: q and out once per query head; keys and values (w + C + P + s) / C times per query head, mostly from L2.
 """
 
@@ -49,6 +49,7 @@ def near_forward(
     held_v,
     sink_logits,
     sink_q,
+    sizes,
     out,
     lse,
     q_b,
@@ -81,6 +82,7 @@ def near_forward(
     HAS_LENGTHS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_SINK_Q: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     C: tl.constexpr,
@@ -88,18 +90,25 @@ def near_forward(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: (HEADS, ROWS of queries, batch). ROWS divides C."""
+    """Grid: (HEADS, ROWS of queries, batch). ROWS divides C.
+
+    With HAS_SIZES, `sizes` [KV, 2] are window and kept pairs of each key head, `window` and `pairs` the most of each.
+    """
     head = tl.program_id(0)
     first = tl.program_id(1) * ROWS
     batch = tl.program_id(2).to(tl.int64)
     count, offset = read_text(lengths, start, batch, tokens, HAS_LENGTHS, HAS_STATE)
     kv_row = batch * (HEADS // GROUP) + head // GROUP
+    ring, own_pairs = window, pairs
+    if HAS_SIZES:
+        window = tl.load(sizes + head // GROUP * 2)
+        own_pairs = tl.load(sizes + head // GROUP * 2 + 1)
     begin = first // C * C
     query = first + tl.arange(0, ROWS)
     k += batch * k_b + (head // GROUP) * k_h
     v += batch * v_b + (head // GROUP) * v_h
-    held_k += kv_row * (window + pairs + SINKS) * D
-    held_v += kv_row * (window + pairs + SINKS) * DV
+    held_k += kv_row * (ring + pairs + SINKS) * D
+    held_v += kv_row * (ring + pairs + SINKS) * DV
     before += (kv_row * blocks + begin // C) * pairs
     until += kv_row * (pairs + tokens)
     q_tile = load_tile(q + batch * q_b + head * q_h, q_n, first, count, 0, ROWS, D, BD)
@@ -114,10 +123,12 @@ def near_forward(
         denominator += 1.0
     alive = first < count  # a block of padding reads nothing
 
-    filled = tl.where(alive, filled_slots(begin, window, pairs, SINKS, HAS_PAIRS, HAS_STATE), 0)
+    filled = tl.where(alive, filled_slots(begin, window, own_pairs, SINKS, HAS_PAIRS, HAS_STATE), 0)
     for slot0 in tl.range(0, filled, KEYS, num_stages=STAGES):
         slot = slot0 + tl.arange(0, KEYS)
-        code, since, limit = slot_keys(before, until, slot, offset, count, window, pairs, SINKS, HAS_PAIRS, HAS_STATE)
+        code, since, limit = slot_keys(
+            before, until, slot, offset, count, window, pairs, ring, SINKS, HAS_PAIRS, HAS_STATE
+        )
         k_tile = load_keys(k, k_n, held_k, code, count, D, BD, HAS_STATE)
         v_tile = load_keys(v, v_n, held_v, code, count, DV, BV, HAS_STATE)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)

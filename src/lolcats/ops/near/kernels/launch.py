@@ -153,6 +153,7 @@ def kernel_near(
     sink_logits: Tensor | None,
     state: NearState | None,
     sink_q: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """The output [B, H, N, Dv] of near attention, 0 at padding.
 
@@ -164,6 +165,8 @@ def kernel_near(
         sink_logits: [H] or None.
         state: what came before, or None.
         sink_q: [B, H, N, D] or None; with it there are no gradients.
+        sizes: [KV, 2] int32, window and kept pairs of each key head, where these differ; then there are no gradients.
+            `spec` has the largest of each, as `chosen` and `state` do, where the pairs that are too many are surplus.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
     before = until = start = held_k = held_v = None
@@ -179,13 +182,15 @@ def kernel_near(
             )
         )
         if until is not None and kept is not None:
-            until[:, :, : spec.pairs].masked_fill_(kept.score <= EMPTY, 0)
+            until[:, :, : spec.pairs].masked_fill_(kept.score.abs() == -EMPTY, 0)  # and of surplus ones
     context = Context(before, until, lengths, start, held_k, held_v)
     with device_of(v):
         if sink_q is not None:
             q, sink_q = q.contiguous(), sink_q.to(q.dtype).contiguous()
-            plan = _plan(spec, q, v)
-            return run_forward(plan, Operands(q, k, v, sink_logits), context, False, sink_q).out
+        if sink_q is not None or sizes is not None:
+            return run_forward(
+                _plan(spec, q, v), Operands(q, k, v, sink_logits), context, False, sink_q, sizes
+            ).out  # fmt: skip
         out = _Near.apply(spec, context, q, k, v, sink_logits)
     assert isinstance(out, Tensor)
     return out
@@ -221,16 +226,19 @@ class _Near(torch.autograd.Function):
             return None, None, *run_backward(ctx.plan, x, context, saved, grad_outputs[0], ctx.needs_input_grad[5])
 
 
-def run_forward(p: Plan, x: Operands, c: Context, save: bool, sink_q: Tensor | None = None) -> Saved:
-    """Output and, with `save`, the log-sum-exps; `sink_q` is laid out as q."""
+def run_forward(
+    p: Plan, x: Operands, c: Context, save: bool, sink_q: Tensor | None = None, sizes: Tensor | None = None
+) -> Saved:
+    """Output and, with `save`, the log-sum-exps; `sink_q` is laid out as q, and `sizes` are those of `kernel_near`."""
     out = _like_projection(p, p.heads, p.dv, x.v)
     lse = torch.empty((p.batch, p.heads, p.tokens) if save else (1,), dtype=torch.float32, device=x.v.device)
     cut = p.by_queries()
     on(near_forward, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
-        x.q, x.k, x.v, *(either(t, x.q) for t in c), either(x.sink_logits, x.q), either(sink_q, x.q), out, lse,
+        x.q, x.k, x.v, *(either(t, x.q) for t in (*c, x.sink_logits, sink_q, sizes)), out, lse,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *p.counts(), p.scale,
         **p.sizes(), LEARNED=x.sink_logits is not None, HAS_LENGTHS=c.lengths is not None,
-        HAS_STATE=c.start is not None, HAS_SINK_Q=sink_q is not None, SAVE=save, **cut,
+        HAS_STATE=c.start is not None, HAS_SINK_Q=sink_q is not None,
+        HAS_SIZES=sizes is not None, SAVE=save, **cut,
     )  # fmt: skip
     return Saved(out, lse)
 

@@ -1,7 +1,7 @@
 """Triton kernels of `select_pairs`. In short texts, as those of training, each candidate is compared with each other
-(`_count`). Long ones are cut into segments: which pairs are kept where each begins is found by sorting, because the
-best of a text so far are among the best of its segments; then a program follows the kept pairs of one key head through
-each segment, all side by side (`_select`).
+(`_count`), and then the pairs of each block are listed (`_list`). Long ones are cut into segments: which pairs are kept
+where each begins is found by sorting, because the best of a text so far are among the best of its segments; then a
+program follows the kept pairs of one key head through each segment, all side by side (`_select`).
 
 The kept pairs lie in the order of their rank, best first, in PP slots, a power of two; the slots that are too many are
 the best of all and never go. So a pair's slot is the number of others that beat it, and what is counted in a step, C
@@ -34,6 +34,8 @@ PROGRAMS, SHORTEST_SEGMENT = 256, 1024
 """How many segments all texts and key heads are cut into at most, and the shortest that is worth one of them."""
 TILE = 64
 """Candidates of a program of `_count`, and of those that it compares them with at a time."""
+LISTED = 512
+"""Candidates that `_list` looks at at a time."""
 
 
 @triton.jit(do_not_specialize=["n", "pairs"])
@@ -62,6 +64,27 @@ def _count(scores, until, n, pairs, T: tl.constexpr):
         end = tl.where(goes, tl.maximum(first + stays - pairs, 0), end)
         count += tl.sum(beats.to(tl.int32), 1)
     tl.store(until + own, end, mask=own < total)
+
+
+@triton.jit(do_not_specialize=["n", "pairs", "block"])
+def _list(until, orders, n, pairs, block, T: tl.constexpr):
+    """Grid (blocks + 1, B KV): what is kept when each block begins and at the end, `orders` [.., blocks + 1, P] int32.
+
+    The latest first: pairs are listed before empty slots, which were there at the start, and surplus ones last.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    begin = tl.minimum(tl.program_id(0) * block, n)
+    until += head * (pairs + n)
+    orders += (head * tl.num_programs(0) + tl.program_id(0)) * pairs
+    last = pairs + begin - 1
+    place = pairs * 0
+    while (last >= 0) & (place < pairs):
+        own = last - tl.arange(0, T)
+        kept = tl.load(until + own, mask=own >= 0, other=-1) >= begin
+        at = place + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(orders + at, own, mask=kept & (at < pairs))
+        place += tl.sum(kept.to(tl.int32), 0)
+        last -= T
 
 
 @triton.jit(do_not_specialize=["n", "pairs", "steps", "segment_steps"])
@@ -126,35 +149,34 @@ def can_select(scores: Tensor, pairs: int) -> bool:
     return on_device and scores.dtype == torch.float32 and pairs <= LARGEST_PAIRS
 
 
-def select(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`before`, `until` and `after` of `Selection` for scores [B, KV, P + N]; `block` is a multiple of `ARRIVALS`."""
-    return (_select_short if scores.shape[-1] <= SHORT else _select_long)(scores, pairs, block)
+def select(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor, bool]:
+    """What is kept when each block begins and at the end, [B, KV, n + 1, P] int32, and `until` of `Selection`, int32.
+
+    For scores [B, KV, P + N]; `block` is a multiple of `ARRIVALS`. The last result says whether the best are the first
+    of what is kept, else the latest are.
+    """
+    best_first = scores.shape[-1] > SHORT
+    return *(_select_long if best_first else _select_short)(scores.contiguous(), pairs, block), best_first
 
 
-def _select_short(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _select_short(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor]:
     batch, kv_heads, count = scores.shape
-    n, scores = count - pairs, scores.contiguous()
+    n = count - pairs
+    blocks = triton.cdiv(n, block)
+    # Zeros: of scores that are NaN fewer may be listed than there are places.
+    orders = torch.zeros(batch, kv_heads, blocks + 1, pairs, dtype=torch.int32, device=scores.device)
     until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     with torch.cuda.device(scores.device) if scores.is_cuda else torch.no_grad():
         on(_count, (triton.cdiv(count, TILE), batch * kv_heads))(scores, until, n, pairs, T=TILE, num_warps=4)
-    until = until.long()
-    candidate = torch.arange(count, device=scores.device)
-    # When each block begins, and at the end.
-    begin = torch.arange(0, n + block, block, device=scores.device).clamp_max(n)[:, None]
-    kept = (candidate - pairs < begin) & (until[:, :, None] >= begin)  # [B, KV, blocks + 1, P + N]
-    # The latest first: pairs are filled before empty slots, which were there at the start.
-    place = torch.where(kept, pairs - kept.cumsum(-1), pairs).clamp(0, pairs)  # whatever scores that are NaN do
-    order = torch.empty(*kept.shape[:-1], pairs + 1, dtype=torch.int64, device=scores.device)
-    order = order.scatter_(-1, place, candidate.expand_as(place))[..., :pairs]
-    return order[:, :, :-1], until, order[:, :, -1]
+        on(_list, (blocks + 1, batch * kv_heads))(until, orders, n, pairs, block, T=LISTED, num_warps=4)
+    return orders, until
 
 
-def _select_long(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _select_long(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor]:
     batch, kv_heads, count = scores.shape
     n, padded = count - pairs, max(16, triton.next_power_of_2(pairs))
     queries = arrivals(padded)
     blocks, steps, length = triton.cdiv(n, block), triton.cdiv(n, queries), _segment(n, batch * kv_heads, block)
-    scores = scores.contiguous()
     starts = _starts(scores, pairs, length)
     spare = torch.zeros(*starts.shape[:-1], padded - pairs, dtype=torch.int32, device=scores.device)
     order = torch.zeros(batch, kv_heads, blocks + 1, padded, dtype=torch.int32, device=scores.device)
@@ -165,8 +187,7 @@ def _select_long(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor
             scores, torch.cat([spare, starts], -1), order, until, n, pairs, steps, length // queries,
             PP=padded, C=queries, STEPS=block // queries, num_warps=8,
         )  # fmt: skip
-    order = order[..., padded - pairs :].long()
-    return order[:, :, :-1], until.long(), order[:, :, -1]
+    return order[..., padded - pairs :], until
 
 
 def _segment(n: int, heads: int, block: int) -> int:

@@ -6,8 +6,9 @@ within the block (or is in a window) to the last query. Which query sees which f
 masks in memory: a slot is seen by the queries `since` <= i < `limit`, a key of the row by `window_visible`.
 
 Tokens are counted from the first new one. Keys of a state lie in one tensor of `held` rows: the ring (w rows, the token
-at position p in row p mod w), the kept pairs (P), the sinks (s). A *code* says where a key is: token t is t, row r of
-what is held is -1 - r.
+at position p in row p mod w), the kept pairs (P), the sinks (s); where key heads differ in w and P, each has as many
+rows as the largest (`ring`, `pairs`), and of its kept pairs some are surplus (`Selection`). A *code* says where a key
+is: token t is t, row r of what is held is -1 - r.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -43,7 +44,10 @@ def read_text(lengths, start, batch, tokens, HAS_LENGTHS: tl.constexpr, HAS_STAT
 def filled_slots(
     begin, window, pairs, SINKS: tl.constexpr, HAS_PAIRS: tl.constexpr, HAS_STATE: tl.constexpr
 ):  # fmt: skip
-    """How many slots of a block may hold something. No more pairs are kept than have left, and these come first."""
+    """How many slots of a block may hold something. No more pairs are kept than have left, and these come first.
+
+    `pairs` is how many the key head has.
+    """
     filled = window * 0 + SINKS
     if HAS_PAIRS:
         if HAS_STATE:
@@ -80,17 +84,18 @@ def slot_keys(
     count,
     window,
     pairs,
+    ring,
     SINKS: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):
-    """`code`, `since` and `limit` of slots; a limit of 0 where nothing is."""
+    """`code`, `since` and `limit` of slots; a limit of 0 where nothing is. `ring` rows are held before the pairs."""
     is_sink = slot < SINKS
     since = tl.where(is_sink, slot - offset, 0)
     limit = tl.where(is_sink, count, 0)
     code = since
     if HAS_STATE:
-        code = tl.where(is_sink & (since < 0), -1 - (window + pairs + slot), code)
+        code = tl.where(is_sink & (since < 0), -1 - (ring + pairs + slot), code)
     if HAS_PAIRS:
         kept = (slot >= SINKS) & (slot < SINKS + pairs)
         index = tl.load(before + slot - SINKS, mask=kept, other=0)
@@ -100,7 +105,7 @@ def slot_keys(
         source = token
         if HAS_STATE:
             real = real | (index < pairs)
-            source = tl.where(index < pairs, -1 - (window + index), held_code(token, offset, window))
+            source = tl.where(index < pairs, -1 - (ring + index), held_code(token, offset, window))
         limit = tl.where(kept & real, end, limit)
         code = tl.where(kept, source, code)
     return code, since, limit
