@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lolcats.cli", "lolcats.runs.recipe", "lolcats.sweep"])
+CONTEXT.set_forkserver_preload(["lolcats.cli", "lolcats.runs.recipe", "lolcats.sweep", "frozen"])
 
 
 def start(words: Sequence[str], folder: Path, environment: dict[str, str], error: str = "out") -> ForkServerProcess:

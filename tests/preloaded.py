@@ -101,7 +101,8 @@ def perform(words: list[str], folder: str, environment: dict[str, str], streams:
         for stream, descriptor in zip(streams, (0, 1, 2), strict=True):
             os.dup2(stream, descriptor)
             os.close(stream)
-        # The old ones remember where in a file they were.
+        # The old ones remember where in a file they were, and have other descriptors.
+        sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
         os.environ.clear()
         os.environ.update(environment)
