@@ -7,6 +7,7 @@ real: the process ends when its client is killed, and the client ends with its e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -58,6 +59,7 @@ def start(folder: Path) -> tuple[ForkServerProcess, dict[str, str]]:
 
 def serve(listening: socket.socket) -> None:
     """Fork a process for each client, until this one is killed."""
+    gc.freeze()  # as in `forked.run`
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that look after a client
     while True:
         client = listening.accept()[0]
