@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 
 BIN := .venv/bin
 PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
-# Compiling all files takes as long as unpacking them, and the demo imports few of them.
+# Compiling all files takes as long as unpacking them, and few are imported: those are kept compiled.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -qq --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 VLLM_INSTALL := .venv-vllm/bin/python -m pip install --no-compile --disable-pip-version-check -qq
@@ -39,10 +39,10 @@ help:
 	@echo "make clean        remove .venv, .venv-vllm, caches and build output; runs/ stays"
 
 # glibc hands the memory of large tensors back to the system at once, and clearing new pages for the next ones takes
-# up to a third of the CPU time. What is imported is kept compiled, since the installation does not compile everything.
+# up to a third of the CPU time.
 demo: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
-demo: export PYTHONDONTWRITEBYTECODE =
+demo quick test test-all test-faults test-gpu: export PYTHONDONTWRITEBYTECODE =
 demo: .venv/.demo
 	$(BIN)/lolcats linearize $(CONFIG) --overwrite $(DEMO_ARGS)
 
@@ -93,7 +93,6 @@ format: .venv/.dev
 .venv/.dev: .venv/.demo
 	@echo "installing the tools of development into .venv: about 0.5 GB"
 	@$(PIP_INSTALL) --editable '.[dev]'
-	@$(BIN)/python -m compileall -q -q -j $(TEST_WORKERS) .venv/lib || true  # some files are for other Pythons
 	@touch $@
 
 .venv-vllm/.made: pyproject.toml tests/vllm_plugin/requirements.txt

@@ -16,8 +16,9 @@ if not torch.cuda.is_available():
 
 # Those that take longest, so that two workers end at about the same time; the others as they are collected.
 FIRST = (
-    "tests/faults/", "tests/sweep/test_runner.py", "tests/sweep/test_measure.py", "tests/ops/test_kernels.py",
-    "tests/runs/test_recipe.py", "tests/modeling/test_families.py", "tests/cli/test_sweep.py", "tests/training/",
+    "tests/faults/", "tests/models/test_demo.py", "tests/ops/test_kernels", "tests/ops/test_near_kernels.py",
+    "tests/sweep/", "tests/runs/test_recipe.py", "tests/modeling/test_families.py", "tests/cli/test_sweep.py",
+    "tests/training/",
 )  # fmt: skip
 
 seconds: Counter[str] = Counter()  # of each test, with its fixtures and the processes that it waited for

@@ -6,6 +6,7 @@ modules are imported, and what happens when the interpreter ends, needs a start:
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -42,6 +43,7 @@ def run(words: list[str], folder: Path, environment: dict[str, str], error: str)
     """What the forked process does."""
     import torch
 
+    gc.freeze()  # a collection of garbage would look through all that is imported, and copy its pages
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
     os.environ.clear()

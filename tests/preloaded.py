@@ -7,6 +7,7 @@ real: the process ends when its client is killed, and the client ends with its e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -58,6 +59,7 @@ def start(folder: Path) -> tuple[ForkServerProcess, dict[str, str]]:
 
 def serve(listening: socket.socket) -> None:
     """Fork a process for each client, until this one is killed."""
+    gc.freeze()  # as in `forked.run`
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that look after a client
     while True:
         client = listening.accept()[0]
@@ -101,7 +103,8 @@ def perform(words: list[str], folder: str, environment: dict[str, str], streams:
         for stream, descriptor in zip(streams, (0, 1, 2), strict=True):
             os.dup2(stream, descriptor)
             os.close(stream)
-        # The old ones remember where in a file they were.
+        # The old ones remember where in a file they were, and have other descriptors.
+        sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
         os.environ.clear()
         os.environ.update(environment)

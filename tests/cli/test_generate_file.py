@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import forked
 from lolcats.cli.failures import INTERRUPTED
 
 from .conftest import Run
@@ -120,28 +119,27 @@ def test_a_teacher_writes_too(cli: Run, place: Path) -> None:
     assert read_rows()[1]["text"] == alone.out.removesuffix("\n") != ""
 
 
-MANY = 120
+MANY = 60
 """Some seconds of work: what is finished is on the disk a second later at most."""
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_finished(cli: Run, finished: Path, environment: dict[str, str]) -> None:
+def test_ctrl_c_keeps_what_is_finished(cli: Run, finished: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """And the same command goes on, to the same answers."""
-    write_rows(*({"prompt": f"the cat {row}", "max_new_tokens": 30} for row in range(MANY)))
+    write_rows(*({"prompt": f"the cat {row}", "max_new_tokens": 20} for row in range(MANY)))
     words = ["generate", str(finished), "--input", "in.jsonl", "--batch-size", "2", "--temperature", "1", "--output"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lolcats.cli", *words, "out.jsonl"], env=environment, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
-    )  # fmt: skip
+    process = forked.start(["-m", "lolcats.cli", *words, "out.jsonl"], tmp_path, environment, error="err")
     kept = Path("out.jsonl.progress")
-    while process.poll() is None and not (kept.exists() and _answers(kept) > 2):
+    while process.is_alive() and not (kept.exists() and _answers(kept) > 2):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[1].splitlines()[-1] == INTERRUPTED["generate --input"]
-    assert process.returncode == 130 and _answers(kept) > 2 and not Path("out.jsonl").exists()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(200)
+    assert Path("err").read_text().splitlines()[-1] == INTERRUPTED["generate --input"]
+    assert process.exitcode == 130 and _answers(kept) > 2 and not Path("out.jsonl").exists()
     answer = cli(*words, "out.jsonl")
     assert answer.code == 0 and f"going on with rows that were finished before ({kept})" in answer.err
-    assert 0 < int(answer.err.split("; ")[1].split(" new tokens")[0].replace(",", "")) < MANY * 30 - 60
+    assert 0 < int(answer.err.split("; ")[1].split(" new tokens")[0].replace(",", "")) < MANY * 20 - 40
     assert cli(*words, "whole.jsonl").code == 0
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not kept.exists()
 

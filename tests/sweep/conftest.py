@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import preloaded
+from lolcats import linearize, load_config
+from lolcats.config import dump_config
 from lolcats.config.strict_yaml import write_yaml
-from lolcats.sweep import Sweep, load_sweep
+from lolcats.sweep import Sweep, SweepRun, load_sweep
 
 
 @pytest.fixture(scope="session")
@@ -30,17 +36,56 @@ def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def settings(model_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a run of three steps a stage."""
+def tiny_settings(model: Path, text: Path, runs: Path) -> dict[str, Any]:
     stage = {"tokens": 288, "batch_size": 4, "warmup_steps": 1, "checkpoint_every": 1}
     return {
-        "model": str(model_folder), "device": "cpu", "dtype": "float32", "runs_dir": str(tmp_path / "runs"),
+        "model": str(model), "device": "cpu", "dtype": "float32", "runs_dir": str(runs),
         "linearization": {"window": 6, "sinks": 1},
-        "data": {"sources": [str(text_file)], "sequence_length": 24, "validation_sequences": 3},
+        "data": {"sources": [str(text)], "sequence_length": 24, "validation_sequences": 3},
         "transfer": stage, "finetune": stage | {"lr": 1e-2, "kl_factor": 1.0, "rank": 2},
         "evaluation": {"controls": ["window_only", "training_free"]},
     }  # fmt: skip
+
+
+@pytest.fixture
+def settings(model_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of three steps a stage."""
+    return tiny_settings(model_folder, text_file, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
+    """Folder of a finished run of `settings`. Not to be changed."""
+    file = tmp_path_factory.mktemp("trained") / "run.yaml"
+    file.write_text(write_yaml(tiny_settings(model_folder, text_file, file.parent)))
+    return linearize(load_config(file, ["name=trained"])).path
+
+
+@pytest.fixture
+def finish(trained: Path) -> Callable[..., None]:
+    """Have runs of a sweep, by default all, finished without training: copies of one run, each with its settings."""
+
+    def copy(sweep: Sweep, *runs: SweepRun) -> None:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        (sweep.folder / "sweep.yaml").write_text(sweep.text)
+        for run in runs or sweep.runs:
+            shutil.copytree(trained, run.folder.path, dirs_exist_ok=True)
+            run.folder.config_file.write_text(dump_config(run.config))
+
+    return copy
+
+
+@pytest.fixture
+def forked_jobs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs of a sweep are processes that start without importing anything (`preloaded`)."""
+    folder = tmp_path_factory.mktemp("jobs")
+    server, _ = preloaded.start(folder)
+    monkeypatch.setattr(sys, "executable", str(folder / "bin" / "python"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # this process has one thread too
+    yield
+    server.kill()
 
 
 @pytest.fixture

@@ -60,11 +60,11 @@ def test_broken_measurements_are_named(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_broken_files_fails_alone(make_sweep: Callable[..., Sweep]) -> None:
+def test_a_run_with_broken_files_fails_alone(make_sweep: Callable[..., Sweep], finish: Callable[..., None]) -> None:
     """Every run of a sweep is done or told; with --overwrite the broken one is made anew."""
     sweep = make_sweep(grid={"seed": [0, 1]})
     broken = RunFolder.of(sweep.runs[0].config)
-    run_sweep(sweep, "study.yaml", only=["seed-0"])
+    finish(sweep, sweep.runs[0])
     file = broken.path / "measurements" / "measure.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text("{")
@@ -78,8 +78,11 @@ def test_a_run_with_broken_files_fails_alone(make_sweep: Callable[..., Sweep]) -
 
 
 @pytest.mark.slow
-def test_a_measurement_that_was_kept_must_hold_numbers(make_sweep: Callable[..., Sweep]) -> None:
+def test_a_measurement_that_was_kept_must_hold_numbers(
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None]
+) -> None:
     sweep = make_sweep(grid={"seed": [0]})
+    finish(sweep)
     kept = SweepMeasurement("own", lambda config, folder: {"own.number": 1.0})
     run_sweep(sweep, "study.yaml", measurements=[kept])
     file = RunFolder.of(sweep.runs[0].config).path / "measurements" / "own.json"
@@ -125,9 +128,11 @@ def test_one_lock_by_whatever_link(sweep_file: Callable[..., Path], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_run_behind_a_link_is_replaced_where_it_is(make_sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_a_run_behind_a_link_is_replaced_where_it_is(
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None], tmp_path: Path
+) -> None:
     sweep = make_sweep(grid={"seed": [0]})
-    run_sweep(sweep, "study.yaml")
+    finish(sweep)
     place = RunFolder.of(sweep.runs[0].config).path
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")

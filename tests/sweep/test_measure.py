@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,10 +91,13 @@ def test_numbers_are_those_of_evaluate(make_sweep: Callable[..., Sweep], measure
 
 
 @pytest.mark.slow
-def test_controls_are_measured_on_the_tasks(make_sweep: Callable[..., Sweep], measure: dict[str, Any]) -> None:
+def test_controls_are_measured_on_the_tasks(
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None], measure: dict[str, Any]
+) -> None:
     """In columns of their own; recall and the teacher are as without them."""
     controls = ["window_only", "training_free"]
     sweep = make_sweep(grid={"seed": [0]}, measure=measure | {"controls": controls})
+    finish(sweep)
     table = run_sweep(sweep, "study.yaml")
     config = sweep.runs[0].config
     how = harness.HarnessSettings(Path(measure["task_data"]), batch_size=4)
@@ -115,9 +117,10 @@ def test_controls_are_measured_on_the_tasks(make_sweep: Callable[..., Sweep], me
 
 @pytest.mark.slow
 def test_only_what_is_missing_is_measured(
-    make_sweep: Callable[..., Sweep], measure: dict[str, Any], asked: list[str], monkeypatch: pytest.MonkeyPatch
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None], measure: dict[str, Any], asked: list[str]
 ) -> None:
     """More tasks and lengths, another limit, another number of samples, and a run that is new."""
+    finish(make_sweep(**RANKS))
 
     def again(parts: dict[str, Any], **changes: Any) -> list[str]:
         asked.clear()
@@ -143,7 +146,7 @@ def _recall(lengths: list[int]) -> list[str]:
 
 @pytest.mark.slow
 def test_a_trained_run_is_only_measured(
-    make_sweep: Callable[..., Sweep], measure: dict[str, Any], asked: list[str], monkeypatch: pytest.MonkeyPatch
+    make_sweep: Callable[..., Sweep], measure: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted inside a task, which keeps its answers: no step is trained again."""
     sweep = make_sweep(**RANKS, measure=measure | {"recall": [], "teacher": False})
@@ -174,9 +177,12 @@ def _interrupted(original: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.mark.slow
-def test_measuring_that_fails_is_noted(make_sweep: Callable[..., Sweep], measure: dict[str, Any]) -> None:
+def test_measuring_that_fails_is_noted(
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None], measure: dict[str, Any]
+) -> None:
     """The numbers of the training are in the table nevertheless, and the next call tries again."""
     sweep = make_sweep(grid={"finetune.rank": [2]}, measure=measure | {"recall": []})
+    finish(sweep)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_module, "load_variants", _broken)
         table = run_sweep(sweep, "study.yaml")
@@ -228,10 +234,11 @@ def test_without_lm_eval(
 
 @pytest.mark.slow
 def test_means_over_seeds_and_measurements_of_ones_own(
-    make_sweep: Callable[..., Sweep], measure: dict[str, Any]
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None], measure: dict[str, Any]
 ) -> None:
     size = SweepMeasurement("size", lambda config, folder: {"size.seed": float(config.seed)})
-    sweep = make_sweep({"transfer.enabled": False}, grid={"seed": [0, 1]}, measure=measure | {"tasks": []})
+    sweep = make_sweep(grid={"seed": [0, 1]}, measure=measure | {"tasks": []})
+    finish(sweep)
     table = run_sweep(sweep, "study.yaml", measurements=[*MEASUREMENTS, size])
     assert table.columns()[-3:] == ["passkey.500", "passkey.600", "size.seed"]
     values = [row.columns["passkey.500"] for row in table.runs]
@@ -239,6 +246,7 @@ def test_means_over_seeds_and_measurements_of_ones_own(
     assert "teacher" in (sweep.folder / "means.csv").read_text()
 
 
+@pytest.mark.usefixtures("forked_jobs")
 @pytest.mark.parametrize(
     "names", [pytest.param("a", marks=pytest.mark.slow), pytest.param("ab", marks=pytest.mark.exhaustive)]
 )
@@ -246,13 +254,9 @@ def test_side_by_side(
     make_sweep: Callable[..., Sweep],
     measure: dict[str, Any],
     model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
     names: str,
 ) -> None:
     """Each run and its teacher, measured in a process of its own: the numbers of one after the other."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
-    monkeypatch.setenv("PYTHONWARNINGS", "")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     teachers = {"a": str(model_folder), "b": f"{model_folder.parent}/./{model_folder.name}"}
     parts: dict[str, Any] = {"runs": [{"name": n, "model": teachers[n]} for n in names], "measure": measure}
     beside, after = make_sweep(name="beside", **parts), make_sweep(name="after", **parts)

@@ -36,15 +36,22 @@ def test_steps_tokens_and_time(make_sweep: Callable[..., Sweep]) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_done_costs_nothing_and_gives_the_speed(make_sweep: Callable[..., Sweep]) -> None:
+def test_what_is_done_costs_nothing_and_gives_the_speed(
+    make_sweep: Callable[..., Sweep], finish: Callable[..., None]
+) -> None:
     sweep = make_sweep(grid={"finetune.rank": [2, 3], "seed": [0, 1]})
-    run_sweep(sweep, "study.yaml", only=["rank-2_*", "rank-3_seed-1"])
+    done = [run for run in sweep.runs if run.name != "rank-3_seed-0"]
+    finish(sweep, *done)
+    for run, factor in zip(done, (3.0, 1.0, 2.0), strict=True):
+        results = run.folder.results()
+        results.tokens_per_second["finetune"] *= factor
+        run.folder.write_results(results)
     plan = make_plan(sweep)
     assert [run.status for run in plan.runs] == ["finished", "finished", "new", "finished"]
     assert (plan.tokens("transfer"), plan.tokens("finetune")) == (0, 288)
     assert plan.speed is not None and plan.speed.source == "measured in 3 finished runs"
-    finished = [RunFolder.of(run.config).results() for run in sweep.runs if run.name != "rank-3_seed-0"]
-    speeds = sorted(results.tokens_per_second["finetune"] for results in finished)
+    speeds = sorted(run.folder.results().tokens_per_second["finetune"] for run in done)
+    assert len(set(speeds)) == 3
     assert plan.speed.finetune == speeds[1]
     other = plan.speed.other_seconds
     assert other is not None and other > 0

@@ -19,21 +19,13 @@ from lolcats.sweep.results import show_number
 SEEDS = {"grid": {"linearization.window": [4, 8], "seed": [0, 1, 2]}}
 
 
-@pytest.fixture(scope="module")
-def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where runs of `SEEDS` are: the first test makes them, the others find them finished and only count anew."""
-    return tmp_path_factory.mktemp("seeds")
-
-
 @pytest.fixture
-def fake(make_sweep: Callable[..., Sweep], shared_runs: Path) -> Callable[..., Table]:
-    """A table of runs that train nothing, with numbers of our own."""
+def fake(make_sweep: Callable[..., Sweep], finish: Callable[..., None]) -> Callable[..., Table]:
+    """A table of finished runs, by default of `SEEDS`, with numbers of our own."""
 
     def make(value: Callable[[int, int], float | None], **parts: object) -> Table:
-        quick: dict[str, object] = {"transfer": {"enabled": False}, "finetune": {"enabled": False}}
-        if not parts or parts == SEEDS:
-            parts, quick["runs_dir"] = dict(SEEDS), str(shared_runs)
-        sweep = make_sweep(quick, **parts)
+        sweep = make_sweep(**(parts or SEEDS))
+        finish(sweep)
         numbers = SweepMeasurement(
             "numbers",
             lambda config, folder: {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import forked
 
 SCRIPT = """
 import os, signal, socket, sys, time
@@ -133,11 +133,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     """Folder with what the processes wrote; of each scene both exit codes and the seconds it took."""
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "script.py").write_text(SCRIPT)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", str(folder / "script.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    return folder, {(words := line.split())[0]: [int(word) for word in words[1:]] for line in done.stdout.splitlines()}
+    process = forked.start(["script.py", str(folder)], folder, os.environ | {"CUDA_VISIBLE_DEVICES": ""}, error="err")
+    process.join(250)
+    assert process.exitcode == 0, (folder / "err").read_text()
+    lines = (folder / "out").read_text().splitlines()
+    return folder, {(words := line.split())[0]: [int(word) for word in words[1:]] for line in lines}
 
 
 @pytest.mark.slow
