@@ -180,7 +180,7 @@ def _layer(number: int) -> LayerAnalysis:
     heads = [
         HeadAnalysis(
             head=head, key_head=head // 2, error=0.01 * (head + 1), relative_error=0.1 * (number + 1) + 0.01 * head,
-            entropy=1.0 + 0.3 * head, far_share_teacher=0.1 * head, far_share_student=0.08 * head,
+            entropy=1.0 + 0.3 * head, far_share_teacher=0.1 * head, far_share_student=max(4e-4, 0.08 * head),
             kept_share=0.05 * head, share=0.03 * head, window=64 + 8 * head, sinks=4, pairs=32,
             decay=0.99, window_factor=None,
         )

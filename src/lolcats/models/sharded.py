@@ -9,6 +9,7 @@ tied are they spread as well.
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -153,6 +154,7 @@ def shard(
         fully_shard(part, ignored_params=cast(Any, ignored), **options)
         if trained:
             _sum_gradients(part)
+    _fetch_early(list(decoder_layers(model)[1]))
     for module in model.modules():
         if (state := getattr(module, "quant_state", None)) is not None:  # peft asks the weight, not the layer
             vars(module.weight).update(compress_statistics=state.nested, quant_type=state.quant_type)
@@ -214,6 +216,16 @@ def _fill_all(
         filled = nn.Parameter(data.float() if learns else data, requires_grad=learns)
         for place in where:
             setattr(place.module, place.name, filled)
+
+
+def _fetch_early(layers: list[nn.Module]) -> None:
+    """Have each layer ask for the next one's weights before it is computed.
+
+    Else these are asked for when Python comes to the next layer, which is too late where it is Python that a GPU waits
+    for. On the way back FSDP asks early by itself.
+    """
+    for layer, following in itertools.pairwise(layers):
+        cast(Any, layer).set_modules_to_forward_prefetch([following])
 
 
 def _sum_gradients(part: nn.Module) -> None:

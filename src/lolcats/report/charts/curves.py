@@ -10,8 +10,11 @@ import altair as alt
 from lolcats.report.charts.theme import base, choice, chosen, finished, joined, look, number_scale, thinned
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
+from lolcats.variants import TRAINED_WINDOW
 
-STAGES = {"transfer": "Stage 1: attention transfer", "finetune": "Stage 2: fine-tuning", "control": "The window's own"}
+STAGES = {
+    "transfer": "Stage 1: attention transfer", "finetune": "Stage 2: fine-tuning", TRAINED_WINDOW: "Trained window",
+}  # fmt: skip
 NOT_MEASURES = {"stage", "step", "tokens"}
 FIRST = "loss"
 MOST_POINTS, FEWEST_POINTS = 400, 60

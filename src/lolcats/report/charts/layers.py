@@ -80,16 +80,11 @@ def _head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def _layer_figure(rows: list[dict[str, Any]]) -> Figure:
-    """A line a run, and of the error two more: before training, and after LoRA."""
+    """A line a run, and of the error two more: with nothing trained, and after stage 1."""
     drawn = [
         _point(row, name, row[name], "student") for row in rows for name in LAYER_MEASURES if row[name] is not None
     ]
-    drawn += [
-        _point(row, "error", row[name], label)
-        for row in rows
-        for name, label in EARLIER.items()
-        if row[name] is not None
-    ]
+    drawn += [point for row in rows for name, label in EARLIER.items() for point in _earlier(row, name, label)]
     several = len({row["run"] for row in rows}) > 1
     for point in drawn:
         point["line"] = ", ".join(point.pop(name) for name in (("run", "kind") if several else ("kind",)))
@@ -113,6 +108,14 @@ def _layer_figure(rows: list[dict[str, Any]]) -> Figure:
         table=Table(list(rows[0]), [list(row.values()) for row in rows]),
         spec=finished(layers, words),
     )
+
+
+def _earlier(row: dict[str, Any], name: str, label: str) -> Iterator[dict[str, Any]]:
+    """An earlier error, by itself and as a share: the teacher's output is the same that the student's error is of."""
+    if row[name] is not None:
+        yield _point(row, "error", row[name], label)
+        if row["error"] and row["relative_error"] is not None:
+            yield _point(row, "relative_error", row[name] * row["relative_error"] / row["error"], label)
 
 
 def _point(row: dict[str, Any], measure: str, value: float, kind: str) -> dict[str, Any]:
@@ -174,17 +177,17 @@ def _scatter(rows: list[dict[str, Any]], key: str, title: str, names: tuple[str,
     words += f"{len(rows)} heads."
     columns = ["run", "layer", "head", x, y]
     drawn = [{name: row[name] for name in columns} for row in rows]
-    looks = look("run", list(dict.fromkeys(row["run"] for row in rows)))
+    looks, shares = look("run", list(dict.fromkeys(row["run"] for row in rows))), key == "far_share"
+    whole = alt.Scale(domain=[0, 1])
     points = base(drawn).mark_point(opacity=0.75).encode(
-        x=alt.X(f"{x}:Q", title=HEAD_MEASURES[x]),
-        y=alt.Y(f"{y}:Q", title=HEAD_MEASURES[y], scale=number_scale(values[y], zero=True)),
+        x=alt.X(f"{x}:Q", title=HEAD_MEASURES[x], scale=whole if shares else alt.Scale()),
+        y=alt.Y(f"{y}:Q", title=HEAD_MEASURES[y], scale=whole if shares else number_scale(values[y], zero=True)),
         color=looks["color"], shape=looks["shape"],
         tooltip=[f"{name}:{'N' if name == 'run' else 'Q'}" for name in columns],
     )  # fmt: skip
     parts: list[Any] = [points]
-    if key == "far_share":
-        most = max(values[x] + values[y])
-        ends = [{"x": 0, "y": 0}, {"x": most, "y": most}]
+    if shares:
+        ends = [{"x": 0, "y": 0}, {"x": 1, "y": 1}]
         parts.insert(
             0, base(ends).mark_line(strokeDash=[2, 4], strokeWidth=1, color="currentColor").encode(x="x:Q", y="y:Q")
         )
