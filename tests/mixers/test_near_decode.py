@@ -113,6 +113,22 @@ def test_a_pool() -> None:
         torch.testing.assert_close(got[[0, 2]], want[[1, 0]], rtol=2e-4, atol=2e-4)
 
 
+@torch.no_grad()
+def test_steps_after_a_prompt_that_kernels_read() -> None:
+    """All key heads at once; the parts of one text's state lie in one piece of memory, where steps change them."""
+    call, kernel, plain = tokens(1), make("auto", bits=8), make("auto", bits=8)
+    kernel.impl = "triton"
+    want, state = plain(part(call, 0, BEGIN), None, keep=True)
+    got, fused = kernel(part(call, 0, BEGIN), None, keep=True)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+    for i in range(BEGIN, END):
+        want, state = plain(part(call, i, i + 1), state, keep=True)
+        got, fused = kernel(part(call, i, i + 1), fused, keep=True)
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+    for mine, its in zip(_sorted(fused), _sorted(state), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+
+
 def _sorted(state: Any) -> list[Tensor]:
     """The tensors of a state, kept pairs in the order of their positions."""
     near: Any = (state.near,) if isinstance(state.near, NearState) else state.near

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.layout import take_tokens
 from lolcats.ops.near.blocks import BLOCK, Kernels
+from lolcats.ops.near.head_sizes import HeadSizes, head_sizes, split_slots
 from lolcats.ops.near.quantize import Coded, PairCodec, plain_map
 from lolcats.ops.near.selection import EMPTY, Selection, select_pairs
 from lolcats.ops.near.types import KeptPairs, NearRing, NearSpec, NearState
@@ -32,50 +33,6 @@ SURPLUS = torch.inf
 """Score of a slot that a key head does not have."""
 Parts = tuple[tuple[NearSpec, tuple[int, ...]], ...]
 """Key heads of the same sizes: what near attention is told, and their numbers in the layer."""
-
-
-class HeadSizes(NamedTuple):
-    """Sizes of the key heads of a layer, on a device."""
-
-    window: Tensor
-    """[KV, 1] int64: w_h."""
-    surplus: Tensor
-    """[KV, 1] int64: P - P_h."""
-    told: Tensor
-    """[KV, 2] int32: w_h and P_h, for the kernel."""
-    ring: Tensor
-    """[3, sum of w_h] int64: key head, slot and window of each slot of a ring, part after part."""
-    kept: Tensor
-    """[3, sum of P_h] int64: the same of each kept pair."""
-    order: Tensor
-    """[KV] int64: the key heads, part after part."""
-    place: Tensor
-    """[KV] int64: where each key head is in that order."""
-    most_window: int
-    """W."""
-    most_pairs: int
-    """P."""
-
-
-@functools.lru_cache(maxsize=4096)
-def _sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch.device) -> HeadSizes:
-    """From window, pairs and heads of each part; kept, since what comes from the host is waited for."""
-    of_head = {head: (window, pairs) for window, pairs, heads in parts for head in heads}
-    windows, pairs = zip(*(of_head[head] for head in range(len(of_head))), strict=True)
-    order = [head for *_, heads in parts for head in heads]
-
-    most = max(1, *pairs)
-
-    def slots(count: Sequence[int]) -> Tensor:
-        rows = [(h, i, windows[h]) for h in order for i in range(count[h])]
-        return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).T
-
-    with torch.inference_mode(False):
-        told, ordered = (torch.tensor(x, dtype=torch.int64, device=device) for x in ([windows, pairs], order))
-        return HeadSizes(
-            told[0, :, None], most - told[1, :, None], told.T.int().contiguous(), slots(windows), slots(pairs),
-            ordered, ordered.argsort(), max(windows), most,
-        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -102,7 +59,7 @@ def near_of_several(
         states: of each part, after earlier tokens, or None.
         q, parts, lengths, sink_logits, sink_q, return_state, codec: as in `near_attentions`, whose result this is.
     """
-    sizes = _sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
+    sizes = head_sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
     told = parts[0][0]._replace(window=sizes.most_window, pairs=sizes.most_pairs)
     score = score.to(accumulation_dtype(coded.k, coded.v))
     held = _fresh(told, sizes, coded, score, codec) if states is None else _joined(states, sizes, score).in_order()
@@ -272,22 +229,19 @@ def _split(
     """The state of each part, from what slots [B, S, ...] and sinks [B, KV, s, .] hold, part after part."""
     count, window, pairs = zip(*((len(heads), spec.window, spec.pairs) for spec, heads in parts), strict=True)
 
-    def split(x: Tensor, most: Sequence[int]) -> list[Tensor]:
-        each = x.split([heads * slots for heads, slots in zip(count, most, strict=True)], 1)
-        return [part.unflatten(1, (heads, slots)).contiguous()
-                for part, heads, slots in zip(each, count, most, strict=True)]  # fmt: skip
-
-    rings = zip(*(split(x, window) for x in ring), strict=True)
-    pairs_of = zip(*(split(x, pairs) for x in kept), strict=True)
+    rings = zip(*(split_slots(x, count, window) for x in ring), strict=True)
+    pairs_of = zip(*(split_slots(x, count, pairs) for x in kept), strict=True)
     of_sinks: list[SinkKeys | None] = [None] * len(parts)
     if sinks is not None:
-        of_sinks = [
-            SinkKeys(*(x.contiguous() for x in both)) for both in zip(*(x.split(count, 1) for x in sinks), strict=True)
-        ]
+        of_sinks = [SinkKeys(*map(_own, both)) for both in zip(*(x.split(count, 1) for x in sinks), strict=True)]
     return [
         NearState(NearRing(k, v, score if most else None), held, KeptPairs(*own) if most else None, length.clone())
         for (k, v, score), own, held, most in zip(rings, pairs_of, of_sinks, pairs, strict=True)
     ]
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _some(x: T | None) -> T:

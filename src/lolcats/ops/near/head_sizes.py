@@ -1,0 +1,73 @@
+"""Window and kept pairs of key heads that differ in them, as tensors for operations on all of them at once.
+
+Legend: KV key heads; of key head h: window w_h and P_h kept pairs; W and P the most that a key head has. A part is the
+key heads of the same sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNED = 16
+"""Slots of a part are followed by unused ones up to a multiple of this: kernels read bytes by words, from where a
+tensor begins."""
+
+
+class HeadSizes(NamedTuple):
+    """Sizes of the key heads of a layer, on a device."""
+
+    window: Tensor
+    """[KV, 1] int64: w_h."""
+    surplus: Tensor
+    """[KV, 1] int64: P - P_h."""
+    told: Tensor
+    """[KV, 2] int32: w_h and P_h, for the kernel."""
+    ring: Tensor
+    """[3, S] int64: key head, slot and window of each slot of a ring, part after part, and of unused ones between."""
+    kept: Tensor
+    """[3, S] int64: the same of each kept pair."""
+    order: Tensor
+    """[KV] int64: the key heads, part after part."""
+    place: Tensor
+    """[KV] int64: where each key head is in that order."""
+    most_window: int
+    """W."""
+    most_pairs: int
+    """P, at least 1."""
+
+
+@functools.lru_cache(maxsize=4096)
+def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch.device) -> HeadSizes:
+    """From window, pairs and heads of each part; kept, since what comes from the host is waited for."""
+    of_head = {head: (window, pairs) for window, pairs, heads in parts for head in heads}
+    windows, pairs = zip(*(of_head[head] for head in range(len(of_head))), strict=True)
+    order = [head for *_, heads in parts for head in heads]
+    most = max(1, *pairs)
+
+    def slots(count: Sequence[int]) -> Tensor:
+        rows = []
+        for *_, heads in parts:
+            rows += [(h, i, windows[h]) for h in heads for i in range(count[h])]
+            rows += [(heads[0], 0, windows[heads[0]])] * (-len(rows) % ALIGNED)
+        return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).T
+
+    with torch.inference_mode(False):
+        told, ordered = (torch.tensor(x, dtype=torch.int64, device=device) for x in ([windows, pairs], order))
+        return HeadSizes(
+            told[0, :, None], most - told[1, :, None], told.T.int().contiguous(), slots(windows), slots(pairs),
+            ordered, ordered.argsort(), max(windows), most,
+        )  # fmt: skip
+
+
+def split_slots(x: Tensor, heads: Sequence[int], count: Sequence[int]) -> list[Tensor]:
+    """What slots [B, S, ...] hold, for each part of so many heads with so many slots: [B, heads, slots, ...]."""
+    used = [n * slots for n, slots in zip(heads, count, strict=True)]
+    each = x.split([size for n in used for size in (n, -n % ALIGNED)], 1)[::2]
+    return [
+        part.unflatten(1, size).contiguous() for part, size in zip(each, zip(heads, count, strict=True), strict=True)
+    ]
