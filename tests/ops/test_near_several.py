@@ -141,3 +141,17 @@ def test_where_each_size_runs_by_itself() -> None:
     assert near_attentions(*x[:3], parts[:1], score=x.score, impl="triton") is None
     learns = x.q.clone().requires_grad_()
     assert near_attentions(learns, x.k, x.v, parts, score=x.score, impl="triton") is None
+
+
+def test_refusals() -> None:
+    x, parts = texts(12), Case(bits=16).parts()
+    for change, message in (
+        ({"parts": parts[:-1]}, "each of 4 key heads in one part"),
+        ({"parts": (*parts, parts[0])}, "each of 4 key heads in one part"),
+        ({"score": None}, "scores with kept pairs"),
+        ({"score": x.score[:, :2]}, "score "),
+        ({"impl": "cuda"}, "impl 'auto'"),
+    ):
+        options: dict[str, Any] = {"parts": parts, "score": x.score, "impl": "triton"} | change
+        with pytest.raises(ValueError, match=message):
+            near_attentions(*x[:3], **options)

@@ -180,36 +180,35 @@ def near_half(
         The output [B, H, N, Dv] and, with `keep`, the states.
     """
     before = (None,) * len(groups) if states is None else (states,) if isinstance(states, NearState) else states
-    step = states is not None and keep and call.q.shape[2] == 1
-    if codec is not None and step:  # once, not by each group
-        k, v = codec.encode(call.k, call.v)
-        call = replace(call, k=k, v=v)
+    whole: dict[str, Any] = {
+        "score": score,
+        "sink_logits": call.sink_logits,
+        "sink_q": sink_q,
+        "codec": codec,
+        "impl": impl,
+    }
     coded = None
-    if codec is not None and not step:
-        with torch.autocast(call.k.device.type, enabled=False):
-            coded = codec.coded(call.k, call.v, keep)
-    if not step:
+    if states is not None and keep and call.q.shape[2] == 1:
+        if codec is not None:  # once, not by each group
+            k, v = codec.encode(call.k, call.v)
+            call = replace(call, k=k, v=v)
+    else:
+        if codec is not None:
+            with torch.autocast(call.k.device.type, enabled=False):
+                coded = codec.coded(call.k, call.v, keep)
         done = near_attentions(
-            call.q, call.k, call.v, tuple((group.told(call), group.heads) for group in groups), score=score,
-            lengths=lengths, sink_logits=call.sink_logits, sink_q=sink_q, return_state=keep, codec=codec, coded=coded,
-            initial_states=None if states is None else [state for state in before if state is not None], impl=impl,
+            call.q, call.k, call.v, tuple((group.told(call), group.heads) for group in groups), lengths=lengths,
+            initial_states=None if states is None else [state for state in before if state is not None],
+            return_state=keep, coded=coded, **whole,
         )  # fmt: skip
         if done is not None:
             return done[0], None if done[1] is None else joined_states(done[1])
-    outs, after = [], []
-    for group, state in zip(groups, before, strict=True):
-        how = {
-            "score": group.take(score) if score is not None and group.spec.pairs else None,
-            "sink_logits": None if call.sink_logits is None else group.take(call.sink_logits, 0),
-            "sink_q": None if sink_q is None else group.take(sink_q),
-            "codec": group.codec(codec),
-            "impl": impl,
-        }
-        own = None if coded is None else coded.of(group.take)
-        out, state = _one_group(group, call, state, lengths, keep, slots, own, how)
-        outs.append(out)
-        after.append(state)
-    return _join(groups, outs), joined_states(after) if keep else None
+    outs, after = zip(
+        *(_one_group(group, call, state, lengths, keep, slots, coded, whole)
+          for group, state in zip(groups, before, strict=True)),
+        strict=True,
+    )  # fmt: skip
+    return _join(groups, list(outs)), joined_states(list(after)) if keep else None
 
 
 def _one_group(
@@ -220,14 +219,22 @@ def _one_group(
     keep: bool,
     slots: Tensor | None,
     coded: Coded | None,
-    how: dict[str, Any],
+    whole: dict[str, Any],
 ) -> tuple[Tensor, NearState | None]:
-    """A group's output and state; `how` is what step and attention have in common."""
+    """A group's output and state; `whole` is what step and attention have in common, for all key heads."""
+    score, logits, sink_q = whole["score"], whole["sink_logits"], whole["sink_q"]
+    how = whole | {
+        "score": group.take(score) if score is not None and group.spec.pairs else None,
+        "sink_logits": None if logits is None else group.take(logits, 0),
+        "sink_q": None if sink_q is None else group.take(sink_q),
+        "codec": group.codec(whole["codec"]),
+    }
     q, k, v = (group.take(x) for x in (call.q, call.k, call.v))
     spec = group.told(call)
     if state is not None and keep and q.shape[2] == 1:
         return near_step(q, k, v, state, spec, active=lengths, state_indices=slots, donate=True, **how)
-    return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, coded=coded, **how)
+    own = None if coded is None else coded.of(group.take)
+    return near_attention(q, k, v, spec, lengths=lengths, initial_state=state, return_state=keep, coded=own, **how)
 
 
 def empty_near(

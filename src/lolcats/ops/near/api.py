@@ -112,9 +112,17 @@ def near_attentions(
 
     Returns:
         The output [B, H, N, Dv] in the dtype of v and, with `return_state`, the state of each part.
+
+    Raises:
+        ValueError: as `near_attention`; or a key head is in no part or in several.
     """
+    expect(impl in IMPLEMENTATIONS, f"impl {', '.join(map(repr, IMPLEMENTATIONS))}", repr(impl))
     if len(parts) == 1 or impl not in ("auto", "triton") or (impl == "auto" and not q.is_cuda):
         return None
+    largest = max(parts, key=lambda part: part[0].pairs)[0]
+    _check(q, k, v, largest, score, lengths, sink_logits)
+    heads = sorted(head for _, heads in parts for head in heads)
+    expect(heads == [*range(k.shape[1])], f"each of {k.shape[1]} key heads in one part", heads)
     launch = _launch()
     if launch is None or launch.refusal(q, k, v, True, sink_logits) is not None:
         return None
