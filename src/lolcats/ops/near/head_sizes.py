@@ -13,10 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNED = 16
-"""Slots of a part are followed by unused ones up to a multiple of this: kernels read bytes by words, from where a
-tensor begins."""
-
 
 class HeadSizes(NamedTuple):
     """Sizes of the key heads of a layer, on a device."""
@@ -28,7 +24,7 @@ class HeadSizes(NamedTuple):
     told: Tensor
     """[KV, 2] int32: w_h and P_h, for the kernel."""
     ring: Tensor
-    """[3, S] int64: key head, slot and window of each slot of a ring, part after part, and of unused ones between."""
+    """[3, S] int64: key head, slot and window of each slot of a ring, part after part."""
     kept: Tensor
     """[3, S] int64: the same of each kept pair."""
     order: Tensor
@@ -50,10 +46,7 @@ def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
     most = max(1, *pairs)
 
     def slots(count: Sequence[int]) -> Tensor:
-        rows = []
-        for *_, heads in parts:
-            rows += [(h, i, windows[h]) for h in heads for i in range(count[h])]
-            rows += [(heads[0], 0, windows[heads[0]])] * (-len(rows) % ALIGNED)
+        rows = [(h, i, windows[h]) for h in order for i in range(count[h])]
         return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).T
 
     with torch.inference_mode(False):
@@ -66,8 +59,6 @@ def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
 
 def split_slots(x: Tensor, heads: Sequence[int], count: Sequence[int]) -> list[Tensor]:
     """What slots [B, S, ...] hold, for each part of so many heads with so many slots: [B, heads, slots, ...]."""
-    used = [n * slots for n, slots in zip(heads, count, strict=True)]
-    each = x.split([size for n in used for size in (n, -n % ALIGNED)], 1)[::2]
-    return [
-        part.unflatten(1, size).contiguous() for part, size in zip(each, zip(heads, count, strict=True), strict=True)
-    ]
+    sizes = list(zip(heads, count, strict=True))
+    each = x.split([n * slots for n, slots in sizes], 1)
+    return [part.unflatten(1, size).contiguous() for part, size in zip(each, sizes, strict=True)]

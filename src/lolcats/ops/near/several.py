@@ -233,15 +233,13 @@ def _split(
     pairs_of = zip(*(split_slots(x, count, pairs) for x in kept), strict=True)
     of_sinks: list[SinkKeys | None] = [None] * len(parts)
     if sinks is not None:
-        of_sinks = [SinkKeys(*map(_own, both)) for both in zip(*(x.split(count, 1) for x in sinks), strict=True)]
+        of_sinks = [
+            SinkKeys(*(x.contiguous() for x in both)) for both in zip(*(x.split(count, 1) for x in sinks), strict=True)
+        ]
     return [
         NearState(NearRing(k, v, score if most else None), held, KeptPairs(*own) if most else None, length.clone())
         for (k, v, score), own, held, most in zip(rings, pairs_of, of_sinks, pairs, strict=True)
     ]
-
-
-def _own(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _some(x: T | None) -> T:
