@@ -58,12 +58,16 @@ def comparisons() -> Iterator[Comparison]:
         if "block" in row:
             yield _of_block(row)
             continue
-        settings = [f"batch_size={row['sequences']}", f"cuda_graph={str(row.get('graphs', True)).lower()}"]
+        layout = Layout(rows=row["sequences"], **row.get("layout", {}))
+        settings = [f"batch_size={row['sequences'] * layout.ranks}"]
+        settings.append(f"cuda_graph={str(row.get('graphs', True)).lower()}")
         words = [f"{stage}.{word}" for stage in ("transfer", "finetune") for word in settings]
         config = load_config(row["recipe"], [f"data.sequence_length={row['length']}", *words])
         model, machine = _shape(row["model"], config), Machine(GPUS[row["device"]])
         for stage, plan_of in (("transfer", transfer_plan), ("finetune", finetune_plan)):
-            plan = plan_of(model, config, machine, Layout(rows=row["sequences"]))
+            if stage not in row:
+                continue
+            plan = plan_of(model, config, machine, layout)
             yield Comparison(row, stage, plan.tokens / plan.seconds)
             if f"{stage}_peak" in row:
                 yield Comparison(row, f"{stage}_peak", plan.memory.tensors / GIB)
@@ -91,6 +95,7 @@ def print_comparison() -> None:
         note = " (fitted)" if row.get("fitted") else ""
         note += "" if row.get("graphs", True) else ", no graphs"
         note += f", a block of {row['block']}" if "block" in row else ""
+        note += "".join(f", {name}" for name in row.get("layout", {}))
         cells = [
             f"{row['device'].upper()}, {row['date']}",
             f"{row['model']}, `{row['recipe']}`{note}",

@@ -1,4 +1,4 @@
-"""What is computed lies within 15 percent of what was measured; memory within 2."""
+"""What is computed lies within 15 percent of what was measured, memory within 2; what does not is named."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def benchmark() -> Any:
 @pytest.mark.slow
 def test_all_that_was_measured() -> None:
     found = list(benchmark().comparisons())
-    assert len(found) == 26
+    known = [each for each in found if each.what in each.row.get("outside", ())]
+    assert (len(found), len(known)) == (34, 5)
     for each in found:
         limit = 0.02 if each.what.endswith("peak") else 0.15
-        assert abs(each.error) <= limit, (each.row, each.what, each.computed)
+        assert (abs(each.error) <= limit) == (each not in known), (each.row, each.what, each.computed)
 
 
 def test_a_piece_of_work_is_bound_by_the_slower_side() -> None:

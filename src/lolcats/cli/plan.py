@@ -79,7 +79,7 @@ def _target(model: str, words: list[str], recipe: str | None) -> tuple[list[str]
 
 def print_estimate(out: Console, found: Estimate, target: list[str]) -> None:
     """A screen: the stages, what they hold, the layout with its reason, and the commands."""
-    from lolcats.planning import ACCURACY, commands, in_words
+    from lolcats.planning import accuracy, commands, in_words
 
     machine, model = found.machine, found.model
     where = f"{machine.count} x {machine.gpu.name} with {machine.gpu.memory:.1f} GiB"
@@ -95,7 +95,7 @@ def print_estimate(out: Console, found: Estimate, target: list[str]) -> None:
         say(out, f"{STAGES[stage]}: {in_words(choice.plan.layout)}; {choice.why}")
     for line in found.idle():
         say(out, line)
-    say(out, f"\n{ACCURACY}\n")
+    say(out, f"\n{accuracy(choice.plan.layout for choice in found.chosen.values())}\n")
     for line in commands(target, found.config, found.chosen):
         say(out, line)
 

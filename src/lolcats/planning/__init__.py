@@ -2,15 +2,15 @@
 
 from lolcats.planning.commands import commands
 from lolcats.planning.disk import disk_bytes
-from lolcats.planning.estimate import ACCURACY, Estimate, estimate, speed_as_set
+from lolcats.planning.estimate import Estimate, accuracy, estimate, speed_as_set
 from lolcats.planning.hardware import GPUS, Machine, choose_machine
 from lolcats.planning.layout import in_words
 
 __all__ = [
-    "ACCURACY",
     "GPUS",
     "Estimate",
     "Machine",
+    "accuracy",
     "choose_machine",
     "commands",
     "disk_bytes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,16 @@ from lolcats.planning.shapes import ModelShape, linearized, read_model, shape_of
 from lolcats.planning.stages import Layout, StagePlan, finetune_plan, transfer_plan
 from lolcats.variants import TRAINED_WINDOW
 
-ACCURACY = "computed, within 15 percent where it was measured (docs/scale.md); loading, text and measuring come on top"
+_PLAIN = "computed, within 15 percent where it was measured (docs/scale.md); loading, text and measuring come on top"
+_SLOWER = (
+    "computed; weights that are sharded or wait in the host's memory, and layers computed twice, were measured "
+    "22 to 36 percent slower in small steps (docs/scale.md); loading, text and measuring come on top"
+)
+
+
+def accuracy(layouts: Iterable[Layout]) -> str:
+    """How far a plan of these layouts can be trusted, in a line."""
+    return _SLOWER if any(x.shard or x.offload or x.checkpointing for x in layouts) else _PLAIN
 
 
 @dataclass(frozen=True)
