@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lolcats.config import LinearizationConfig
 from lolcats.mixers import Call, Mixer, Sizes, build_mixer, map_state, state_tensors
-from lolcats.mixers.rotation import Layout, Rotation
+from lolcats.mixers.rotation import Layout, Reach, Rotation
 from lolcats.ops.near import NearState
 
 pytest.importorskip("triton")
@@ -30,7 +30,8 @@ def make(impl: str, **settings: Any) -> Mixer:
     return build_mixer("blend", SIZES, **LinearizationConfig(**values, split=[SPLIT]).values()).to(DEVICE)
 
 
-def tokens(rows: int = 3) -> Call:
+def tokens(rows: int = 3, context: int | None = None) -> Call:
+    """Of a model that was made for so long a text."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -40,7 +41,11 @@ def tokens(rows: int = 3) -> Call:
     angles = torch.cat([angles, angles], -1)[None]
     rotation = Rotation(angles.cos(), angles.sin(), Layout("half"))
     q, k = rotation.apply(random(6, END, 16)), rotation.apply(random(3, END, 16))
-    return Call(q, k, random(3, END, 16), random(END, 40), 0.25, rotation=rotation)
+    reach = None
+    if context is not None:
+        cos, sin = (x[:, context - 1 : context, :4] for x in rotation[:2])
+        reach = Reach(context, Rotation(cos, sin, Layout("half", angles="single")))
+    return Call(q, k, random(3, END, 16), random(END, 40), 0.25, rotation=rotation, reach=reach)
 
 
 def part(call: Call, begin: int, end: int) -> Call:
@@ -54,9 +59,16 @@ def part(call: Call, begin: int, end: int) -> Call:
 SETTINGS: list[Any] = [
     {"bits": 8, "far": "linear"},
     {"bits": 16},
+    {"bits": 8, "context": 14},
     *(
         pytest.param(settings, marks=pytest.mark.exhaustive)
-        for settings in ({"bits": 8}, {"bits": 4}, {"bits": 8, "kept": {"score": "recency"}})
+        for settings in (
+            {"bits": 8},
+            {"bits": 4},
+            {"bits": 8, "kept": {"score": "recency"}},
+            {"bits": 16, "kept": {"score": "recency"}, "context": 13},
+            {"bits": 16, "context": 14, "rotate_far": True},
+        )
     ),
     {"bits": 8, "rotate_far": True},
 ]
@@ -66,7 +78,8 @@ SETTINGS: list[Any] = [
 @torch.no_grad()
 def test_steps(settings: dict[str, Any]) -> None:
     """With a row that pauses, as texts do that are padded on the left."""
-    call, kernel, plain = tokens(), make("auto", **settings), make("auto", **settings)
+    call = tokens(context=settings.get("context"))
+    kernel, plain = (make("auto", **{n: x for n, x in settings.items() if n != "context"}) for _ in range(2))
     kernel.impl = "triton"  # of near attention; the full pass and far halves stay as they are
     _, state = plain(part(call, 0, BEGIN), None, keep=True)
     fused = map_state(state, lambda t: t.clone())
@@ -92,6 +105,11 @@ def test_which_steps_are_prepared_by_kernels() -> None:
         kernel.impl = "triton"
         ready = kernel._prepared(one, state, "full", None)
         assert ready is not None and ready.k.dtype == torch.uint8 and (ready.score is not None) == score
+        assert ready.sink_q is None
+    far, kernel = tokens(context=14), make("triton", bits=16, kept={"score": "recency"})
+    for call, wanted in ((far, True), (replace(far, end=14), False)):
+        ready = kernel._prepared(part(call, BEGIN, BEGIN + 1), kernel.empty_state(3, torch.float32), "full", None)
+        assert (ready is not None and ready.sink_q is not None) == wanted
     kernel = make("triton", bits=4)
     assert kernel._prepared(part(call, BEGIN, BEGIN + 1), kernel.empty_state(3, torch.float32), "full", None) is None
 
@@ -99,7 +117,7 @@ def test_which_steps_are_prepared_by_kernels() -> None:
 @torch.no_grad()
 def test_a_pool() -> None:
     """Rows in any order, one of them without a text."""
-    call, kernel, plain = tokens(), make("auto", bits=8), make("auto", bits=8)
+    call, kernel, plain = tokens(context=14), make("auto", bits=8), make("auto", bits=8)
     kernel.impl = "triton"
     _, state = plain(part(call, 0, BEGIN), None, keep=True)
     pool = map_state(state, lambda t: torch.cat([torch.zeros_like(t), t]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from decode_cases import (
 )
 from lolcats import LolcatsError, attention_mode
 from lolcats.mixers import state_tensors
+from lolcats.modeling import decode_graphs
 from lolcats.modeling.decode_graphs import KEPT, graphs_of
+from lolcats.modeling.head import relative_error, tolerance
 
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
@@ -383,6 +386,49 @@ def test_a_recording_that_is_wrong_is_not_used(graphed: Students, tokens: Tokens
     with pytest.warns(UserWarning, match="the recorded step is off by"):
         got = forced(student, ids, 8)
     assert torch.equal(got, want) and not graphs.recordings
+
+
+class _Rounded:
+    """Forward of a norm that rounds otherwise."""
+
+    def __init__(self, own: Any, size: float) -> None:
+        self.own, self.size = own, size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = type(self.own).forward(self.own, x).float()
+        ones = torch.ones_like(y).copysign(torch.arange(y.shape[-1]) % 2 - 0.5)
+        return (y * (1 + self.size * ones)).to(x.dtype)
+
+
+@pytest.mark.parametrize(("size", "taken"), [(2.0**-8, True), (0.3, False)])
+def test_fused_kernels_may_round_otherwise_but_not_more(
+    graphed: Students, make_teacher: Students, tokens: Tokens, monkeypatch: Any, size: float, taken: bool
+) -> None:
+    """One rounding of each norm is more than a whole model of many layers may move otherwise."""
+    teacher = make_teacher(num_hidden_layers=24, initializer_range=0.2).to(torch.bfloat16)
+    student, ids = graphed(teacher, **SETTINGS["sliding"]), tokens(2, 16)
+
+    def other(model: Any, _device: Any) -> Any:
+        copied = copy.deepcopy(model)
+        for module in copied.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                vars(module)["forward"] = _Rounded(module, size)
+        return copied
+
+    monkeypatch.setattr(decode_graphs, "fused_copy", other)
+    graphs_of(student).fuses = True
+    want = eager(student, lambda: forced(student, ids, 8))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = forced(student, ids, 8)
+    (recording,) = graphs_of(student).recordings
+    errors = [relative_error(x, y) for x, y in zip(got.unbind(1), want.unbind(1), strict=True)]
+    assert recording.is_fused == taken and graphs_of(student).replays
+    if taken:
+        assert max(errors) > tolerance(torch.bfloat16), "the case is none"
+    else:
+        assert max(errors) <= tolerance(torch.bfloat16)
+        assert "without fused kernels: the step of fused kernels is off by" in str(said[0].message)
 
 
 def test_a_step_that_counts_in_python_is_not_recorded(graphed: Students, tokens: Tokens) -> None:

@@ -12,7 +12,7 @@ import torch
 from compile_near import Compiler  # puts the package there
 
 from lolcats.ops.near.kernels import prepare
-from lolcats.ops.near.prepared import ScoreCall, ScoreWeights
+from lolcats.ops.near.prepared import ScoreCall, ScoreWeights, SinkCall
 from lolcats.ops.near.quantize import PairCodec, plain_map
 
 HEADS, KV_HEADS, HIDDEN = 9, 3, 576
@@ -30,7 +30,7 @@ def run(dtype: torch.dtype, size: int) -> list[str]:
 
 
 def launch_all(dtype: torch.dtype, size: int, batch: int) -> None:
-    """With and without codec and score, in a pool and not, rotated in one way, another and none."""
+    """With and without codec, score and sinks, in a pool and not, rotated in one way, another and none."""
     codec = PairCodec(8, plain_map(KV_HEADS, size))
     weights = ScoreWeights(*(torch.empty(a, *(b or 2 * size for b in rest)) for a, *rest in SHAPES))
     angles = torch.empty(batch, 1, size)
@@ -40,10 +40,14 @@ def launch_all(dtype: torch.dtype, size: int, batch: int) -> None:
         cos=angles[..., :8].clone(), sin=angles[..., :8].clone(), layout=("interleaved", "last", "single"), fade=None
     )
     length = torch.zeros(2 * batch, dtype=torch.int64)
-    launch(dtype, size, batch, codec, turned, length, length[:batch])
-    launch(dtype, size, batch, codec, neighbours, length, None)
-    launch(dtype, size, batch, codec, None, length, None)
-    launch(dtype, size, batch, None, score, length, None)
+    sinks = SinkCall(angles, angles, ("half", "first", "cat"), angles[:1, :, ::2], angles[:1, :, ::2], 8192 + batch)
+    apart = SinkCall(*neighbours[-3:], angles[:1, :, :8], angles[:1, :, :8], 16 * batch)  # type: ignore[arg-type]
+    launch(dtype, size, batch, codec, turned, length, length[:batch], None)
+    launch(dtype, size, batch, codec, turned, length, length[:batch], sinks)
+    launch(dtype, size, batch, codec, neighbours, length, None, apart)
+    launch(dtype, size, batch, codec, None, length, None, None)
+    launch(dtype, size, batch, None, score, length, None, None)
+    launch(dtype, size, batch, None, None, length, None, sinks)
 
 
 def launch(dtype: torch.dtype, size: int, batch: int, *arguments: Any) -> None:

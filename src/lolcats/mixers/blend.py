@@ -33,19 +33,17 @@ from lolcats.mixers.near_heads import (
     BlendState,
     HeadGroup,
     Split,
-    capped_queries,
     empty_near,
     group_heads,
     keeps_pairs,
     key_map_of,
-    positions_of,
     read_split,
-    sink_queries,
     windows_of,
 )
 from lolcats.mixers.parts import Parts, Share, far_attention, far_beyond_kept
 from lolcats.mixers.recurrent import build_far
 from lolcats.mixers.scores import KeyScores
+from lolcats.mixers.sinks import capped_queries, positions_of, sink_call, sink_queries
 from lolcats.mixers.state import put_rows, take_rows
 from lolcats.mixers.texts import find_texts, one_text, rows_of
 from lolcats.ops.near import NearSpec
@@ -149,7 +147,7 @@ class BlendMixer(Mixer):
         ready = self._prepared(call, state, mode, slots) if keep else None
         far_reads = not self.near_alone or (self.score is not None and (ready is None or ready.score is None))
         q, k = self._for_far(call) if far_reads else (call.q, call.k)
-        sink_q = capped_queries(call, state, self.settings.sinks)
+        sink_q = None if ready is not None else capped_queries(call, state, self.settings.sinks)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
         if texts is not None:
             assert state is None or call.segments is None, "packed texts start without a state"
@@ -187,7 +185,7 @@ class BlendMixer(Mixer):
         score = self.score if keeps_pairs(self.groups) and mode not in BLIND else None
         return prepared_step(
             self.groups, call, None if state is None else state.near, score=score, rotated=self.rotate_far, slots=slots,
-            codec=self.codec, impl=self.near_impl,
+            codec=self.codec, impl=self.near_impl, sinks=sink_call(call, state, self.settings.sinks),
         )  # fmt: skip
 
     @property

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lolcats.mixers.base import Call
-from lolcats.mixers.near_heads import HeadGroup, capped_queries, kept_until_of, near_half, sink_queries, windows_of
+from lolcats.mixers.near_heads import HeadGroup, kept_until_of, near_half, windows_of
 from lolcats.mixers.scores import KeyScores
+from lolcats.mixers.sinks import capped_queries, sink_queries
 from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.types import accumulation_dtype
 

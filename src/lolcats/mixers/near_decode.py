@@ -13,7 +13,7 @@ from lolcats.mixers.near_heads import HeadGroup, NearStates, joined_states, near
 from lolcats.mixers.scores import KeyScores
 from lolcats.ops.near import NearPart, NearState, near_steps
 from lolcats.ops.near.prepare import prepare_refusal, prepare_step
-from lolcats.ops.near.prepared import Prepared
+from lolcats.ops.near.prepared import Prepared, SinkCall
 from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.step import step_refusal
 
@@ -28,6 +28,7 @@ def prepared_step(
     slots: Tensor | None,
     codec: PairCodec | None,
     impl: str,
+    sinks: SinkCall | None = None,
 ) -> Prepared | None:
     """What the kernels of a step need of its token; None where they do not take the step, or it needs no preparing.
 
@@ -40,16 +41,18 @@ def prepared_step(
         slots: [B], rows of the pools, or None.
         codec: of the stored pairs of all key heads, or None.
         impl: of near attention.
+        sinks: of `sink_call`; or None.
     """
     if states is None or call.q.shape[2] != 1:
         return None
     told = None if score is None else score.told(call, rotated)
     parts, tokens = _parts(groups, call, states), (call.q, call.k, call.v)
-    if (codec is None and told is None) or prepare_refusal(*tokens, codec=codec, score=told) is not None:
+    if (codec, told, sinks) == (None, None, None) or prepare_refusal(*tokens, codec=codec, score=told) is not None:
         return None
     if step_refusal(*tokens, parts, slots, call.sink_logits, codec, impl) is not None:
         return None
-    return prepare_step(*tokens, codec=codec, score=told, length=parts[0].state.length, state_indices=slots)
+    length = parts[0].state.length
+    return prepare_step(*tokens, codec=codec, score=told, length=length, state_indices=slots, sinks=sinks)
 
 
 def near_of_call(
@@ -69,16 +72,17 @@ def near_of_call(
     """`near_heads.near_half`, by the kernels of a step where they take it.
 
     Args:
-        ready: of `prepared_step`, or None. All others are as there.
+        ready: of `prepared_step`, or None.
+        sink_q: of `sink_queries` where that has not made them. All others are as there.
     """
     if states is not None and keep and call.q.shape[2] == 1:
         q, k, v = (call.q, call.k, call.v) if ready is None else ready[:3]
-        if ready is not None and codec is not None and sink_q is not None:
-            sink_q = codec.map_queries(sink_q)
+        sink_q = sink_q if ready is None else ready.sink_q
         done = near_steps(
             q, k, v, _parts(groups, call, states), score=score, active=lengths, sink_logits=call.sink_logits,
             sink_q=sink_q, state_indices=slots, donate=True, codec=codec, impl=impl, mapped=ready is not None,
         )  # fmt: skip
+        assert done is not None or ready is None, "what was prepared for the kernel was refused by it"
         if done is not None:
             return done[0], joined_states(done[1])
     return near_half(

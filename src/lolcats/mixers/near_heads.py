@@ -120,35 +120,6 @@ def windows_of(groups: tuple[HeadGroup, ...]) -> int | tuple[int, ...]:
     return windows if len(set(windows)) > 1 else windows[0]
 
 
-def positions_of(call: Call, state: BlendState | None, slots: Tensor | None) -> Tensor:
-    """[B, N], of the tokens of a call in their texts, a text in each row; with `slots` the state is a pool."""
-    rows, n = call.q.shape[0], call.q.shape[2]
-    start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
-    return (start + torch.arange(n, device=call.q.device)).expand(rows, n)
-
-
-def capped_queries(call: Call, state: BlendState | None, sinks: int) -> Tensor | None:
-    """Queries [B, H, N, D] as they would be at the end of the model's context, which is where sinks see later ones.
-
-    None where no query can be later. The first tokens stay where they are while a text goes on, and distances that a
-    model was not made for ruin it.
-    """
-    if call.reach is None or call.rotation is None or not sinks:
-        return None
-    end = call.q.shape[2] if call.end is None and state is None else call.end
-    if end is not None and end <= call.reach.tokens:
-        return None
-    return call.reach.capped(call.q, call.rotation)
-
-
-def sink_queries(call: Call, state: BlendState | None, slots: Tensor | None, capped: Tensor | None) -> Tensor | None:
-    """Queries [B, H, N, D] as sinks see them: `capped_queries` beyond the model's context, all others as they are."""
-    if capped is None or call.reach is None:
-        return capped
-    beyond = positions_of(call, state, slots) >= call.reach.tokens
-    return torch.where(beyond[:, None, :, None], capped, call.q)
-
-
 def near_half(
     groups: tuple[HeadGroup, ...],
     call: Call,

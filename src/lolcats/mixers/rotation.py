@@ -56,6 +56,10 @@ class Rotation(NamedTuple):
     sin: Tensor
     layout: Layout
 
+    def to(self, device: torch.device) -> Rotation:
+        """The same on another device."""
+        return self._replace(cos=self.cos.to(device), sin=self.sin.to(device))
+
     def undo(self, x: Tensor) -> Tensor:
         """x before the rotation: [B, h, N, D], in its own dtype; computed in float32 (float64 for float64)."""
         return self._turn(x, back=True)
@@ -121,6 +125,4 @@ class Reach(NamedTuple):
 
     def capped(self, q: Tensor, rotation: Rotation) -> Tensor:
         """Queries q [B, H, N, D], rotated by `rotation`, as they would be at the last position of the context."""
-        last = self.rotation
-        last = last._replace(cos=last.cos.to(q.device), sin=last.sin.to(q.device))
-        return last.apply(rotation.undo(q))
+        return self.rotation.to(q.device).apply(rotation.undo(q))

@@ -1,9 +1,13 @@
-"""Whether a kernel gives what a module gives, number by number, up to roundings."""
+"""Whether kernels give what modules give: one, number by number up to roundings; all of a model, in its logits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from lolcats.modeling.head import relative_error, tolerance
 
 
 def random_numbers(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -22,3 +26,19 @@ def agree(got: Tensor, want: Tensor, roundings: int, lost: Tensor | float = 0.0)
         return False
     limit = roundings * rounding(want.dtype) * want.double().abs() + lost + torch.finfo(want.dtype).smallest_normal
     return bool(((got.double() - want.double()).abs() <= limit).all())
+
+
+def check_agree(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], factor: float = 1.0) -> None:
+    """Refuse logits [..., V] that differ by more than a few roundings of a whole model.
+
+    Args:
+        what: has given them, for the message.
+        got, expected: of steps, in order.
+        factor: how many times `tolerance` they may differ.
+
+    Raises:
+        RuntimeError: they differ by more, or one is not a number.
+    """
+    for one, want in zip(got, expected, strict=True):
+        if not (error := relative_error(one, want)) <= factor * tolerance(want.dtype):
+            raise RuntimeError(f"{what} is off by {error:.2g} of its logits")

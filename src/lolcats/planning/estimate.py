@@ -20,7 +20,8 @@ from lolcats.variants import TRAINED_WINDOW
 _PLAIN = "computed, within 15 percent where it was measured (docs/scale.md); loading, text and measuring come on top"
 _SLOWER = (
     "computed; weights that are sharded or wait in the host's memory, and layers computed twice, were measured "
-    "22 to 36 percent slower in small steps (docs/scale.md); loading, text and measuring come on top"
+    "22 to 27 percent slower in steps of 4,096 tokens a GPU, and sharded ones 9 in steps of 12,288 (docs/scale.md); "
+    "loading, text and measuring come on top"
 )
 
 

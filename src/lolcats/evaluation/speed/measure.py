@@ -25,7 +25,7 @@ WARM = 3
 """Steps before the clock starts: kernels are compiled and steps recorded in them."""
 AT_ONCE = 8192
 """Tokens of all texts that are read at once where there is no memory to read them as `generate` does."""
-GRAPH, EAGER = "graph", "eager"
+GRAPH, UNFUSED, EAGER = "graph", "unfused graph", "eager"
 T = TypeVar("T")
 
 
@@ -38,7 +38,8 @@ class Times:
     step: float | None = None
     """Seconds of a decoding step, which gives one more token of each text."""
     steps: str = ""
-    """How the steps ran: GRAPH or EAGER; of other engines in their words."""
+    """How the steps ran: GRAPH, UNFUSED where fused kernels were not recorded, or EAGER; of other engines in their
+    words."""
     memory: float | None = None
     """Bytes a text while decoding, weights not counted: the peak on a GPU, elsewhere what the cache holds; of engines
     with pages what these take."""
@@ -120,7 +121,9 @@ def _dynamic(model: PreTrainedModel, shape: tuple[int, int], tokens: int, repeat
     found.first_token = _median([one.first_token for one in rounds[1:]])
     found.step = _median([one.step for one in rounds[1:]])
     if found.step is not None:
-        found.steps = GRAPH if graphs is not None and graphs.replays > before else EAGER
+        found.steps = EAGER
+        if graphs is not None and graphs.replays > before:
+            found.steps = UNFUSED if graphs.recordings[0].unfused else GRAPH
     return found
 
 

@@ -1,4 +1,5 @@
-"""What a decoding step needs before its attention, at once: the score of the new key; q, k and v as pairs are coded.
+"""What a decoding step needs before its attention, at once: the score of the new key; q, k and v as pairs are coded;
+and queries as sinks see them.
 
 In torch this is dozens of small operations on a token's few numbers, which take longer than the attention itself. The
 kernels do them in two launches (`kernels/prepare.py`); where they cannot, `prepare_refusal` says why, and the caller
@@ -12,7 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from lolcats.ops.near.prepared import Prepared, ScoreCall
+from lolcats.ops.near.prepared import Prepared, ScoreCall, SinkCall
 from lolcats.ops.near.quantize import PairCodec
 
 
@@ -25,6 +26,7 @@ def prepare_step(
     score: ScoreCall | None,
     length: Tensor,
     state_indices: Tensor | None = None,
+    sinks: SinkCall | None = None,
 ) -> Prepared:
     """One token of each text as `codec` codes it, and the score of its key; by kernels.
 
@@ -35,6 +37,7 @@ def prepare_step(
         length: [rows] int64, tokens before this one, of the texts or of a pool of more texts.
         state_indices: [B] int32 or int64, the row of each text in the pool; -1 is a row without a text, of which all
             that is returned means nothing.
+        sinks: what their queries are made of, or None.
 
     Returns:
         The same bytes and queries as the codec makes, and the score up to the order in which products are added up.
@@ -42,14 +45,14 @@ def prepare_step(
     Raises:
         ValueError: the kernels do not take this; the message says why.
     """
-    if codec is None and score is None:
+    if codec is None and score is None and sinks is None:
         return Prepared(q, k, v, None)
     if (reason := prepare_refusal(q, k, v, codec=codec, score=score)) is not None:
         raise ValueError(f"the kernels cannot prepare this decoding step: {reason}; prepare it in torch")
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
     from lolcats.ops.near.kernels.prepare import code_pairs_and_score
 
-    return code_pairs_and_score(q, k, v, codec, score, length, state_indices)
+    return code_pairs_and_score(q, k, v, codec, score, length, state_indices, sinks)
 
 
 def prepare_refusal(q: Tensor, k: Tensor, v: Tensor, *, codec: PairCodec | None, score: ScoreCall | None) -> str | None:

@@ -45,6 +45,21 @@ class ScoreCall(NamedTuple):
     """pairs, place and angles of a `Layout` of `lolcats.mixers.rotation`."""
 
 
+class SinkCall(NamedTuple):
+    """Queries that are wanted as sinks see them: from the end of the model's context, where a text is longer."""
+
+    cos: Tensor
+    """[B or 1, 1, P] of the rotation of the step's tokens."""
+    sin: Tensor
+    layout: tuple[str, str, str]
+    """As in `ScoreCall`."""
+    last_cos: Tensor
+    """[1, 1, R/2], one angle a pair, at the last position of the context."""
+    last_sin: Tensor
+    tokens: int
+    """Of the context."""
+
+
 class Prepared(NamedTuple):
     """One token of each text, ready for the state."""
 
@@ -55,3 +70,5 @@ class Prepared(NamedTuple):
     v: Tensor
     score: Tensor | None
     """[B, KV, 1] float32."""
+    sink_q: Tensor | None = None
+    """[B, H, 1, D], as q; None where not wanted."""

@@ -4,8 +4,9 @@
    program has a few outputs, a slice of the input's channels and up to 16 texts. Normalization comes afterwards, as
    W (x - m) r = r (W x - m W 1), so nothing waits for mean and variance: each slice has its own sum and sum of squares
    about its mean.
-2. `prepare_kernel`, three programs for each text and key head: the score from these parts, from k before its rotation
-   and from v; the bytes of k and v; the queries of the group as the codec maps them.
+2. `prepare_kernel`, up to four programs for each text and key head: the score from these parts, from k before its
+   rotation and from v; the bytes of k and v; the queries of the group as the codec maps them; and the same as sinks see
+   them, turned to the end of the model's context where the text is longer.
 
 Bytes and queries are those of `PairCodec`, bit by bit: all is done by the same additions in the same order, divisions
 are rounded correctly, and no product is fused with an addition (`enable_fp_fusion`). A score may differ from torch's by
@@ -34,7 +35,7 @@ from torch import Tensor
 from lolcats.ops.hybrid.kernels.launch import either, on, precision
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.spread import mixed_rows
-from lolcats.ops.near.prepared import Prepared, ScoreCall
+from lolcats.ops.near.prepared import Prepared, ScoreCall, SinkCall
 from lolcats.ops.near.quantize import OCTAVE, STEP_BYTES, PairCodec
 
 TEXTS, OUTPUTS = 16, 32
@@ -124,6 +125,31 @@ def hidden_numbers(
 
 
 @triton.jit
+def pair_of(column, FIRST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of channels: whether they are turned, are the second of their pair, which pair, and the other one of it."""
+    place = column - FIRST
+    turned = (place >= 0) & (place < WIDTH)
+    if INTERLEAVED:
+        second = place % 2 == 1
+        pair = place // 2
+        partner = tl.where(second, column - 1, column + 1)
+    else:
+        second = place >= WIDTH // 2
+        pair = tl.where(second, place - WIDTH // 2, place)
+        partner = tl.where(second, column - WIDTH // 2, column + WIDTH // 2)
+    return turned, second, pair, partner
+
+
+@triton.jit
+def angles_back(cos, sin, at, turned):
+    """Cosines and sines that undo a rotation, whatever it scales."""
+    c = tl.load(cos + at, mask=turned, other=1.0).to(tl.float32)
+    s = tl.load(sin + at, mask=turned, other=0.0).to(tl.float32)
+    size = c * c + s * s
+    return tl.div_rn(c, size), tl.div_rn(-s, size)
+
+
+@triton.jit
 def unrotated_key(
     k, cos, sin, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
     ANGLE: tl.constexpr,
@@ -132,25 +158,35 @@ def unrotated_key(
     column = tl.arange(0, D)
     y = tl.load(k + column).to(tl.float32)
     if WIDTH > 0:
-        place = column - FIRST
-        turned = (place >= 0) & (place < WIDTH)
-        if INTERLEAVED:
-            second = place % 2 == 1
-            pair = place // 2
-            partner = tl.where(second, column - 1, column + 1)
-        else:
-            second = place >= WIDTH // 2
-            pair = tl.where(second, place - WIDTH // 2, place)
-            partner = tl.where(second, column - WIDTH // 2, column + WIDTH // 2)
+        turned, second, pair, partner = pair_of(column, FIRST, WIDTH, INTERLEAVED)
         other = tl.load(k + partner, mask=turned, other=0.0).to(tl.float32)
-        c = tl.load(cos + pair * ANGLE, mask=turned, other=1.0).to(tl.float32)
-        s = tl.load(sin + pair * ANGLE, mask=turned, other=0.0).to(tl.float32)
-        size = c * c + s * s
-        c = tl.div_rn(c, size)
-        s = tl.div_rn(-s, size)
+        c, s = angles_back(cos, sin, pair * ANGLE, turned)
         back = tl.where(second, y * c + other * s, y * c - other * s)
         y = tl.where(turned, back, y).to(k.dtype.element_ty).to(tl.float32)
     return y
+
+
+@triton.jit
+def queries_at_end(
+    from_row, y, column, is_head, cos, sin, last_cos, last_sin,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, ANGLE: tl.constexpr,
+):  # fmt: skip
+    """Queries y [BG, D] of channels `column` of the rows, with their rotation undone and the last one applied.
+
+    Rounded to their dtype after each of both, in float32.
+    """
+    dtype = from_row.dtype.element_ty
+    turned, second, pair, partner = pair_of(column, FIRST, WIDTH, INTERLEAVED)
+    other = tl.load(from_row + partner[None, :], mask=is_head & turned[None, :], other=0.0).to(tl.float32)
+    c, s = angles_back(cos, sin, pair * ANGLE, turned)
+    one = tl.where(second[None, :], other, y)
+    two = tl.where(second[None, :], y, other)
+    back_one = (one * c[None, :] - two * s[None, :]).to(dtype).to(tl.float32)
+    back_two = (two * c[None, :] + one * s[None, :]).to(dtype).to(tl.float32)
+    c = tl.load(last_cos + pair, mask=turned, other=1.0)[None, :]
+    s = tl.load(last_sin + pair, mask=turned, other=0.0)[None, :]
+    capped = tl.where(second[None, :], back_two * c + back_one * s, back_one * c - back_two * s)
+    return tl.where(turned[None, :], capped.to(dtype).to(tl.float32), y)
 
 
 @triton.jit
@@ -197,21 +233,29 @@ def read_map(key_map, scales, kv_head, KV_HEADS: tl.constexpr, D: tl.constexpr):
     return order, tl.load(scales + LARGEST_SCALE + octave)
 
 
-@triton.jit(do_not_specialize=["rows", "length_row"])
+@triton.jit
+def row_of(indices, batch, HAS_INDICES: tl.constexpr):
+    """Where the text of a row is in its pool."""
+    if HAS_INDICES:
+        return tl.maximum(tl.load(indices + batch).to(tl.int64), 0)
+    return batch
+
+
+@triton.jit(do_not_specialize=["rows", "length_row", "context"])
 def prepare_kernel(
     q, k, v, key_map, scales, parts, read_hidden_bias, from_hidden, from_hidden_bias, read_pair, read_pair_bias,
-    from_pair, cos, sin, length, indices, q_out, k_out, v_out, score_out,
-    q_b, q_h, k_b, k_h, v_b, v_h, cos_b, sin_b, length_row, rows, mix, rest, resolution, fade, k_root, v_root,
+    from_pair, cos, sin, last_cos, last_sin, length, indices, q_out, k_out, v_out, score_out, sink_out,
+    q_b, q_h, k_b, k_h, v_b, v_h, cos_b, sin_b, context, length_row, rows, mix, rest, resolution, fade, k_root, v_root,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, D_LEVELS: tl.constexpr,
     DV: tl.constexpr, DV_LEVELS: tl.constexpr, HAS_CODEC: tl.constexpr, HAS_SCORE: tl.constexpr,
-    HAS_FADE: tl.constexpr, HAS_INDICES: tl.constexpr, BY_INVERSE: tl.constexpr,
+    HAS_FADE: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_INDICES: tl.constexpr, BY_INVERSE: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BS: tl.constexpr,
-    PAIR_WIDTH: tl.constexpr, FIRST: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ANGLE: tl.constexpr,
+    PAIR_WIDTH: tl.constexpr, FIRST: tl.constexpr, TURNED: tl.constexpr, SCORE_TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ANGLE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B, KV, tasks): the score, then pairs, then queries, whichever are wanted.
+    """Grid: (B, KV, tasks): the score, then pairs, then queries, then those for sinks, whichever are wanted.
 
-    Outputs: q [B, H, D], k and v [B, KV, size + 2] of bytes, score [B, KV].
+    Outputs: q and those for sinks [B, H, D], k and v [B, KV, size + 2] of bytes, score [B, KV].
     """
     batch = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -219,9 +263,11 @@ def prepare_kernel(
     head = batch * KV_HEADS + kv_head
     k += batch * k_b + kv_head * k_h
     v += batch * v_b + kv_head * v_h
+    cos += batch * cos_b
+    sin += batch * sin_b
     if HAS_SCORE:
         if task == 0:
-            k_row = unrotated_key(k, cos + batch * cos_b, sin + batch * sin_b, D, FIRST, TURNED, INTERLEAVED, ANGLE)
+            k_row = unrotated_key(k, cos, sin, D, FIRST, SCORE_TURNED, INTERLEAVED, ANGLE)
             largest, summed = pair_numbers(k_row, v, read_pair, read_pair_bias, from_pair, D, DV, PAIR_WIDTH)
             by_hidden, by_hidden_sum = hidden_numbers(
                 parts, read_hidden_bias, from_hidden, from_hidden_bias, batch, kv_head, rows, SIZE, WIDTH, SLICE,
@@ -230,10 +276,7 @@ def prepare_kernel(
             score = mix * (by_hidden + largest) + rest * (by_hidden_sum + summed)
             score = tl.div_rn(round_even(score * resolution), resolution)
             if HAS_FADE:
-                text = batch
-                if HAS_INDICES:
-                    text = tl.maximum(tl.load(indices + batch).to(tl.int64), 0)
-                position = tl.load(length + text * length_row).to(tl.float32)
+                position = tl.load(length + row_of(indices, batch, HAS_INDICES) * length_row).to(tl.float32)
                 if BY_INVERSE:
                     score += position * fade
                 else:
@@ -247,15 +290,29 @@ def prepare_kernel(
             store_codes(k_out + head * (D + 2), mixed_rows(key, D, D_LEVELS, 1) * k_root, D, BY_INVERSE)
             value = tl.load(v + tl.arange(0, DV))[None, :].to(tl.float32)
             store_codes(v_out + head * (DV + 2), mixed_rows(value, DV, DV_LEVELS, 1) * v_root, DV, BY_INVERSE)
-        if task == 1:
-            order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
+        task -= 1
+    if HAS_CODEC or HAS_SINKS:
+        if task >= 0:
             g = tl.arange(0, BG)
             is_head = (g < GROUP)[:, None]
-            from_q = q + batch * q_b + (kv_head * GROUP + g)[:, None] * q_h + order[None, :]
-            queries = tl.load(from_q, mask=is_head, other=0.0).to(tl.float32)
-            queries = mixed_rows(tl.div_rn(queries, scale[None, :]), D, D_LEVELS, BG) * k_root
-            to = q_out + (head * GROUP + g)[:, None] * D + tl.arange(0, D)[None, :]
-            tl.store(to, queries.to(q_out.dtype.element_ty), mask=is_head)
+            from_row = q + batch * q_b + (kv_head * GROUP + g)[:, None] * q_h
+            order = tl.arange(0, D)
+            if HAS_CODEC:
+                order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
+            queries = tl.load(from_row + order[None, :], mask=is_head, other=0.0).to(tl.float32)
+            to = q_out
+            if HAS_SINKS:
+                if task == (1 if HAS_CODEC else 0):
+                    to = sink_out
+                    if tl.load(length + row_of(indices, batch, HAS_INDICES) * length_row) >= context:
+                        queries = queries_at_end(
+                            from_row, queries, order, is_head, cos, sin, last_cos, last_sin, FIRST, TURNED, INTERLEAVED,
+                            ANGLE,
+                        )  # fmt: skip
+            if HAS_CODEC:
+                queries = mixed_rows(tl.div_rn(queries, scale[None, :]), D, D_LEVELS, BG) * k_root
+            to += (head * GROUP + g)[:, None] * D + tl.arange(0, D)[None, :]
+            tl.store(to, queries.to(to.dtype.element_ty), mask=is_head)
 
 
 class Turn(NamedTuple):
@@ -271,12 +328,12 @@ class Turn(NamedTuple):
     """The angle of pair i is at i times this."""
 
     @classmethod
-    def of(cls, score: ScoreCall | None, size: int) -> Turn:
-        """Of keys of `size` channels."""
-        if score is None or score.cos is None or score.layout is None or score.layout[0] == "none":
+    def of(cls, call: ScoreCall | SinkCall | None, size: int) -> Turn:
+        """Of queries and keys of `size` channels."""
+        if call is None or call.cos is None or call.layout is None or call.layout[0] == "none":
             return cls()
-        pairs, place, angles = score.layout
-        width = score.cos.shape[-1] * (2 if angles == "single" else 1)
+        pairs, place, angles = call.layout
+        width = call.cos.shape[-1] * (2 if angles == "single" else 1)
         first = 0 if place == "first" else size - width
         return cls(first, width, pairs == "interleaved", 2 if angles == "repeat" else 1)
 
@@ -319,34 +376,44 @@ def code_pairs_and_score(
     score: ScoreCall | None,
     length: Tensor,
     state_indices: Tensor | None,
+    sinks: SinkCall | None,
 ) -> Prepared:
-    """`prepare_step` of what `prepare_refusal` lets through; a codec or a score is wanted."""
+    """`prepare_step` of what `prepare_refusal` lets through; a codec, a score or queries for sinks are wanted."""
     (batch, heads, _, size), kv_heads, dv = q.shape, k.shape[1], v.shape[3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    done = Prepared(q, k, v, None)
-    if codec is not None:
-        done = Prepared(
-            torch.empty(q.shape, dtype=q.dtype, device=q.device),
-            *(torch.empty(batch, kv_heads, 1, n + STEP_BYTES, dtype=torch.uint8, device=q.device) for n in (size, dv)),
-            None,
-        )
-    if score is not None:
-        done = done._replace(score=torch.empty(batch, kv_heads, 1, dtype=torch.float32, device=q.device))
+    done = _outputs(q, k, v, codec, score, sinks)
+    tasks = (score is not None) + 2 * (codec is not None) + (sinks is not None)
     with device_of(v):
         parts = None if score is None else _read_hidden(score)
         key_map, scales = (q, q) if codec is None else (codec.key_map.contiguous(), scales_on(q.device))
-        pointers, numbers, constants = _score_arguments(score, parts, q, size)
+        pointers, numbers, constants = _score_arguments(score, parts, q)
+        angles, steps, turn = _turn_arguments(score, sinks, q)
         indices = None if state_indices is None else state_indices.contiguous()
-        on(prepare_kernel, (batch, kv_heads, (score is not None) + 2 * (codec is not None)))(
-            q, k, v, key_map, scales, *pointers, length, either(indices, q), *done[:3], either(done.score, q),
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *numbers[:2],
-            length.stride(0), batch, *numbers[2:], size**-0.5, dv**-0.5,
+        on(prepare_kernel, (batch, kv_heads, tasks))(
+            q, k, v, key_map, scales, *pointers, *angles, length, either(indices, q), *done[:3], either(done.score, q),
+            either(done.sink_q, q), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            *steps, length.stride(0), batch, *numbers, size**-0.5, dv**-0.5,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=triton.next_power_of_2(heads // kv_heads),
             D=size, D_LEVELS=size.bit_length() - 1, DV=dv, DV_LEVELS=dv.bit_length() - 1,
             HAS_CODEC=codec is not None, HAS_SCORE=score is not None, HAS_INDICES=indices is not None,
-            BY_INVERSE=q.is_cuda, **constants, num_warps=4, enable_fp_fusion=False,
+            HAS_SINKS=sinks is not None, BY_INVERSE=q.is_cuda, **constants, **turn, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return done
+
+
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, codec: PairCodec | None, score: ScoreCall | None, sinks: SinkCall | None
+) -> Prepared:
+    """Room for what is wanted; q, k and v themselves where there is no codec."""
+    (batch, kv_heads), device = k.shape[:2], q.device
+    done = Prepared(q, k, v, None)
+    if codec is not None:
+        sizes = (n + STEP_BYTES for n in (k.shape[3], v.shape[3]))
+        bytes_ = (torch.empty(batch, kv_heads, 1, n, dtype=torch.uint8, device=device) for n in sizes)
+        done = Prepared(torch.empty(q.shape, dtype=q.dtype, device=device), *bytes_, None)
+    if score is not None:
+        done = done._replace(score=torch.empty(batch, kv_heads, 1, dtype=torch.float32, device=device))
+    return done if sinks is None else done._replace(sink_q=torch.empty(q.shape, dtype=q.dtype, device=device))
 
 
 def _read_hidden(score: ScoreCall) -> Tensor:
@@ -365,24 +432,39 @@ def _read_hidden(score: ScoreCall) -> Tensor:
 
 
 def _score_arguments(
-    score: ScoreCall | None, parts: Tensor | None, other: Tensor, size: int
+    score: ScoreCall | None, parts: Tensor | None, other: Tensor
 ) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
     """Pointers, numbers and constants of `prepare_kernel`; `other` is for pointers that are not read."""
-    cut, turn = Slices.of(score), Turn.of(score, size)
+    cut = Slices.of(score)
     constants = {
         "SIZE": cut.size, "SLICE": cut.slice, "SLICES": cut.number, "BS": triton.next_power_of_2(max(1, cut.number)),
-        "FIRST": turn.first, "TURNED": turn.width, "INTERLEAVED": turn.interleaved, "ANGLE": turn.angle,
         "HAS_FADE": score is not None and score.fade is not None,
     }  # fmt: skip
     if score is None or parts is None:
-        return [other] * 9, [0, 0, 0.0, 0.0, 0.0, 0.0], constants | {"WIDTH": 1, "PAIR_WIDTH": 1}
+        return [other] * 7, [0.0, 0.0, 0.0, 0.0], constants | {"WIDTH": 1, "PAIR_WIDTH": 1}
     w = score.weights
-    angles = [other if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (score.cos, score.sin)]
-    # One rotation may be that of all texts.
-    steps = [x.stride(0) if turn.width and x.shape[0] > 1 else 0 for x in angles]
     # By what torch divides on each device: on a GPU it multiplies by the inverse of a number of the host.
     fade = float(score.fade or 1)
-    numbers = [*steps, score.mix, 1 - score.mix, float(score.resolution), 1 / fade if other.is_cuda else fade]
+    numbers = [score.mix, 1 - score.mix, float(score.resolution), 1 / fade if other.is_cuda else fade]
     pointers = [x.contiguous() for x in (*w[1:2], *w[4:6], *w[2:4], *w[6:])]
     constants |= {"WIDTH": w.read_hidden.shape[0], "PAIR_WIDTH": w.read_pair.shape[0]}
-    return [parts, *pointers, *angles], numbers, constants
+    return [parts, *pointers], numbers, constants
+
+
+def _turn_arguments(
+    score: ScoreCall | None, sinks: SinkCall | None, other: Tensor
+) -> tuple[list[Tensor], list[int], dict[str, Any]]:
+    """The same of rotations: the score and the sinks' queries undo the same one, that of the step's tokens."""
+    of_score = Turn.of(score, other.shape[3])
+    turn = of_score if sinks is None else Turn.of(sinks, other.shape[3])
+    call = score if sinks is None else sinks
+    own = (None, None) if call is None or not turn.width else (call.cos, call.sin)
+    last = (None, None) if sinks is None or not turn.width else (sinks.last_cos.float(), sinks.last_sin.float())
+    angles = [other if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (*own, *last)]
+    # One rotation may be that of all texts.
+    steps = [0 if x is None or x.shape[0] == 1 else x.stride(0) for x in own]
+    constants = {
+        "FIRST": turn.first, "TURNED": turn.width, "SCORE_TURNED": of_score.width, "INTERLEAVED": turn.interleaved,
+        "ANGLE": turn.angle,
+    }  # fmt: skip
+    return angles, [*steps, 0 if sinks is None else sinks.tokens], constants
