@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from compile_near import Compiler  # puts the package there
 
-from lolcats.ops.near.kernels import prepare
+from lolcats.ops.near.kernels import pairs, prepare, score
 from lolcats.ops.near.prepared import ScoreCall, ScoreWeights, SinkCall
 from lolcats.ops.near.quantize import PairCodec, plain_map
 
@@ -22,7 +22,8 @@ SHAPES = [(128, HIDDEN), (128,), (64, 0), (64,), (2 * KV_HEADS, 128), (2 * KV_HE
 def run(dtype: torch.dtype, size: int) -> list[str]:
     """What is wrong with the kernels."""
     compiler = Compiler()
-    prepare.on = compiler  # type: ignore[attr-defined]
+    for module in (prepare, pairs, score):
+        module.on = compiler  # type: ignore[attr-defined]
     launch_all(dtype, size, batch=2)
     known = set(compiler.kernels)
     launch_all(dtype, size, batch=33)
@@ -34,8 +35,8 @@ def launch_all(dtype: torch.dtype, size: int, batch: int) -> None:
     codec = PairCodec(8, plain_map(KV_HEADS, size))
     weights = ScoreWeights(*(torch.empty(a, *(b or 2 * size for b in rest)) for a, *rest in SHAPES))
     angles = torch.empty(batch, 1, size)
-    score = ScoreCall(torch.empty(batch, 1, HIDDEN, dtype=dtype), weights, 0.5, 1000, 1024)
-    turned = score._replace(cos=angles, sin=angles, layout=("half", "first", "cat"))
+    told = ScoreCall(torch.empty(batch, 1, HIDDEN, dtype=dtype), weights, 0.5, 1000, 1024)
+    turned = told._replace(cos=angles, sin=angles, layout=("half", "first", "cat"))
     neighbours = turned._replace(
         cos=angles[..., :8].clone(), sin=angles[..., :8].clone(), layout=("interleaved", "last", "single"), fade=None
     )
@@ -46,7 +47,8 @@ def launch_all(dtype: torch.dtype, size: int, batch: int) -> None:
     launch(dtype, size, batch, codec, turned, length, length[:batch], sinks)
     launch(dtype, size, batch, codec, neighbours, length, None, apart)
     launch(dtype, size, batch, codec, None, length, None, None)
-    launch(dtype, size, batch, None, score, length, None, None)
+    launch(dtype, size, batch, None, told, length, None, None)
+    launch_texts(dtype, size, batch, codec, told, turned, neighbours)
     launch(dtype, size, batch, None, None, length, None, sinks)
 
 
@@ -54,6 +56,17 @@ def launch(dtype: torch.dtype, size: int, batch: int, *arguments: Any) -> None:
     """Launch what there is for a token of each of `batch` texts, laid out as by a layer."""
     q, k = (torch.empty(batch, 1, heads, size, dtype=dtype).transpose(1, 2) for heads in (HEADS, KV_HEADS))
     prepare.code_pairs_and_score(q, k, k, *arguments)
+
+
+def launch_texts(dtype: torch.dtype, size: int, batch: int, codec: PairCodec, *scores: ScoreCall) -> None:
+    """The same for texts of many tokens."""
+    tokens = 100 * batch + 1
+    k = torch.empty(1, tokens, KV_HEADS, size, dtype=dtype).transpose(1, 2)
+    for store in (True, False):
+        pairs.code_pairs(k, k, codec.key_map, store)
+    for told in scores:
+        cos, sin = (None if x is None else x[:1].expand(-1, tokens, -1) for x in (told.cos, told.sin))
+        score.score_pairs(k, k, torch.empty(1, tokens, 2 * KV_HEADS), told._replace(cos=cos, sin=sin))
 
 
 if __name__ == "__main__":

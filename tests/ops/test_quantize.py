@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lolcats.mixers.rotation import Layout, Rotation
-from lolcats.ops.near import NearSpec, empty_near_state, near_attention
+from lolcats.ops.near import NearSpec, empty_near_state, near_attention, quantize
 from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map, spread
 
 SIZES = [8, 14, 20, 64, 80]
@@ -168,6 +168,69 @@ def test_the_kernel_spreads_to_the_same_bits(shape: tuple[int, ...], device: str
     got, strided = (spread_rows(y.to(device)).cpu() for y in (x, x.mT.contiguous().mT))
     assert torch.equal(got, spread(x))  # in torch, on the CPU
     assert torch.equal(strided, got)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "value_size"),
+    [((1, 1, 1, 64), 64), ((2, 3, 37, 64), 32), ((1, 2, 16, 128), 128), ((3, 1, 5, 16), 16)],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at what is no number
+def test_the_kernel_codes_to_the_same_bits(
+    shape: tuple[int, ...], value_size: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as by a layer and not, with rows of nothing and of no numbers."""
+    pytest.importorskip("triton")
+    from lolcats.ops.near.kernels.pairs import code_pairs, codes_pairs
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    generator = torch.Generator().manual_seed(0)
+    batch, kv_heads, tokens, size = shape
+    k, v = (
+        torch.randn(batch, tokens, kv_heads, n, generator=generator).to(device, dtype).transpose(1, 2)
+        for n in (size, value_size)
+    )
+    k[..., :3] *= 50
+    v[:, :, 0] = 0
+    if tokens > 4:
+        k[0, 0, 3, 5], v[0, 0, 4, 0] = torch.nan, torch.inf
+    codec = PairCodec(8, measure_keys(k.nan_to_num(), k.nan_to_num(), torch.arange(size, device=device).flip(0)))
+    monkeypatch.setattr(quantize, "kernels_available", lambda _: False)  # the form in torch
+    want = codec.coded(k, v, True)
+    assert codes_pairs(k, v)
+    got, again = (
+        code_pairs(k, v, codec.key_map, True),
+        code_pairs(k.contiguous(), v.mT.contiguous().mT, codec.key_map, False),
+    )
+    assert again.keys is None and again.values is None
+    for a, b, c in ((got.k, want.k, again.k), (got.v, want.v, again.v)):
+        assert a.dtype == b.dtype and a.is_contiguous()
+        torch.testing.assert_close(a, c, rtol=0, atol=0, equal_nan=True)
+        # The interpreter cuts off the digits that bfloat16 does not hold, instead of rounding.
+        cut_off = 2.0**-7 if device == "cpu" and dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(a, b, rtol=cut_off, atol=0, equal_nan=True)
+    assert got.keys is not None and want.keys is not None and got.values is not None and want.values is not None
+    assert torch.equal(got.values, want.values)
+    whole = torch.ones(shape[:3], dtype=torch.bool, device=device)
+    if tokens > 4:  # of what is no number the bytes do not matter, but for those of its step
+        whole[0, 0, 3] = False
+        assert bool(got.keys[0, 0, 3, -2:].clone().view(torch.float16).isnan())
+    assert torch.equal(got.keys[whole], want.keys[whole])
+
+
+@pytest.mark.gpu
+def test_the_codec_takes_the_kernel_and_gradients_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.cuda() for x in texts())
+    codec = codec_of(q, k, 8)
+    got = codec.coded(k.requires_grad_(), v.requires_grad_(), True)
+    (got.k.sum() + got.v.sum()).backward()
+    assert k.grad is not None and v.grad is not None and bool((k.grad == 1).all()) and bool((v.grad == 1).all())
+    monkeypatch.setattr(quantize, "kernels_available", lambda _: False)
+    want = codec.coded(k.detach(), v.detach(), True)
+    assert all(torch.equal(a.detach(), b) for a, b in zip(got, want, strict=True) if a is not None and b is not None)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -98,18 +98,9 @@ class BlendMixer(Mixer):
 
     @classmethod
     def build(  # type: ignore[override]  # the names of its settings are its own
-        cls,
-        sizes: Sizes,
-        *,
-        impl: str,
-        window: int,
-        sinks: int,
-        kept: dict[str, Any],
-        rotate_far: bool,
-        bits: int,
-        split: list[Any] | None = None,
-        **of_far: Any,
-    ) -> BlendMixer:
+        cls, sizes: Sizes, *, impl: str, window: int, sinks: int, kept: dict[str, Any], rotate_far: bool, bits: int,
+        split: list[Any] | None = None, **of_far: Any,
+    ) -> BlendMixer:  # fmt: skip
         """The layer from the values of its settings; those that are not named are `build_far`'s."""
         rules = {name: kept[name] for name in ("mix", "fade", "recall_error")}
         heads = None if split is None else read_split(split, sizes.kv_heads)
@@ -145,7 +136,10 @@ class BlendMixer(Mixer):
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
         ready = self._prepared(call, state, mode, slots) if keep else None
-        far_reads = not self.near_alone or (self.score is not None and (ready is None or ready.score is None))
+        fresh, score = None if ready is None else ready.score, self._asked(mode)
+        if fresh is None and score is not None:
+            fresh = score.by_kernel(call, self.rotate_far, self.near_impl)
+        far_reads = not self.near_alone or (self.score is not None and fresh is None)
         q, k = self._for_far(call) if far_reads else (call.q, call.k)
         sink_q = None if ready is not None else capped_queries(call, state, self.settings.sinks)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
@@ -153,8 +147,9 @@ class BlendMixer(Mixer):
             assert state is None or call.segments is None, "packed texts start without a state"
             call, q, k = rows_of(call, texts), texts.take(q), texts.take(k)
             sink_q = None if sink_q is None else texts.take(sink_q)
+            fresh = None if fresh is None else texts.take(fresh[..., None])[..., 0]
         lengths = None if texts is None else texts.lengths
-        out, new = self._rows(call, q, k, lengths, state, keep, mode, slots, sink_q, ready)
+        out, new = self._rows(call, q, k, lengths, state, keep, mode, slots, sink_q, ready, fresh)
         if texts is None:
             return out, new
         if new is not None and call.q.shape[0] != len(texts.last):
@@ -163,14 +158,14 @@ class BlendMixer(Mixer):
 
     def _rows(
         self, call: Call, q: Tensor, k: Tensor, lengths: Tensor | None, state: BlendState | None, keep: bool, mode: str,
-        slots: Tensor | None, sink_q: Tensor | None, ready: Prepared | None,
+        slots: Tensor | None, sink_q: Tensor | None, ready: Prepared | None, fresh: Tensor | None,
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
         """A text in each row, padding on the right only; q and k are the far half's, `sink_q` of `capped_queries`."""
         near, far = (None, None) if state is None else state
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             return self.far(q, k, call.v, call.hidden, call.padding, far, False)[0], None
         if (score := None if ready is None else ready.score) is None:
-            score = self._scores(call, k, state, mode, slots)
+            score = self._scores(call, k, state, mode, slots, fresh)
         y, near = near_of_call(
             self.groups, call, near, ready, score=score, lengths=lengths, keep=keep, slots=slots, codec=self.codec,
             impl=self.near_impl, sink_q=sink_queries(call, state, slots, sink_q),
@@ -181,11 +176,15 @@ class BlendMixer(Mixer):
         y = torch.zeros_like(y) if mode == "no_attention" else y
         return y, BlendState(near, far) if keep and near is not None else None
 
+    def _asked(self, mode: str) -> KeyScores | None:
+        """What scores keys in a mode, if anything is kept."""
+        return self.score if keeps_pairs(self.groups) and mode not in BLIND else None
+
     def _prepared(self, call: Call, state: BlendState | None, mode: str, slots: Tensor | None) -> Prepared | None:
-        score = self.score if keeps_pairs(self.groups) and mode not in BLIND else None
         return prepared_step(
-            self.groups, call, None if state is None else state.near, score=score, rotated=self.rotate_far, slots=slots,
-            codec=self.codec, impl=self.near_impl, sinks=sink_call(call, state, self.settings.sinks),
+            self.groups, call, None if state is None else state.near, score=self._asked(mode),
+            rotated=self.rotate_far, slots=slots, codec=self.codec, impl=self.near_impl,
+            sinks=sink_call(call, state, self.settings.sinks),
         )  # fmt: skip
 
     @property
@@ -212,8 +211,9 @@ class BlendMixer(Mixer):
 
     @torch.no_grad()
     def _scores(
-        self, call: Call, k: Tensor, state: BlendState | None, mode: str, slots: Tensor | None
-    ) -> Tensor | None:
+        self, call: Call, k: Tensor, state: BlendState | None = None, mode: str = "full", slots: Tensor | None = None,
+        fresh: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """The score [B, KV, N] of each key, None without kept pairs."""
         if self.score is None or not keeps_pairs(self.groups):
             return None
@@ -221,7 +221,7 @@ class BlendMixer(Mixer):
         if mode in BLIND:
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
         position = positions_of(call, state, slots)
-        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))
+        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state), fresh)
 
     def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:
         """The error [B, KV, N] with which the far half recalls the values of a call."""
@@ -253,13 +253,13 @@ class BlendMixer(Mixer):
         assert self.share is not None
         k, texts = self._for_far(call)[1], find_texts(call.padding, call.segments)
         rows, k = (call, k) if texts is None else (rows_of(call, texts), texts.take(k))
-        teacher = far_beyond_kept(rows, self.groups, self._scores(rows, k, None, "full", None), texts, call.q.shape[2])
+        teacher = far_beyond_kept(rows, self.groups, self._scores(rows, k), texts, call.q.shape[2])
         return Parts(teacher, self.share(call.hidden), self.target_output(call, "far"))
 
     def inside(self, call: Call) -> Inside:
         """See `Mixer.inside`."""
         q, k = self._for_far(call)
-        found = near_inside(self.groups, call, self._scores(call, k, None, "full", None), self.codec)
+        found = near_inside(self.groups, call, self._scores(call, k), self.codec)
         if self.score is not None and keeps_pairs(self.groups):
             found = found._replace(keep=keeper(self.groups, call, k, self.score, partial(self._recall, k, call, None)))
         if self.near_alone or self.far is None or self.share is None:

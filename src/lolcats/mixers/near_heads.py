@@ -28,7 +28,8 @@ from lolcats.ops.near import (
     near_attentions,
     near_step,
 )
-from lolcats.ops.near.quantize import Coded, PairCodec, measure_keys, plain_map
+from lolcats.ops.near.quantize import PairCodec, measure_keys, plain_map
+from lolcats.ops.near.types import Coded
 
 Split = tuple[tuple[int, int], ...]
 """(window, kept pairs) of each key head."""

@@ -21,6 +21,7 @@ from lolcats.errors import LolcatsError
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.ops.near.given import head_windows, kernel_given
+from lolcats.ops.near.prepare import score_keys, score_refusal
 from lolcats.ops.near.prepared import ScoreCall, ScoreWeights
 
 SCORES = ("learned", "self_recall", "recency", "random", "oracle")
@@ -65,14 +66,18 @@ class LearnedScore(nn.Module):
             error: log of the error [B, KV, N] of recalling v, where it is read.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            dtype = self.read_hidden.weight.dtype
-            normed = nnf.layer_norm(hidden.to(dtype), hidden.shape[-1:])
-            from_hidden = self.from_hidden(nnf.gelu(self.read_hidden(normed)))
+            dtype, from_hidden = self.read_hidden.weight.dtype, self.of_hidden(hidden)
             pair = [k.to(dtype), v.to(dtype)]
             if error is not None:
                 pair.append(error[..., None].to(dtype))
             from_pair = self.from_pair(nnf.gelu(self.read_pair(torch.cat(pair, -1))))
             return from_hidden.unflatten(-1, (self.kv_heads, 2)).transpose(1, 2) + from_pair
+
+    def of_hidden(self, hidden: Tensor) -> Tensor:
+        """What the layer's input [B, N, d_model] says of each key head, [B, N, 2 KV]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            normed = nnf.layer_norm(hidden.to(self.read_hidden.weight.dtype), hidden.shape[-1:])
+            return self.from_hidden(nnf.gelu(self.read_hidden(normed)))
 
     def weights(self) -> ScoreWeights:
         """For a kernel."""
@@ -98,7 +103,10 @@ class KeyScores(nn.Module):
         self.sizes, self.name, self.mix, self.fade = sizes, name, mix, fade
         self.network = LearnedScore(sizes, recall_error) if name == "learned" else None
 
-    def forward(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor],
+        fresh: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The score [B, KV, N] of each key of a call.
 
         Args:
@@ -107,9 +115,10 @@ class KeyScores(nn.Module):
             position: [B, N], of the tokens in their text.
             window: of the layer, or of each of its key heads.
             recall: makes the error [B, KV, N] of the far half.
+            fresh: of `by_kernel`, where it has made the score but for its fading.
         """
-        score = self._fresh(call, k, position, window, recall)
-        if self.name not in ("recency", "random"):
+        score = self._fresh(call, k, position, window, recall) if fresh is None else fresh
+        if fresh is None and self.name not in ("recency", "random"):
             # A word that comes again has the same score in the first layer, but for how products are added up, which
             # differs between a text and a step: then the order of positions decides, not the last digit.
             score = (score * RESOLUTION).round() / RESOLUTION
@@ -128,6 +137,22 @@ class KeyScores(nn.Module):
         turn = None if rotated else call.rotation
         score = ScoreCall(call.hidden, self.network.weights(), self.mix, self.fade, RESOLUTION)
         return score if turn is None else score._replace(cos=turn.cos, sin=turn.sin, layout=turn.layout)
+
+    @torch.no_grad()
+    def by_kernel(self, call: Call, rotated: bool, impl: str) -> Tensor | None:
+        """The score [B, KV, N] of each key before it fades; None where no kernel makes it.
+
+        Args:
+            call: as it comes, with the rotation of its keys.
+            rotated: whether the score reads keys as they are after their rotation.
+            impl: of near attention.
+        """
+        if impl != "triton" and (impl != "auto" or not call.k.is_cuda):
+            return None
+        told = self.told(call, rotated)
+        if self.network is None or told is None or score_refusal(call.k, call.v, told) is not None:
+            return None
+        return score_keys(call.k, call.v, self.network.of_hidden(call.hidden), told)
 
     def _fresh(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:
         if self.network is not None:

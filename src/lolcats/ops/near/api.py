@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.near.blocks import Kernels, block_near, empty_near_state
-from lolcats.ops.near.quantize import Coded, PairCodec
+from lolcats.ops.near.quantize import PairCodec
 from lolcats.ops.near.reference import reference_near
 from lolcats.ops.near.several import Parts, near_of_several
-from lolcats.ops.near.types import NearOutput, NearSpec, NearState
+from lolcats.ops.near.types import Coded, NearOutput, NearSpec, NearState
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 

@@ -3,7 +3,8 @@ and queries as sinks see them.
 
 In torch this is dozens of small operations on a token's few numbers, which take longer than the attention itself. The
 kernels do them in two launches (`kernels/prepare.py`); where they cannot, `prepare_refusal` says why, and the caller
-does it in torch.
+does it in torch. Of a text of many tokens `score_keys` makes the score (`kernels/score.py`); its pairs are coded by
+`PairCodec.coded`.
 """
 
 from __future__ import annotations
@@ -55,23 +56,59 @@ def prepare_step(
     return code_pairs_and_score(q, k, v, codec, score, length, state_indices, sinks)
 
 
+def score_keys(k: Tensor, v: Tensor, numbers: Tensor, score: ScoreCall) -> Tensor:
+    """The score of each key of a text as it is before it fades, by a kernel.
+
+    Args:
+        k: [B, KV, N, D], with the rotation of `score`; v: [B, KV, N, Dv].
+        numbers: [B, N, 2 KV] float32, what the layer's input says of each key head: `from_hidden` of the weights.
+        score: what else it is made of, cos and sin [B or 1, N, P]; of the layer's input nothing is read.
+
+    Returns:
+        [B, KV, N] float32, in torch's numbers up to the order in which products are added up.
+
+    Raises:
+        ValueError: the kernel does not take this; the message says why.
+    """
+    if (reason := score_refusal(k, v, score)) is not None:
+        raise ValueError(f"the kernel cannot score these keys: {reason}; score them in torch")
+    from lolcats.ops.near.kernels.score import score_pairs  # not at the top: see `prepare_step`
+
+    return score_pairs(k, v, numbers, score)
+
+
+def score_refusal(k: Tensor, v: Tensor, score: ScoreCall) -> str | None:
+    """Why `score_keys` does not take keys and values, or None."""
+    if (reason := _refusal(k, k, v) or _score_refusal(score, k, v)) is not None:
+        return reason
+    sizes = k.shape[3], v.shape[3]
+    return None if min(sizes) >= 16 else f"it takes head sizes of at least 16; got D {sizes[0]}, Dv {sizes[1]}"
+
+
 def prepare_refusal(q: Tensor, k: Tensor, v: Tensor, *, codec: PairCodec | None, score: ScoreCall | None) -> str | None:
     """Why `prepare_step` does not take a call, or None."""
+    if (reason := _refusal(q, k, v)) is not None:
+        return reason
+    if q.shape[2] != 1:
+        return f"it takes one token of each text; got {q.shape[2]}"
+    if codec is not None and codec.bits != 8:
+        return f"it codes in 8 bits; got a codec of {codec.bits}"
+    return None if score is None else _score_refusal(score, k, v)
+
+
+def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why no kernel of these takes such tensors, or None."""
     if importlib.util.find_spec("triton") is None:
         return "it needs the package triton, which is not installed here"
-    from lolcats.ops.near.kernels.launch import refusal  # as above
+    from lolcats.ops.near.kernels.launch import refusal  # not at the top: see `prepare_step`
 
     if (reason := refusal(q, k, v, False, None)) is not None:
         return reason
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "it gives no gradients; decode under torch.no_grad()"
-    if q.shape[2] != 1:
-        return f"it takes one token of each text; got {q.shape[2]}"
-    if codec is not None and codec.bits != 8:
-        return f"it codes in 8 bits; got a codec of {codec.bits}"
     if not (_is_power(k.shape[3]) and _is_power(v.shape[3])):
         return f"it takes head sizes that are powers of 2; got D {k.shape[3]}, Dv {v.shape[3]}"
-    return None if score is None else _score_refusal(score, k, v)
+    return None
 
 
 def _score_refusal(score: ScoreCall, k: Tensor, v: Tensor) -> str | None:

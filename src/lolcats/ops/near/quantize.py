@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lolcats.ops.hybrid.api import kernels_available
-from lolcats.ops.near.types import KeptPairs, NearRing, NearState
+from lolcats.ops.near.types import OCTAVE, STEP_BYTES, Coded, KeptPairs, NearRing, NearState
 from lolcats.ops.types import SinkKeys
 
 BITS = (4, 8)
@@ -30,9 +30,6 @@ CURVE = 0.008
 """a of 4 bits."""
 STEPS = (1.2, 1.05, 0.95, 0.85, 0.75)
 """Steps that are tried with 4 bits, as parts of the one whose last level is a token's largest number."""
-STEP_BYTES = 2
-OCTAVE = 16
-"""Parts of a factor of 2 in which `measure_keys` gives scales: integers, which no change of dtype rounds."""
 
 
 def plain_map(kv_heads: int, size: int, device: torch.device | str | None = None) -> Tensor:
@@ -61,22 +58,6 @@ def measure_keys(q: Tensor, k: Tensor, partners: Tensor) -> Tensor:
     order = (of_q + of_k).argsort(dim=-1, descending=True, stable=True)
     scale = ((of_q - of_k) / 4 * OCTAVE).round().clamp(-16 * OCTAVE, 16 * OCTAVE)
     return torch.stack([order, scale]).to(torch.int16)
-
-
-class Coded(NamedTuple):
-    """Pairs as attention sees them, and as the state has them."""
-
-    k: Tensor
-    """[B, KV, N, D], rounded, in the dtype that it had; gradients pass through as if it were not."""
-    v: Tensor
-    keys: Tensor | None
-    """[B, KV, N, `key_bytes`] bytes, as `encode` gives them; None where nobody stores them."""
-    values: Tensor | None
-
-    def of(self, take: Callable[[Tensor], Tensor]) -> Coded:
-        """What `take` takes of each."""
-        stored = (None if x is None else take(x) for x in (self.keys, self.values))
-        return Coded(take(self.k), take(self.v), *stored)
 
 
 class PairCodec(NamedTuple):
@@ -113,6 +94,8 @@ class PairCodec(NamedTuple):
     def coded(self, k: Tensor, v: Tensor, store: bool) -> Coded:
         """Keys [B, KV, N, D] and values [B, KV, N, Dv] as they are when read again; with `store` their bytes too."""
         with torch.no_grad():
+            if (done := self._by_kernel(k.detach(), v.detach(), store)) is not None:
+                return done._replace(k=_with_gradient(done.k, k), v=_with_gradient(done.v, v))
             parts, (code, step) = self._coded_keys(k), _coded(spread(_wide(v.detach())), self.bits)
             rounded_k = self._keys(torch.cat([_level(code, bits) * step for code, bits, step in parts], -1))
             rounded_v = spread(_level(code, self.bits) * step)
@@ -156,6 +139,14 @@ class PairCodec(NamedTuple):
     def decode_state(self, state: NearState, dtype: torch.dtype) -> NearState:
         """The state with its pairs in `dtype`."""
         return _with_pairs(state, lambda k, v: self.decode(k, v, dtype))
+
+    def _by_kernel(self, k: Tensor, v: Tensor, store: bool) -> Coded | None:
+        """`coded`, to the bit, where a kernel does it."""
+        if self.bits != 8 or torch.compiler.is_compiling() or not kernels_available(k.device):
+            return None
+        from lolcats.ops.near.kernels.pairs import code_pairs, codes_pairs  # not at the top: see `spread`
+
+        return code_pairs(k, v, self.key_map, store) if codes_pairs(k, v) else None
 
     def _coded_keys(self, k: Tensor) -> list[tuple[Tensor, int, Tensor]]:
         """Code, bits and step of the channels of 8 bits, if there are such, and of the others."""

@@ -23,9 +23,9 @@ from torch import Tensor
 from lolcats.ops.hybrid.layout import take_tokens
 from lolcats.ops.near.blocks import BLOCK, Kernels
 from lolcats.ops.near.head_sizes import HeadSizes, head_sizes, split_slots
-from lolcats.ops.near.quantize import Coded, PairCodec, plain_map
+from lolcats.ops.near.quantize import PairCodec, plain_map
 from lolcats.ops.near.selection import EMPTY, Selection, select_pairs
-from lolcats.ops.near.types import KeptPairs, NearRing, NearSpec, NearState
+from lolcats.ops.near.types import Coded, KeptPairs, NearRing, NearSpec, NearState
 from lolcats.ops.types import SinkKeys, accumulation_dtype
 
 T = TypeVar("T")

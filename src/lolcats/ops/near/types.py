@@ -100,3 +100,25 @@ class NearOutput(NamedTuple):
     """[B, H, N, Dv] in the dtype of v, 0 beyond the end of a text."""
     state: NearState | None
     """After the last token of each text, or None unless it is asked for."""
+
+
+STEP_BYTES = 2
+"""Of the step of a coded row, a float16, behind its codes."""
+OCTAVE = 16
+"""Parts of a factor of 2 in which `quantize.measure_keys` gives scales: integers, which no change of dtype rounds."""
+
+
+class Coded(NamedTuple):
+    """Pairs as attention sees them, and as the state has them."""
+
+    k: Tensor
+    """[B, KV, N, D], rounded, in the dtype that it had; gradients pass through as if it were not."""
+    v: Tensor
+    keys: Tensor | None
+    """[B, KV, N, `PairCodec.key_bytes`] bytes, as `encode` gives them; None where nobody stores them."""
+    values: Tensor | None
+
+    def of(self, take: Callable[[Tensor], Tensor]) -> Coded:
+        """What `take` takes of each."""
+        stored = (None if x is None else take(x) for x in (self.keys, self.values))
+        return Coded(take(self.k), take(self.v), *stored)

@@ -35,7 +35,7 @@ from lolcats.ops.near.kernels.levels import add_codes, columns, halved_queries, 
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.kernels.tiles import capped
 from lolcats.ops.near.quantize import CURVE as LEVEL_CURVE
-from lolcats.ops.near.quantize import STEP_BYTES as BYTES_OF_STEP
+from lolcats.ops.near.types import STEP_BYTES as BYTES_OF_STEP
 
 CURVE, STEP_BYTES = tl.constexpr(LEVEL_CURVE), tl.constexpr(BYTES_OF_STEP)
 

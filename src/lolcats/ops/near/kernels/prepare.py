@@ -24,7 +24,6 @@ the width of the hidden part.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.launch import either, on, precision
+from lolcats.ops.near.kernels.codes import code_rows, read_map, round_even, scales_on, store_rows
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.prepared import Prepared, ScoreCall, SinkCall
-from lolcats.ops.near.quantize import OCTAVE, STEP_BYTES, PairCodec
+from lolcats.ops.near.quantize import PairCodec
+from lolcats.ops.near.types import STEP_BYTES
 
 TEXTS, OUTPUTS = 16, 32
 """Of a program of `read_hidden_kernel`."""
@@ -46,9 +47,6 @@ SMALLEST_SLICE, LARGEST_SLICE = 32, 128
 """Channels of a slice; a program holds them in registers, which 256 overflow."""
 EPS = tl.constexpr(1e-5)
 """Of the normalization, as `layer_norm` has it."""
-OCTAVES = 16
-"""`measure_keys` gives no larger scale than 2 to this, and no smaller one than 2 to minus this."""
-LARGEST_SCALE = tl.constexpr(OCTAVES * OCTAVE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -87,14 +85,6 @@ def read_hidden_kernel(
 def gelu(x):
     """The exact one."""
     return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def round_even(x):
-    """The nearest whole number, of two the even one: what float32 cannot hold of x + 2^23 is rounded so."""
-    size = tl.abs(x)
-    whole = (size + 8388608.0) - 8388608.0
-    return tl.where(size < 8388608.0, tl.where(x < 0, -whole, whole), x)
 
 
 @triton.jit
@@ -206,34 +196,6 @@ def pair_numbers(
 
 
 @triton.jit
-def store_codes(to, y, N: tl.constexpr, BY_INVERSE: tl.constexpr):
-    """The bytes of spread numbers y [1, N]."""
-    column = tl.arange(0, N)
-    largest = tl.max(tl.abs(y), 1)
-    if BY_INVERSE:
-        step = largest * (1.0 / 127.5)
-    else:
-        step = tl.div_rn(largest, 127.5)
-    step = tl.minimum(tl.maximum(step, 1e-7), 6e4).to(tl.float16)
-    code = round_even(tl.div_rn(y, step.to(tl.float32)[:, None]) + 127.5)
-    code = tl.minimum(tl.maximum(code, 0.0), 255.0)
-    tl.store(to + column[None, :], code.to(tl.int32).to(tl.uint8))
-    bits = step.to(tl.int16, bitcast=True).to(tl.int32)
-    last = to + N + tl.arange(0, 1)
-    tl.store(last, (bits & 255).to(tl.uint8))
-    tl.store(last + 1, ((bits >> 8) & 255).to(tl.uint8))
-
-
-@triton.jit
-def read_map(key_map, scales, kv_head, KV_HEADS: tl.constexpr, D: tl.constexpr):
-    """The channels of a key head in their order, and the scale of each: [D]."""
-    order = tl.load(key_map + kv_head * D + tl.arange(0, D)).to(tl.int32)
-    octave = tl.load(key_map + (KV_HEADS + kv_head) * D + order).to(tl.int32)
-    octave = tl.minimum(tl.maximum(octave, -LARGEST_SCALE), LARGEST_SCALE)
-    return order, tl.load(scales + LARGEST_SCALE + octave)
-
-
-@triton.jit
 def row_of(indices, batch, HAS_INDICES: tl.constexpr):
     """Where the text of a row is in its pool."""
     if HAS_INDICES:
@@ -287,9 +249,12 @@ def prepare_kernel(
         if task == 0:
             order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
             key = (tl.load(k + order).to(tl.float32) * scale)[None, :]
-            store_codes(k_out + head * (D + 2), mixed_rows(key, D, D_LEVELS, 1) * k_root, D, BY_INVERSE)
+            one = tl.arange(0, 1)
+            code, step = code_rows(mixed_rows(key, D, D_LEVELS, 1) * k_root, BY_INVERSE)
+            store_rows(k_out + head * (D + 2), one, code, step, one < 1, D)
             value = tl.load(v + tl.arange(0, DV))[None, :].to(tl.float32)
-            store_codes(v_out + head * (DV + 2), mixed_rows(value, DV, DV_LEVELS, 1) * v_root, DV, BY_INVERSE)
+            code, step = code_rows(mixed_rows(value, DV, DV_LEVELS, 1) * v_root, BY_INVERSE)
+            store_rows(v_out + head * (DV + 2), one, code, step, one < 1, DV)
         task -= 1
     if HAS_CODEC or HAS_SINKS:
         if task >= 0:
@@ -356,16 +321,6 @@ class Slices(NamedTuple):
         wanted = triton.next_power_of_2(triton.cdiv(size, WANTED_SLICES))
         width = min(max(wanted, SMALLEST_SLICE), LARGEST_SLICE)
         return cls(size, width, triton.cdiv(size, width))
-
-
-@functools.cache
-def scales_on(device: torch.device) -> Tensor:
-    """Every scale that a map of keys may give, [2 `LARGEST_SCALE` + 1]: by torch, whose last bit others may not have.
-
-    It is made once, and for good: a step that was recorded as a CUDA graph may read it.
-    """
-    numbers = torch.arange(-OCTAVES * OCTAVE, OCTAVES * OCTAVE + 1, dtype=torch.float32, device=device)
-    return (numbers / OCTAVE).exp2()
 
 
 def code_pairs_and_score(
