@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from compile_near import Compiler  # puts the package there
 
-from lolcats.ops.near.kernels import pairs, prepare, score
+from lolcats.ops.near.head_sizes import Ends, head_sizes
+from lolcats.ops.near.kernels import collect, pairs, prepare, score
 from lolcats.ops.near.prepared import ScoreCall, ScoreWeights, SinkCall
 from lolcats.ops.near.quantize import PairCodec, plain_map
+from lolcats.ops.near.types import KeptPairs, NearRing, NearState
+from lolcats.ops.types import SinkKeys
 
 HEADS, KV_HEADS, HIDDEN = 9, 3, 576
 SHAPES = [(128, HIDDEN), (128,), (64, 0), (64,), (2 * KV_HEADS, 128), (2 * KV_HEADS,), (2, 64)]
@@ -22,7 +25,7 @@ SHAPES = [(128, HIDDEN), (128,), (64, 0), (64,), (2 * KV_HEADS, 128), (2 * KV_HE
 def run(dtype: torch.dtype, size: int) -> list[str]:
     """What is wrong with the kernels."""
     compiler = Compiler()
-    for module in (prepare, pairs, score):
+    for module in (prepare, pairs, score, collect):
         module.on = compiler  # type: ignore[attr-defined]
     launch_all(dtype, size, batch=2)
     known = set(compiler.kernels)
@@ -62,11 +65,37 @@ def launch_texts(dtype: torch.dtype, size: int, batch: int, codec: PairCodec, *s
     """The same for texts of many tokens."""
     tokens = 100 * batch + 1
     k = torch.empty(1, tokens, KV_HEADS, size, dtype=dtype).transpose(1, 2)
-    for store in (True, False):
-        pairs.code_pairs(k, k, codec.key_map, store)
+    pairs.code_pairs(k, k, codec.key_map, False)
+    coded = pairs.code_pairs(k, k, codec.key_map, True)
+    launch_slots(tokens, (k, k))
+    if coded.keys is not None and coded.values is not None:
+        launch_slots(tokens, (coded.keys, coded.values))
     for told in scores:
         cos, sin = (None if x is None else x[:1].expand(-1, tokens, -1) for x in (told.cos, told.sin))
         score.score_pairs(k, k, torch.empty(1, tokens, 2 * KV_HEADS), told._replace(cos=cos, sin=sin))
+
+
+def launch_slots(tokens: int, new: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Those of the states of key heads of several sizes, after a state and not."""
+    sizes = head_sizes(((tokens // 3, 7, (0, 2)), (5, tokens // 5, (1,))), torch.device("cpu"))
+    marks, after = torch.empty(1, KV_HEADS, tokens), torch.zeros(1, KV_HEADS, 3, sizes.most_pairs, dtype=torch.int32)
+
+    def rows(count: int) -> list[torch.Tensor]:
+        return [torch.zeros(1, KV_HEADS, count, x.shape[3], dtype=x.dtype) for x in new]
+
+    window, most, place = (
+        torch.zeros(1, KV_HEADS, sizes.most_window),
+        sizes.most_pairs,
+        torch.zeros(1, dtype=torch.int64),
+    )
+    kept = KeptPairs(*rows(most), torch.zeros(1, KV_HEADS, most), torch.zeros(1, KV_HEADS, most, dtype=torch.int32))
+    held = NearState(NearRing(*rows(sizes.most_window), window), SinkKeys(*rows(4)), kept, place)
+    for is_fresh in (True, False):
+        ends = Ends(place, place, is_fresh)
+        collect.leaving_scores(marks, window, sizes, ends, 4)
+        collect.collect_slots(new, held, marks, marks, after[:, :, 1], sizes, ends)
+        assert held.sinks is not None
+        collect.collect_sinks(new, held.sinks, sizes, ends)
 
 
 if __name__ == "__main__":

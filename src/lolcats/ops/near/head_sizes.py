@@ -13,6 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lolcats.ops.near.selection import EMPTY
+
+SURPLUS = torch.inf
+"""Score of a slot that a key head does not have."""
+
 
 class HeadSizes(NamedTuple):
     """Sizes of the key heads of a layer, on a device."""
@@ -21,6 +26,8 @@ class HeadSizes(NamedTuple):
     """[KV, 1] int64: w_h."""
     surplus: Tensor
     """[KV, 1] int64: P - P_h."""
+    marks: Tensor
+    """[KV, P] float32: scores of the kept pairs before any token: `SURPLUS`, then `EMPTY`."""
     told: Tensor
     """[KV, 2] int32: w_h and P_h, for the kernel."""
     ring: Tensor
@@ -37,6 +44,17 @@ class HeadSizes(NamedTuple):
     """P, at least 1."""
 
 
+class Ends(NamedTuple):
+    """Where texts are in a call."""
+
+    start: Tensor
+    """[B] int64: tokens before these."""
+    real: Tensor
+    """[B] int64: real tokens among these."""
+    is_fresh: bool
+    """There are none before these."""
+
+
 @functools.lru_cache(maxsize=4096)
 def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch.device) -> HeadSizes:
     """From window, pairs and heads of each part; kept, since what comes from the host is waited for."""
@@ -51,9 +69,11 @@ def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
 
     with torch.inference_mode(False):
         told, ordered = (torch.tensor(x, dtype=torch.int64, device=device) for x in ([windows, pairs], order))
+        surplus = most - told[1, :, None]
+        marks = torch.where(torch.arange(most, device=device) < surplus, SURPLUS, EMPTY)
         return HeadSizes(
-            told[0, :, None], most - told[1, :, None], told.T.int().contiguous(), slots(windows), slots(pairs),
-            ordered, ordered.argsort(), max(windows), most,
+            told[0, :, None], surplus, marks, told.T.int().contiguous(), slots(windows).contiguous(),
+            slots(pairs).contiguous(), ordered, ordered.argsort(), max(windows), most,
         )  # fmt: skip
 
 

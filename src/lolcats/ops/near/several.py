@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from lolcats.ops.hybrid.layout import take_tokens
 from lolcats.ops.near.blocks import BLOCK, Kernels
-from lolcats.ops.near.head_sizes import HeadSizes, head_sizes, split_slots
+from lolcats.ops.near.head_sizes import SURPLUS, Ends, HeadSizes, head_sizes, split_slots
 from lolcats.ops.near.quantize import PairCodec, plain_map
-from lolcats.ops.near.selection import EMPTY, Selection, select_pairs
+from lolcats.ops.near.selection import Selection, select_pairs
 from lolcats.ops.near.types import Coded, KeptPairs, NearRing, NearSpec, NearState
 from lolcats.ops.types import SinkKeys, accumulation_dtype
 
 T = TypeVar("T")
-SURPLUS = torch.inf
-"""Score of a slot that a key head does not have."""
 Parts = tuple[tuple[NearSpec, tuple[int, ...]], ...]
 """Key heads of the same sizes: what near attention is told, and their numbers in the layer."""
 
@@ -59,109 +56,39 @@ def near_of_several(
         states: of each part, after earlier tokens, or None.
         q, parts, lengths, sink_logits, sink_q, return_state, codec: as in `near_attentions`, whose result this is.
     """
+    # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
+    from lolcats.ops.near.kernels.collect import collect_sinks, collect_slots, leaving_scores
+
     sizes = head_sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
     told = parts[0][0]._replace(window=sizes.most_window, pairs=sizes.most_pairs)
-    score = score.to(accumulation_dtype(coded.k, coded.v))
+    score = score.to(accumulation_dtype(coded.k, coded.v)).contiguous()
     held = _fresh(told, sizes, coded, score, codec) if states is None else _joined(states, sizes, score).in_order()
-    n = score.shape[2]
-    real = torch.full_like(held.length, n) if lengths is None else lengths
-    call = _Call(sizes, told, n, held, held.length[:, None, None], real[:, None, None])
-    rows, leaving = _marks(call, score)
+    real = torch.full_like(held.length, score.shape[2]) if lengths is None else lengths
+    ends = Ends(held.length, real, states is None)
+    leaving = leaving_scores(score, _some(held.ring.score), sizes, ends, told.sinks)
     chosen = select_pairs(_some(held.kept).score, leaving, BLOCK, sizes.surplus)
-    chosen = _within_reach(chosen, call, states is None)
+    chosen = _within_reach(chosen, told, sizes, held, ends)
     seen = None if states is None else held if codec is None else codec.decode_state(held, coded.k.dtype)
     sink_q = sink_q if told.sinks else None
     out = kernels(q, coded.k, coded.v, told, chosen, lengths, sink_logits, seen, sink_q, sizes.told)
     if not return_state:
         return out, None
-    new = (coded.k, coded.v) if codec is None else coded[2:]
-    return out, _final_states(call, parts, new, rows, leaving, chosen)
+    new = [_some(x) for x in ((coded.k, coded.v) if codec is None else coded[2:])]
+    slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends)
+    sinks = None if held.sinks is None else collect_sinks(new, held.sinks, sizes, ends)
+    return out, _split(parts, slots.ring, slots.kept, sinks, ends.start + ends.real)
 
 
-class _Call(NamedTuple):
-    """What a call is made of."""
-
-    sizes: HeadSizes
-    spec: NearSpec
-    """Of a key head with the most of everything."""
-    tokens: int
-    """N."""
-    held: NearState
-    """What came before, of W slots and P kept pairs for each key head, the surplus first."""
-    start: Tensor
-    """[B, 1, 1] int64: tokens before these."""
-    real: Tensor
-    """[B, 1, 1] int64: real tokens among these."""
-
-    def row(self, number: Tensor, window: Tensor) -> Tensor:
-        """Where keys of these numbers [B, ...] lie in a ring of W slots and the new tokens after it."""
-        start = self.start.view(-1, *(1,) * (number.ndim - 1))
-        return torch.where(number < window, (start + number) % window, number + (self.sizes.most_window - window))
-
-
-def _marks(call: _Call, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [B, KV, W + N] of ring and new tokens, and [B, KV, N] of the key that leaves with each query.
-
-    The latter are `EMPTY` where it is a sink, or the query is padding.
-    """
-    rows = torch.cat([_some(call.held.ring.score), score], 2)
-    number = torch.arange(call.tokens, device=score.device).expand(score.shape)
-    leaves = (call.start + number - call.sizes.window >= call.spec.sinks) & (number < call.real)
-    return rows, torch.where(leaves, rows.gather(2, call.row(number, call.sizes.window)), EMPTY)
-
-
-def _within_reach(chosen: Selection, call: _Call, fresh: bool) -> Selection:
+def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: NearState, ends: Ends) -> Selection:
     """The selection with pairs seen no longer than `spec.reach` allows."""
-    reach, until = call.spec.reach, chosen.until
-    if reach is None or (fresh and call.tokens <= reach):
+    reach, until = spec.reach, chosen.until
+    tokens = until.shape[2] - sizes.most_pairs
+    if reach is None or (ends.is_fresh and tokens <= reach):
         return chosen
-    last = torch.arange(call.tokens, device=until.device) - call.sizes.window + reach
-    before = _some(call.held.kept).position - call.start + reach
+    last = torch.arange(tokens, device=until.device) - sizes.window + reach
+    before = _some(held.kept).position - ends.start[:, None, None] + reach
     last = torch.cat([before.to(until.dtype), last.to(until.dtype).expand(before.shape[0], -1, -1)], -1)
     return chosen._replace(until=torch.minimum(until, last).clamp_min(0))
-
-
-def _final_states(
-    call: _Call, parts: Parts, new: Sequence[Tensor | None], rows: Tensor, leaving: Tensor, chosen: Selection
-) -> list[NearState]:
-    """The state of each part after the last real token of each text."""
-    window, pairs, held, n = call.sizes.most_window, call.sizes.most_pairs, call.held, call.tokens
-    kept, length = _some(held.kept), (call.start + call.real)[:, 0]
-    head, slot, own = call.sizes.ring
-    ring = call.row(call.real[:, 0] + (slot - length) % own, own)
-    of_kept, slot, own = call.sizes.kept
-    after = _of_slots(chosen.after.long(), of_kept, slot.expand(length.shape[0], -1))
-    source = torch.where(after < pairs, after + (window + n), call.row(after - pairs, own))
-    both, at = torch.cat([head, of_kept]), torch.cat([ring, source], 1)
-    pair_k, pair_v = (
-        _of_slots(torch.cat([before, _some(x), behind], 2), both, at).split([ring.shape[1], after.shape[1]], 1)
-        for before, x, behind in zip(held.ring[:2], new, kept[:2], strict=True)
-    )
-    came = call.start + torch.arange(n, device=rows.device) - call.sizes.window
-    position = torch.cat([kept.position, came.int().expand(*kept.position.shape[:2], -1)], 2)
-    score = torch.cat([kept.score, leaving], 2)
-    rings = pair_k[0], pair_v[0], _of_slots(rows, head, ring)
-    pairs_of = pair_k[1], pair_v[1], _of_slots(score, of_kept, after), _of_slots(position, of_kept, after)
-    sinks = _sinks(call, new)
-    return _split(parts, rings, pairs_of, sinks and SinkKeys(*(x.index_select(1, call.sizes.order) for x in sinks)),
-                  length[:, 0])  # fmt: skip
-
-
-def _of_slots(x: Tensor, head: Tensor, index: Tensor) -> Tensor:
-    """x [B, KV, m, ...] at index [B, S] of each slot's key head [S]: [B, S, ...]."""
-    at = index + head * x.shape[2]
-    x = x.flatten(1, 2)
-    return x.gather(1, at if x.ndim == 2 else at[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _sinks(call: _Call, new: Sequence[Tensor | None]) -> SinkKeys | None:
-    """The first tokens of each text, those of before or new ones."""
-    if call.held.sinks is None:
-        return None
-    wanted = torch.arange(call.spec.sinks, device=call.start.device) - call.start[:, 0]
-    is_new, index = (wanted >= 0) & (wanted < call.tokens), wanted.clamp(0, call.tokens - 1)
-    both = zip(call.held.sinks, new, strict=True)
-    return SinkKeys(*(torch.where(is_new[:, None, :, None], take_tokens(_some(x), index), old) for old, x in both))
 
 
 def _fresh(spec: NearSpec, sizes: HeadSizes, coded: Coded, score: Tensor, codec: PairCodec | None) -> NearState:
@@ -175,12 +102,11 @@ def _fresh(spec: NearSpec, sizes: HeadSizes, coded: Coded, score: Tensor, codec:
     def pairs(count: int) -> tuple[Tensor, Tensor]:
         return k.expand(*rows, count, -1), v.expand(*rows, count, -1)
 
-    slots = torch.arange(spec.pairs, device=score.device)
-    marks = torch.where(slots < sizes.surplus, SURPLUS, EMPTY).to(score.dtype).expand(*rows, -1)
-    places = slots.new_zeros(1, dtype=torch.int32).expand(*rows, spec.pairs)
+    marks, zero = sizes.marks.to(score.dtype).expand(*rows, -1), score.new_zeros(1)
+    places = zero.int().expand(*rows, spec.pairs)
     sinks = SinkKeys(*pairs(spec.sinks)) if spec.sinks else None
-    ring = NearRing(*pairs(spec.window), score.new_zeros(1).expand(*rows, spec.window))
-    return NearState(ring, sinks, KeptPairs(*pairs(spec.pairs), marks, places), slots.new_zeros(rows[0]))
+    ring = NearRing(*pairs(spec.window), zero.expand(*rows, spec.window))
+    return NearState(ring, sinks, KeptPairs(*pairs(spec.pairs), marks, places), sizes.order.new_zeros(rows[0]))
 
 
 @functools.lru_cache(maxsize=256)
