@@ -80,14 +80,11 @@ def launch_slots(tokens: int, new: tuple[torch.Tensor, torch.Tensor]) -> None:
     sizes = head_sizes(((tokens // 3, 7, (0, 2)), (5, tokens // 5, (1,))), torch.device("cpu"))
     marks, after = torch.empty(1, KV_HEADS, tokens), torch.zeros(1, KV_HEADS, 3, sizes.most_pairs, dtype=torch.int32)
 
-    def rows(count: int) -> list[torch.Tensor]:
-        return [torch.zeros(1, KV_HEADS, count, x.shape[3], dtype=x.dtype) for x in new]
+    def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = (torch.zeros(1, KV_HEADS, count, x.shape[3], dtype=x.dtype) for x in new)
+        return k, v
 
-    window, most, place = (
-        torch.zeros(1, KV_HEADS, sizes.most_window),
-        sizes.most_pairs,
-        torch.zeros(1, dtype=torch.int64),
-    )
+    window, place, most = torch.zeros(1, KV_HEADS, sizes.most_window), torch.zeros(1).long(), sizes.most_pairs
     kept = KeptPairs(*rows(most), torch.zeros(1, KV_HEADS, most), torch.zeros(1, KV_HEADS, most, dtype=torch.int32))
     held = NearState(NearRing(*rows(sizes.most_window), window), SinkKeys(*rows(4)), kept, place)
     for is_fresh in (True, False):
