@@ -25,7 +25,7 @@ PALE = ["#fbfbf3", "#56B4E9"]
 """From no to much, pale enough for black figures on it."""
 DIVERGING = ["#D55E00", "#f5f5f5", "#0072B2"]
 HEIGHT = 300
-LEGEND_WIDTH = 310
+LEGEND_WIDTH = 330
 """Pixels of a row of names, on a telephone."""
 LOG_RATIO = 4.0
 """Values this far apart are drawn on a logarithmic scale."""
@@ -76,7 +76,7 @@ def measured(chart: alt.Chart) -> alt.Chart:
         chart.transform_calculate(value="datum[choose_measure]")
         .transform_filter("isValid(datum.value)")
         .transform_calculate(
-            shown="format(datum.value, datum.value != 0 && abs(datum.value) < 0.01 ? '.0e' : '.2~g')",
+            shown="format(datum.value, datum.value != 0 && abs(datum.value) < 0.01 ? '.1~g' : '.2~g')",
         )
     )
 
