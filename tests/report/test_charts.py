@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lolcats.report import gather
+from lolcats.report.charts.kept import kept_figures
 from lolcats.report.charts.layers import layer_figures
 from lolcats.report.charts.quality import position_figure
 from lolcats.report.figure import Figure, show_cell
@@ -89,3 +90,13 @@ def test_what_is_drawn_on_logarithmic_axes_is_positive(run: Path) -> None:
                         assert all(value > 0 for value in values), (figure.key, axis)
                         checked += len(values)
     assert checked > 20
+
+
+def test_kept_pairs_have_a_mean(run: Path) -> None:
+    """Over the key heads that have to choose: 60 % of what the oracle keeps, where chance gives 22 or 23 of 180."""
+    (subject,) = gather([run])
+    assert subject.analysis is not None and subject.analysis.kept is not None
+    subject.analysis.kept[0].candidates = len(subject.analysis.kept[0].positions)
+    subject.analysis.kept[0].overlap_oracle = 1.0
+    figure = list(kept_figures([subject]))[-1]
+    assert figure.text.endswith("On average: 0.60 of the oracle's, by chance 0.12.")
