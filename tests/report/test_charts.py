@@ -11,6 +11,7 @@ from lolcats.report import gather
 from lolcats.report.charts.kept import kept_figures
 from lolcats.report.charts.layers import layer_figures
 from lolcats.report.charts.quality import position_figure
+from lolcats.report.charts.theme import look
 from lolcats.report.figure import Figure, show_cell
 from lolcats.report.sections import make_sections
 
@@ -90,6 +91,13 @@ def test_what_is_drawn_on_logarithmic_axes_is_positive(run: Path) -> None:
                         assert all(value > 0 for value in values), (figure.key, axis)
                         checked += len(values)
     assert checked > 20
+
+
+def test_many_lines_look_different() -> None:
+    """More than there are colours; shape tells them apart in the legend too."""
+    looks = look("line", [f"line {n}" for n in range(20)])
+    scales = [looks[name].to_dict()["scale"]["range"] for name in ("color", "shape")]
+    assert len(set(zip(*scales, strict=True))) == 20
 
 
 def test_kept_pairs_have_a_mean(run: Path) -> None:

@@ -118,7 +118,7 @@ def error_figure(subjects: Sequence[Subject]) -> Figure | None:
             x=alt.X(
                 "relative_error:Q",
                 title="error of attention, share of the teacher's output",
-                scale=alt.Scale(zero=False, padding=30),
+                scale=number_scale([row["relative_error"] for row in rows]),
             ),
             y=alt.Y("perplexity:Q", title="perplexity", scale=number_scale([row["perplexity"] for row in rows])),
             tooltip=["run:N", "relative_error:Q", "perplexity:Q"],

@@ -123,8 +123,10 @@ def look(
     """Colour, shape and dash of a field, each of which tells its values apart."""
     names = list(values)
     count = len(names)
+    # Where the colours begin anew, shapes and dashes are others than the first time.
     told = looks or [
-        (PALETTE[n % len(PALETTE)], SHAPES[n % len(SHAPES)], DASHES[n % len(DASHES)]) for n in range(count)
+        (PALETTE[n % len(PALETTE)], *(kinds[(n + n // len(PALETTE)) % len(kinds)] for kinds in (SHAPES, DASHES)))
+        for n in range(count)
     ]
     colors, shapes, dashes = (list(column) for column in zip(*told, strict=True))
     legend = alt.Legend(title=None, columns=columns, labelLimit=LEGEND_WIDTH // columns)
