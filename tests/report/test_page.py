@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
+from lolcats.report import gather
 from lolcats.report.charts.attention import LEVELS
+from lolcats.report.page import Content, render
+from lolcats.report.summary import summary
 
 from .conftest import Opened
 from .made import EVIL, make_map
@@ -33,6 +36,26 @@ def test_nothing_is_asked_for_and_nothing_goes_wrong(opened: Opened, page_file: 
     assert images and all(complete and width > 100 and alt for complete, width, alt in images)
     assert opened.wrong == []
     assert page_file.stat().st_size <= 5e6
+
+
+def test_nothing_is_hidden_on_a_desk(opened: Opened) -> None:
+    """Pictures are there to the last row, and benchmarks to the last column, which is the student's."""
+    hidden = "one => [one.scrollHeight - one.clientHeight, one.scrollWidth - one.clientWidth]"
+    for picture in opened.page.locator("figure > .scroll:has(> img)").all():
+        assert picture.evaluate(hidden)[0] <= 0
+    opened.page.set_viewport_size({"width": 1100, "height": 900})
+    assert opened.page.locator("#benchmarks .scroll").evaluate(hidden)[1] <= 0
+    opened.page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_cards_show_all_columns(open_page: Open, run: Path, tmp_path: Path) -> None:
+    """Of three runs beside each other, each with all controls."""
+    subjects, file = gather([run]), tmp_path / "cards.html"
+    file.write_text(render(subjects, Content([summary(one) for one in 3 * subjects], [], [], []), "files"))
+    page = open_page(file, 1200).page
+    tables = page.locator("#summary .scroll")
+    assert tables.count() >= 3
+    assert tables.evaluate_all("found => found.map(one => one.scrollWidth - one.clientWidth)") == [0] * tables.count()
 
 
 def test_texts_stay_texts(opened: Opened) -> None:

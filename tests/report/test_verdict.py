@@ -40,32 +40,35 @@ def test_far_half(value: float, kind: str, answer: str) -> None:
     subject.results.perplexity["near_only"] = value
     found = finding(subject, "far")
     assert (found.kind, found.answer) == (kind, answer)
-    assert f"Perplexity 11.41, without it {value:.2f}" in found.text and not found.command
+    assert f"Perplexity 11.41; without it {value:.2f}" in found.text and not found.command
+    assert found.text.endswith("% lower." if kind == "bad" else "% higher.")
 
 
 def test_far_half_by_the_kind_of_layer() -> None:
     """Its control is that of the layer: with kept pairs, without, and of the paper's layer; or there is none."""
-    assert finding(make_subject(), "far").text.endswith("12.11, +6.1 %.")
+    assert finding(make_subject(), "far").text.endswith("12.11, 6.1 % higher.")
     without_pairs = make_subject("linearization.kept.pairs=0")
-    assert finding(without_pairs, "far").text.endswith("13.53, +18.6 %.")
+    assert finding(without_pairs, "far").text.endswith("13.53, 18.6 % higher.")
     hybrid = Subject("x", Path("runs/x"), load_config("paper", ["model=demo"]), make_results())
-    assert finding(hybrid, "far").text.endswith("13.53, +18.6 %.")
+    assert finding(hybrid, "far").text.endswith("13.53, 18.6 % higher.")
     assert finding(hybrid, "pairs").answer == finding(without_pairs, "pairs").answer == "it keeps none"
     none = make_subject("linearization.far=none")
-    assert finding(none, "far").answer == "it has none"
-    assert finding(none, "pairs").text == "Perplexity 11.41, without them 13.53, +18.6 %."
+    assert finding(none, "far").answer == "it has none" and finding(none, "far").text.endswith("a pair or forgotten.")
+    assert finding(none, "pairs").text == "Perplexity 11.41; without them 13.53, 18.6 % higher."
+    bare = make_subject("linearization.far=none", "linearization.kept.pairs=0")
+    assert finding(bare, "far").text == "What leaves the window is forgotten."
     both = finding(make_subject(), "pairs").text
-    assert both == "Perplexity 12.11, without them 13.53, +11.7 %. Both without the far half."
+    assert both == "Perplexity 12.11; without them 13.53, 11.7 % higher. Both without the far half."
 
 
 def test_window(tmp_path: Path) -> None:
     """The trained window counts; without it the untrained does, with what is missing."""
     subject = make_subject()
     found = finding(subject, "window")
-    assert (found.kind, found.command) == ("good", "") and "trained as long: 12.27, +7.5 %" in found.text
+    assert (found.kind, found.command) == ("good", "") and "trained as long, has 12.27, 7.5 % higher." in found.text
     del subject.results.perplexity["trained_window"]
     found = finding(subject, "window")
-    assert "nothing trained: 12.57" in found.text and "No window was trained" in found.text and not found.command
+    assert "nothing trained, has 12.57" in found.text and "No window was trained" in found.text and not found.command
     (tmp_path / "controls" / "trained_window").mkdir(parents=True)
     (tmp_path / "controls" / "trained_window" / "adapter_config.json").write_text("{}")
     subject.model = tmp_path
@@ -73,7 +76,7 @@ def test_window(tmp_path: Path) -> None:
     assert "was not measured" in found.text
     assert found.command == ("lolcats evaluate runs/x --control trained_window --json runs/x/evaluate.json")
     subject.results.perplexity["equal_window"] = 11.0
-    assert finding(subject, "window").kind == "bad"
+    assert finding(subject, "window").kind == "bad" and "11.00, 3.6 % lower." in finding(subject, "window").text
 
 
 def test_a_control_from_another_text_says_so() -> None:
@@ -82,7 +85,8 @@ def test_a_control_from_another_text_says_so() -> None:
     del subject.results.perplexity["near_only"]
     scores = {"student": Score(perplexity=20.0), "near_only": Score(perplexity=25.0)}
     subject.evaluations = [EvaluateFile(file=Path("other.json"), length=512, scores=scores)]
-    assert finding(subject, "far").text == "Perplexity 20.00, without it 25.00, +25.0 % (other.json, 512 tokens)."
+    text = "Perplexity 20.00; without it 25.00, 25.0 % higher (other.json, 512 tokens)."
+    assert finding(subject, "far").text == text
 
 
 def test_nothing_measured_says_what_measures() -> None:
@@ -126,6 +130,20 @@ def test_length(student: tuple[float, ...], teacher: tuple[float, ...], answer: 
     assert (found.answer, found.kind, found.command) == (answer, kind, "")
 
 
+def test_length_has_its_numbers() -> None:
+    """The range that decides and that of training, each beside the teacher, whom a longer text may help more."""
+    student: dict[str, float] = {**dict(zip(PLACES, (12, 10, 10, 10, 10.2), strict=True))}
+    teacher: dict[str, float] = {**dict(zip(PLACES, (12, 9.9, 9, 8, 7.5), strict=True))}
+    found = finding(make_subject(evaluations=[evaluation(student, teacher)]), "length")
+    assert found.text == (
+        "It was trained on texts of 1,024 tokens. Perplexity is 10.20 (teacher 7.50) from 4,096 to 8,192; "
+        "it is 10.00 (teacher 9.90) from 512 to 1,024."
+    )
+    student["1024-2048"] = 14
+    found = finding(make_subject(evaluations=[evaluation(student, teacher)]), "length")
+    assert "Perplexity is 14.00 (teacher 9.00) from 1,024 to 2,048; it is 10.00" in found.text
+
+
 def test_length_that_was_not_tried() -> None:
     """Results of a run alone end where its training does."""
     found = finding(make_subject(), "length")
@@ -155,10 +173,25 @@ def test_recall(scores: dict[tuple[str, int], float], kind: str, answer: str) ->
         assert f"{100 * score:.0f} % found in {length:,} tokens" in found.text
 
 
+def test_recall_has_a_sentence_a_task() -> None:
+    """Both lengths of a task stand in it."""
+    cells = [Cell("student", task, length, 0.5, [], []) for task in ("passkey", "vt") for length in (1024, 4096)]
+    found = finding(make_subject(recalls=[RecallFile(file=Path("recall.json"), cells=cells)]), "recall")
+    sentence = "50 % found in 1,024 tokens, 50 % found in 4,096 tokens."
+    assert found.text == f"passkey: {sentence} vt: {sentence}"
+
+
 def test_worst_layers(tmp_path: Path) -> None:
-    """By relative error, with the mean of all."""
-    found = finding(make_subject(analysis=make_analysis(tmp_path)), "layers")
-    assert found.answer == "1, 2, 3" and "0.520, 0.330, 0.240" in found.text and "0.300" in found.text
+    """By relative error, with the mean of all; small ones have digits too."""
+    analysis = make_analysis(tmp_path)
+    found = finding(make_subject(analysis=analysis), "layers")
+    assert found.answer == "1, 2, 3" and "52 %, 33 %, 24 %" in found.text and "30 %" in found.text
+    errors = [0.00184, 0.0017, 0.001, 0.00005]
+    layers = [
+        layer.model_copy(update={"relative_error": e}) for layer, e in zip(analysis.layers or [], errors, strict=True)
+    ]
+    found = finding(make_subject(analysis=analysis.model_copy(update={"layers": layers})), "layers")
+    assert "0.18 %, 0.17 %, 0.10 %" in found.text and "0.11 %" in found.text
 
 
 def test_commands_can_be_pasted() -> None:

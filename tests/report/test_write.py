@@ -110,6 +110,19 @@ def test_several_side_by_side(tmp_path: Path) -> None:
     assert [summary(subject).unfinished != "" for subject in subjects] == [False, True]
 
 
+def test_the_summary_names_layer_and_text(run: Path) -> None:
+    """The sizes that the budget found, in a sentence; the text by its name, not by where it lies."""
+    (subject,) = gather([run])
+    assert "Window of 128 tokens" in summary(subject).about and "shared out among heads" in summary(subject).about
+    subject.results.split = [[[64, 0], [512, 96]]]
+    subject.results.measured_with = {"sources": ["/data/texts/wikitext.u16", "hf:x/y"]}
+    first = summary(subject)
+    assert first.about.endswith("sinks, 8 bits, keeps 0 to 96 pairs per key head, score learned, no far half.")
+    assert "demo. Window of 64 to 512 tokens" in first.about
+    assert first.quality_text.startswith("Text: wikitext.u16, hf:x/y, when it was made, 1,024 tokens")
+    assert first.memory_text.startswith("Memory of a text: ")
+
+
 def test_generations_are_parted_at_the_first_difference(run: Path) -> None:
     """By tokens where they are known, else by words."""
     (subject,) = gather([run])
@@ -229,28 +242,3 @@ def test_text_can_be_read(number: int) -> None:
         for ground in behind:
             low, high = sorted((luminance(found[text]), luminance(found[ground])))
             assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
-
-
-def drawn(spec: dict[str, Any], data: Any = None, encoding: Any = None) -> list[tuple[dict[str, Any], list[Any]]]:
-    """The encodings of all layers of a chart, each with its rows."""
-    data, own = spec.get("data", data), {**(encoding or {}), **spec.get("encoding", {})}
-    layers = [found for layer in spec.get("layer", ()) for found in drawn(layer, data, own)]
-    return layers or [(own, data.get("values", data.get("name")) if data else [])]
-
-
-def test_what_is_drawn_on_logarithmic_axes_is_positive(run: Path) -> None:
-    """One 0 in any layer of a chart, and all of it is drawn in one place."""
-    checked = 0
-    for section in make_sections(gather([run]), [])[0]:
-        for figure in section.figures:
-            spec = figure.spec or {}
-            layers = drawn(spec)
-            for axis in ("x", "y"):
-                told = [(encoding[axis], rows) for encoding, rows in layers if axis in encoding]
-                if any((one.get("scale") or {}).get("type") == "log" for one, _ in told):
-                    for one, rows in told:
-                        rows = spec["datasets"][rows] if isinstance(rows, str) else rows
-                        values = [row[one["field"]] for row in rows if row.get(one.get("field")) is not None]
-                        assert all(value > 0 for value in values), (figure.key, axis)
-                        checked += len(values)
-    assert checked > 20

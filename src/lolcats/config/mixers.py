@@ -227,6 +227,13 @@ class BlendConfig(LinearizationConfig):
             "far": "none" if self.far == "none" else f"{self.far}, one {self.state_dtype} state per {heads} head",
         }
 
+    def in_words(self) -> str:
+        """The same as one phrase, with what shares the budget where the sizes are not found yet."""
+        near, kept, far = (self.facts()[name] for name in ("near", "kept", "far"))
+        shared = f", shared out among {self.budget}" if self.searches else ""
+        far = "no far half" if self.far == "none" else f"far half {far}"
+        return f"{near[0].upper()}{near[1:]}, keeps {kept}{shared}, {far}"
+
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         if self.decay == "none" and self.far not in ("linear", "none", "delta"):

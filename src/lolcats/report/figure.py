@@ -93,7 +93,9 @@ def show_cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         size = abs(value)
-        return f"{value:,.2f}" if 100 <= size < 1e6 else f"{value:.3g}" if size and size < 1e-3 else f"{value:,.4g}"
+        if size < 1e6 and value.is_integer():
+            return f"{value:,.0f}"
+        return f"{value:,.2f}" if 100 <= size < 1e6 else f"{value:.3g}" if size < 1e-3 else f"{value:#,.4g}"
     return str(value)
 
 

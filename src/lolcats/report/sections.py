@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 
+from lolcats.evaluation.harness import Row
 from lolcats.report.charts.attention import TextMaps, attention_figure
 from lolcats.report.charts.curves import curve_figures
 from lolcats.report.charts.kept import kept_figures
@@ -108,6 +109,13 @@ def _perplexity_table(subjects: Sequence[Subject]) -> Figure | None:
     )
 
 
+def _uncertain(rows: Sequence[Row]) -> str:
+    """How much of a difference may be chance."""
+    shares = [score for row in rows for score in row.scores.values() if 0 <= score.mean <= 1]
+    errors = [score.stderr for score in shares if score.stderr is not None]
+    return f" Their standard error is at most {max(errors):.3f}." if errors else ""
+
+
 def _benchmark_table(subjects: Sequence[Subject]) -> Figure | None:
     """A row a task, a column a variant; shares as shares."""
     found = [(s.name, row) for s in subjects for file in s.benchmarks for row in file.rows]
@@ -122,7 +130,7 @@ def _benchmark_table(subjects: Sequence[Subject]) -> Figure | None:
     return Figure(
         key="benchmarks",
         title="Benchmarks",
-        text="Of lm-eval; shares of right answers are between 0 and 1.",
+        text="Of lm-eval; shares of right answers are between 0 and 1." + _uncertain([row for _, row in found]),
         alt="Benchmarks by run and task.",
         table=Table(["run", "task", "metric", "shots", "questions", *map(short_label, variants)], rows),
     )

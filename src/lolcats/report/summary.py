@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from lolcats.config.mixers import BlendConfig
 from lolcats.printable import show_bytes
 from lolcats.report.subject import Subject
 from lolcats.report.verdict import Finding, verdict
@@ -48,17 +50,29 @@ def summary(subject: Subject) -> Summary:
     where = ", ".join(filter(None, (results.device, results.dtype, results.date)))
     return Summary(
         name=subject.name,
-        about=f"Teacher {results.model or subject.config.model}. {subject.config.linearization.in_words()}.",
+        about=f"Teacher {results.model or subject.config.model}. {_layer(subject)}.",
         unfinished=subject.unfinished,
         findings=verdict(subject),
         quality=quality,
         quality_text="" if scores is None else f"Text: {_text(subject, scores.text)}. {where}",
         memory=[] if subject.sizes is None else [_memory_row(*row) for row in subject.sizes.memory()],
-        memory_text="" if results.memory is None else f"{results.memory.line()}.",
+        memory_text="" if results.memory is None else f"{_capital(results.memory.line())}.",
         cost=list(_cost(subject)),
         lacking=lacking,
         notes=[*subject.notes, *_notes(subject), *results.data_notes],
     )
+
+
+def _layer(subject: Subject) -> str:
+    """The layer in words, with the sizes that its budget found."""
+    layer, split = subject.config.linearization, subject.results.split
+    if isinstance(layer, BlendConfig) and layer.searches and split is not None:
+        layer = layer.model_copy(update={"split": split})
+    return layer.in_words()
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _advice(subject: Subject, name: str) -> tuple[str, str]:
@@ -75,8 +89,11 @@ def _notes(subject: Subject) -> Iterator[str]:
 
 
 def _text(subject: Subject, text: str) -> str:
-    tokens = subject.results.evaluation.tokens
-    return text + (f", {tokens:,} counted" if tokens is not None else "")
+    results = subject.results
+    sources = [Path(str(source)) for source in results.measured_with.get("sources") or []]
+    names = ", ".join(source.name if source.is_absolute() else str(source) for source in sources)
+    counted = f", {results.evaluation.tokens:,} counted" if results.evaluation.tokens is not None else ""
+    return f"{names}, {text}{counted}" if names and results.perplexity else f"{text}{counted}"
 
 
 def _memory_row(tokens: int, teacher: int, own: int) -> tuple[str, str, str, str]:

@@ -53,8 +53,8 @@ def against_window(subject: Subject) -> Finding:
         if (pair := _pair(subject, "student", control)) is None:
             continue
         kind = _compare(pair)
-        says = {"good": "lower than", "bad": "higher than", "same": "about that of"}[kind]
-        text = f"Perplexity {show_number(pair.own)}, {says} a window of the same bytes, {trained}: {_change(pair)}."
+        text = f"Perplexity {show_number(pair.own)} (lower is better); a window of the same bytes, {trained}, has "
+        text += f"{_change(pair)}."
         lacking = control != TRAINED_WINDOW and subject.config.finetune.enabled
         why, command = subject.window_advice if lacking else ("", "")
         text = f"{text} {why}".strip()
@@ -64,9 +64,10 @@ def against_window(subject: Subject) -> Finding:
 
 def far_half(subject: Subject) -> Finding:
     """Whether the linear half helps."""
-    key, question = "far", "Does the far half help?"
+    key, question = "far", "Does the far half, the linear state, help?"
     if not subject.has_far:
-        return Finding(key, question, "plain", "it has none", "Its layers have no far half.")
+        lost = "kept as a pair or forgotten" if subject.keeps_pairs else "forgotten"
+        return Finding(key, question, "plain", "it has none", f"What leaves the window is {lost}.")
     if (pair := _pair(subject, "student", subject.without_far)) is None:
         return _not_measured(key, question, subject.evaluate_command(subject.without_far))
     return Finding(key, question, kind := _compare(pair), _ANSWERS[kind], _without(pair, "it"))
@@ -96,16 +97,16 @@ def length(subject: Subject) -> Finding:
     if longest is None:
         return _not_measured(key, question, command)
     end = max(end for _, end in ranges(longest))
+    text = f"It was trained on texts of {trained:,} tokens"
     if end <= trained:
-        text = f"Its training had texts of {trained:,} tokens; longer ones than {end:,} were not measured."
+        text += f"; longer ones than {end:,} were not measured."
         return Finding(key, question, "unknown", f"{end:,} tokens were tried", text, command)
     good = good_up_to(longest, trained)
+    # The range that decides: the first that is worse, else the last one.
+    decides = next((part for part in ranges(longest) if part[0] >= good), ranges(longest)[-1])
+    text += f". {_in_range(longest, decides, 'Perplexity')}; {_in_range(longest, reference(longest, trained), 'it')}."
     if good >= end:
-        text = f"Its predictions are as good as in training, of texts of {trained:,} tokens, in the longest measured."
         return Finding(key, question, "good", f"{end:,} tokens at least", text)
-    first = next(part for part in ranges(longest) if part[0] >= good)
-    now = show_number(longest.by_position["student"]["{}-{}".format(*first)])
-    text = f"Its training had texts of {trained:,} tokens. From {first[0]:,} to {first[1]:,} perplexity is {now}."
     return Finding(key, question, "good" if good > trained else "mixed", f"up to {good:,} tokens", text)
 
 
@@ -120,11 +121,13 @@ def recall_left(subject: Subject) -> Finding:
     for task in tasks:
         lengths = sorted(length for variant, other, length in cells if (variant, other) == ("student", task))
         within = [length for length in lengths if length <= subject.trained_length]
+        found = []
         for tokens in dict.fromkeys([within[-1] if within else lengths[0], lengths[-1]]):
             row = {variant: cells.get((variant, task, tokens)) for variant in ("student", "teacher", *_WINDOWS)}
-            lines.append(_recall_line(task, tokens, row))
+            found.append(_recall_words(tokens, row))
             if row["teacher"] is not None and row["student"] is not None:
                 kept.append(row["student"].score / row["teacher"].score if row["teacher"].score else 1.0)
+        lines.append(f"{task}: {', '.join(found)}.")
     kind, answer = _recall_answer(kept)
     return Finding(key, question, kind, answer, " ".join(lines))
 
@@ -137,8 +140,8 @@ def worst_layers(subject: Subject) -> Finding:
         return _not_measured(key, question, shlex.join(["lolcats", "report", str(subject.place)]))
     worst = sorted(found, reverse=True)[:WORST]
     mean = sum(error for error, _ in found) / len(found)
-    errors = ", ".join(f"{error:.3f}" for error, _ in worst)
-    text = f"Error of attention as a share of the teacher's output: {errors}; the mean over layers is {mean:.3f}."
+    errors = ", ".join(_share(error) for error, _ in worst)
+    text = f"Error of attention as a share of the teacher's output: {errors}; the mean over layers is {_share(mean)}."
     return Finding(key, question, "plain", ", ".join(str(number) for _, number in worst), text)
 
 
@@ -147,17 +150,22 @@ def ranges(scores: Scores) -> list[tuple[int, int]]:
     return sorted((int(a), int(b)) for a, _, b in (name.partition("-") for name in scores.by_position["student"]))
 
 
+def reference(scores: Scores, trained: int) -> tuple[int, int]:
+    """The last range within the texts of training, by which longer ones are judged."""
+    found = ranges(scores)
+    return max((part for part in found if part[1] <= trained), default=found[0])
+
+
 def good_up_to(scores: Scores, trained: int) -> int:
     """The end of the last range up to which all beyond training are as good as the last range within it.
 
     As good is a perplexity, or within the context of the teacher a ratio to the teacher's, of at most `AS_GOOD` times
     what it is there: the text differs from range to range, and beyond its context the teacher is no measure.
     """
-    found = ranges(scores)
-    reference = max((r for r in found if r[1] <= trained), default=found[0])
-    good = reference[1]
-    for part in (part for part in found if part[0] >= reference[1]):
-        own, ratio = (_over(scores, part, reference, by) for by in (None, "teacher"))
+    known = reference(scores, trained)
+    good = known[1]
+    for part in (part for part in ranges(scores) if part[0] >= known[1]):
+        own, ratio = (_over(scores, part, known, by) for by in (None, "teacher"))
         inside = scores.context is None or part[1] <= scores.context
         if not ((own is not None and own <= AS_GOOD) or (inside and ratio is not None and ratio <= AS_GOOD)):
             break
@@ -167,6 +175,19 @@ def good_up_to(scores: Scores, trained: int) -> int:
 
 _WINDOWS = (TRAINED_WINDOW, EQUAL_WINDOW)
 _ANSWERS: dict[Kind, str] = {"good": "yes", "bad": "no", "same": "no difference"}
+
+
+def _in_range(scores: Scores, part: tuple[int, int], what: str) -> str:
+    """The student's perplexity in a range of positions, beside the teacher's."""
+    own, teacher = (scores.by_position.get(name, {}).get("{}-{}".format(*part)) for name in ("student", "teacher"))
+    beside = "" if teacher is None else f" (teacher {show_number(teacher)})"
+    return f"{what} is {show_number(own)}{beside} from {part[0]:,} to {part[1]:,}"
+
+
+def _share(error: float) -> str:
+    """A share in percent, of two digits or more however small it is."""
+    percent = 100 * error
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:#.2g} %"
 
 
 def _over(scores: Scores, part: tuple[int, int], reference: tuple[int, int], by: str | None) -> float | None:
@@ -205,22 +226,23 @@ def _compare(pair: _Pair) -> Kind:
 
 
 def _change(pair: _Pair) -> str:
-    return f"{show_number(pair.other)}, {100 * (pair.other / pair.own - 1):+.1f} %{pair.where}"
+    change = 100 * (pair.other / pair.own - 1)
+    return f"{show_number(pair.other)}, {abs(change):.1f} % {'higher' if change >= 0 else 'lower'}{pair.where}"
 
 
 def _without(pair: _Pair, what: str) -> str:
-    return f"Perplexity {show_number(pair.own)}, without {what} {_change(pair)}."
+    return f"Perplexity {show_number(pair.own)}; without {what} {_change(pair)}."
 
 
-def _recall_line(task: str, tokens: int, row: dict[str, Cell | None]) -> str:
-    """One sentence on a task at one length."""
+def _recall_words(tokens: int, row: dict[str, Cell | None]) -> str:
+    """What was found at one length."""
     student = row["student"]
     assert student is not None
     others = [("teacher", row["teacher"])]
     others.append(next((("trained window" if n == TRAINED_WINDOW else "window", c) for n in _WINDOWS if (c := row[n])),
                        ("window", None)))  # fmt: skip
     compared = ", ".join(f"{name} {100 * cell.score:.0f}" for name, cell in others if cell is not None)
-    return f"{task}: {100 * student.score:.0f} % found in {tokens:,} tokens" + (f" ({compared})." if compared else ".")
+    return f"{100 * student.score:.0f} % found in {tokens:,} tokens" + (f" ({compared})" if compared else "")
 
 
 def _recall_answer(kept: Sequence[float]) -> tuple[Kind, str]:

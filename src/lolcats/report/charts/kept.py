@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 import altair as alt
 
+from lolcats.evaluation.analysis.file import KeptAnalysis
 from lolcats.report.charts.theme import VERMILLION, base, choice, chosen, finished
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
@@ -38,12 +40,27 @@ def kept_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
         key="kept_sums",
         title="How the kept pairs do",
         text="How many steps a pair stays on average; and the share of what the oracle, the attention that later "
-        "queries give, or plain recency would keep that is kept here too. By chance it would be pairs / candidates.",
+        "queries give, or plain recency would keep that is kept here too. By chance it would be pairs / candidates."
+        f"{_means(known)}",
         alt="Kept pairs by layer and key head.",
         table=Table(
             ["run", "layer", "key head", "pairs", "candidates", "stays, steps", "as the oracle", "as recency"], rows
         ),
     )
+
+
+def _means(known: Sequence[tuple[str, KeptAnalysis]]) -> str:
+    """The means over the key heads of each run that have to choose."""
+    words = ""
+    several = len({run for run, _ in known}) > 1
+    for run in dict.fromkeys(run for run, _ in known):
+        chosen = [kept for name, kept in known if name == run and len(kept.positions) < kept.candidates]
+        oracle = [kept.overlap_oracle for kept in chosen if kept.overlap_oracle is not None]
+        if oracle:
+            chance = fmean(len(kept.positions) / kept.candidates for kept in chosen)
+            words += f" {f'{run}, on' if several else 'On'} average: {fmean(oracle):.2f} of the oracle's, "
+            words += f"by chance {chance:.2f}."
+    return words
 
 
 def _pairs_figure(drawn: list[dict[str, Any]]) -> Figure:

@@ -27,6 +27,7 @@ LAYER_MEASURES = {
     "error": "error, mean square",
     "entropy": "entropy of the teacher's attention, nats",
 }
+NOW = "student"
 EARLIER = {"error_before": "nothing trained", "error_transfer": "after stage 1"}
 """Errors of a layer from before it was what it is."""
 HEAD_MEASURES = {
@@ -43,6 +44,7 @@ HEAD_MEASURES = {
     "pairs": "kept pairs",
 }
 """What a head says of itself -> what people call it."""
+STAGES = {"transfer": "stage 1", "finetune": "stage 2"}
 MOST_VALIDATIONS = 24
 """Of a run, whose layers are on the page."""
 MOST_FIGURES = 16
@@ -80,24 +82,25 @@ def _head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def _layer_figure(rows: list[dict[str, Any]]) -> Figure:
-    """A line a run, and of the error two more: with nothing trained, and after stage 1."""
-    drawn = [
-        _point(row, name, row[name], "student") for row in rows for name in LAYER_MEASURES if row[name] is not None
-    ]
+    """A line a run; its errors with nothing trained and after stage 1 beside it, of several runs to be chosen."""
+    drawn = [_point(row, name, row[name], NOW) for row in rows for name in LAYER_MEASURES if row[name] is not None]
     drawn += [point for row in rows for name, label in EARLIER.items() for point in _earlier(row, name, label)]
     several = len({row["run"] for row in rows}) > 1
     for point in drawn:
-        point["line"] = ", ".join(point.pop(name) for name in (("run", "kind") if several else ("kind",)))
+        run, kind = point.pop("run"), point.pop("kind")
+        point["line"] = run if several else kind
+        if several and kind != NOW:
+            point["measure"] += f", {kind}"
     known = sorted((r for r in rows if r["relative_error"] is not None), key=lambda r: -r["relative_error"])
     worst = list(dict.fromkeys(row["layer"] for row in known))[:3]
     words = f"Error by layer, as a share of the teacher's output: {spread_words([r['relative_error'] for r in rows])}; "
     words += f"the worst are layers {', '.join(map(str, worst))}."
-    labels = list(LAYER_MEASURES.values())
+    labels = list(dict.fromkeys(point["measure"] for point in drawn))
     layers = joined(
         base(drawn).transform_filter(chosen("measure")),
         look("line", list(dict.fromkeys(point["line"] for point in drawn))),
         x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
-        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
+        y=alt.Y("value:Q", title=None, scale=number_scale([point["value"] for point in drawn], zero=True)),
         tooltip=["line:N", "measure:N", "layer:Q", "value:Q"],
     ).add_params(choice("choose_measure", "show", labels))
     return Figure(
@@ -215,24 +218,30 @@ def _validated(subject: Subject) -> Iterator[dict[str, Any]]:
             }
 
 
+def _moment(row: dict[str, Any], several: bool) -> str:
+    """A validation for people; every run has its own steps."""
+    when = f"{STAGES.get(row['stage'], row['stage'])}, step {row['step']:,}"
+    return f"{row['run']}, {when}" if several else when
+
+
 def _validation_figure(rows: list[dict[str, Any]]) -> Figure:
     """Error by layer at each validation of training."""
-    runs = list(dict.fromkeys(row["run"] for row in rows))
-    drawn = [row | {"at": f"{row['stage']}, step {row['step']:,}"} for row in rows]
+    several = len({row["run"] for row in rows}) > 1
+    drawn = [row | {"at": _moment(row, several)} for row in rows]
     last = [row["error"] for row in rows if (row["stage"], row["step"]) == (rows[-1]["stage"], rows[-1]["step"])]
     words = f"Error by linearized layer at validations; {spread_words(last)} at the last."
-    chart = base(drawn).transform_filter(chosen("at", "run"))
+    chart = base(drawn).transform_filter(chosen("at"))
     bars = chart.mark_bar(color="#56B4E9").encode(
         x=alt.X("layer:O", title="linearized layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("error:Q", title="mean squared error"),
         tooltip=["layer:O", "error:Q"],
     )
-    steps = list(dict.fromkeys(row["at"] for row in reversed(drawn)))
-    bars = bars.add_params(choice("choose_at", "at", steps), choice("choose_run", "of", runs))
+    bars = bars.add_params(choice("choose_at", "at", list(dict.fromkeys(row["at"] for row in reversed(drawn)))))
     return Figure(
         key="layers_in_training",
         title="Error by layer in training",
-        text="Of the output of attention on text that was held out, as the stages themselves validate it.",
+        text="Of the output of attention on text that was held out, as the stages themselves validate it: not as a "
+        "share of that output, so layers with large outputs stand out.",
         alt=words,
         table=Table(list(rows[0]), [list(row.values()) for row in rows]),
         spec=finished(bars, words),

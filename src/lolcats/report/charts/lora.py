@@ -9,7 +9,18 @@ from typing import Any
 
 import altair as alt
 
-from lolcats.report.charts.theme import PALE, base, choice, chosen, finished, joined, look, measured, thinned
+from lolcats.report.charts.theme import (
+    PALE,
+    base,
+    choice,
+    chosen,
+    finished,
+    joined,
+    look,
+    measured,
+    number_scale,
+    thinned,
+)
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 
@@ -169,7 +180,7 @@ def _error_figure(rows: list[dict[str, Any]]) -> Figure:
         base(drawn),
         look("line", list(dict.fromkeys(row["line"] for row in drawn))),
         x=alt.X("layer:Q", title="linearized layer", axis=alt.Axis(tickMinStep=1, format="d")),
-        y=alt.Y("error:Q", title="mean squared error", scale=alt.Scale(zero=True)),
+        y=alt.Y("error:Q", title="mean squared error", scale=number_scale([row["error"] for row in rows], zero=True)),
         tooltip=["line:N", "layer:Q", "error:Q"],
     )
     return Figure(

@@ -68,7 +68,8 @@ def _memory_figure(key: str, title: str, axis: str, rows: list[dict[str, Any]], 
     drawn: list[dict[str, Any]] = [
         row | {"asked": f"{row['task']}, {row['length']:,} tokens" if "task" in row else axis} for row in rows
     ]
-    labels = list(dict.fromkeys(row["asked"] for row in drawn))
+    longest = sorted(drawn, key=lambda row: -row.get("length", 0))
+    labels = list(dict.fromkeys(row["asked"] for row in longest))
     values: list[float] = [row["value"] for row in rows]
     tokens = [row["kv_tokens"] for row in rows]
     words = f"{title}: {axis} {spread_words(values)}, at {spread_words(tokens)} KV tokens of the teacher."

@@ -24,10 +24,13 @@ from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 from lolcats.variants import ordered, short_label
 
+PERPLEXITY, RATIO = "perplexity", "ratio to the teacher's"
+"""What perplexity by position can be shown as."""
+
 
 def position_figure(subjects: Sequence[Subject]) -> Figure | None:
     """Perplexity of every variant by the place of a token in its text, for each text that was measured."""
-    rows = [row for subject in subjects for row in _positions(subject)]
+    rows = [row for subject in subjects for row in _positions(subject, several=len(subjects) > 1)]
     if not rows:
         return None
     texts = sorted(
@@ -38,13 +41,17 @@ def position_figure(subjects: Sequence[Subject]) -> Figure | None:
     words += f"{', '.join(map(short_label, names))}."
     trained = {subject.name: subject.trained_length for subject in subjects}
     ends = [{"text": text, "at": trained[next(r["run"] for r in rows if r["text"] == text)]} for text in texts]
-    layers = _by_position(rows, names, ends).add_params(choice("choose_text", "text", texts))
+    drawn = [*_ratios(rows), *(row | {"measure": PERPLEXITY, "value": row["perplexity"]} for row in rows)]
+    layers = _by_position(drawn, names, ends).add_params(
+        choice("choose_measure", "show", list(dict.fromkeys(row["measure"] for row in drawn))),
+        choice("choose_text", "text", texts),
+    )
     columns = ["run", "text", "variant", "start", "end", "perplexity"]
     return Figure(
         key="perplexity_by_position",
         title="Perplexity by position",
         text="The further a token stands in its text, the more there is to remember. Each point is a range of "
-        "positions, at its end; the dotted line is the length of the texts of training.",
+        "positions, at its end; the dotted line is the length of the texts of training. The teacher's ratio is 1.",
         alt=words,
         table=Table(columns, [[row[name] for name in columns] for row in rows]),
         spec=finished(layers, words),
@@ -56,10 +63,10 @@ def _by_position(rows: list[dict[str, Any]], names: list[str], ends: list[dict[s
     drawn = [row | {"line": short_label(row["variant"])} for row in rows]
     looks = [VARIANT_LOOK.get(name, (INK, "circle", [1, 0])) for name in names]
     lines = joined(
-        base(drawn).transform_filter(chosen("text")),
+        base(drawn).transform_filter(chosen("text", "measure")),
         look("line", [short_label(name) for name in names], looks),
         x=alt.X("end:Q", title="tokens read, up to", scale=alt.Scale(type="log", base=2, nice=False)),
-        y=alt.Y("perplexity:Q", title="perplexity", scale=number_scale([row["perplexity"] for row in rows])),
+        y=alt.Y("value:Q", title=None, scale=number_scale([row["value"] for row in rows])),
         tooltip=["line:N", "start:Q", "end:Q", "perplexity:Q"],
     )
     trained = alt.Tooltip("at:Q", title="texts of the training, tokens")
@@ -67,13 +74,23 @@ def _by_position(rows: list[dict[str, Any]], names: list[str], ends: list[dict[s
     return alt.layer(rule, lines)
 
 
-def _positions(subject: Subject) -> Iterator[dict[str, Any]]:
+def _ratios(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every perplexity over the teacher's in the same range of the same text, where that is known."""
+    teacher = {(row["text"], row["start"]): row["perplexity"] for row in rows if row["variant"] == "teacher"}
+    for row in rows:
+        if row["perplexity"] is not None and (base := teacher.get((row["text"], row["start"]))):
+            yield row | {"measure": RATIO, "value": row["perplexity"] / base}
+
+
+def _positions(subject: Subject, several: bool) -> Iterator[dict[str, Any]]:
+    """A row a variant and range; `several` runs are told apart in the names of their texts."""
     for scores in subject.scores():
         for variant in ordered(scores.by_position):
             for name, value in scores.by_position[variant].items():
                 start, _, end = name.partition("-")
                 yield {
-                    "run": subject.name, "text": f"{subject.name}, {scores.text}", "variant": variant,
+                    "run": subject.name, "variant": variant,
+                    "text": f"{subject.name}, {scores.text}" if several else scores.text,
                     "start": int(start), "end": int(end), "perplexity": value,
                 }  # fmt: skip
 
@@ -101,7 +118,7 @@ def error_figure(subjects: Sequence[Subject]) -> Figure | None:
             x=alt.X(
                 "relative_error:Q",
                 title="error of attention, share of the teacher's output",
-                scale=alt.Scale(zero=False, padding=30),
+                scale=number_scale([row["relative_error"] for row in rows]),
             ),
             y=alt.Y("perplexity:Q", title="perplexity", scale=number_scale([row["perplexity"] for row in rows])),
             tooltip=["run:N", "relative_error:Q", "perplexity:Q"],

@@ -25,7 +25,7 @@ PALE = ["#fbfbf3", "#56B4E9"]
 """From no to much, pale enough for black figures on it."""
 DIVERGING = ["#D55E00", "#f5f5f5", "#0072B2"]
 HEIGHT = 300
-LEGEND_WIDTH = 310
+LEGEND_WIDTH = 330
 """Pixels of a row of names, on a telephone."""
 LOG_RATIO = 4.0
 """Values this far apart are drawn on a logarithmic scale."""
@@ -76,7 +76,7 @@ def measured(chart: alt.Chart) -> alt.Chart:
         chart.transform_calculate(value="datum[choose_measure]")
         .transform_filter("isValid(datum.value)")
         .transform_calculate(
-            shown="format(datum.value, datum.value != 0 && abs(datum.value) < 0.01 ? '.0e' : '.2~g')",
+            shown="format(datum.value, datum.value != 0 && abs(datum.value) < 0.01 ? '.1~g' : '.2~g')",
         )
     )
 
@@ -123,8 +123,10 @@ def look(
     """Colour, shape and dash of a field, each of which tells its values apart."""
     names = list(values)
     count = len(names)
+    # Where the colours begin anew, shapes and dashes are others than the first time.
     told = looks or [
-        (PALETTE[n % len(PALETTE)], SHAPES[n % len(SHAPES)], DASHES[n % len(DASHES)]) for n in range(count)
+        (PALETTE[n % len(PALETTE)], *(kinds[(n + n // len(PALETTE)) % len(kinds)] for kinds in (SHAPES, DASHES)))
+        for n in range(count)
     ]
     colors, shapes, dashes = (list(column) for column in zip(*told, strict=True))
     legend = alt.Legend(title=None, columns=columns, labelLimit=LEGEND_WIDTH // columns)
