@@ -102,6 +102,21 @@ def test_names_that_are_missing_are_told() -> None:
     assert missing_names(needed) == ["warp_specialize(x,y)", "nothing|none", "gluon.x", "triton.nowhere"]
 
 
+@pytest.mark.parametrize(("segments", "split"), [(3, 2), (2, 5), (1, 2)])
+def test_states_before_segments(segments: int, split: int) -> None:
+    """Sums of pieces are added up; on a CPU by Triton's interpreter."""
+    from lolcats.ops.hybrid.kernels.segment import scan_pieces
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.randn(2, segments - 1, split, 128 * 129, device=device)
+    before = torch.full((2, segments, 128 * 128), torch.nan, dtype=torch.bfloat16, device=device)
+    before_sum = torch.full((2, segments, 128), torch.nan, device=device)
+    segment_launch.on(scan_pieces, (2, 33))(sums, before, before_sum, segments, split, MOST=5, BLOCK=512)
+    want = torch.cat([torch.zeros(2, 1, 128 * 129, device=device), sums.sum(2)], 1).cumsum(1)
+    torch.testing.assert_close(before.float(), want[..., : 128 * 128], rtol=2 * BFLOAT16, atol=1e-5)
+    torch.testing.assert_close(before_sum, want[..., 128 * 128 :], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_kernels_compile(tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]

@@ -436,4 +436,6 @@ def scan_pieces(sums, before, before_sum, segments, split, MOST: tl.constexpr, B
         if segment < segments - 1:
             for j in tl.static_range(MOST):
                 piece = (head * (segments - 1) + segment) * split + j
-                carry += tl.load(sums + piece * 128 * 129 + index, mask=inside & (j < split), other=0.0)
+                carry += tl.load(
+                    sums + piece * 128 * 129 + index, mask=index < tl.where(j < split, 128 * 129, 0), other=0.0
+                )
