@@ -26,18 +26,17 @@ Shapes: q, out [B, H, N, 128]; k, v [B, KV, N, 128]; maps [heads 128, 64]; state
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from typing import Any
 
+import triton
+import triton.experimental.gluon as gluon
+import triton.experimental.gluon.language as gl
+import triton.experimental.gluon.language.nvidia.hopper as hopper
+import triton.experimental.gluon.nvidia.hopper as host
+import triton.language as tl
+
+fence_async_shared, mbarrier, tma = hopper.fence_async_shared, hopper.mbarrier, hopper.tma
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 # The names of Triton 3.6, or later ones.
 meet = getattr(gl, "thread_barrier", None) or gl.barrier
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -62,6 +61,12 @@ ONES = gl.constexpr(gl.NVMMASharedLayout.get_default_for([8, 64], gl.bfloat16))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FILL = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+
+
+def described(x: Any, block: list[int]) -> Any:
+    """A descriptor of x for tiles of the shape `block`; Gluon wants to know how they lie in shared memory."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return host.TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 @gluon.jit

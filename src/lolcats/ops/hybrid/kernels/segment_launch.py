@@ -88,14 +88,14 @@ def _has(found: Any, name: str) -> bool:
 
 def run_segments(p: Plan, x: Operands) -> Tensor:
     """The output [B, H, N, Dv] of a call that `refusal` has nothing against."""
-    from lolcats.ops.hybrid.kernels.segment import segment_forward  # it imports what other versions of Triton lack
+    from lolcats.ops.hybrid.kernels.segment import described, segment_forward  # it needs what other Tritons lack
 
     device = x.q.device
     out = torch.empty(p.batch, p.tokens, p.heads, p.dv, dtype=x.v.dtype, device=device).transpose(1, 2)
     groups, segments = p.segments(p.heads)
     blocks = 2 * groups
-    q, k, v, result = (_described(t, [1, 1, 64, 128]) for t in (x.q, x.k, x.v, out))
-    map_q, map_k = (_described(t.view(-1, p.width), [128, 64]) for t in (x.map_q, x.map_k))
+    q, k, v, result = (described(t, [1, 1, 64, 128]) for t in (x.q, x.k, x.v, out))
+    map_q, map_k = (described(t.view(-1, p.width), [128, 64]) for t in (x.map_q, x.map_k))
     before, before_sum = _states(p, k, v, map_k, device, blocks, segments)
     factor = torch.zeros_like(x.window_factor) if x.factor is None else x.factor
     on(segment_forward, (p.heads, segments, p.batch))(
@@ -125,12 +125,3 @@ def _states(
         sums, before, before_sum, segments, split, MOST=MOST_PIECES.value, BLOCK=512, num_warps=4
     )
     return before, before_sum
-
-
-def _described(x: Tensor, block: list[int]) -> Any:
-    """A descriptor of x for tiles of the shape `block`, which Gluon wants to know the layout of."""
-    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = NVMMASharedLayout.get_default_for(block, bfloat16)  # type: ignore[operator]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
