@@ -87,7 +87,11 @@ def _has(found: Any, name: str) -> bool:
 
 
 def run_segments(p: Plan, x: Operands) -> Tensor:
-    """The output [B, H, N, Dv] of a call that `refusal` has nothing against."""
+    """The output [B, H, N, Dv] of a call that `refusal` has nothing against.
+
+    Segments are cut so that there are programs for all multiprocessors, fewer of a text where there are more texts: the
+    bits of a row are the same again in a batch of the same shape, and in others differ by rounding.
+    """
     from lolcats.ops.hybrid.kernels.segment import described, segment_forward  # it needs what other Tritons lack
 
     device = x.q.device
