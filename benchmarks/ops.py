@@ -1,7 +1,8 @@
 """Hybrid attention by the Triton kernels, feature maps included, against other attention: a dated table on a GPU.
 
 python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads 32] [--kv-heads 8] [--size 128]
-    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--fold 1 16] [--no-peers] [--json FILE]
+    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--fold 1 16] [--batch 1] [--no-peers] [--both]
+    [--json FILE]
 
 Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
 form on the same numbers; a result that is off stops the program. The peers, where they are installed: SDPA with flash
@@ -17,9 +18,11 @@ import datetime
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as nnf
@@ -29,9 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lolcats.evaluation.speed.clock import copy_bandwidth
 from lolcats.models.device import describe_device
 from lolcats.ops import HybridSpec, MapWeights, hybrid_attention, hybrid_step
+from lolcats.ops.hybrid.kernels import segment_launch
 
 REPLAYS, LEAST, SECONDS = 30, 5, 2.0
 """Replays of one measurement: at most REPLAYS, fewer where they take longer than SECONDS, never less than LEAST."""
+segments_from = functools.partial(mock.patch.object, segment_launch, "SHORTEST")
+"""Inside `segments_from(n)`, forward passes that can go by segments do so from n tokens on."""
 
 
 def time_graph(run: Callable[[], Any]) -> float:
@@ -93,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
     for impl in ("triton", "chunked"):
         out = x.hybrid(impl)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), x.leaves)])
+        with torch.no_grad(), segments_from(1):
+            results[-1].append(x.hybrid(impl))
     for index, (got, want) in enumerate(zip(*results, strict=True)):
         error = float((got - want).detach().float().norm() / want.detach().float().norm())
         if not error <= 0.02:
@@ -181,9 +189,12 @@ def _window_mask(n: int, window: int, size: int = 128) -> Any:
 def forward_row(n: int, args: argparse.Namespace) -> dict[str, Any]:
     """Forward passes at one length, and the bytes a second that the kernels move of what they must move."""
     torch.compiler.reset()  # each length is compiled anew, and there is a limit on that
-    x = Inputs(n, args)
+    x = Inputs(n, args, batch=args.batch)
     with torch.no_grad():
         row: dict[str, Any] = {"pass": "forward", "tokens": n, "hybrid": time_graph(x.hybrid)}
+        for name, shortest in {"by segments": 1, "by blocks": sys.maxsize}.items() if args.both else ():
+            with segments_from(shortest):
+                row[name] = time_graph(x.hybrid)
         for name, run in peers(x).items() if args.peers else ():
             row[name] = _or_reason(run)
     moved = 2 * (2 * x.q.numel() + x.k.numel() + x.v.numel())
@@ -259,6 +270,8 @@ def main() -> None:
     parser.add_argument("--state-heads", choices=["query", "kv"], default="query")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 64], help="batch sizes of a decoding step")
     parser.add_argument("--fold", type=int, nargs="*", default=[1, 16], help="keys that wait, of a decoding step")
+    parser.add_argument("--batch", type=int, default=1, help="texts of a forward pass")
+    parser.add_argument("--both", action="store_true", help="time the forward pass by segments and by blocks")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time the peers too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

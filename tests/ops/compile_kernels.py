@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -32,7 +34,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 BACKWARD = (
     "output_terms",
     "query_features",
@@ -85,7 +87,8 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any
     signature: dict[str, str] = dict.fromkeys(names, "constexpr")
     for name, value in zip(names, arguments, strict=False):
         signature[name] = type_of(value)
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     options = {name: value for name, value in named.items() if name in OPTIONS}
     try:
         compiled = triton.compile(source, target=TARGET, options=options)
@@ -100,6 +103,8 @@ def type_of(value: Any) -> str:
         return TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}]>"
+    if isinstance(value, GluonDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}[{','.join(map(str, value.block_shape))}],{value.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.backward import run_backward
 from lolcats.ops.hybrid.kernels.launch import Context, Operands, Saved, States, make_plan, run_forward, sum_states
+from lolcats.ops.hybrid.kernels.segment_launch import refusal as segment_refusal
+from lolcats.ops.hybrid.kernels.segment_launch import run_segments
 from lolcats.ops.hybrid.layout import Extended, Inputs, extend, final_state, take_tokens, tokens_in_sums
 from lolcats.ops.maps import MapWeights
 from lolcats.ops.types import HybridOutput, HybridSpec, LinearState
@@ -73,7 +75,11 @@ def kernel_attention(
         call = _aligned(inputs, ext)
     operands = _operands(call.inputs, maps)
     kind = "given" if maps is None else maps.kind
-    out = _Attention.apply(kind, spec, call.context, *operands)
+    # `needs_input_grad` would be true of parameters under `no_grad` too.
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        out = _Attention.apply(kind, spec, call.context, *operands)
+    else:
+        out = _without_gradients(kind, spec, call.context, operands)
     assert isinstance(out, Tensor)
     if call.order is not None:
         out = take_tokens(out, call.order.argsort(dim=-1))[:, :, -inputs.q.shape[2] :]
@@ -167,6 +173,15 @@ def _lowered(x: Operands, kind: str) -> Operands:
     return x if kind == "given" else x._replace(map_q=x.map_q.to(x.v.dtype), map_k=x.map_k.to(x.v.dtype))
 
 
+def _without_gradients(kind: str, spec: HybridSpec, context: Context, operands: Operands) -> Tensor:
+    """The output alone."""
+    x = _lowered(operands, kind)
+    plan = make_plan(x, context, spec, kind)
+    if segment_refusal(plan, x, context) is None:
+        return run_segments(plan, x)
+    return run_forward(plan, x, context, save=False).out
+
+
 class _Attention(torch.autograd.Function):
     """The kernels, for autograd. Arguments: kind of features, spec, context, then the operands."""
 
@@ -174,7 +189,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, kind: str, spec: HybridSpec, context: Context, *operands: Tensor | None) -> Tensor:
         x = _lowered(Operands(*operands), kind)  # type: ignore[arg-type]
         plan = make_plan(x, context, spec, kind)
-        saved = run_forward(plan, x, context, any(ctx.needs_input_grad))
+        saved = run_forward(plan, x, context, save=True)
         ctx.plan, ctx.context = plan, context
         ctx.dtypes = [None if t is None else t.dtype for t in operands]
         states = saved.states
