@@ -202,7 +202,7 @@ def test_fused_steps_that_are_wrong_are_recorded_without(make_student: Builder, 
     student, ids = recorded(make_student, **SETTINGS["sliding"]), tokens(2, 14)
     student.model.norm = FickleRMSNorm(student.model.norm)
     want = eager(student, lambda: forced(student, ids, 8))
-    with pytest.warns(UserWarning, match="recorded without fused kernels: the recorded step is off by"):
+    with pytest.warns(UserWarning, match="recorded without fused kernels: the step of fused kernels is off by"):
         assert_close(forced(student, ids, 8), want, 1e-5)
     graphs = graphs_of(student)
     assert [graph.is_fused for graph in graphs.recordings] == [False]

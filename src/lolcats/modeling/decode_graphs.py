@@ -90,10 +90,10 @@ class DecodeGraph:
             self.unfused = "" if fused is None else self._make_fused(record, fused, call, expected)
             """Why it is without the fused kernels that there are; else ""."""
             self.is_fused = fused is not None and not self.unfused
-            if self.unfused:
-                warnings.warn(f"steps are recorded without fused kernels: {self.unfused}", stacklevel=2)
             if not self.is_fused:
                 self._make(record, forward, call, expected)
+            if self.unfused:
+                warnings.warn(f"steps are recorded without fused kernels: {self.unfused}", stacklevel=2)
         own = {t.untyped_storage().data_ptr() for state in self.states for t in state_tensors(state)}
         self._moved_out = functools.partial(moved_out, own)
 
