@@ -52,7 +52,10 @@ def launch_all(dtype: torch.dtype, size: int, spec: NearSpec, n: int = 700) -> N
         context = launch.Context(before, until, lengths, lengths, held, held)
     x = launch.Operands(q, k, k, torch.empty(heads) if with_state else None)
     saved = launch.run_forward(plan, x, context, not with_state, q.contiguous() if with_state else None)
-    if not with_state:
+    if with_state:
+        saved = launch.run_forward(plan, x, context, True)
+        launch.run_backward(plan, x, context, saved, torch.empty_like(saved.out), True)
+    else:
         scores = torch.zeros(batch, kv_heads, spec.pairs + n)
         for way in (select._select_short, select._select_long):
             way(scores, spec.pairs, launch.BLOCK)

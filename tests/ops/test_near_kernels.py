@@ -143,16 +143,55 @@ def test_what_comes_after_a_state(spec: NearSpec, cut: int, n: int) -> None:
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("spec", "cut", "n"),
+    [
+        (NearSpec(40, 5, 30), 3, 130),
+        (NearSpec(40, 5, 30), 97, 240),
+        (NearSpec(70, 3, 0, softcap=2.0), 50, 90),
+        (NearSpec(9, 0, 150), 200, 340),
+    ],
+    ids=str,
+)
+def test_gradients_after_a_state(spec: NearSpec, cut: int, n: int) -> None:
+    """Of two texts, one of them with padding: as those in torch, whose state has no gradient either."""
+    case = Case(n, spec, batch=2, kv_heads=2, lengths=(n, n - 30))
+    leaves, extra = make(case, torch.float32)
+    score = None if extra["score"] is None else extra["score"].float()
+    begun = torch.tensor([cut, cut - 2], device=DEVICE)
+    results = []
+    for impl in ("chunked", "triton"):
+        first, rest = ([t.float()[:, :, part] for t in leaves[:3]] for part in (slice(cut), slice(cut, None)))
+        marks = (None, None) if score is None else (score[:, :, :cut], score[:, :, cut:])
+        with torch.no_grad():
+            state = near_attention(
+                first[0], first[1], first[2], spec, score=marks[0], lengths=begun, return_state=True, impl="chunked"
+            ).state
+        logits = leaves[3].float().requires_grad_() if case.learned else None
+        learned = [*(t.requires_grad_() for t in rest), *([] if logits is None else [logits])]
+        out = near_attention(
+            rest[0], rest[1], rest[2], spec, score=marks[1], lengths=extra["lengths"] - cut, sink_logits=logits, initial_state=state,
+            return_state=True, impl=impl,
+        ).out  # fmt: skip
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+        results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), learned)])
+    for want, got in zip(*results, strict=True):
+        assert bool(want.any())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=3e-5)
+
+
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(4, NearSpec(2))
     x = [t.float() for t in make(case, torch.float32)[0]]
     state = near_attention(x[0], x[1], x[2], case.spec, return_state=True, impl="chunked").state
+    assert state is not None
+    learned = state.map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
     wide = [torch.zeros(1, 1, 4, 130, device=DEVICE)] * 3
     calls: list[tuple[list[Tensor], dict[str, Any], str]] = [
         (x, {"impl": "fast"}, "impl 'auto', 'triton', 'chunked', 'reference'; got 'fast'"),
         ([t.double() for t in x], {"impl": "triton"}, r"cannot run this call: it takes bfloat16.*; use impl 'auto'"),
         (wide, {"impl": "triton"}, "head sizes up to 128; got D 130, Dv 130"),
-        ([t.requires_grad_() for t in x], {"impl": "triton", "initial_state": state}, "no gradient after a state"),
+        ([t.requires_grad_() for t in x], {"impl": "triton", "initial_state": learned}, "no gradient to a state"),
     ]
     for (q, k, v), options, message in calls:
         with pytest.raises(ValueError, match=message):

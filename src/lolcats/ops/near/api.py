@@ -78,7 +78,8 @@ def near_attention(
         if impl == "reference":
             expect(initial_state is None and not return_state, "the reference without states", "a state")
             return reference_near(q, k, v, spec, score, lengths, sink_logits, sink_q)
-        kernels = _choose(impl, q, k, v, initial_state is not None or sink_q is not None, sink_logits)
+        learns = initial_state is not None and any(t.requires_grad for t in initial_state.tensors())
+        kernels = _choose(impl, q, k, v, learns or sink_q is not None, sink_logits)
         return block_near(
             q, k, v, spec, score, lengths, sink_logits, initial_state, return_state, kernels, stored, sink_q
         )

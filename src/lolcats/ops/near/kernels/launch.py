@@ -1,4 +1,4 @@
-"""Near attention by the Triton kernels: differentiable in q, k, v and the learned sinks, not through a state."""
+"""Near attention by the Triton kernels: differentiable in q, k, v and the learned sinks, not in a state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, no_gradient: bool, sink_logits: Ten
         return f"it takes head sizes up to {LARGEST}; got D {q.shape[-1]}, Dv {v.shape[-1]}"
     tensors = [x for x in (q, k, v, sink_logits) if x is not None]
     if no_gradient and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "it gives no gradient after a state, or where sinks have queries of their own"
+        return "it gives no gradient to a state, or where sinks have queries of their own"
     return None
 
 
@@ -72,6 +72,10 @@ class Context(NamedTuple):
     held_k: Tensor | None
     """[B, KV, w + P + s, D], with a state: its ring, kept pairs and sinks."""
     held_v: Tensor | None
+
+    def flags(self) -> dict[str, bool]:
+        """Which of them there are, as far as kernels ask."""
+        return {"HAS_LENGTHS": self.lengths is not None, "HAS_STATE": self.start is not None}
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,7 @@ def run_forward(
     on(near_forward, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
         x.q, x.k, x.v, *(either(t, x.q) for t in (*c, x.sink_logits, sink_q, sizes)), out, lse,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *p.counts(), p.scale,
-        **p.sizes(), LEARNED=x.sink_logits is not None, HAS_LENGTHS=c.lengths is not None,
-        HAS_STATE=c.start is not None, HAS_SINK_Q=sink_q is not None,
+        **p.sizes(), **c.flags(), LEARNED=x.sink_logits is not None, HAS_SINK_Q=sink_q is not None,
         HAS_SIZES=sizes is not None, SAVE=save, **cut,
     )  # fmt: skip
     return Saved(out, lse)
@@ -247,14 +250,13 @@ def run_backward(
     p: Plan, x: Operands, c: Context, saved: Saved, grad: Tensor, need_logits: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the operands."""
-    assert c.start is None, "no gradient after a state"
     grad = grad.to(p.dtype)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     delta = torch.empty_like(saved.lse)
     dq = _like_projection(p, p.heads, p.d, x.q)
     dk, dv = _like_projection(p, p.kv_heads, p.d, x.k), _like_projection(p, p.kv_heads, p.dv, x.v)
-    chosen = [either(t, x.q) for t in c[:3]]
-    sizes, padding = p.sizes(), {"HAS_LENGTHS": c.lengths is not None}
+    chosen = [either(t, x.q) for t in c]
+    sizes, padding = p.sizes(), c.flags()
     shared = [*strides(x.q), *strides(x.k), *strides(x.v)]
     cut = p.by_queries()
     on(query_gradients, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
@@ -265,7 +267,7 @@ def run_backward(
     cut = p.by_keys()
     totals = _slot_totals(p, x, c, saved, grad, delta) if p.slots else (delta, delta)
     on(key_gradients, (triton.cdiv(p.tokens, cut["KEYS"]), p.kv_heads, p.batch))(
-        x.q, x.k, x.v, *chosen[1:], grad, saved.lse, delta, *totals, dk, dv,
+        x.q, x.k, x.v, *chosen[1:4], grad, saved.lse, delta, *totals, dk, dv,
         *shared, *strides(grad), *strides(dk), *strides(dv), p.tokens, p.spec.window, p.spec.pairs, p.scale,
         **sizes, **padding, **cut,
     )  # fmt: skip
@@ -283,16 +285,15 @@ def _slot_totals(
     rows, cut = p.batch * p.kv_heads, p.by_keys()
     parts = [torch.empty(rows, p.blocks, p.slots, size, dtype=p.dtype, device=grad.device) for size in (p.d, p.dv)]
     totals = [torch.zeros(rows, p.tokens, size, dtype=torch.float32, device=grad.device) for size in (p.d, p.dv)]
-    before, until, lengths = (either(t, x.q) for t in c[:3])
-    padding = {"HAS_LENGTHS": c.lengths is not None}
+    chosen, padding = [either(t, x.q) for t in c], c.flags()
     on(slot_gradients, (triton.cdiv(p.slots, cut["KEYS"]), p.blocks, rows))(
-        x.q, x.k, x.v, before, until, lengths, grad, saved.lse, delta, *parts,
+        x.q, x.k, x.v, *chosen, grad, saved.lse, delta, *parts,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *p.counts(), p.scale,
         **p.sizes(), **padding, **cut,
     )  # fmt: skip
     slots = padded(p.slots)
     on(add_slots, (triton.cdiv(max(p.d, p.dv), COLUMNS), rows, 2))(
-        *parts, before, lengths, *totals, *p.counts(), KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
+        *parts, chosen[0], *chosen[2:4], *totals, *p.counts(), KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
         **p.visible(), **padding, SLOTS=slots, COLUMNS=COLUMNS, num_warps=min(16, max(4, slots // 64)), num_stages=1,
     )  # fmt: skip
     return totals[0], totals[1]
