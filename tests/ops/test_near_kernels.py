@@ -170,8 +170,8 @@ def test_gradients_after_a_state(spec: NearSpec, cut: int, n: int) -> None:
         logits = leaves[3].float().requires_grad_() if case.learned else None
         learned = [*(t.requires_grad_() for t in rest), *([] if logits is None else [logits])]
         out = near_attention(
-            rest[0], rest[1], rest[2], spec, score=marks[1], lengths=extra["lengths"] - cut, sink_logits=logits, initial_state=state,
-            return_state=True, impl=impl,
+            rest[0], rest[1], rest[2], spec, score=marks[1], lengths=extra["lengths"] - cut, sink_logits=logits,
+            initial_state=state, return_state=True, impl=impl,
         ).out  # fmt: skip
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
         results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), learned)])
