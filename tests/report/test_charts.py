@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from lolcats.report import gather
 from lolcats.report.charts.kept import kept_figures
 from lolcats.report.charts.layers import layer_figures
-from lolcats.report.charts.quality import position_figure
+from lolcats.report.charts.quality import PERPLEXITY as PERPLEXITY_NAME
+from lolcats.report.charts.quality import RATIO, position_figure
 from lolcats.report.charts.theme import look
 from lolcats.report.figure import Figure, show_cell
 from lolcats.report.sections import make_sections
@@ -30,7 +32,8 @@ def drawn(spec: dict[str, Any], data: Any = None, encoding: Any = None) -> list[
 def chosen_rows(figure: Figure) -> list[dict[str, Any]]:
     """The rows that a chart shows at first, of all that have what is chosen in its lists."""
     assert figure.spec is not None
-    chosen = {one["name"].removeprefix("choose_"): one["value"] for one in figure.spec["params"] if "value" in one}
+    lists = [one for one in figure.spec["params"] if one["name"].startswith("choose_")]
+    chosen = {one["name"].removeprefix("choose_"): one["value"] for one in lists}
     rows = {id(row): row for _, rows in drawn(figure.spec) for row in rows}.values()
     return [row for row in rows if all(row.get(name) == value for name, value in chosen.items())]
 
@@ -43,8 +46,28 @@ def test_perplexity_by_position_shows_the_ratio_at_first(run: Path) -> None:
     assert {row["text"] for row in rows} == {"beyond.json, 4,096 tokens"}
     shown = {(row["line"], row["start"]): row["value"] for row in rows}
     assert shown["teacher", 64] == 1 and shown["student", 64] == pytest.approx(
-        PERPLEXITY["student"] / PERPLEXITY["teacher"], rel=1e-5
+        PERPLEXITY["student"] / PERPLEXITY["teacher"], rel=1e-4
     )
+
+
+def test_the_legend_names_what_a_text_has(run: Path) -> None:
+    """Of the variants of all texts those of the chosen one, and as a ratio none without a teacher."""
+    (subject,) = gather([run])
+    scores = subject.evaluations[0].scores
+    subject.evaluations[0].scores = {name: scores[name] for name in ("teacher", "student")}
+    del subject.results.by_position["teacher"]
+    figure = position_figure([subject])
+    assert figure is not None and figure.spec is not None
+    lines = next(one["value"] for one in figure.spec["params"] if one["name"] == "lines")
+    assert lines[RATIO] == {"beyond.json, 4,096 tokens": ["teacher", "student"]}
+    own = lines[PERPLEXITY_NAME]["measured when it was made, 1,024 tokens"]
+    assert len(own) == len(PERPLEXITY) - 1 and "teacher" not in own
+
+
+def test_long_names_have_a_row_each() -> None:
+    """In the legend, where two of them do not fit beside each other."""
+    columns = [look("line", names)["color"].to_dict()["legend"]["columns"] for names in (["a", "b"], ["a", "b" * 30])]
+    assert columns == [2, 1]
 
 
 def test_layers_of_several_runs(tmp_path: Path) -> None:
@@ -98,6 +121,19 @@ def test_many_lines_look_different() -> None:
     looks = look("line", [f"line {n}" for n in range(20)])
     scales = [looks[name].to_dict()["scale"]["range"] for name in ("color", "shape")]
     assert len(set(zip(*scales, strict=True))) == 20
+
+
+def test_kept_pairs_are_distances_on_the_page(run: Path) -> None:
+    """Whose sums are the positions; the token of each is told once, of all runs that were analysed alike."""
+    first, second = gather([run]), gather([run])
+    second[0].name = "second"
+    figure = next(iter(kept_figures([*first, *second])))
+    assert figure.spec is not None and first[0].analysis is not None and first[0].analysis.kept is not None
+    rows = [row for _, rows in drawn(figure.spec) for row in rows]
+    kept = [one.positions for one in first[0].analysis.kept]
+    assert [list(accumulate(row["step"])) for row in rows] == 2 * kept
+    (tokens,) = next(one["value"] for one in figure.spec["params"] if one["name"] == "tokens")
+    assert tokens.keys() == {str(position) for positions in kept for position in positions}
 
 
 def test_kept_pairs_have_a_mean(run: Path) -> None:

@@ -43,7 +43,7 @@ def test_numbers_are_those_of_the_files(page_file: Path, run: Path) -> None:
     perplexity = rows_of(folder, "perplexity")
     assert [float(row["perplexity"]) for row in perplexity] == 2 * list(PERPLEXITY.values())
     own = {row["variant"]: float(row["perplexity"]) for row in rows_of(folder, "perplexity_by_position")
-           if row["start"] == "64" and row["text"].endswith("when it was made, 1,024 tokens")}  # fmt: skip
+           if row["start"] == "64" and row["text"].endswith("measured when it was made, 1,024 tokens")}  # fmt: skip
     assert own["student"] == 1.1 * PERPLEXITY["student"]
     scores = {(row["task"], int(row["tokens"])): row for row in rows_of(folder, "recall_scores")}
     for cell in make_cells():
@@ -119,7 +119,9 @@ def test_the_summary_names_layer_and_text(run: Path) -> None:
     first = summary(subject)
     assert first.about.endswith("sinks, 8 bits, keeps 0 to 96 pairs per key head, score learned, no far half.")
     assert "demo. Window of 64 to 512 tokens" in first.about
-    assert first.quality_text.startswith("Text: wikitext.u16, hf:x/y, when it was made, 1,024 tokens")
+    assert first.quality_text.startswith(
+        "Measured when the run was made, on wikitext.u16, hf:x/y, in texts of 1,024 tokens. 16,368 tokens were "
+    )
     assert first.memory_text.startswith("Memory of a text: ")
 
 

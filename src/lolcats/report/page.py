@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from lolcats.config import dump_config
 from lolcats.report.charts.theme import VEGA_LITE
 from lolcats.report.figure import SHOWN_ROWS, Lacking, Section, show_cell
 from lolcats.report.generations import Comparison
+from lolcats.report.pack import packed
 from lolcats.report.subject import Subject
 from lolcats.report.summary import Summary
 from lolcats.version import __version__
 
 PACKAGE = "lolcats.report"
+PICTURE_COLORS = 128
+"""Of a picture on the page; the one in the folder has all."""
 
 
 @dataclass
@@ -44,7 +48,7 @@ def render(subjects: Sequence[Subject], content: Content, files: str) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"cell": show_cell, "picture": _data_url, "json": _script_json}
+    environment.filters |= {"cell": show_cell, "picture": _data_url, "chart": _chart}
     script, library = _text("page.js"), bundle()
     return environment.from_string(_text("page.html.j2")).render(
         subjects=subjects,
@@ -87,14 +91,20 @@ def _text(name: str) -> str:
 
 
 def _data_url(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    """A picture in as many colours as maps and figures need, which takes a third of the room."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(picture)) as image:
+        image.convert("RGB").quantize(PICTURE_COLORS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
 
 
-def _script_json(content: Any) -> Any:
+def _chart(spec: dict[str, Any]) -> Any:
     """JSON that no text inside of it can end the script of."""
     import markupsafe
 
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(packed(spec), allow_nan=False, separators=(",", ":"), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return markupsafe.Markup(text)

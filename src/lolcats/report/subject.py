@@ -84,7 +84,7 @@ class Subject:
         found = self.results
         if found.perplexity:
             length = found.evaluation.length
-            text = "when it was made" + (f", {length:,} tokens" if length else "")
+            text = "measured when it was made" + (f", {length:,} tokens" if length else "")
             yield Scores(text, dict(found.perplexity), dict(found.kl), dict(found.by_position), None)
         for file in self.evaluations:
             scores = file.scores

@@ -54,7 +54,7 @@ def summary(subject: Subject) -> Summary:
         unfinished=subject.unfinished,
         findings=verdict(subject),
         quality=quality,
-        quality_text="" if scores is None else f"Text: {_text(subject, scores.text)}. {where}",
+        quality_text="" if scores is None else f"{_measured_on(subject)} {where}",
         memory=[] if subject.sizes is None else [_memory_row(*row) for row in subject.sizes.memory()],
         memory_text="" if results.memory is None else f"{_capital(results.memory.line())}.",
         cost=list(_cost(subject)),
@@ -88,12 +88,18 @@ def _notes(subject: Subject) -> Iterator[str]:
         yield from (f"{name}: {note}" for name, note in notes.items())
 
 
-def _text(subject: Subject, text: str) -> str:
+def _measured_on(subject: Subject) -> str:
+    """When, on which text and on how much of it the first perplexities were measured."""
     results = subject.results
+    if not results.perplexity:
+        file = subject.evaluations[0]
+        return f"Measured by lolcats evaluate ({file.file.name}), in texts of {file.length:,} tokens."
     sources = [Path(str(source)) for source in results.measured_with.get("sources") or []]
     names = ", ".join(source.name if source.is_absolute() else str(source) for source in sources)
-    counted = f", {results.evaluation.tokens:,} counted" if results.evaluation.tokens is not None else ""
-    return f"{names}, {text}{counted}" if names and results.perplexity else f"{text}{counted}"
+    length, counted = results.evaluation.length, results.evaluation.tokens
+    words = "Measured when the run was made" + (f", on {names}" if names else "")
+    words += f", in texts of {length:,} tokens" if length else ""
+    return words + ("." if counted is None else f". {counted:,} tokens were predicted and counted.")
 
 
 def _memory_row(tokens: int, teacher: int, own: int) -> tuple[str, str, str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from lolcats.report.charts.theme import DIVERGING, choice, chosen, finished
+from lolcats.report.charts.theme import DIVERGING, choice, chosen, data_of, finished
 from lolcats.report.figure import Figure, Table
 
 ALPHABET = "".join(chr(code) for code in range(33, 127) if chr(code) not in "\"&'<>\\")
@@ -65,7 +65,7 @@ def attention_figure(texts: Sequence[TextMaps], first: tuple[int | None, int | N
     words += f"{', '.join(text.label for text in texts)}: what each query (row) "
     words += "looks at (column), for teacher, student and their difference."
     tokens = {text.label: text.tokens for text in texts}
-    chart = alt.concat(*_views(), columns=3, spacing=18, data=alt.Data(values=rows))
+    chart = alt.concat(*_views(), columns=3, spacing=18, data=data_of(rows))
     chart = _unpacked(chart).resolve_scale(color="independent").add_params(
         alt.param(name="tokens", value=tokens),
         choice("choose_layer", "layer", layers),

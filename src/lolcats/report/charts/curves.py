@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from lolcats.report.charts.theme import base, choice, chosen, finished, joined, look, number_scale, thinned
+from lolcats.report.charts.theme import base, choice, chosen, finished, joined, look, number_scale, share, thinned
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 from lolcats.variants import TRAINED_WINDOW
@@ -17,8 +17,10 @@ STAGES = {
 }  # fmt: skip
 NOT_MEASURES = {"stage", "step", "tokens"}
 FIRST = "loss"
-MOST_POINTS, FEWEST_POINTS = 400, 60
-"""Of a line on the page, and with many runs; the CSV file has all."""
+FEWEST_POINTS, MOST_POINTS = 40, 400
+"""Of a line on the page; the CSV file has all."""
+ALL_POINTS = 4_000
+"""Of all lines of a chart, the measures to choose from among them."""
 
 
 def curve_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
@@ -49,14 +51,7 @@ def _figure(stage: str, rows: list[dict[str, Any]]) -> Figure:
     measures = sorted({row["measure"] for row in rows}, key=lambda name: (name != FIRST, name))
     runs, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "kind"))
     lines = {(run, kind): f"{run}, {kind}" if len(runs) > 1 else kind for run in runs for kind in kinds}
-    drawn = []
-    for measure in measures:
-        for (run, kind), label in lines.items():
-            own = [row for row in rows if (row["run"], row["kind"], row["measure"]) == (run, kind, measure)]
-            drawn += [
-                {"line": label, "measure": measure, **{k: row[k] for k in ("step", "tokens", "value")}}
-                for row in thinned(own, max(FEWEST_POINTS, MOST_POINTS // len(runs)))
-            ]
+    drawn = _drawn(rows, lines)
     losses = [row["value"] for row in rows if row["measure"] == FIRST]
     title = f"{STAGES.get(stage, stage)}, step by step"
     words = f"{title}: loss of {', '.join(runs)} over {spread_words([row['step'] for row in rows])} steps, "
@@ -80,6 +75,19 @@ def _figure(stage: str, rows: list[dict[str, Any]]) -> Figure:
         table=Table(list(rows[0]), [list(row.values()) for row in rows]),
         spec=finished(layers, words),
     )
+
+
+def _drawn(rows: Sequence[dict[str, Any]], lines: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
+    """As many rows as the page has room for, evenly, each with the name of the line that (run, kind) is drawn as."""
+    parts: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault((row["run"], row["kind"], row["measure"]), []).append(row)
+    most = share(ALL_POINTS, sum(len(part) > FEWEST_POINTS for part in parts.values()), FEWEST_POINTS, MOST_POINTS)
+    return [
+        {"line": lines[run, kind], "measure": measure, **{name: row[name] for name in ("step", "tokens", "value")}}
+        for (run, kind, measure), part in parts.items()
+        for row in thinned(part, most)
+    ]
 
 
 def _scale(losses: Sequence[float], rows: Sequence[dict[str, Any]]) -> alt.Scale:

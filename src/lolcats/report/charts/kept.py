@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 import altair as alt
 
 from lolcats.evaluation.analysis.file import KeptAnalysis
-from lolcats.report.charts.theme import VERMILLION, base, choice, chosen, finished
+from lolcats.report.charts.theme import VERMILLION, base, choice, chosen, finished, thinned
 from lolcats.report.figure import Figure, Table, spread_words
 from lolcats.report.subject import Subject
 
-MOST_TOLD = 25_000
-"""Pairs up to which their tokens and scores are in the chart too."""
+MOST_TOLD = 60_000
+"""Pairs up to which their scores are in the chart too."""
+MOST_DRAWN = 250_000
+"""Pairs in the chart; where there are more, every second layer is left out of it, or more of them."""
 SUMS = ("candidates", "stay_mean", "overlap_oracle", "overlap_recency")
 
 
@@ -65,7 +68,6 @@ def _means(known: Sequence[tuple[str, KeptAnalysis]]) -> str:
 
 def _pairs_figure(drawn: list[dict[str, Any]]) -> Figure:
     runs, layers = (list(dict.fromkeys(row[name] for row in drawn)) for name in ("run", "layer"))
-    told = ["position", "token", "score"] if sum(len(r["position"]) for r in drawn) <= MOST_TOLD else ["position"]
     rows = [
         [row["run"], row["layer"], row["key_head"], *pair]
         for row in drawn
@@ -73,23 +75,61 @@ def _pairs_figure(drawn: list[dict[str, Any]]) -> Figure:
     ]
     count = len({row["key_head"] for row in drawn})
     words = f"Positions of {len(rows):,} kept pairs of {len(layers)} layers, from {spread_words([r[3] for r in rows])}."
-    short = [{name: row[name] for name in ("run", "layer", "key_head", *told)} for row in drawn]
-    chart = base(short).transform_filter(chosen("layer", "run")).transform_flatten(told)
-    ticks = chart.mark_tick(thickness=2, color=VERMILLION, opacity=0.8, bandSize=max(14, 40 // count)).encode(
+    shown = thinned(layers, max(2, len(layers) * MOST_DRAWN // len(rows)))
+    told = ["score"] if len(rows) <= MOST_TOLD else []
+    ticks = _marks([row for row in drawn if row["layer"] in shown], told)
+    ticks = ticks.mark_tick(thickness=2, color=VERMILLION, opacity=0.8, bandSize=max(14, 40 // count)).encode(
         x=alt.X("position:Q", title="position in the text"),
         y=alt.Y("key_head:O", title="key head"),
-        tooltip=[f"{name}:{'N' if name == 'token' else 'Q'}" for name in told],
+        tooltip=["position:Q", "token:N", *(f"{name}:Q" for name in told)],
     )
-    ticks = ticks.add_params(choice("choose_layer", "layer", layers), choice("choose_run", "of", runs))
+    ticks = ticks.add_params(choice("choose_layer", "layer", shown), choice("choose_run", "of", runs))
+    left_out = f" The chart has {len(shown)} of {len(layers)} layers." if len(shown) < len(layers) else ""
     return Figure(
         key="kept_pairs",
         title="Which pairs are kept",
-        text="A mark a pair that a key head holds at the end of the text; its token and score are under the pointer "
-        "and in the table.",
+        text="A mark a pair that a key head holds at the end of the text. Under the pointer is its token"
+        f"{' and score' if told else ''}; tokens and scores of all are in the file of the numbers.{left_out}",
         alt=words,
         table=Table(["run", "layer", "key head", "position", "token", "score"], rows),
         spec=finished(ticks, words, width="container", height=max(90, 45 * count)),
     )
+
+
+def _marks(drawn: list[dict[str, Any]], told: list[str]) -> alt.Chart:
+    """A row a pair of what is chosen; on the page a position is its distance from the one before, which is short."""
+    packed = []
+    texts, text_of = _texts(drawn)
+    for row in drawn:
+        pairs = sorted(zip(row["position"], row["token"], row["score"], strict=False))
+        steps = [pairs[0][0], *(later[0] - pair[0] for pair, later in pairwise(pairs))]
+        packed.append(
+            {name: row[name] for name in ("run", "layer", "key_head")} | {"step": steps, "text": text_of[row["run"]]}
+        )
+        packed[-1] |= {name: [pair[-1] for pair in pairs] for name in told}
+    return (
+        base(packed)
+        .transform_filter(chosen("layer", "run"))
+        .transform_flatten(["step", *told])
+        .transform_window(position="sum(step)", groupby=["key_head"], frame=[None, 0])
+        .transform_calculate(token="tokens[datum.text][datum.position]")
+        .add_params(alt.param(name="tokens", value=texts))
+    )
+
+
+def _texts(drawn: list[dict[str, Any]]) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """The texts, position -> token, and the number of that of each run: runs that were analysed alike have the same."""
+    texts: list[dict[str, str]] = []
+    text_of: dict[str, int] = {}
+    for run in dict.fromkeys(row["run"] for row in drawn):
+        rows = [row for row in drawn if row["run"] == run]
+        own = {str(p): t for row in rows for p, t in zip(row["position"], row["token"], strict=False)}
+        alike = (n for n, text in enumerate(texts) if all(text.get(p, t) == t for p, t in own.items()))
+        text_of[run] = next(alike, len(texts))
+        if text_of[run] == len(texts):
+            texts.append({})
+        texts[text_of[run]].update(own)
+    return texts, text_of
 
 
 def _shown(token: str) -> str:

@@ -17,6 +17,7 @@ from lolcats.report.charts.theme import (
     look,
     measured,
     number_scale,
+    share,
     thinned,
 )
 from lolcats.report.figure import Figure, Table, spread_words
@@ -45,8 +46,10 @@ HEAD_MEASURES = {
 }
 """What a head says of itself -> what people call it."""
 STAGES = {"transfer": "stage 1", "finetune": "stage 2"}
-MOST_VALIDATIONS = 24
+FEWEST_VALIDATIONS, MOST_VALIDATIONS = 4, 24
 """Of a run, whose layers are on the page."""
+ALL_VALIDATIONS = 96
+"""Of all runs, in one list to choose from."""
 MOST_FIGURES = 16
 """Heads up to which there is room for a figure in each cell."""
 
@@ -56,7 +59,8 @@ def layer_figures(subjects: Sequence[Subject]) -> Iterator[Figure]:
     layers = [row for subject in subjects for row in _layer_rows(subject)]
     if layers:
         yield _layer_figure(layers)
-    validated = [row for subject in subjects for row in _validated(subject)]
+    most = share(ALL_VALIDATIONS, len(subjects), FEWEST_VALIDATIONS, MOST_VALIDATIONS)
+    validated = [row for subject in subjects for row in _validated(subject, most)]
     if validated:
         yield _validation_figure(validated)
     heads = [row for subject in subjects for row in _head_rows(subject)]
@@ -204,10 +208,10 @@ def _scatter(rows: list[dict[str, Any]], key: str, title: str, names: tuple[str,
     )
 
 
-def _validated(subject: Subject) -> Iterator[dict[str, Any]]:
+def _validated(subject: Subject, most: int) -> Iterator[dict[str, Any]]:
     """Losses of layers that validations gave, a row a layer and step."""
     lines = [line for line in subject.metrics if isinstance(line.get("validation_layers"), list)]
-    for line in thinned(lines, MOST_VALIDATIONS):
+    for line in thinned(lines, most):
         for layer, value in enumerate(line["validation_layers"]):
             yield {
                 "run": subject.name,

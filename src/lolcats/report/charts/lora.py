@@ -19,6 +19,7 @@ from lolcats.report.charts.theme import (
     look,
     measured,
     number_scale,
+    share,
     thinned,
 )
 from lolcats.report.figure import Figure, Table, spread_words
@@ -26,8 +27,10 @@ from lolcats.report.subject import Subject
 
 MEASURES = {"norm": "norm of the update", "effective_rank": "effective rank of the update"}
 PACKED = ["step", *MEASURES]
-MOST_STEPS = 30
+FEWEST_STEPS, MOST_STEPS = 4, 30
 """Of a line on the page."""
+ALL_POINTS = 20_000
+"""Of all lines of a chart, the layers and runs to choose from among them."""
 LAYER = re.compile(r"(?:^|\.)(?P<layer>\d+)\.(?P<rest>(?:.*\.)?(?P<last>[^.]+))$")
 """Number of the layer and name of the projection in the name of a module."""
 
@@ -127,24 +130,24 @@ def _map(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _packed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a module, with a list of each number: names would take more room than the numbers."""
+    """A row a module, with a list of each number at as many steps as the page has room for."""
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for row in rows:
         key = row["run"], row["layer"], row["projection"]
         packed = found.setdefault(key, {n: row[n] for n in ("run", "layer", "projection")} | {n: [] for n in PACKED})
         for name in PACKED:
             packed[name].append(row[name])
-    return list(found.values())
+    most = share(ALL_POINTS, len(found), FEWEST_STEPS, MOST_STEPS)
+    return [row | {name: thinned(row[name], most) for name in PACKED} for row in found.values()]
 
 
 def _lines(rows: list[dict[str, Any]]) -> Figure:
     """One layer over the steps, a line a projection."""
     runs, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "layer"))
     projections = list(dict.fromkeys(row["projection"] for row in rows))
-    steps = set(thinned(sorted({row["step"] for row in rows}), MOST_STEPS))
     words = f"LoRA over {spread_words([row['step'] for row in rows])} steps, of {len(layers)} layers and "
     words += f"{', '.join(projections)}."
-    chosen_rows = base(_packed([row for row in rows if row["step"] in steps])).transform_filter(chosen("layer", "run"))
+    chosen_rows = base(_packed(rows)).transform_filter(chosen("layer", "run"))
     chart = joined(
         measured(chosen_rows.transform_flatten(PACKED)),
         look("projection", projections),

@@ -88,7 +88,7 @@ def _against_memory(rows: list[dict[str, Any]], axis: str, scale: alt.Scale) -> 
     students, teachers = ([row for row in rows if (row["line"] == TEACHER) == flag] for flag in (False, True))
     points = joined(
         base(students).transform_filter(chosen("asked")),
-        look("line", list(dict.fromkeys(row["line"] for row in students)), columns=1),
+        look("line", list(dict.fromkeys(row["line"] for row in students))),
         x=alt.X("kv_tokens:Q", title="memory of a text, in KV tokens of the teacher",
                 scale=alt.Scale(zero=False, padding=20)),
         y=alt.Y("value:Q", title=axis, scale=scale),

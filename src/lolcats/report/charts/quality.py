@@ -43,6 +43,7 @@ def position_figure(subjects: Sequence[Subject]) -> Figure | None:
     ends = [{"text": text, "at": trained[next(r["run"] for r in rows if r["text"] == text)]} for text in texts]
     drawn = [*_ratios(rows), *(row | {"measure": PERPLEXITY, "value": row["perplexity"]} for row in rows)]
     layers = _by_position(drawn, names, ends).add_params(
+        alt.param(name="lines", value=_lines(drawn, names)),
         choice("choose_measure", "show", list(dict.fromkeys(row["measure"] for row in drawn))),
         choice("choose_text", "text", texts),
     )
@@ -64,7 +65,7 @@ def _by_position(rows: list[dict[str, Any]], names: list[str], ends: list[dict[s
     looks = [VARIANT_LOOK.get(name, (INK, "circle", [1, 0])) for name in names]
     lines = joined(
         base(drawn).transform_filter(chosen("text", "measure")),
-        look("line", [short_label(name) for name in names], looks),
+        look("line", [short_label(name) for name in names], looks, named="lines[choose_measure][choose_text]"),
         x=alt.X("end:Q", title="tokens read, up to", scale=alt.Scale(type="log", base=2, nice=False)),
         y=alt.Y("value:Q", title=None, scale=number_scale([row["value"] for row in rows])),
         tooltip=["line:N", "start:Q", "end:Q", "perplexity:Q"],
@@ -72,6 +73,16 @@ def _by_position(rows: list[dict[str, Any]], names: list[str], ends: list[dict[s
     trained = alt.Tooltip("at:Q", title="texts of the training, tokens")
     rule = base(ends).transform_filter(chosen("text")).mark_rule(strokeDash=[2, 4]).encode(x="at:Q", tooltip=[trained])
     return alt.layer(rule, lines)
+
+
+def _lines(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Measure -> text -> the lines that it has, for the legend of each to name no others."""
+    known = {(row["measure"], row["text"], row["variant"]) for row in rows if row["value"] is not None}
+    found: dict[str, dict[str, list[str]]] = {}
+    for measure, text in dict.fromkeys((row["measure"], row["text"]) for row in rows):
+        lines = [short_label(name) for name in names if (measure, text, name) in known]
+        found.setdefault(measure, {})[text] = lines
+    return found
 
 
 def _ratios(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ print. The palette is that of Okabe and Ito; shape and dash always say the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import altair as alt
 
@@ -27,6 +27,8 @@ DIVERGING = ["#D55E00", "#f5f5f5", "#0072B2"]
 HEIGHT = 300
 LEGEND_WIDTH = 330
 """Pixels of a row of names, on a telephone."""
+CHARACTER_WIDTH, SYMBOL_WIDTH = 6.5, 24
+"""Pixels of a letter of a name and of the symbol before it with what is around both."""
 LOG_RATIO = 4.0
 """Values this far apart are drawn on a logarithmic scale."""
 
@@ -65,9 +67,29 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+class _Rows:
+    """Rows that are in a specification as they are: Altair would check, copy and convert every number of lists."""
+
+    _schema: ClassVar[dict[str, Any]] = {}
+    """What Altair knows things by that convert themselves."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return self.rows
+
+
+def data_of(rows: Sequence[dict[str, Any]]) -> alt.Data:
+    """Rows with five digits of their numbers, of which those that are not finite are missing."""
+    data = alt.Data(values=[])
+    data["values"] = _Rows(_short(finite(list(rows))))
+    return data
+
+
 def base(rows: Sequence[dict[str, Any]]) -> alt.Chart:
-    """A chart of rows with six digits of their numbers, of which those that are not finite are missing."""
-    return alt.Chart(alt.Data(values=_short(finite(list(rows)))))
+    """A chart of rows."""
+    return alt.Chart(data_of(rows))
 
 
 def measured(chart: alt.Chart) -> alt.Chart:
@@ -83,7 +105,7 @@ def measured(chart: alt.Chart) -> alt.Chart:
 
 def _short(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.5g}")
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     return [_short(item) for item in value] if isinstance(value, list) else value
@@ -118,9 +140,16 @@ def chosen(*names: str) -> str:
 
 
 def look(
-    field: str, values: Sequence[str], looks: Sequence[tuple[str, str, list[int]]] | None = None, columns: int = 2
+    field: str, values: Sequence[str], looks: Sequence[tuple[str, str, list[int]]] | None = None, named: str = ""
 ) -> dict[str, Any]:
-    """Colour, shape and dash of a field, each of which tells its values apart."""
+    """Colour, shape and dash of a field, each of which tells its values apart.
+
+    Args:
+        field: of text.
+        values: all that it has.
+        looks: colour, shape and dash of each; None is one after the other.
+        named: the expression of the values that the legend names, "" for all.
+    """
     names = list(values)
     count = len(names)
     # Where the colours begin anew, shapes and dashes are others than the first time.
@@ -129,7 +158,10 @@ def look(
         for n in range(count)
     ]
     colors, shapes, dashes = (list(column) for column in zip(*told, strict=True))
-    legend = alt.Legend(title=None, columns=columns, labelLimit=LEGEND_WIDTH // columns)
+    widest = SYMBOL_WIDTH + CHARACTER_WIDTH * max(map(len, names))
+    told_of: dict[str, Any] = {"values": alt.ExprRef(expr=named)} if named else {}
+    columns = max(1, min(2, int(LEGEND_WIDTH / widest)))
+    legend = alt.Legend(title=None, columns=columns, labelLimit=LEGEND_WIDTH, **told_of)
     return {
         "color": alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=alt.Scale(domain=names, range=shapes), legend=legend),
@@ -158,6 +190,11 @@ def number_scale(values: Sequence[float | None], zero: bool = False) -> alt.Scal
     if known and min(known) > 0 and max(known) > LOG_RATIO * min(known):
         return alt.Scale(type="log", nice=False, padding=12)
     return alt.Scale(zero=zero, nice=True)
+
+
+def share(all_together: int, parts: int, fewest: int, most: int) -> int:
+    """How much each of many parts of a chart may have, of what all have together, within limits of its own."""
+    return max(fewest, min(most, all_together // max(1, parts)))
 
 
 def thinned(rows: Sequence[Any], most: int) -> list[Any]:

@@ -6,8 +6,21 @@
 
   const columnsOf = (place) => Math.max(1, Math.floor(place.clientWidth / Number(place.dataset.cells)));
 
+  // The data of charts is kept by column; see pack.py.
+  const columnOf = (kept) => {
+    if (Array.isArray(kept)) return kept;
+    return kept.times ? kept.of.flatMap((one, n) => Array(kept.times[n]).fill(one)) : kept.at.map((n) => kept.of[n]);
+  };
+  const unpack = (key, part) => {
+    if (key !== "data" || !part.packed) return part;
+    const { packed, ...rest } = part;
+    const columns = Object.entries(packed).map(([name, kept]) => [name, columnOf(kept)]);
+    const values = columns[0][1].map((_, n) => Object.fromEntries(columns.map(([name, column]) => [name, column[n]])));
+    return { ...rest, values };
+  };
+
   const draw = async (place) => {
-    const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+    const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent, unpack);
     const before = drawn.get(place);
     if (place.dataset.cells) spec.columns = columnsOf(place);
     for (const param of before ? spec.params : []) {
