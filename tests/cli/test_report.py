@@ -35,7 +35,7 @@ def test_a_real_run(cli: Run, finished: Path) -> None:
     page = (run / "report.html").read_text()
     assert "What the numbers say" in page and len(page) < 5e6
     assert cli("report", run / "model", "--no-analysis").code == 0
-    assert f"{own['student']:.2f}" in Path("report.html").read_text()
+    assert f"{own['student']:,.2f}" in Path("report.html").read_text()
 
 
 @pytest.mark.slow
