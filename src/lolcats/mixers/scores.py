@@ -147,7 +147,7 @@ class KeyScores(nn.Module):
             rotated: whether the score reads keys as they are after their rotation.
             impl: of near attention.
         """
-        if impl != "triton" and (impl != "auto" or not call.k.is_cuda):
+        if torch.compiler.is_compiling() or (impl != "triton" and (impl != "auto" or not call.k.is_cuda)):
             return None
         told = self.told(call, rotated)
         if self.network is None or told is None or score_refusal(call.k, call.v, told) is not None:
