@@ -180,6 +180,24 @@ def test_gradients_after_a_state(spec: NearSpec, cut: int, n: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=3e-5)
 
 
+def test_nothing_is_saved_where_no_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned sinks are parameters, of which autograd says that they need one wherever they are used."""
+    from lolcats.ops.near.kernels import launch
+
+    saves, run = list[bool](), launch.run_forward
+
+    def noted(plan: Any, x: Any, context: Any, save: bool, *rest: Any) -> Any:
+        saves.append(save)
+        return run(plan, x, context, save, *rest)
+
+    monkeypatch.setattr(launch, "run_forward", noted)
+    q, k, v, logits = (t.float() for t in make(Case(4, NearSpec(2, softcap=2.0)), torch.float32)[0])
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns):
+            near_attention(q, k, v, NearSpec(2), sink_logits=torch.nn.Parameter(logits), impl="triton")
+    assert saves == [False, True]
+
+
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(4, NearSpec(2))
     x = [t.float() for t in make(case, torch.float32)[0]]

@@ -136,10 +136,9 @@ class BlendMixer(Mixer):
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
         ready = self._prepared(call, state, mode, slots) if keep else None
-        fresh, score = None if ready is None else ready.score, self._asked(mode)
-        if fresh is None and score is not None:
-            fresh = score.by_kernel(call, self.rotate_far, self.near_impl)
-        far_reads = not self.near_alone or (self.score is not None and fresh is None)
+        is_scored, asked = ready is not None and ready.score is not None, self._asked(mode)
+        fresh = None if is_scored or asked is None else asked.by_kernel(call, self.rotate_far, self.near_impl)
+        far_reads = not self.near_alone or (self.score is not None and not is_scored and fresh is None)
         q, k = self._for_far(call) if far_reads else (call.q, call.k)
         sink_q = None if ready is not None else capped_queries(call, state, self.settings.sinks)
         n, texts = call.q.shape[2], find_texts(call.padding, call.segments)
@@ -160,7 +159,9 @@ class BlendMixer(Mixer):
         self, call: Call, q: Tensor, k: Tensor, lengths: Tensor | None, state: BlendState | None, keep: bool, mode: str,
         slots: Tensor | None, sink_q: Tensor | None, ready: Prepared | None, fresh: Tensor | None,
     ) -> tuple[Tensor, BlendState | None]:  # fmt: skip
-        """A text in each row, padding on the right only; q and k are the far half's, `sink_q` of `capped_queries`."""
+        """A text in each row, padding on the right only; q and k are the far half's, or as they come where nobody
+        reads them; `sink_q` is of `capped_queries`, `fresh` of `KeyScores.by_kernel`.
+        """
         near, far = (None, None) if state is None else state
         if mode == "linear_only" and not keep and self.far is not None:  # nobody looks at the near half
             return self.far(q, k, call.v, call.hidden, call.padding, far, False)[0], None

@@ -92,13 +92,13 @@ class DecodeGraph:
             self.is_fused = fused is not None and not self.unfused
             if not self.is_fused:
                 self._make(record, forward, call, expected)
-            if self.unfused:
-                warnings.warn(f"steps are recorded without fused kernels: {self.unfused}", stacklevel=2)
+        if self.unfused:
+            warnings.warn(f"steps are recorded without fused kernels: {self.unfused}", stacklevel=2)
         own = {t.untyped_storage().data_ptr() for state in self.states for t in state_tensors(state)}
         self._moved_out = functools.partial(moved_out, own)
 
     def _make_fused(self, record: Recorder, fused: Forward, call: Call, expected: list[Tensor]) -> str:
-        """Record the step of fewer kernels; why that fails, or "" where it does not."""
+        """Record the step of fewer kernels; why that fails, else ""."""
         try:
             steps = self._two_steps(
                 fused, call, call.seen
@@ -144,9 +144,7 @@ class DecodeGraph:
 
     def takes(self, call: Call) -> bool:
         """Whether this is a recording of such a step, and nobody else's texts are in it."""
-        if call.kind != self.kind or self.network.side(call.seen) != self.side:
-            return False
-        if len(call.layers) != len(self.states):
+        if call.kind != self.kind or self.network.side(call.seen) != self.side or len(call.layers) != len(self.states):
             return False
         if not self._is_home(call.layers):
             others = [layer for ref in self._residents if (layer := ref()) is not None and layer not in call.layers]
@@ -269,7 +267,7 @@ class DecodeGraphs:
         fused = None if copied is None else functools.partial(forward, copied)
         try:
             return DecodeGraph(self.record, functools.partial(forward, model), network, call, fused)
-        except FAILURES as error:  # what the model does cannot be in a graph, or there is no memory for one
+        except FAILURES as error:  # it cannot be in a graph, or there is no memory for one
             self._refused.add((*call.kind, len(call.layers)))
             warnings.warn(f"decoding runs without CUDA graphs, which is slower: {first_line(error)}", stacklevel=2)
             return None

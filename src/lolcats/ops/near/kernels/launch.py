@@ -191,11 +191,12 @@ def kernel_near(
     with device_of(v):
         if sink_q is not None:
             q, sink_q = q.contiguous(), sink_q.to(q.dtype).contiguous()
-        if sink_q is not None or sizes is not None:
-            return run_forward(
-                _plan(spec, q, v), Operands(q, k, v, sink_logits), context, False, sink_q, sizes
-            ).out  # fmt: skip
-        out = _Near.apply(spec, context, q, k, v, sink_logits)
+        x = Operands(q, k, v, sink_logits)
+        # `needs_input_grad` would be true of learned sinks under `no_grad` too.
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
+        if sink_q is not None or sizes is not None or not learns:
+            return run_forward(_plan(spec, q, v), x, context, False, sink_q, sizes).out
+        out = _Near.apply(spec, context, *x)
     assert isinstance(out, Tensor)
     return out
 
@@ -217,7 +218,7 @@ class _Near(torch.autograd.Function):
     def forward(ctx: Any, spec: NearSpec, context: Context, *operands: Tensor | None) -> Tensor:
         x = Operands(*operands)  # type: ignore[arg-type]
         plan = _plan(spec, x.q, x.v)
-        saved = run_forward(plan, x, context, any(ctx.needs_input_grad))
+        saved = run_forward(plan, x, context, True)
         ctx.plan = plan
         ctx.save_for_backward(*x, *saved, *context)
         return saved.out
