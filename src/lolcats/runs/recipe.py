@@ -259,7 +259,7 @@ def _measure_saved(run: Run) -> None:
     """What the artefact scores and writes, if something was trained beside it."""
     if run.stage is not None:
         student = {"student": student_variants(run.model, [])["student"]}
-        run.saved = record(run, student, None, note=" (as saved)")
+        run.saved = record(run, student, None, note=" (as saved, which is reported)")
     _sample(run, "student")
 
 
