@@ -107,11 +107,13 @@ def test_which_steps_are_prepared_by_kernels() -> None:
         assert ready is not None and ready.k.dtype == torch.uint8 and (ready.score is not None) == score
         assert ready.sink_q is None
     far, kernel = tokens(context=14), make("triton", bits=16, kept={"score": "recency"})
+    new = kernel.empty_state(3, torch.float32, DEVICE)
     for call, wanted in ((far, True), (replace(far, end=14), False)):
-        ready = kernel._prepared(part(call, BEGIN, BEGIN + 1), kernel.empty_state(3, torch.float32), "full", None)
+        ready = kernel._prepared(part(call, BEGIN, BEGIN + 1), new, "full", None)
         assert (ready is not None and ready.sink_q is not None) == wanted
     kernel = make("triton", bits=4)
-    assert kernel._prepared(part(call, BEGIN, BEGIN + 1), kernel.empty_state(3, torch.float32), "full", None) is None
+    new = kernel.empty_state(3, torch.float32, DEVICE)
+    assert kernel._prepared(part(call, BEGIN, BEGIN + 1), new, "full", None) is None
 
 
 @torch.no_grad()

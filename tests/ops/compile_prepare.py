@@ -59,6 +59,8 @@ def launch(dtype: torch.dtype, size: int, batch: int, *arguments: Any) -> None:
     """Launch what there is for a token of each of `batch` texts, laid out as by a layer."""
     q, k = (torch.empty(batch, 1, heads, size, dtype=dtype).transpose(1, 2) for heads in (HEADS, KV_HEADS))
     prepare.code_pairs_and_score(q, k, k, *arguments)
+    if arguments[1] is None:  # values may be narrower than keys, not so where this score reads both
+        prepare.code_pairs_and_score(q, k, k[..., : size // 2], *arguments)
 
 
 def launch_texts(dtype: torch.dtype, size: int, batch: int, codec: PairCodec, *scores: ScoreCall) -> None:
@@ -66,6 +68,7 @@ def launch_texts(dtype: torch.dtype, size: int, batch: int, codec: PairCodec, *s
     tokens = 100 * batch + 1
     k = torch.empty(1, tokens, KV_HEADS, size, dtype=dtype).transpose(1, 2)
     pairs.code_pairs(k, k, codec.key_map, False)
+    pairs.code_pairs(k, k[..., : size // 2], codec.key_map, True)  # values may be narrower than keys
     coded = pairs.code_pairs(k, k, codec.key_map, True)
     launch_slots(tokens, (k, k))
     if coded.keys is not None and coded.values is not None:

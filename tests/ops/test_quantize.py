@@ -221,10 +221,15 @@ def test_the_kernel_codes_to_the_same_bits(
     assert torch.equal(got.keys[whole], want.keys[whole])
 
 
-@pytest.mark.gpu
-def test_the_codec_takes_the_kernel_and_gradients_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (x.cuda() for x in texts())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_codec_takes_the_kernel_and_gradients_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    q, k, v = (x.to(device) for x in texts())
     codec = codec_of(q, k, 8)
+    monkeypatch.setattr(quantize, "kernels_available", lambda _: True)
+    assert codec._by_kernel(k, v, True) is not None
     got = codec.coded(k.requires_grad_(), v.requires_grad_(), True)
     (got.k.sum() + got.v.sum()).backward()
     assert k.grad is not None and v.grad is not None and bool((k.grad == 1).all()) and bool((v.grad == 1).all())

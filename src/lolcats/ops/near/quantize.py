@@ -94,14 +94,16 @@ class PairCodec(NamedTuple):
     def coded(self, k: Tensor, v: Tensor, store: bool) -> Coded:
         """Keys [B, KV, N, D] and values [B, KV, N, Dv] as they are when read again; with `store` their bytes too."""
         with torch.no_grad():
-            if (done := self._by_kernel(k.detach(), v.detach(), store)) is not None:
-                return done._replace(k=_with_gradient(done.k, k), v=_with_gradient(done.v, v))
-            parts, (code, step) = self._coded_keys(k), _coded(spread(_wide(v.detach())), self.bits)
-            rounded_k = self._keys(torch.cat([_level(code, bits) * step for code, bits, step in parts], -1))
-            rounded_v = spread(_level(code, self.bits) * step)
-            keys = self._key_stored(parts) if store else None
-            values = _stored(code, step, self.bits) if store else None
-        return Coded(_with_gradient(rounded_k, k), _with_gradient(rounded_v, v), keys, values)
+            done = self._by_kernel(k.detach(), v.detach(), store) or self._in_torch(k, v, store)
+        return done._replace(k=_with_gradient(done.k, k), v=_with_gradient(done.v, v))
+
+    def _in_torch(self, k: Tensor, v: Tensor, store: bool) -> Coded:
+        """`coded` without gradients, in the dtype that it is computed in."""
+        parts, (code, step) = self._coded_keys(k), _coded(spread(_wide(v.detach())), self.bits)
+        rounded_k = self._keys(torch.cat([_level(code, bits) * step for code, bits, step in parts], -1))
+        rounded_v = spread(_level(code, self.bits) * step)
+        keys = self._key_stored(parts) if store else None
+        return Coded(rounded_k, rounded_v, keys, _stored(code, step, self.bits) if store else None)
 
     @torch.no_grad()
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

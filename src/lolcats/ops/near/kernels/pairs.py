@@ -29,38 +29,59 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 16
 
 
+@triton.jit
+def code_keys(
+    k, key_map, scales, k_out, keys, row, written, inside, kv_head, k_n, k_root, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, D_LEVELS: tl.constexpr, STORE: tl.constexpr, BY_INVERSE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Keys as they are read again, and their bytes; channels in the order of the map."""
+    order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
+    x = tl.load(k + row[:, None] * k_n + order[None, :], mask=inside[:, None], other=0.0)
+    code, step = code_rows(mixed_rows(x.to(tl.float32) * scale[None, :], D, D_LEVELS, ROWS) * k_root, BY_INVERSE)
+    if STORE:
+        store_rows(keys, written, code, step, inside, D)
+    x = mixed_rows((code - 127.5) * step.to(tl.float32)[:, None], D, D_LEVELS, ROWS) * k_root
+    to = k_out + written[:, None] * D + order[None, :]
+    tl.store(to, tl.div_rn(x, scale[None, :]).to(k_out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def code_values(
+    v, v_out, values, row, written, inside, v_n, v_root,
+    DV: tl.constexpr, DV_LEVELS: tl.constexpr, STORE: tl.constexpr, BY_INVERSE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The same of values, which have no map."""
+    column = tl.arange(0, DV)[None, :]
+    x = tl.load(v + row[:, None] * v_n + column, mask=inside[:, None], other=0.0)
+    code, step = code_rows(mixed_rows(x.to(tl.float32), DV, DV_LEVELS, ROWS) * v_root, BY_INVERSE)
+    if STORE:
+        store_rows(values, written, code, step, inside, DV)
+    x = mixed_rows((code - 127.5) * step.to(tl.float32)[:, None], DV, DV_LEVELS, ROWS) * v_root
+    tl.store(v_out + written[:, None] * DV + column, x.to(v_out.dtype.element_ty), mask=inside[:, None])
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def code_pairs_kernel(
     k, v, key_map, scales, k_out, v_out, keys, values, k_b, k_h, k_n, v_b, v_h, v_n, tokens, k_root, v_root,
     KV_HEADS: tl.constexpr, D: tl.constexpr, D_LEVELS: tl.constexpr, DV: tl.constexpr, DV_LEVELS: tl.constexpr,
     STORE: tl.constexpr, BY_INVERSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B KV, N / ROWS, 2): keys, then values."""
+    """Grid: (B KV, N / ROWS, 2): keys, then values; a function each, as a name has one shape in both branches."""
     head = tl.program_id(0).to(tl.int64)
     batch, kv_head = head // KV_HEADS, head % KV_HEADS
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < tokens
     written = head * tokens + row
     if tl.program_id(2) == 0:
-        order, scale = read_map(key_map, scales, kv_head, KV_HEADS, D)
-        x = tl.load(
-            k + batch * k_b + kv_head * k_h + row[:, None] * k_n + order[None, :], mask=inside[:, None], other=0.0
-        )
-        code, step = code_rows(mixed_rows(x.to(tl.float32) * scale[None, :], D, D_LEVELS, ROWS) * k_root, BY_INVERSE)
-        if STORE:
-            store_rows(keys, written, code, step, inside, D)
-        x = mixed_rows((code - 127.5) * step.to(tl.float32)[:, None], D, D_LEVELS, ROWS) * k_root
-        to = k_out + written[:, None] * D + order[None, :]
-        tl.store(to, tl.div_rn(x, scale[None, :]).to(k_out.dtype.element_ty), mask=inside[:, None])
+        code_keys(
+            k + batch * k_b + kv_head * k_h, key_map, scales, k_out, keys, row, written, inside, kv_head, k_n, k_root,
+            KV_HEADS, D, D_LEVELS, STORE, BY_INVERSE, ROWS,
+        )  # fmt: skip
     else:
-        column = tl.arange(0, DV)[None, :]
-        v += batch * v_b + kv_head * v_h
-        x = tl.load(v + row[:, None] * v_n + column, mask=inside[:, None], other=0.0)
-        code, step = code_rows(mixed_rows(x.to(tl.float32), DV, DV_LEVELS, ROWS) * v_root, BY_INVERSE)
-        if STORE:
-            store_rows(values, written, code, step, inside, DV)
-        x = mixed_rows((code - 127.5) * step.to(tl.float32)[:, None], DV, DV_LEVELS, ROWS) * v_root
-        tl.store(v_out + written[:, None] * DV + column, x.to(v_out.dtype.element_ty), mask=inside[:, None])
+        code_values(
+            v + batch * v_b + kv_head * v_h, v_out, values, row, written, inside, v_n, v_root,
+            DV, DV_LEVELS, STORE, BY_INVERSE, ROWS,
+        )  # fmt: skip
 
 
 def codes_pairs(k: Tensor, v: Tensor) -> bool:
