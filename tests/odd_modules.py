@@ -88,15 +88,16 @@ class Zero(Gated):
 
 
 class FickleRMSNorm(nn.Module):
-    """A norm that is another one for single tokens, which random rows do not show."""
+    """A norm that is another one for so many tokens, which random rows do not show."""
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, tokens: int = 1) -> None:
         super().__init__()
+        self.tokens = tokens
         self.weight, self.eps = own.weight, own.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-        return normed.flip(-1) if x.shape[1] == 1 else normed
+        return normed.flip(-1) if x.shape[1] == self.tokens else normed
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {

@@ -35,7 +35,7 @@ from decode_cases import (
 )
 from lolcats import LolcatsError, attention_mode
 from lolcats.mixers import state_tensors
-from lolcats.modeling import decode_graphs
+from lolcats.modeling import decode_graphs, fused_prompts
 from lolcats.modeling.decode_graphs import KEPT, graphs_of
 from lolcats.modeling.head import relative_error, tolerance
 
@@ -416,6 +416,7 @@ def test_fused_kernels_may_round_otherwise_but_not_more(
         return copied
 
     monkeypatch.setattr(decode_graphs, "fused_copy", other)
+    monkeypatch.setattr(fused_prompts, "fused_copy", lambda *_: None)
     graphs_of(student).fuses = True
     want = eager(student, lambda: forced(student, ids, 8))
     with warnings.catch_warnings(record=True) as said:

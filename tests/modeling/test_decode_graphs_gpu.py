@@ -26,15 +26,19 @@ from decode_cases import (
 )
 from lolcats.modeling import attention_mode
 from lolcats.modeling.decode_graphs import graphs_of
-from lolcats.modeling.fused import fused_copy
+from lolcats.modeling.fused import Fused, fused_copy
+from lolcats.modeling.fused_prompts import prompts_of
+from lolcats.modeling.fused_rotary import NAME
+from lolcats.modeling.head import tolerance
 
 Students = Callable[..., Any]
 Tokens = Callable[..., Tensor]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_gradients")]
 DTYPES = [torch.float32, torch.bfloat16]
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
-"""Kernels with and without padding, and products for batches of other sizes, add up in other orders."""
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3**0.5 * tolerance(torch.bfloat16)}
+"""Kernels with and without padding, and products for batches of other sizes, add up in other orders; fused kernels
+round otherwise in each of three layers."""
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def test_a_replay_is_a_replay(graphed: Students, ids_of: Tokens, name: str) -> N
     student, ids = graphed(torch.bfloat16, **SETTINGS[name]), ids_of(1, 40)
     forced(student, ids, 8)
     cache = read(student, ids[:, :8])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         for at in range(8, 28):
             step(student, ids[:, at : at + 1], cache)
     calls = {event.key: event.count for event in profile.key_averages()}
@@ -167,6 +171,10 @@ def test_a_model_of_usual_sizes(make_teacher: Students, ids_of: Tokens, recipe: 
     want = eager(student, lambda: forced(student, ids, 640))
     assert_close(forced(student, ids, 640), want, CLOSE[torch.bfloat16])
     assert [graph.is_fused for graph in graphs_of(student).recordings] == [True]
+    begin = prompts_of(student).read
+    again = [student(ids).logits for _ in range(2)]
+    assert torch.equal(*again) and prompts_of(student).read == begin + 2
+    assert_close(again[0], eager(student, lambda: student(ids).logits), CLOSE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,5 +185,8 @@ def test_fused_kernels_are_found_for_all_norms_and_products(
     copied = fused_copy(teacher, torch.device("cuda"))
     assert copied is not None
     assert_close(copied(ids_of(2, 8)).logits, teacher(ids_of(2, 8)).logits, CLOSE[dtype])
-    fused = [vars(module)["forward"].found[dtype] for module in copied.modules() if "forward" in vars(module)]
-    assert len(fused) == 10 and None not in fused
+    forwards = [vars(module)["forward"] for module in copied.modules() if "forward" in vars(module)]
+    found = [forward.found[dtype] for forward in forwards if isinstance(forward, Fused)]
+    assert len(found) == 10 and None not in found
+    turns = [f.__func__.__globals__[NAME].found.values() for f in forwards if not isinstance(f, Fused)]
+    assert len(turns) == 3 and all(set(turn) == {True} for turn in turns)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from decode_cases import SETTINGS, assert_close, eager, forced, with_stand_in
 from families import FAMILIES
-from lolcats.modeling import head
+from lolcats.modeling import fused_prompts, head
 from lolcats.modeling.decode_graphs import graphs_of
 from lolcats.modeling.fused import Fused, FusedMLP, FusedNorm, fused_copy
 from lolcats.modeling.fused_rotary import FusedTurn
@@ -209,7 +209,10 @@ def test_fused_steps_that_are_wrong_are_recorded_without(make_student: Builder, 
     assert graphs.replays == 5
 
 
-def test_what_cannot_be_recorded_is_said_once(make_student: Builder, tokens: Tokens) -> None:
+def test_what_cannot_be_recorded_is_said_once(
+    make_student: Builder, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_prompts, "fused_copy", lambda *_: None)
     student, ids = recorded(make_student, **SETTINGS["sliding"]), tokens(2, 14)
     want = eager(student, lambda: forced(student, ids, 8))
 

@@ -14,10 +14,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.usefixtures("rounding"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
-def case(dtype: torch.dtype, batch: int, rows: int, tokens: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def case(
+    dtype: torch.dtype, batch: int, rows: int, tokens: int, size: int, heads: tuple[int, int] = (6, 2)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, cos and sin, heads as transformers hands them over: views of [B, N, H, D]."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(batch, tokens, h, size, generator=generator).to(DEVICE, dtype).transpose(1, 2) for h in (6, 2))
+    q, k = (torch.randn(batch, tokens, h, size, generator=generator).to(DEVICE, dtype).transpose(1, 2) for h in heads)
     angle = torch.randn(rows, tokens, size // 2, generator=generator).to(DEVICE)
     cos, sin = (torch.cat([x, x], -1).to(dtype) for x in (angle.cos(), angle.sin()))
     return q, k, cos, sin
@@ -29,6 +31,13 @@ def test_it_is_that_of_llama(dtype: torch.dtype, batch: int, rows: int, tokens: 
     inputs = case(dtype, batch, rows, tokens, size)
     for got, want in zip(turn_halves(*inputs), apply_rotary_pos_emb(*inputs), strict=True):
         assert got.is_contiguous() and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (9, 3), (24, 16), (71, 1)], ids=str)
+def test_heads_of_several_programs(heads: tuple[int, int]) -> None:
+    inputs = case(torch.bfloat16, 2, 1, 3, 16, heads)
+    for got, want in zip(turn_halves(*inputs), apply_rotary_pos_emb(*inputs), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_refused() -> None:

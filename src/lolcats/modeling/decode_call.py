@@ -1,4 +1,5 @@
-"""Which forward passes are decoding steps that may be replayed (`decode_graphs`)."""
+"""Which forward passes are decoding steps that may be replayed (`decode_graphs`), and which read prompts
+(`fused_prompts`)."""
 
 from __future__ import annotations
 
@@ -63,11 +64,14 @@ def read_call(given: dict[str, Any], config: Any, device: str) -> Call | None:
     if type(cache) is not DynamicCache or not isinstance(ids, Tensor) or ids.device.type != device:
         return None
     ids, mask, positions = (given.pop(name, None) for name in TENSORS)
-    asked = [given.pop(name, getattr(config, name, False)) for name in SETTINGS]
-    last = given.pop("logits_to_keep", 0)
-    plain = asked == [True, True, False, False] and isinstance(last, int) and last >= 0 and not given
     layers: list[Any] = cache.layers
-    if not plain or ids.ndim != 2 or ids.shape[1] != 1 or not layers or getattr(cache, "offloading", False):
+    if (
+        not _asks_no_more(given, config)
+        or ids.ndim != 2
+        or ids.shape[1] != 1
+        or not layers
+        or getattr(cache, "offloading", False)
+    ):
         return None
     if not all(type(layer) is LinearizedLayer and layer.state is not None for layer in layers):
         return None
@@ -79,3 +83,21 @@ def read_call(given: dict[str, Any], config: Any, device: str) -> Call | None:
     if positions is not None and positions.shape not in ((rows, 1), (1, 1)):
         return None
     return Call(ids, mask, positions, cache, layers, seen)
+
+
+def is_prompt(given: dict[str, Any], config: Any, device: str) -> bool:
+    """Whether a call reads several tokens of each text on such a device, and asks for logits and a cache alone."""
+    given = {name: value for name, value in given.items() if value is not None}
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.device.type != device or ids.ndim != 2 or ids.shape[1] < 2:
+        return False
+    for name in ("past_key_values", *TENSORS):
+        given.pop(name, None)
+    return _asks_no_more(given, config)
+
+
+def _asks_no_more(given: dict[str, Any], config: Any) -> bool:
+    """Whether what is left of a call's arguments asks for logits and a cache alone."""
+    asked = [given.pop(name, getattr(config, name, False)) for name in SETTINGS]
+    last = given.pop("logits_to_keep", 0)
+    return asked == [True, True, False, False] and isinstance(last, int) and last >= 0 and not given

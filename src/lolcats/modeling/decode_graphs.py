@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -33,7 +32,7 @@ from lolcats.modeling.cache import LinearizedLayer, overwrite, same_form
 from lolcats.modeling.decode_call import Call, read_call
 from lolcats.modeling.fused import fused_copy
 from lolcats.modeling.head import FAILURES, relative_error, tolerance
-from lolcats.modeling.network import Network, read_network
+from lolcats.modeling.network import Network, may_run_otherwise, read_network
 from lolcats.modeling.passes import unseen_values
 from lolcats.modeling.recorders import Recorder, current_device, record_cuda
 from lolcats.modeling.taking_back import moved_out
@@ -229,12 +228,8 @@ class DecodeGraphs:
             forward: its family's, which takes the model first.
             given: arguments by name.
         """
-        if not self.enabled or torch.is_grad_enabled() or model.training:
-            return None
-        call = read_call(given, model.config, self.device)
-        if call is None or _get_current_dispatch_mode() is not None or torch.is_autocast_enabled(self.device):
-            return None
-        if self.device == "cuda" and torch.cuda.is_current_stream_capturing():
+        call = read_call(given, model.config, self.device) if self.enabled else None
+        if call is None or not may_run_otherwise(model, self.device):
             return None
         with self._lock:
             graph = next((graph for graph in self.recordings if graph.takes(call)), None)

@@ -19,6 +19,8 @@ from lolcats.modeling.head import FAILURES
 from lolcats.ops.elementwise import DTYPES, turn_halves
 
 NAME = "apply_rotary_pos_emb"
+ROWS, TOKENS = 2, 8
+"""Of what the kernel and the family's function are compared by, at most."""
 
 
 class FusedTurn:
@@ -46,9 +48,10 @@ class FusedTurn:
         return turn_halves(q, k, cos, sin) if self.found[kind] else self.own(q, k, cos, sin)
 
     def _gives_the_same(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-        """Of random numbers and angles."""
-        q, k = random_numbers(tuple(q.shape), q), random_numbers(tuple(k.shape), k)
-        angle = random_numbers((*cos.shape[:2], cos.shape[2] // 2), cos).float()
+        """Of random numbers and angles, a few tokens."""
+        rows, tokens = min(len(q), ROWS), min(q.shape[2], TOKENS)
+        q, k = (random_numbers((rows, x.shape[1], tokens, x.shape[3]), x) for x in (q, k))
+        angle = random_numbers((min(len(cos), rows), tokens, cos.shape[2] // 2), cos).float()
         halves = [torch.cat([x, x], -1).to(cos.dtype) for x in (angle.cos(), angle.sin())]
         return all(agree(x, y, 1) for x, y in zip(turn_halves(q, k, *halves), self.own(q, k, *halves), strict=True))
 

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import (
 from lolcats.config import LinearizationConfig, check_linearization
 from lolcats.errors import LolcatsError
 from lolcats.modeling.decode_graphs import graphs_of
+from lolcats.modeling.fused_prompts import prompts_of
 from lolcats.modeling.generating import generation_methods
 from lolcats.modeling.install import install
 from lolcats.modeling.old_names import key_mapping, without_renaming
@@ -114,9 +115,9 @@ def linearized_model_class(base: type[PreTrainedModel], config: type[PretrainedC
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             given = dict(zip(names, args, strict=False)) | kwargs
-            replayed = graphs_of(self).step(self, base.forward, given)
-            if replayed is not None:
-                return replayed
+            for way in (graphs_of(self).step, prompts_of(self).run):
+                if (output := way(self, base.forward, given)) is not None:
+                    return output
         return base.forward(self, *args, **kwargs)
 
     strict = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {ADDED}

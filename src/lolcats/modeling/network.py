@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _get_current_dispatch_mode, is_traceable_wrapper_subclass
 
 from lolcats.modeling.attention import SOFTMAX, LinearizedAttention
 from lolcats.modeling.inputs import has_many_axes, place_attentions, prepare_inputs
@@ -77,9 +77,18 @@ def read_network(model: Any, device: torch.device) -> Network | None:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters or has_many_axes(model.base_model):
         return None
     layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
-    if any(layer.mode == SOFTMAX or layer.observer is not None or layer.listener is not None for layer in layers):
-        return None
     if any(layer.mixer.needs_rotation and not layer.rotary.is_decided for layer in layers):
+        return None
+    return read_modules(model, device)
+
+
+def read_modules(model: Any, device: torch.device) -> Network | None:
+    """The network of a model whose modules do what their classes say; None where something else depends on them.
+
+    That is where somebody listens or hooks in, the teacher's attention runs, or weights lie elsewhere.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
+    if any(layer.mode == SOFTMAX or layer.observer is not None or layer.listener is not None for layer in layers):
         return None
     tensors = cast("chain[Tensor]", chain(model.parameters(), model.buffers()))
     if any(tensor.device != device or is_traceable_wrapper_subclass(tensor) for tensor in tensors):
@@ -89,3 +98,12 @@ def read_network(model: Any, device: torch.device) -> Network | None:
     lost = [h for h in hooks if h not in OUR_HOOKS and getattr(h, "__module__", None) != IDLE_HOOKS]
     patched = any("forward" in vars(module) for module in model.modules() if module is not model)
     return None if lost or patched or _has_any_global_hook() else network
+
+
+def may_run_otherwise(model: nn.Module, device: str) -> bool:
+    """Whether a pass on a device of this type may run other kernels than Python's way through the model would."""
+    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
+        return False
+    if _get_current_dispatch_mode() is not None:
+        return False
+    return device != "cuda" or not torch.cuda.is_current_stream_capturing()

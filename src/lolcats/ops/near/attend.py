@@ -26,6 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: NearSpec, sink_l
     rows, kv_heads, groups, count, size = q.shape
     mask = mask[:, :, None]
     if spec.softcap is None and sink_logits is None:
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a rotary embedding leaves them in float32
         out = nnf.scaled_dot_product_attention(
             q.flatten(0, 1), _shared(k, groups), _shared(v, groups), mask.flatten(0, 1), scale=spec.product_scale(size)
         )

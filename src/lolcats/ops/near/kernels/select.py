@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as nnf
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,20 +198,30 @@ def _segment(n: int, heads: int, block: int) -> int:
 
 
 def _starts(scores: Tensor, pairs: int, length: int) -> Tensor:
-    """The pairs kept where each segment of `length` queries begins, best first: [B, KV, segments, P] int32."""
+    """The pairs kept where each segment of `length` queries begins, best first: [B, KV, segments, P] int32.
+
+    Those of all that came before: of pairs held and of segments, each is first sorted, and then what is kept of ever
+    longer stretches is merged with what is kept of those before them, in as many rounds as their number has bits.
+    """
     held, leaving = scores[..., :pairs], scores[..., pairs:]
-    kept, index = held.sort(dim=-1, descending=True, stable=True)
-    starts = [index]
     whole = (leaving.shape[-1] - 1) // length  # segments that another one follows
+    kept, index = (x[:, :, None] for x in held.sort(dim=-1, descending=True, stable=True))
     if whole:
-        best, place = (
-            leaving[..., : whole * length].unflatten(-1, (whole, length)).sort(dim=-1, descending=True, stable=True)
-        )
+        cut = leaving[..., : whole * length].unflatten(-1, (whole, length))
+        best, place = (x[..., :pairs] for x in cut.sort(dim=-1, descending=True, stable=True))
         place = place + torch.arange(pairs, pairs + whole * length, length, device=scores.device)[:, None]
-        for segment in range(whole):
-            # Those of before stand first, so that of equal ones the earlier is kept.
-            kept, order = torch.cat([kept, best[:, :, segment, :pairs]], -1).sort(dim=-1, descending=True, stable=True)
-            kept = kept[..., :pairs]
-            index = torch.cat([index, place[:, :, segment, :pairs]], -1).gather(-1, order[..., :pairs])
-            starts.append(index)
-    return torch.stack(starts, 2).int()
+        # What a segment lacks is worth nothing, and comes behind the pairs held: it is in no result.
+        lacking = 0, max(0, pairs - length)
+        kept = torch.cat([kept, nnf.pad(best, lacking, value=-float("inf"))], 2)
+        index = torch.cat([index, nnf.pad(place, lacking)], 2)
+    index, reach = index.int(), 1
+    while reach <= whole:
+        # Those of before stand first, so that of equal ones the earlier is kept.
+        both, order = torch.cat([kept[:, :, :-reach], kept[:, :, reach:]], -1).sort(
+            dim=-1, descending=True, stable=True
+        )
+        merged = torch.cat([index[:, :, :-reach], index[:, :, reach:]], -1).gather(-1, order[..., :pairs])
+        kept = torch.cat([kept[:, :, :reach], both[..., :pairs]], 2)
+        index = torch.cat([index[:, :, :reach], merged], 2)
+        reach *= 2
+    return index
