@@ -1,8 +1,8 @@
 """Hybrid attention by the Triton kernels, feature maps included, against other attention: a dated table on a GPU.
 
 python benchmarks/ops.py [--lengths 2048 32768] [--backward 4096 16384] [--heads 32] [--kv-heads 8] [--size 128]
-    [--window 64] [--sinks 0] [--state-heads query] [--decode 1 64] [--fold 1 16] [--batch 1] [--no-peers] [--both]
-    [--json FILE]
+    [--window 64] [--window-kind sliding] [--sinks 0] [--state-heads query] [--decode 1 64] [--fold 1 16] [--batch 1]
+    [--no-peers] [--both] [--json FILE]
 
 Everything is timed as a CUDA graph, median of the replays. Before that the kernels are compared with torch's chunked
 form on the same numbers; a result that is off stops the program. The peers, where they are installed: SDPA with flash
@@ -77,7 +77,7 @@ class Inputs:
         weights = (normal(h, size, size // 2, dtype=torch.float32) / 5 for h in (heads, map_heads))
         self.maps = MapWeights("hedgehog", *weights, log_scale=torch.zeros(heads, device="cuda"))
         self.factor = torch.zeros(heads, device="cuda")
-        self.spec = HybridSpec(args.window, sinks=args.sinks)
+        self.spec = HybridSpec(args.window, args.window_kind, args.sinks)
         self.leaves = [self.q, self.k, self.v, self.maps.q, self.maps.k, self.factor]
         for leaf in self.leaves:
             leaf.requires_grad_(gradients)
@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--window-kind", choices=["sliding", "terraced"], default="sliding")
     parser.add_argument("--sinks", type=int, default=0)
     parser.add_argument("--state-heads", choices=["query", "kv"], default="query")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 64], help="batch sizes of a decoding step")

@@ -56,7 +56,8 @@ def test_what_is_taken_but_for_the_device() -> None:
     x = operands(SHORTEST, 3)
     assert refusal(planned(x), x, WHOLE) == DEVICE
     x = operands(SHORTEST, map_heads=2)._replace(factor=None)
-    assert refusal(planned(x, HybridSpec(64, scale=0.1, fold=16)), x, WHOLE) == DEVICE
+    for kind in ("sliding", "terraced"):
+        assert refusal(planned(x, HybridSpec(64, kind, scale=0.1, fold=16)), x, WHOLE) == DEVICE
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,8 @@ def test_tensors_that_are_refused(reason: str, change: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize(
     ("reason", "spec"),
     [
-        ("sliding window of 64", HybridSpec(65)),
-        ("sliding window of 64", HybridSpec(64, "terraced")),
+        ("window of 64", HybridSpec(65)),
+        ("window of 64", HybridSpec(128, "terraced")),
         ("no sinks", HybridSpec(64, sinks=1)),
         ("no softcap", HybridSpec(64, softcap=5.0)),
         ("scale above 0", HybridSpec(64, scale=0.0)),
@@ -126,6 +127,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
     [
         ({}, DEVICE),
         ({"state_heads": "kv"}, DEVICE),
+        ({"window_kind": "terraced"}, DEVICE),
         ({"feature_size": None}, "64 columns"),  # as many as a head has numbers
         ({"decay": "gate"}, "no decay"),
     ],

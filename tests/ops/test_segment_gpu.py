@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_segment import BFLOAT16, PLAIN, SETTINGS, SIZES, WHOLE, operands, planned
+from test_segment import BFLOAT16, SETTINGS, SIZES, WHOLE, operands, planned
 from torch import Tensor
 
 from lolcats.mixers import Call, build_mixer
-from lolcats.ops import MapWeights, hybrid_attention
+from lolcats.ops import HybridSpec, MapWeights, hybrid_attention
 from lolcats.ops.hybrid.kernels import launch, segment_launch
 from lolcats.ops.hybrid.kernels.launch import Operands, run_forward
 from lolcats.ops.hybrid.kernels.segment_launch import refusal, run_segments
@@ -18,9 +18,20 @@ from lolcats.ops.hybrid.kernels.segment_launch import refusal, run_segments
 pytestmark = pytest.mark.gpu
 
 
-def present(x: Operands, save: bool = False) -> Tensor:
+@pytest.fixture(params=["sliding", "terraced"])
+def spec(request: pytest.FixtureRequest) -> HybridSpec:
+    """A window of each kind."""
+    return HybridSpec(64, request.param)
+
+
+def segmented(x: Operands, spec: HybridSpec) -> Tensor:
+    """The output by segments."""
+    return run_segments(planned(x, spec), x)
+
+
+def present(x: Operands, spec: HybridSpec, save: bool = False) -> Tensor:
     """What the other kernels compute."""
-    return run_forward(planned(x), x, WHOLE, save).out
+    return run_forward(planned(x, spec), x, WHOLE, save).out
 
 
 def apart(got: Tensor, want: Tensor) -> float:
@@ -28,24 +39,24 @@ def apart(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def exact(x: Operands) -> Tensor:
+def exact(x: Operands, spec: HybridSpec) -> Tensor:
     """By the chunked form in float64."""
     q, k, v, map_q, map_k, window_factor = (t.double() for t in x[:6])
     maps = MapWeights("hedgehog", map_q, map_k, log_scale=None if x.factor is None else x.factor.double())
-    return hybrid_attention(q, k, v, maps, window_factor, PLAIN, impl="chunked").out
+    return hybrid_attention(q, k, v, maps, window_factor, spec, impl="chunked").out
 
 
-def check(x: Operands) -> None:
+def check(x: Operands, spec: HybridSpec) -> None:
     """As near to the exact output as the other kernels, and the same bits each time."""
-    want, got = exact(x), run_segments(planned(x), x)
-    assert apart(got, want) <= apart(present(x), want) + BFLOAT16 / 2
-    assert all(torch.equal(run_segments(planned(x), x), got) for _ in range(3))
+    want, got = exact(x, spec), segmented(x, spec)
+    assert apart(got, want) <= apart(present(x, spec), want) + BFLOAT16 / 2
+    assert all(torch.equal(segmented(x, spec), got) for _ in range(3))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 129, 1037, 2048, 4160])
-def test_lengths(n: int, batch: int) -> None:
-    check(operands(n, batch, device="cuda"))
+def test_lengths(n: int, batch: int, spec: HybridSpec) -> None:
+    check(operands(n, batch, device="cuda"), spec)
 
 
 @pytest.mark.parametrize(
@@ -58,80 +69,80 @@ def test_lengths(n: int, batch: int) -> None:
         pytest.param(2111, 2, 6, 1, 1, id="one_key_head"),
     ],
 )
-def test_heads(n: int, batch: int, heads: int, kv_heads: int, map_heads: int) -> None:
-    check(operands(n, batch, heads, kv_heads, map_heads, device="cuda"))
+def test_heads(n: int, batch: int, heads: int, kv_heads: int, map_heads: int, spec: HybridSpec) -> None:
+    check(operands(n, batch, heads, kv_heads, map_heads, device="cuda"), spec)
 
 
-def test_layouts_of_memory() -> None:
+def test_layouts_of_memory(spec: HybridSpec) -> None:
     """Heads before tokens, tokens before heads, and parts of one tensor."""
     x = operands(2111, 2, 4, 4, device="cuda")
-    want = run_segments(planned(x), x)
+    want = segmented(x, spec)
     whole = torch.stack([t.transpose(1, 2) for t in x[:3]], 2)
     for parts in ([t.contiguous() for t in x[:3]], [t.transpose(1, 2) for t in whole.unbind(2)]):
         q, k, v = parts
         y = x._replace(q=q, k=k, v=v)
-        assert torch.equal(run_segments(planned(y), y), want)
+        assert torch.equal(segmented(y, spec), want)
 
 
-def test_a_row_sees_nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_sees_nothing_of_others(spec: HybridSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it is cut into other segments, which rounds otherwise; cut alike it has the same bits."""
     x = operands(2111, 3, device="cuda")
     alone = x._replace(**{name: getattr(x, name)[1:2].clone() for name in ("q", "k", "v")})
-    want = run_segments(planned(x), x)[1:2].clone()
+    want = segmented(x, spec)[1:2].clone()
     for t in x[:3]:
         t[0], t[2] = torch.nan, torch.nan
-    assert torch.equal(run_segments(planned(x), x)[1:2], want)
-    assert planned(alone).segments(4) != planned(x).segments(4)
-    assert apart(run_segments(planned(alone), alone), want) <= BFLOAT16 / 2
+    assert torch.equal(segmented(x, spec)[1:2], want)
+    assert planned(alone, spec).segments(4) != planned(x, spec).segments(4)
+    assert apart(segmented(alone, spec), want) <= BFLOAT16 / 2
     monkeypatch.setattr(launch, "SUM_PROGRAMS", launch.SUM_PROGRAMS // 3)
-    assert torch.equal(run_segments(planned(alone), alone), want)
+    assert torch.equal(segmented(alone, spec), want)
 
 
-def test_a_token_changes_nothing_before_it() -> None:
+def test_a_token_changes_nothing_before_it(spec: HybridSpec) -> None:
     x = operands(2111, device="cuda")
-    want = run_segments(planned(x), x).clone()
+    want = segmented(x, spec).clone()
     for t in x[:3]:
         t[:, :, 1000:] = 3.0
-    assert torch.equal(run_segments(planned(x), x)[:, :, :1000], want[:, :, :1000])
+    assert torch.equal(segmented(x, spec)[:, :, :1000], want[:, :, :1000])
 
 
-def test_one_half_alone() -> None:
+def test_one_half_alone(spec: HybridSpec) -> None:
     """Without softmax the first tokens see nothing, and their output is 0; the other end is softmax alone."""
     x = operands(2111, device="cuda")
     for factor in (-torch.inf, -200.0, 200.0):
         y = x._replace(window_factor=torch.full_like(x.window_factor, factor))
-        got, want = run_segments(planned(y), y), present(y)
+        got, want = segmented(y, spec), present(y, spec)
         assert got.isfinite().all()
         assert apart(got, want) <= 2 * BFLOAT16
     y = x._replace(factor=None)
-    assert apart(run_segments(planned(y), y), present(y)) <= 2 * BFLOAT16
+    assert apart(segmented(y, spec), present(y, spec)) <= 2 * BFLOAT16
 
 
-def public(x: Operands, **options: Any) -> Any:
+def public(x: Operands, spec: HybridSpec, **options: Any) -> Any:
     """`hybrid_attention`, which chooses for itself."""
     maps = MapWeights("hedgehog", x.map_q.float(), x.map_k.float(), log_scale=x.factor)
-    return hybrid_attention(x.q, x.k, x.v, maps, x.window_factor, PLAIN, **options)
+    return hybrid_attention(x.q, x.k, x.v, maps, x.window_factor, spec, **options)
 
 
-def test_the_operation_takes_it_without_gradients_alone() -> None:
+def test_the_operation_takes_it_without_gradients_alone(spec: HybridSpec) -> None:
     x = operands(2111, 2, device="cuda")
     x.map_q.requires_grad_()
     with torch.no_grad():
-        assert refusal(planned(x), x, WHOLE) is None
-        assert torch.equal(public(x).out, run_segments(planned(x), x))
-        assert not torch.equal(public(x).out, present(x))
-    assert torch.equal(public(x).out, present(x, save=True))
+        assert refusal(planned(x, spec), x, WHOLE) is None
+        assert torch.equal(public(x, spec).out, segmented(x, spec))
+        assert not torch.equal(public(x, spec).out, present(x, spec))
+    assert torch.equal(public(x, spec).out, present(x, spec, save=True))
 
 
 @torch.no_grad()
-def test_the_state_is_that_of_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_is_that_of_the_other_kernels(spec: HybridSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens after it see the same."""
     x = operands(2111, 2, device="cuda")
-    found = public(x, return_state=True)
-    assert torch.equal(found.out, run_segments(planned(x), x))
+    found = public(x, spec, return_state=True)
+    assert torch.equal(found.out, segmented(x, spec))
     monkeypatch.setattr(segment_launch, "SHORTEST", 1 << 40)
-    other = public(x, return_state=True)
-    assert torch.equal(other.out, present(x))
+    other = public(x, spec, return_state=True)
+    assert torch.equal(other.out, present(x, spec))
     for got, want in zip(found.state.linear, other.state.linear, strict=True):
         assert torch.equal(got, want)
     more = operands(100, 2, device="cuda")
@@ -139,23 +150,23 @@ def test_the_state_is_that_of_the_other_kernels(monkeypatch: pytest.MonkeyPatch)
     joined = after._replace(
         **{name: torch.cat([getattr(x, name), getattr(after, name)], 2) for name in ("q", "k", "v")}
     )
-    rest = public(after, initial_state=found.state).out
-    assert apart(rest, exact(joined)[:, :, 2111:]) <= 2 * BFLOAT16
+    rest = public(after, spec, initial_state=found.state).out
+    assert apart(rest, exact(joined, spec)[:, :, 2111:]) <= 2 * BFLOAT16
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("state_heads", ["query", "kv"])
-def test_a_layer_that_keeps_its_state(state_heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [{}, {"state_heads": "kv"}, {"window_kind": "terraced"}], ids=str)
+def test_a_layer_that_keeps_its_state(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, then a token; and all of it at once."""
     launched: list[str] = []
-    launch = segment_launch.on
+    on = segment_launch.on
 
     def noted(kernel: Any, grid: tuple[int, ...]) -> Any:
         launched.append(kernel.__name__)
-        return launch(kernel, grid)
+        return on(kernel, grid)
 
     monkeypatch.setattr(segment_launch, "on", noted)
-    mixer = build_mixer("hybrid", SIZES, impl="auto", **SETTINGS | {"state_heads": state_heads}).cuda()
+    mixer = build_mixer("hybrid", SIZES, impl="auto", **SETTINGS | change).cuda()
     x = operands(2112, 1, 8, 2, device="cuda")
     hidden = x.q.new_zeros(1, 2112, 16)
     call = Call(x.q, x.k, x.v, hidden, 128**-0.5)
@@ -172,12 +183,12 @@ def test_a_layer_that_keeps_its_state(state_heads: str, monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
-def test_in_a_graph() -> None:
+def test_in_a_graph(spec: HybridSpec) -> None:
     x = operands(2111, 2, device="cuda")
-    want = public(x).out
+    want = public(x, spec).out
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = public(x).out
+        out = public(x, spec).out
     for _ in range(3):
         out.zero_()
         graph.replay()

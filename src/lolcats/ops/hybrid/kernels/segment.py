@@ -1,18 +1,19 @@
 """Forward pass without gradients on Hopper GPUs, in Gluon: the state stays in registers (segment_launch.py: when).
 
-For hedgehog maps with 64 columns, D = Dv = 128, a sliding window of one block of 64 tokens, no sinks. A text is cut
-into segments. `sum_pieces` and `scan_pieces` find the state before each (the sums of phi(k) v^T over all keys up to a
-block before it), and a program of `segment_forward` walks a segment of a head block by block. Its warps are partitions
-that do different things at once and wait for each other at barriers in shared memory:
+For hedgehog maps with 64 columns, D = Dv = 128, a window of one block of 64 tokens, no sinks. A text is cut into
+segments. `sum_pieces` and `scan_pieces` find the state before each (the sums of phi(k) v^T over all keys up to a block
+before it), and a program of `segment_forward` walks a segment of a head block by block. Its warps are partitions that
+do different things at once and wait for each other at barriers in shared memory:
 
 - `loads` (1 warp): tiles of q, k and v come by the copy engine, ahead of those who read them;
 - `keys` (4 warps): hands on the state that a block sees, then adds the block before it: phi(k), and its sums;
-- `queries` (4 warps): softmax over two blocks, phi(q) times the state and phi(k) of the block before, the output.
+- `queries` (4 warps): softmax, phi(q) times the state and where windows slide phi(k) of the block before, the output.
 
 So the products of one partition fill the time in which another waits, and neither states nor features are written to
-memory. A block meets two blocks of keys, and their masks fill each other up: a query at column i of its block has
-softmax pairs with keys up to column i of its own and after column i of the block before, where the others are linear
-pairs. So softmax is over 64 scores, chosen from two products, and so are the weights of the block before.
+memory. A block meets two blocks of keys. Where the window slides, their masks fill each other up: a query at column i
+of its block has softmax pairs with keys up to column i of its own and after column i of the block before, where the
+others are linear pairs. So softmax is over 64 scores, chosen from two products, and so are the weights of the block
+before. A terraced window holds all of the block before: there softmax is over two blocks, and only the state is linear.
 
 Rings: slot n of keys and values holds block first - 1 + n of the text, modulo the slots; iteration i answers block
 first + i. A barrier `x_full` says that x can be read, `x_empty` that it can be written anew.
@@ -103,6 +104,7 @@ def half_map(y, scale, POSITIVE: gl.constexpr):
 @gluon.jit
 def queries(
     q_s, k_s, v_s, wq_s, p_s, s_s, z_s, bars, out, first, count, row, head, log_gate, phi_scale, score_scale,
+    TERRACED: gl.constexpr,
 ):  # fmt: skip
     """The partition that answers the queries."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, s_full, s_empty, p_full, p_empty, w_full = bars
@@ -139,17 +141,21 @@ def queries(
         mbarrier.arrive(k_empty.index(before), count=1)
         mbarrier.arrive(k_empty.index(now), count=1)
 
-        # linear pairs with the block before, softmax beside them
-        mbarrier.wait(p_full, i & 1)
-        b0 = gl.convert_layout(phi0, LEFT_NARROW)
-        b1 = gl.convert_layout(phi1, LEFT_NARROW)
-        pairs = warpgroup_mma(b0, p_s.index(0).permute((1, 0)), zero_narrow, use_acc=False, is_async=True)
-        pairs = warpgroup_mma(b1, p_s.index(1).permute((1, 0)), pairs, is_async=True)
-        s = gl.where(later, s0, s1)
-        top = gl.max(s, 1) * score_scale - log_gate
-        s = gl.exp2(s * score_scale - top[:, None])
-        pairs, b0, b1 = warpgroup_mma_wait(0, deps=(pairs, b0, b1))
-        note(p_empty)
+        if TERRACED:
+            s1 = gl.where(later, -float("inf"), s1)
+            top = gl.maximum(gl.max(s0, 1), gl.max(s1, 1)) * score_scale - log_gate
+        else:
+            # linear pairs with the block before, softmax beside them
+            mbarrier.wait(p_full, i & 1)
+            b0 = gl.convert_layout(phi0, LEFT_NARROW)
+            b1 = gl.convert_layout(phi1, LEFT_NARROW)
+            pairs = warpgroup_mma(b0, p_s.index(0).permute((1, 0)), zero_narrow, use_acc=False, is_async=True)
+            pairs = warpgroup_mma(b1, p_s.index(1).permute((1, 0)), pairs, is_async=True)
+            s = gl.where(later, s0, s1)
+            top = gl.max(s, 1) * score_scale - log_gate
+            s = gl.exp2(s * score_scale - top[:, None])
+            pairs, b0, b1 = warpgroup_mma_wait(0, deps=(pairs, b0, b1))
+            note(p_empty)
 
         # the state, sums beside it
         mbarrier.wait(s_full, i & 1)
@@ -157,8 +163,12 @@ def queries(
         a1 = gl.convert_layout(phi1, LEFT_WIDE)
         acc = warpgroup_mma(a0, s_s.index(0), zero_wide, use_acc=False, is_async=True)
         acc = warpgroup_mma(a1, s_s.index(1), acc, is_async=True)
-        with_before = gl.where(later, s, pairs)
-        with_now = gl.where(later, 0.0, s)
+        if TERRACED:
+            with_before = gl.exp2(s0 * score_scale - top[:, None])
+            with_now = gl.exp2(s1 * score_scale - top[:, None])
+        else:
+            with_before = gl.where(later, s, pairs)
+            with_now = gl.where(later, 0.0, s)
         left0 = gl.convert_layout(packed(with_before), LEFT_WIDE)
         left1 = gl.convert_layout(packed(with_now), LEFT_WIDE)
         total = with_before + with_now
@@ -188,7 +198,7 @@ def queries(
 
 
 @gluon.jit
-def keys(k_s, v_s, wk_s, p_s, s_s, z_s, ones_s, bars, before, before_sum, first, count):
+def keys(k_s, v_s, wk_s, p_s, s_s, z_s, ones_s, bars, before, before_sum, first, count, TERRACED: gl.constexpr):
     """The partition that has the state [128, 128] in registers, in two halves, and its sums [128]."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, s_full, s_empty, p_full, p_empty, w_full = bars
     zero_narrow = gl.zeros([64, 64], gl.float32, NARROW)
@@ -219,11 +229,15 @@ def keys(k_s, v_s, wk_s, p_s, s_s, z_s, ones_s, bars, before, before_sum, first,
         y = warpgroup_mma(k_s.index(i % K_SLOTS), wk_s, zero_narrow, use_acc=False)
         note(k_empty.index(i % K_SLOTS))
         weight = gl.where(first + i > 0, 1.0, 0.0)
-        mbarrier.wait(p_empty, (i & 1) ^ 1)
+        if not TERRACED:
+            mbarrier.wait(p_empty, (i & 1) ^ 1)
         p_s.index(0).store(packed(half_map(y, weight, True)))
         p_s.index(1).store(packed(half_map(y, weight, False)))
         fence_async_shared()
-        note(p_full)
+        if TERRACED:
+            meet()
+        else:
+            note(p_full)
 
         mbarrier.wait(v_full.index(i % V_SLOTS), (i // V_SLOTS) & 1)
         kv0, kv1, z0, z1 = add_block(p_s, v_s.index(i % V_SLOTS), ones, kv0, kv1, z0, z1)
@@ -289,7 +303,7 @@ def single():
 @gluon.jit(do_not_specialize=["tokens", "segments", "segment_blocks"])
 def segment_forward(
     q, k, v, wq, wk, out, window_factor, factor, before, before_sum, tokens, segments, segment_blocks, scale,
-    KV_GROUP: gl.constexpr, MAP_GROUP: gl.constexpr,
+    KV_GROUP: gl.constexpr, MAP_GROUP: gl.constexpr, TERRACED: gl.constexpr,
 ):  # fmt: skip
     """Grid: (heads, segments, rows)."""
     head = gl.program_id(0)
@@ -325,8 +339,8 @@ def segment_forward(
     gl.warp_specialize(
         [
             (queries, (q_s, k_s, v_s, wq_s, p_s, s_s, z_s, bars, out, first, count, row, head, log_gate, phi_scale,
-                       scale * LOG2E)),
-            (keys, (k_s, v_s, wk_s, p_s, s_s, z_s, ones_s, bars, before, before_sum, first, count)),
+                       scale * LOG2E, TERRACED)),
+            (keys, (k_s, v_s, wk_s, p_s, s_s, z_s, ones_s, bars, before, before_sum, first, count, TERRACED)),
             (loads, (q, k, v, wq, wk, q_s, k_s, v_s, wq_s, wk_s, bars, first, count, row, head, head // KV_GROUP,
                      map_head)),
         ],

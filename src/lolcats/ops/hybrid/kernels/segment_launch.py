@@ -41,7 +41,7 @@ def refusal(p: Plan, x: Operands, c: Context) -> str | None:
         "it takes bfloat16": any(t.dtype != torch.bfloat16 for t in (x.q, x.k, x.v)),
         "it takes keys and values of 128 numbers": (p.d, p.dv) != (128, 128),
         "it takes hedgehog maps with 64 columns": p.kind != "hedgehog" or p.width != 64,
-        "it takes a sliding window of 64 tokens": (s.window, s.window_kind) != (64, "sliding"),
+        "it takes a window of 64 tokens": s.window != 64,
         "it takes no sinks": s.sinks > 0 or x.sink_logits is not None,
         "it takes no softcap": s.softcap is not None,
         "it takes a scale above 0": s.score_scale(p.d) <= 0,
@@ -104,7 +104,8 @@ def run_segments(p: Plan, x: Operands) -> Tensor:
     factor = torch.zeros_like(x.window_factor) if x.factor is None else x.factor
     on(segment_forward, (p.heads, segments, p.batch))(
         q, k, v, map_q, map_k, result, x.window_factor, factor, before, before_sum, p.tokens, segments, blocks,
-        p.spec.score_scale(p.d), KV_GROUP=p.heads // p.kv_heads, MAP_GROUP=p.heads // p.map_heads, num_warps=4,
+        p.spec.score_scale(p.d), KV_GROUP=p.heads // p.kv_heads, MAP_GROUP=p.heads // p.map_heads,
+        TERRACED=p.spec.window_kind == "terraced", num_warps=4,
     )  # fmt: skip
     return out
 
