@@ -33,38 +33,57 @@ SHORT = 8192
 """Candidates up to which each is compared with each other: quadratic, but all at once."""
 PROGRAMS, SHORTEST_SEGMENT = 256, 1024
 """How many segments all texts and key heads are cut into at most, and the shortest that is worth one of them."""
-TILE = 64
-"""Candidates of a program of `_count`, and of those that it compares them with at a time."""
+TILE, OTHERS = 64, 128
+"""Candidates of a program of `_count`, and those that it compares them with at a time."""
 LISTED = 512
 """Candidates that `_list` looks at at a time."""
 
 
+@triton.jit
+def _tally(beats, first, pairs, count, found_at, found_count):
+    """How many beat each candidate [T] so far, by those [T, OTHERS] from `first` on; where that comes to the P-th."""
+    more = count + tl.sum(beats.to(tl.int32), 1)
+    goes = (count < pairs) & (more >= pairs)
+    return more, tl.where(goes, first, found_at), tl.where(goes, count, found_count)
+
+
 @triton.jit(do_not_specialize=["n", "pairs"])
-def _count(scores, until, n, pairs, T: tl.constexpr):
+def _count(scores, until, n, pairs, T: tl.constexpr, OTHERS: tl.constexpr):
     """Grid (tiles of candidates, B KV): `until` [.., P + N] int32 of scores [.., P + N], in the order of arrival.
 
     A candidate is dropped by the P-th that beats it, be that one of before or of after its own arrival; those that were
-    held at the start come at no query.
+    held at the start come at no query. It is looked for among so many others at once, and then among these.
     """
     head = tl.program_id(1).to(tl.int64)
     total = pairs + n
     scores += head * total
     until += head * total
     own = tl.program_id(0) * T + tl.arange(0, T)
+    column = tl.arange(0, OTHERS)
     mine = tl.load(scores + own, mask=own < total, other=float("inf"))
-    count = tl.zeros((T,), tl.int32)
-    end = tl.zeros((T,), tl.int32) + n
-    for first in range(0, total, T):
-        other = first + tl.arange(0, T)
-        theirs = tl.load(scores + other, mask=other < total, other=-float("inf"))
-        ahead = (theirs[None, :] == mine[:, None]) & (other[None, :] < own[:, None])
-        beats = ((theirs[None, :] > mine[:, None]) | ahead) & (other < total)[None, :]
-        beaten = tl.cumsum(beats.to(tl.int32), 1) + count[:, None]
-        stays = tl.sum((beaten < pairs).to(tl.int32), 1)
-        goes = (count < pairs) & (stays < T)
-        end = tl.where(goes, tl.maximum(first + stays - pairs, 0), end)
-        count += tl.sum(beats.to(tl.int32), 1)
-    tl.store(until + own, end, mask=own < total)
+    count, found_count = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
+    found_at = tl.zeros((T,), tl.int32) - 1
+    around = tl.program_id(0) * T // OTHERS * OTHERS
+    for first in range(0, around, OTHERS):  # of equal scores the earlier one beats
+        theirs = tl.load(scores + first + column)
+        beats = theirs[None, :] >= mine[:, None]
+        count, found_at, found_count = _tally(beats, first, pairs, count, found_at, found_count)
+    other = around + column
+    theirs = tl.load(scores + other, mask=other < total, other=-float("inf"))
+    ahead = (theirs[None, :] == mine[:, None]) & (other[None, :] < own[:, None])
+    beats = (theirs[None, :] > mine[:, None]) | ahead
+    count, found_at, found_count = _tally(beats, around, pairs, count, found_at, found_count)
+    for first in range(around + OTHERS, total, OTHERS):
+        theirs = tl.load(scores + first + column, mask=first + column < total, other=-float("inf"))
+        beats = theirs[None, :] > mine[:, None]
+        count, found_at, found_count = _tally(beats, first, pairs, count, found_at, found_count)
+    goes = found_at >= 0
+    other = found_at[:, None] + column[None, :]
+    theirs = tl.load(scores + other, mask=goes[:, None] & (other < total), other=-float("inf"))
+    beats = (theirs > mine[:, None]) | ((theirs == mine[:, None]) & (other < own[:, None]))
+    beaten = tl.cumsum(beats.to(tl.int32), 1) + found_count[:, None]
+    stays = tl.sum((beaten < pairs).to(tl.int32), 1)
+    tl.store(until + own, tl.where(goes, tl.maximum(found_at + stays - pairs, 0), n), mask=own < total)
 
 
 @triton.jit(do_not_specialize=["n", "pairs", "block"])
@@ -168,7 +187,9 @@ def _select_short(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tenso
     orders = torch.zeros(batch, kv_heads, blocks + 1, pairs, dtype=torch.int32, device=scores.device)
     until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     with torch.cuda.device(scores.device) if scores.is_cuda else torch.no_grad():
-        on(_count, (triton.cdiv(count, TILE), batch * kv_heads))(scores, until, n, pairs, T=TILE, num_warps=4)
+        on(_count, (triton.cdiv(count, TILE), batch * kv_heads))(
+            scores, until, n, pairs, T=TILE, OTHERS=OTHERS, num_warps=4
+        )
         on(_list, (blocks + 1, batch * kv_heads))(until, orders, n, pairs, block, T=LISTED, num_warps=4)
     return orders, until
 
