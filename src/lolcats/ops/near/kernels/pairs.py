@@ -26,7 +26,8 @@ from lolcats.ops.near.kernels.spread import LARGEST, mixed_rows
 from lolcats.ops.near.types import STEP_BYTES, Coded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = 16
+ROWS, WARPS = 16, 4
+"""Of a program."""
 
 
 @triton.jit
@@ -110,6 +111,6 @@ def code_pairs(k: Tensor, v: Tensor, key_map: Tensor, store: bool) -> Coded:
             k, v, key_map.contiguous(), scales_on(k.device), *seen, *(either(x, k) for x in stored),
             *strides(k), *strides(v), tokens, size**-0.5, dv**-0.5,
             KV_HEADS=kv_heads, D=size, D_LEVELS=size.bit_length() - 1, DV=dv, DV_LEVELS=dv.bit_length() - 1,
-            STORE=store, BY_INVERSE=k.is_cuda, ROWS=ROWS, num_warps=4, enable_fp_fusion=False,
+            STORE=store, BY_INVERSE=k.is_cuda, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return Coded(*seen, *stored)
