@@ -12,7 +12,7 @@ import torch
 from compile_near import Compiler  # puts the package there
 
 from lolcats.ops.near.head_sizes import Ends, head_sizes
-from lolcats.ops.near.kernels import collect, pairs, prepare, score
+from lolcats.ops.near.kernels import collect, hidden, pairs, prepare, score
 from lolcats.ops.near.prepared import ScoreCall, ScoreWeights, SinkCall
 from lolcats.ops.near.quantize import PairCodec, plain_map
 from lolcats.ops.near.types import KeptPairs, NearRing, NearState
@@ -25,7 +25,7 @@ SHAPES = [(128, HIDDEN), (128,), (64, 0), (64,), (2 * KV_HEADS, 128), (2 * KV_HE
 def run(dtype: torch.dtype, size: int) -> list[str]:
     """What is wrong with the kernels."""
     compiler = Compiler()
-    for module in (prepare, pairs, score, collect):
+    for module in (prepare, pairs, hidden, score, collect):
         module.on = compiler  # type: ignore[attr-defined]
     launch_all(dtype, size, batch=2)
     known = set(compiler.kernels)
@@ -75,7 +75,8 @@ def launch_texts(dtype: torch.dtype, size: int, batch: int, codec: PairCodec, *s
         launch_slots(tokens, (coded.keys, coded.values))
     for told in scores:
         cos, sin = (None if x is None else x[:1].expand(-1, tokens, -1) for x in (told.cos, told.sin))
-        score.score_pairs(k, k, torch.empty(1, tokens, 2 * KV_HEADS), told._replace(cos=cos, sin=sin))
+        numbers = hidden.read_texts(torch.empty(1, tokens, HIDDEN, dtype=dtype), told.weights)
+        score.score_pairs(k, k, numbers, told._replace(cos=cos, sin=sin))
 
 
 def launch_slots(tokens: int, new: tuple[torch.Tensor, torch.Tensor]) -> None:

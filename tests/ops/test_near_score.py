@@ -104,9 +104,8 @@ def test_a_token_has_its_score_in_every_text() -> None:
     whole = scores.by_kernel(call, True, "triton")
     part = replace(call, k=call.k[1:, :, 19:], v=call.v[1:, :, 19:], hidden=call.hidden[1:, 19:])
     told = scores.told(call, True)
-    assert whole is not None and told is not None and scores.network is not None
-    numbers = scores.network.of_hidden(call.hidden)[1:, 19:]
-    assert torch.equal(score_keys(part.k, part.v, numbers, told), whole[1:, :, 19:])
+    assert whole is not None and told is not None
+    assert torch.equal(score_keys(part.k, part.v, told._replace(hidden=part.hidden)), whole[1:, :, 19:])
 
 
 def test_refused() -> None:
@@ -121,7 +120,15 @@ def test_refused() -> None:
     ]
     for (k, v), message in cases:
         with pytest.raises(ValueError, match=message):
-            score_keys(k, v, call.hidden, told)
+            score_keys(k, v, told)
+    inputs = [
+        (call.hidden[:, 1:], r"takes a layer's input \(1, 37, 48\) on .*; got \(1, 36, 48\)"),
+        (call.hidden.clone().requires_grad_(), "no gradients to a layer's input"),
+        (call.hidden.double(), "input of float32 or less"),
+    ]
+    for hidden, message in inputs:
+        with pytest.raises(ValueError, match=message):
+            score_keys(call.k, call.v, told._replace(hidden=hidden))
     small, few = make(Case(size=8, angles=8))
     told = few.told(small, False)
     assert told is not None and "at least 16; got D 8, Dv 16" in str(score_refusal(small.k, small.v, told))

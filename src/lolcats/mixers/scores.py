@@ -150,9 +150,9 @@ class KeyScores(nn.Module):
         if torch.compiler.is_compiling() or (impl != "triton" and (impl != "auto" or not call.k.is_cuda)):
             return None
         told = self.told(call, rotated)
-        if self.network is None or told is None or score_refusal(call.k, call.v, told) is not None:
+        if told is None or score_refusal(call.k, call.v, told) is not None:
             return None
-        return score_keys(call.k, call.v, self.network.of_hidden(call.hidden), told)
+        return score_keys(call.k, call.v, told)
 
     def _fresh(self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]) -> Tensor:
         if self.network is not None:

@@ -3,8 +3,8 @@ and queries as sinks see them.
 
 In torch this is dozens of small operations on a token's few numbers, which take longer than the attention itself. The
 kernels do them in two launches (`kernels/prepare.py`); where they cannot, `prepare_refusal` says why, and the caller
-does it in torch. Of a text of many tokens `score_keys` makes the score (`kernels/score.py`); its pairs are coded by
-`PairCodec.coded`.
+does it in torch. Of a text of many tokens `score_keys` makes the score (`kernels/hidden.py`, `kernels/score.py`); its
+pairs are coded by `PairCodec.coded`.
 """
 
 from __future__ import annotations
@@ -56,32 +56,37 @@ def prepare_step(
     return code_pairs_and_score(q, k, v, codec, score, length, state_indices, sinks)
 
 
-def score_keys(k: Tensor, v: Tensor, numbers: Tensor, score: ScoreCall) -> Tensor:
-    """The score of each key of a text as it is before it fades, by a kernel.
+def score_keys(k: Tensor, v: Tensor, score: ScoreCall) -> Tensor:
+    """The score of each key of a text as it is before it fades, by kernels.
 
     Args:
         k: [B, KV, N, D], with the rotation of `score`; v: [B, KV, N, Dv].
-        numbers: [B, N, 2 KV] float32, what the layer's input says of each key head: `from_hidden` of the weights.
-        score: what else it is made of, cos and sin [B or 1, N, P]; of the layer's input nothing is read.
+        score: what else it is made of: the layer's input [B, N, d_model], and cos and sin [B or 1, N, P].
 
     Returns:
         [B, KV, N] float32, in torch's numbers up to the order in which products are added up.
 
     Raises:
-        ValueError: the kernel does not take this; the message says why.
+        ValueError: the kernels do not take this; the message says why.
     """
     if (reason := score_refusal(k, v, score)) is not None:
-        raise ValueError(f"the kernel cannot score these keys: {reason}; score them in torch")
-    from lolcats.ops.near.kernels.score import score_pairs  # not at the top: see `prepare_step`
+        raise ValueError(f"the kernels cannot score these keys: {reason}; score them in torch")
+    from lolcats.ops.near.kernels.hidden import read_texts  # not at the top: see `prepare_step`
+    from lolcats.ops.near.kernels.score import score_pairs
 
-    return score_pairs(k, v, numbers, score)
+    return score_pairs(k, v, read_texts(score.hidden, score.weights), score)
 
 
 def score_refusal(k: Tensor, v: Tensor, score: ScoreCall) -> str | None:
-    """Why `score_keys` does not take keys and values, or None."""
+    """Why `score_keys` does not take a call, or None."""
     if (reason := _refusal(k, k, v) or _score_refusal(score, k, v)) is not None:
         return reason
-    sizes = k.shape[3], v.shape[3]
+    hidden, sizes = score.hidden, (k.shape[3], v.shape[3])
+    wanted = (k.shape[0], k.shape[2], score.weights.read_hidden.shape[1])
+    if tuple(hidden.shape) != wanted or hidden.device != k.device:
+        return f"it takes a layer's input {wanted} on {k.device}; got {tuple(hidden.shape)} on {hidden.device}"
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return "it gives no gradients to a layer's input; score keys under torch.no_grad()"
     return None if min(sizes) >= 16 else f"it takes head sizes of at least 16; got D {sizes[0]}, Dv {sizes[1]}"
 
 

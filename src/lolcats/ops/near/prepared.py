@@ -1,4 +1,4 @@
-"""What `prepare_step` is given and gives back.
+"""What `prepare_step` and `score_keys` are given, and what a step gets back.
 
 Legend: B batch, H query heads, KV key heads, D key size, Dv value size.
 """
@@ -27,10 +27,10 @@ class ScoreWeights(NamedTuple):
 
 
 class ScoreCall(NamedTuple):
-    """A learned score that is wanted of a step's keys."""
+    """A learned score that is wanted of the keys of a step or a text."""
 
     hidden: Tensor
-    """[B, 1, d_model], the layer's input."""
+    """[B, N, d_model], the layer's input; N is 1 in a decoding step."""
     weights: ScoreWeights
     mix: float
     """Weight of the largest attention; the rest is the sum's."""
@@ -39,7 +39,7 @@ class ScoreCall(NamedTuple):
     resolution: int
     """Scores are rounded to multiples of one part in so many, a power of 2, before they fade."""
     cos: Tensor | None = None
-    """[B or 1, 1, P] of the rotation that the score does not see; None where it reads k as it is."""
+    """[B or 1, N, P] of the rotation that the score does not see; None where it reads k as it is."""
     sin: Tensor | None = None
     layout: tuple[str, str, str] | None = None
     """pairs, place and angles of a `Layout` of `lolcats.mixers.rotation`."""

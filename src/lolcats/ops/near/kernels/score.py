@@ -78,7 +78,7 @@ def score_keys_kernel(
 
 
 def score_pairs(k: Tensor, v: Tensor, numbers: Tensor, score: ScoreCall) -> Tensor:
-    """`score_keys` of what `score_refusal` lets through."""
+    """`score_keys` of what `score_refusal` lets through; `numbers` as `read_texts` makes them."""
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     (batch, kv_heads, tokens, size), w, turn = k.shape, score.weights, Turn.of(score, k.shape[3])
     angles = [x if x is None or not turn.width else x.contiguous() for x in (score.cos, score.sin)]
