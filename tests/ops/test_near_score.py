@@ -108,6 +108,16 @@ def test_a_token_has_its_score_in_every_text() -> None:
     assert torch.equal(score_keys(part.k, part.v, told._replace(hidden=part.hidden)), whole[1:, :, 19:])
 
 
+def test_in_training_too() -> None:
+    """What a kernel does not see of a graph is nothing: a choice has no gradient."""
+    call, scores = make(Case())
+    want = scores.by_kernel(call, False, "triton")
+    asked = replace(call, **{n: getattr(call, n).clone().requires_grad_() for n in ("q", "k", "v", "hidden")})
+    with torch.enable_grad():
+        got = scores.by_kernel(asked, False, "triton")
+    assert got is not None and want is not None and torch.equal(got, want) and not got.requires_grad
+
+
 def test_refused() -> None:
     call, scores = make(Case())
     told = scores.told(call, False)

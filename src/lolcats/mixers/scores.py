@@ -139,8 +139,11 @@ class KeyScores(nn.Module):
         return score if turn is None else score._replace(cos=turn.cos, sin=turn.sin, layout=turn.layout)
 
     @torch.no_grad()
+    @torch.no_grad()
     def by_kernel(self, call: Call, rotated: bool, impl: str) -> Tensor | None:
         """The score [B, KV, N] of each key before it fades; None where no kernel makes it.
+
+        In training too: a choice of pairs has no gradient, and what a score learns from is `side_loss`.
 
         Args:
             call: as it comes, with the rotation of its keys.
