@@ -85,6 +85,7 @@ class BlendMixer(Mixer):
     ) -> None:
         super().__init__(sizes, impl)
         self.settings, self.split, self.far, self.score = near, split, far, score
+        self._grouped: tuple[tuple[NearSpec, Split | None], tuple[HeadGroup, ...]] | None = None
         self.rotate_far, self.near_alone = rotate_far, far is None
         self.side_learns = score is not None and score.network is not None
         alone = ("near_only",) if far is not None and (near.pairs or keeps_pairs(self.groups)) else ()  # in all layers
@@ -111,8 +112,13 @@ class BlendMixer(Mixer):
 
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
-        """The key heads by their sizes."""
-        return group_heads(self.settings, self.split, self.sizes.kv_heads)
+        """The key heads by their sizes; made again where `settings` or `split` is another."""
+        if torch.compiler.is_compiling():
+            return group_heads(self.settings, self.split, self.sizes.kv_heads)
+        if self._grouped is None or self._grouped[0] != (self.settings, self.split):
+            groups = group_heads(self.settings, self.split, self.sizes.kv_heads)
+            self._grouped = (self.settings, self.split), groups
+        return self._grouped[1]
 
     def forward(
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
@@ -135,7 +141,7 @@ class BlendMixer(Mixer):
         self, call: Call, state: BlendState | None, keep: bool, mode: str, slots: Tensor | None = None
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
-        ready = self._prepared(call, state, mode, slots) if keep else None
+        ready = self._prepared(call, state, mode, slots) if keep and state is not None else None
         is_scored, asked = ready is not None and ready.score is not None, self._asked(mode)
         fresh = None if is_scored or asked is None else asked.by_kernel(call, self.rotate_far, self.near_impl)
         far_reads = not self.near_alone or (self.score is not None and not is_scored and fresh is None)
@@ -181,9 +187,9 @@ class BlendMixer(Mixer):
         """What scores keys in a mode, if anything is kept."""
         return self.score if keeps_pairs(self.groups) and mode not in BLIND else None
 
-    def _prepared(self, call: Call, state: BlendState | None, mode: str, slots: Tensor | None) -> Prepared | None:
+    def _prepared(self, call: Call, state: BlendState, mode: str, slots: Tensor | None) -> Prepared | None:
         return prepared_step(
-            self.groups, call, None if state is None else state.near, score=self._asked(mode),
+            self.groups, call, state.near, score=self._asked(mode),
             rotated=self.rotate_far, slots=slots, codec=self.codec, impl=self.near_impl,
             sinks=sink_call(call, state, self.settings.sinks),
         )  # fmt: skip

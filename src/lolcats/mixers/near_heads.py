@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.state import map_state, state_bytes
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.near import (
     NearSpec,
     NearState,
@@ -166,7 +167,7 @@ def near_half(
             call = replace(call, k=k, v=v)
     else:
         if codec is not None:
-            with torch.autocast(call.k.device.type, enabled=False):
+            with without_autocast(call.k.device.type):
                 coded = codec.coded(call.k, call.v, keep)
         done = near_attentions(
             call.q, call.k, call.v, tuple((group.told(call), group.heads) for group in groups), lengths=lengths,

@@ -57,7 +57,7 @@ def prepare_step(
 
 
 def score_keys(k: Tensor, v: Tensor, numbers: Tensor, score: ScoreCall) -> Tensor:
-    """The score of each key of a text as it is before it fades, by a kernel.
+    """The score of each key of a text as it is before it fades, by a kernel, where `score_refusal` has nothing to say.
 
     Args:
         k: [B, KV, N, D], with the rotation of `score`; v: [B, KV, N, Dv].
@@ -66,12 +66,7 @@ def score_keys(k: Tensor, v: Tensor, numbers: Tensor, score: ScoreCall) -> Tenso
 
     Returns:
         [B, KV, N] float32, in torch's numbers up to the order in which products are added up.
-
-    Raises:
-        ValueError: the kernel does not take this; the message says why.
     """
-    if (reason := score_refusal(k, v, score)) is not None:
-        raise ValueError(f"the kernel cannot score these keys: {reason}; score them in torch")
     from lolcats.ops.near.kernels.score import score_pairs  # not at the top: see `prepare_step`
 
     return score_pairs(k, v, numbers, score)

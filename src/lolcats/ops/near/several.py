@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from lolcats.ops.near.blocks import BLOCK, Kernels
-from lolcats.ops.near.head_sizes import SURPLUS, Ends, HeadSizes, head_sizes, split_slots
+from lolcats.ops.near.head_sizes import SURPLUS, Ends, HeadSizes, Slots, head_sizes, split_slots
 from lolcats.ops.near.quantize import PairCodec, plain_map
 from lolcats.ops.near.selection import Selection, select_pairs
 from lolcats.ops.near.types import Coded, KeptPairs, NearRing, NearSpec, NearState
@@ -62,11 +62,12 @@ def near_of_several(
     sizes = head_sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
     told = parts[0][0]._replace(window=sizes.most_window, pairs=sizes.most_pairs)
     score = score.to(accumulation_dtype(coded.k, coded.v)).contiguous()
-    held = _fresh(told, sizes, coded, score, codec) if states is None else _joined(states, sizes, score).in_order()
-    real = torch.full_like(held.length, score.shape[2]) if lengths is None else lengths
-    ends = Ends(held.length, real, states is None)
+    held = _fresh(told, sizes, coded, codec) if states is None else _joined(states, sizes, score).in_order()
+    start = held.length.expand(len(score)).contiguous()
+    real = torch.full_like(start, score.shape[2]) if lengths is None else lengths
+    ends = Ends(start, real, states is None)
     leaving = leaving_scores(score, _some(held.ring.score), sizes, ends, told.sinks)
-    chosen = select_pairs(_some(held.kept).score, leaving, BLOCK, sizes.surplus)
+    chosen = select_pairs(_some(held.kept).score.expand(len(score), -1, -1), leaving, BLOCK, sizes.surplus)
     chosen = _within_reach(chosen, told, sizes, held, ends)
     seen = None if states is None else held if codec is None else codec.decode_state(held, coded.k.dtype)
     sink_q = sink_q if told.sinks else None
@@ -76,7 +77,7 @@ def near_of_several(
     new = [_some(x) for x in ((coded.k, coded.v) if codec is None else coded[2:])]
     slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends)
     sinks = None if held.sinks is None else collect_sinks(new, held.sinks, sizes, ends)
-    return out, _split(parts, slots.ring, slots.kept, sinks, ends.start + ends.real)
+    return out, _split(parts, slots, sinks, real if ends.is_fresh else start + real)
 
 
 def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: NearState, ends: Ends) -> Selection:
@@ -87,34 +88,38 @@ def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: Nea
         return chosen
     last = torch.arange(tokens, device=until.device) - sizes.window + reach
     before = _some(held.kept).position - ends.start[:, None, None] + reach
-    last = torch.cat([before.to(until.dtype), last.to(until.dtype).expand(before.shape[0], -1, -1)], -1)
+    before = before.to(until.dtype).expand(*until.shape[:2], sizes.most_pairs)
+    last = torch.cat([before, last.to(until.dtype).expand(len(until), -1, -1)], -1)
     return chosen._replace(until=torch.minimum(until, last).clamp_min(0))
 
 
-def _fresh(spec: NearSpec, sizes: HeadSizes, coded: Coded, score: Tensor, codec: PairCodec | None) -> NearState:
-    """The state before any token. Its tensors are views of a few numbers, to be read alone."""
-    rows = score.shape[:2]
-    sizes_of = coded.k.shape[3], coded.v.shape[3]
-    k, v = (coded.k.new_zeros(1, 1, 1, size) for size in sizes_of)
-    if codec is not None:
-        k, v = _empty_pair(codec.bits, *sizes_of, score.device)
+def _fresh(spec: NearSpec, sizes: HeadSizes, coded: Coded, codec: PairCodec | None) -> NearState:
+    """The state before any token: one slot of one key head stands for all, but of the kept scores; to be read alone."""
+    bits, form = None if codec is None else codec.bits, (coded.k.shape[3], coded.v.shape[3], coded.k.dtype)
+    k, v, score, position, length = _empty_slot(bits, *form, coded.k.device)
+    sinks = SinkKeys(*(x.expand(-1, -1, spec.sinks, -1) for x in (k, v))) if spec.sinks else None
+    return NearState(NearRing(k, v, score), sinks, KeptPairs(k, v, sizes.marks[None], position), length)
 
-    def pairs(count: int) -> tuple[Tensor, Tensor]:
-        return k.expand(*rows, count, -1), v.expand(*rows, count, -1)
 
-    marks, zero = sizes.marks.to(score.dtype).expand(*rows, -1), score.new_zeros(1)
-    places = zero.int().expand(*rows, spec.pairs)
-    sinks = SinkKeys(*pairs(spec.sinks)) if spec.sinks else None
-    ring = NearRing(*pairs(spec.window), zero.expand(*rows, spec.window))
-    return NearState(ring, sinks, KeptPairs(*pairs(spec.pairs), marks, places), sizes.order.new_zeros(rows[0]))
+class _EmptySlot(NamedTuple):
+    """A pair of zeros [1, 1, 1, .] as a state has it, its score and position [1, 1, 1], and the length [1]."""
+
+    k: Tensor
+    v: Tensor
+    score: Tensor
+    position: Tensor
+    length: Tensor
 
 
 @functools.lru_cache(maxsize=256)
-def _empty_pair(bits: int, size: int, value_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bytes [1, 1, 1, .] of a key and a value of zeros, which no map of keys changes; each layer begins with them."""
+def _empty_slot(bits: int | None, size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> _EmptySlot:
+    """Of pairs of `dtype` or, with `bits`, of bytes, which no map of keys changes; each layer begins with it."""
     with torch.inference_mode(False):
-        k, v = (torch.zeros(1, 1, 1, x, device=device) for x in (size, value_size))
-        return PairCodec(bits, plain_map(1, size, device)).encode(k, v)
+        k, v = (torch.zeros(1, 1, 1, x, dtype=dtype, device=device) for x in (size, value_size))
+        if bits is not None:
+            k, v = PairCodec(bits, plain_map(1, size, device)).encode(k, v)
+        score, position = (torch.zeros(1, 1, 1, dtype=x, device=device) for x in (torch.float32, torch.int32))
+        return _EmptySlot(k, v, score, position, torch.zeros(1, dtype=torch.int64, device=device))
 
 
 def _joined(states: Sequence[NearState], sizes: HeadSizes, like: Tensor) -> NearState:
@@ -149,22 +154,26 @@ def _padded(x: Tensor, before: int, behind: int, fill: float = 0.0) -> Tensor:
     return nnf.pad(x, (*(0, 0) * (x.ndim - 3), *more), value=fill) if any(more) else x
 
 
-def _split(
-    parts: Parts, ring: Sequence[Tensor], kept: Sequence[Tensor], sinks: SinkKeys | None, length: Tensor
-) -> list[NearState]:
-    """The state of each part, from what slots [B, S, ...] and sinks [B, KV, s, .] hold, part after part."""
-    count, window, pairs = zip(*((len(heads), spec.window, spec.pairs) for spec, heads in parts), strict=True)
-
-    rings = zip(*(split_slots(x, count, window) for x in ring), strict=True)
-    pairs_of = zip(*(split_slots(x, count, pairs) for x in kept), strict=True)
-    of_sinks: list[SinkKeys | None] = [None] * len(parts)
+def _split(parts: Parts, slots: Slots, sinks: SinkKeys | None, length: Tensor) -> list[NearState]:
+    """The state of each part, from what the slots and the sinks [B, KV, s, .] hold, part after part."""
+    count = len(parts)
+    heads, window, pairs = zip(*((len(heads), spec.window, spec.pairs) for spec, heads in parts), strict=True)
+    of_kept = list(zip(heads, pairs, strict=True))
+    k, v, score = (split_slots(x, [*zip(heads, window, strict=True), *of_kept]) for x in slots[:3])
+    position = split_slots(slots.position, of_kept)
+    held: list[SinkKeys | None] = [None] * count
     if sinks is not None:
-        of_sinks = [
-            SinkKeys(*(x.contiguous() for x in both)) for both in zip(*(x.split(count, 1) for x in sinks), strict=True)
-        ]
+        of_sinks = ([x.contiguous() for x in both.split_with_sizes(heads, 1)] for both in sinks)
+        held = [SinkKeys(*both) for both in zip(*of_sinks, strict=True)]
+    own = length.expand(count, -1).contiguous().unbind()  # a step may write to each
     return [
-        NearState(NearRing(k, v, score if most else None), held, KeptPairs(*own) if most else None, length.clone())
-        for (k, v, score), own, held, most in zip(rings, pairs_of, of_sinks, pairs, strict=True)
+        NearState(
+            NearRing(k[i], v[i], score[i] if pairs[i] else None),
+            held[i],
+            KeptPairs(k[count + i], v[count + i], score[count + i], position[i]) if pairs[i] else None,
+            own[i],
+        )
+        for i in range(count)
     ]
 
 

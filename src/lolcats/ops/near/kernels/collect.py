@@ -17,15 +17,14 @@ Bytes: scores twice; what is in the states once read and once written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import on, strides
-from lolcats.ops.near.head_sizes import Ends, HeadSizes
+from lolcats.ops.hybrid.kernels.launch import next_power, on, pieces, strides
+from lolcats.ops.near.head_sizes import Ends, HeadSizes, Slots
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.types import NearState
 from lolcats.ops.types import SinkKeys
@@ -162,31 +161,22 @@ def leaving_scores(score: Tensor, ring: Tensor, sizes: HeadSizes, ends: Ends, si
     # What a fresh text has in its ring never leaves.
     steps = (0, 0) if ends.is_fresh else (ring.stride(0), ring.stride(1))
     with device_of(score):
-        on(leaving_kernel, (triton.cdiv(tokens, QUERIES), batch * kv_heads))(
+        on(leaving_kernel, (pieces(tokens, QUERIES), batch * kv_heads))(
             score, ring, sizes.told, ends.start, ends.real, out, *steps, tokens, sinks, KV_HEADS=kv_heads,
             QUERIES=QUERIES,
         )  # fmt: skip
     return out
 
 
-class Collected(NamedTuple):
-    """What the slots of all key heads hold, part after part."""
-
-    ring: tuple[Tensor, Tensor, Tensor]
-    """Keys [B, S, K], values [B, S, V] and scores [B, S]."""
-    kept: tuple[Tensor, Tensor, Tensor, Tensor]
-    """The same, and positions [B, S] int32."""
-
-
 def collect_slots(
     new: Sequence[Tensor], held: NearState, score: Tensor, leaving: Tensor, after: Tensor, sizes: HeadSizes, ends: Ends
-) -> Collected:
+) -> Slots:
     """Rings and kept pairs after a call.
 
     Args:
         new: keys [B, KV, N, K] and values [B, KV, N, V] as the state has them.
-        held: what came before, with scores and W slots and P kept pairs for each key head; of a fresh text one row of
-            each tensor stands for all, and no kept pair is more than an empty slot.
+        held: what came before, with scores and W slots and P kept pairs for each key head; of a fresh text one slot of
+            one key head stands for all, and no kept pair is more than an empty slot.
         score: [B, KV, N]; leaving: [B, KV, N], of `leaving_scores`.
         after: [B, KV, P], candidates that are kept at the end.
         sizes: of the key heads.
@@ -208,8 +198,7 @@ def collect_slots(
             sizes.most_window, sizes.most_pairs, KV_HEADS=kv_heads, **_row_sizes(k, v), IS_FRESH=ends.is_fresh,
             num_warps=1,
         )  # fmt: skip
-    of_kept = (x[:, rings:] for x in (out_k, out_v, marks))
-    return Collected((out_k[:, :rings], out_v[:, :rings], marks[:, :rings]), (*of_kept, position))  # type: ignore[arg-type]
+    return Slots(out_k, out_v, marks, position)
 
 
 def collect_sinks(new: Sequence[Tensor], held: SinkKeys, sizes: HeadSizes, ends: Ends) -> SinkKeys:
@@ -228,4 +217,4 @@ def collect_sinks(new: Sequence[Tensor], held: SinkKeys, sizes: HeadSizes, ends:
 
 def _row_sizes(k: Tensor, v: Tensor) -> dict[str, int]:
     sizes = {"K": k.shape[3], "V": v.shape[3]}
-    return sizes | {f"B{name}": triton.next_power_of_2(size) for name, size in sizes.items()}
+    return sizes | {f"B{name}": next_power(size) for name, size in sizes.items()}
