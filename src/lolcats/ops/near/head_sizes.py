@@ -56,14 +56,14 @@ class Ends(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What the slots of all key heads hold: those of rings, part after part, and behind them those of kept pairs."""
+    """What the slots of all key heads hold: of rings, then of kept pairs, then of sinks, each part after part."""
 
     k: Tensor
     """[B, S, K]."""
     v: Tensor
     """[B, S, V]."""
     score: Tensor
-    """[B, S]."""
+    """[B, S], without sinks."""
     position: Tensor
     """[B, S] int32, of kept pairs alone."""
 

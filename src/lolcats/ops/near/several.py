@@ -57,7 +57,7 @@ def near_of_several(
         q, parts, lengths, sink_logits, sink_q, return_state, codec: as in `near_attentions`, whose result this is.
     """
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.near.kernels.collect import collect_sinks, collect_slots, leaving_scores
+    from lolcats.ops.near.kernels.collect import collect_slots, leaving_scores
 
     sizes = head_sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
     told = parts[0][0]._replace(window=sizes.most_window, pairs=sizes.most_pairs)
@@ -76,8 +76,7 @@ def near_of_several(
         return out, None
     new = [_some(x) for x in ((coded.k, coded.v) if codec is None else coded[2:])]
     slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends)
-    sinks = None if held.sinks is None else collect_sinks(new, held.sinks, sizes, ends)
-    return out, _split(parts, slots, sinks, real if ends.is_fresh else start + real)
+    return out, _split(parts, slots, real if ends.is_fresh else start + real)
 
 
 def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: NearState, ends: Ends) -> Selection:
@@ -154,26 +153,23 @@ def _padded(x: Tensor, before: int, behind: int, fill: float = 0.0) -> Tensor:
     return nnf.pad(x, (*(0, 0) * (x.ndim - 3), *more), value=fill) if any(more) else x
 
 
-def _split(parts: Parts, slots: Slots, sinks: SinkKeys | None, length: Tensor) -> list[NearState]:
-    """The state of each part, from what the slots and the sinks [B, KV, s, .] hold, part after part."""
-    count = len(parts)
-    heads, window, pairs = zip(*((len(heads), spec.window, spec.pairs) for spec, heads in parts), strict=True)
-    of_kept = list(zip(heads, pairs, strict=True))
-    k, v, score = (split_slots(x, [*zip(heads, window, strict=True), *of_kept]) for x in slots[:3])
-    position = split_slots(slots.position, of_kept)
-    held: list[SinkKeys | None] = [None] * count
-    if sinks is not None:
-        of_sinks = ([x.contiguous() for x in both.split_with_sizes(heads, 1)] for both in sinks)
-        held = [SinkKeys(*both) for both in zip(*of_sinks, strict=True)]
-    own = length.expand(count, -1).contiguous().unbind()  # a step may write to each
+def _split(parts: Parts, slots: Slots, length: Tensor) -> list[NearState]:
+    """The state of each part."""
+    n = len(parts)
+    rings = [(len(heads), spec.window) for spec, heads in parts]
+    kept = [(len(heads), spec.pairs) for spec, heads in parts]
+    sinks = [(len(heads), spec.sinks) for spec, heads in parts]
+    k, v = (split_slots(x, rings + kept + sinks) for x in (slots.k, slots.v))
+    score, position = split_slots(slots.score, rings + kept), split_slots(slots.position, kept)
+    own = length.expand(n, -1).contiguous().unbind()  # a step may write to each
     return [
         NearState(
-            NearRing(k[i], v[i], score[i] if pairs[i] else None),
-            held[i],
-            KeptPairs(k[count + i], v[count + i], score[count + i], position[i]) if pairs[i] else None,
+            NearRing(k[i], v[i], score[i] if spec.pairs else None),
+            SinkKeys(k[2 * n + i], v[2 * n + i]) if spec.sinks else None,
+            KeptPairs(k[n + i], v[n + i], score[n + i], position[i]) if spec.pairs else None,
             own[i],
         )
-        for i in range(count)
+        for i, (spec, _) in enumerate(parts)
     ]
 
 
