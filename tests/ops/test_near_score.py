@@ -59,13 +59,9 @@ def check(call: Call, scores: KeyScores) -> None:
     """Up to the last digit, where what is rounded lies on an edge."""
     k = call.k if call.rotation is None else call.rotation.undo(call.k)
     position = torch.arange(call.k.shape[2], device=DEVICE).expand(call.k.shape[0], -1)
-
-    def by(fresh: Tensor | None) -> Tensor:
-        return scores(call, k, position, 1, lambda: k, fresh)
-
     fresh = scores.by_kernel(call, call.rotation is None, "triton")
     assert fresh is not None
-    got, want = by(fresh), by(None)
+    got, want = scores.faded(fresh, position), scores(call, k, position, 1, lambda: k)
     assert got.dtype == want.dtype and got.shape == want.shape
     apart = (got - want).abs() * RESOLUTION
     # The interpreter cuts off the digits that bfloat16 does not hold, instead of rounding.

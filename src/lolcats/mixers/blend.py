@@ -85,7 +85,6 @@ class BlendMixer(Mixer):
     ) -> None:
         super().__init__(sizes, impl)
         self.settings, self.split, self.far, self.score = near, split, far, score
-        self._grouped: tuple[tuple[NearSpec, Split | None], tuple[HeadGroup, ...]] | None = None
         self.rotate_far, self.near_alone = rotate_far, far is None
         self.side_learns = score is not None and score.network is not None
         alone = ("near_only",) if far is not None and (near.pairs or keeps_pairs(self.groups)) else ()  # in all layers
@@ -112,13 +111,8 @@ class BlendMixer(Mixer):
 
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
-        """The key heads by their sizes; made again where `settings` or `split` is another."""
-        if torch.compiler.is_compiling():
-            return group_heads(self.settings, self.split, self.sizes.kv_heads)
-        if self._grouped is None or self._grouped[0] != (self.settings, self.split):
-            groups = group_heads(self.settings, self.split, self.sizes.kv_heads)
-            self._grouped = (self.settings, self.split), groups
-        return self._grouped[1]
+        """The key heads by their sizes."""
+        return group_heads(self.settings, self.split, self.sizes.kv_heads)
 
     def forward(
         self, call: Call, state: BlendState | None = None, *, keep: bool = False, mode: str = "full"
@@ -189,9 +183,8 @@ class BlendMixer(Mixer):
 
     def _prepared(self, call: Call, state: BlendState, mode: str, slots: Tensor | None) -> Prepared | None:
         return prepared_step(
-            self.groups, call, state.near, score=self._asked(mode),
-            rotated=self.rotate_far, slots=slots, codec=self.codec, impl=self.near_impl,
-            sinks=sink_call(call, state, self.settings.sinks),
+            self.groups, call, state.near, score=self._asked(mode), rotated=self.rotate_far, slots=slots,
+            codec=self.codec, impl=self.near_impl, sinks=sink_call(call, state, self.settings.sinks),
         )  # fmt: skip
 
     @property
@@ -228,7 +221,9 @@ class BlendMixer(Mixer):
         if mode in BLIND:
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
         position = positions_of(call, state, slots)
-        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state), fresh)
+        if fresh is not None:
+            return self.score.faded(fresh, position)
+        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))
 
     def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:
         """The error [B, KV, N] with which the far half recalls the values of a call."""
