@@ -62,10 +62,11 @@ def near_of_several(
     sizes = head_sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
     told = parts[0][0]._replace(window=sizes.most_window, pairs=sizes.most_pairs)
     score = score.to(accumulation_dtype(coded.k, coded.v)).contiguous()
-    held = _fresh(told, sizes, coded, codec) if states is None else _joined(states, sizes, score).in_order()
+    held = _fresh(sizes, coded, codec) if states is None else _joined(states, sizes, score).in_order()
     start = held.length.expand(len(score)).contiguous()
-    real = torch.full_like(start, score.shape[2]) if lengths is None else lengths
-    ends = Ends(start, real, states is None)
+    n, tokens = len(parts), score.shape[2]  # each part has lengths of its own, to which a step may write
+    real = start.new_full((n, len(start)), tokens) if lengths is None else lengths.expand(n, -1)
+    ends = Ends(start, real[0], states is None)
     leaving = leaving_scores(score, _some(held.ring.score), sizes, ends, told.sinks)
     chosen = select_pairs(_some(held.kept).score.expand(len(score), -1, -1), leaving, BLOCK, sizes.surplus)
     chosen = _within_reach(chosen, told, sizes, held, ends)
@@ -75,8 +76,8 @@ def near_of_several(
     if not return_state:
         return out, None
     new = [_some(x) for x in ((coded.k, coded.v) if codec is None else coded[2:])]
-    slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends)
-    return out, _split(parts, slots, real if ends.is_fresh else start + real)
+    slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends, told.sinks)
+    return out, _split(parts, slots, real.contiguous() if ends.is_fresh else start + real)
 
 
 def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: NearState, ends: Ends) -> Selection:
@@ -92,12 +93,11 @@ def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: Nea
     return chosen._replace(until=torch.minimum(until, last).clamp_min(0))
 
 
-def _fresh(spec: NearSpec, sizes: HeadSizes, coded: Coded, codec: PairCodec | None) -> NearState:
+def _fresh(sizes: HeadSizes, coded: Coded, codec: PairCodec | None) -> NearState:
     """The state before any token: one slot of one key head stands for all, but of the kept scores; to be read alone."""
     bits, form = None if codec is None else codec.bits, (coded.k.shape[3], coded.v.shape[3], coded.k.dtype)
     k, v, score, position, length = _empty_slot(bits, *form, coded.k.device)
-    sinks = SinkKeys(*(x.expand(-1, -1, spec.sinks, -1) for x in (k, v))) if spec.sinks else None
-    return NearState(NearRing(k, v, score), sinks, KeptPairs(k, v, sizes.marks[None], position), length)
+    return NearState(NearRing(k, v, score), SinkKeys(k, v), KeptPairs(k, v, sizes.marks[None], position), length)
 
 
 class _EmptySlot(NamedTuple):
@@ -154,22 +154,21 @@ def _padded(x: Tensor, before: int, behind: int, fill: float = 0.0) -> Tensor:
 
 
 def _split(parts: Parts, slots: Slots, length: Tensor) -> list[NearState]:
-    """The state of each part."""
+    """The state of each part, of which there are n; `length` is [n, B]."""
     n = len(parts)
     rings = [(len(heads), spec.window) for spec, heads in parts]
     kept = [(len(heads), spec.pairs) for spec, heads in parts]
     sinks = [(len(heads), spec.sinks) for spec, heads in parts]
     k, v = (split_slots(x, rings + kept + sinks) for x in (slots.k, slots.v))
     score, position = split_slots(slots.score, rings + kept), split_slots(slots.position, kept)
-    own = length.expand(n, -1).contiguous().unbind()  # a step may write to each
     return [
         NearState(
             NearRing(k[i], v[i], score[i] if spec.pairs else None),
             SinkKeys(k[2 * n + i], v[2 * n + i]) if spec.sinks else None,
             KeptPairs(k[n + i], v[n + i], score[n + i], position[i]) if spec.pairs else None,
-            own[i],
+            own,
         )
-        for i, (spec, _) in enumerate(parts)
+        for i, ((spec, _), own) in enumerate(zip(parts, length.unbind(), strict=True))
     ]
 
 

@@ -190,8 +190,9 @@ def leaving_scores(score: Tensor, ring: Tensor, sizes: HeadSizes, ends: Ends, si
 
 
 def collect_slots(
-    new: Sequence[Tensor], held: NearState, score: Tensor, leaving: Tensor, after: Tensor, sizes: HeadSizes, ends: Ends
-) -> Slots:
+    new: Sequence[Tensor], held: NearState, score: Tensor, leaving: Tensor, after: Tensor, sizes: HeadSizes, ends: Ends,
+    sinks: int,
+) -> Slots:  # fmt: skip
     """Rings, kept pairs and sinks after a call.
 
     Args:
@@ -202,12 +203,12 @@ def collect_slots(
         after: [B, KV, P], candidates that are kept at the end.
         sizes: of the key heads.
         ends: of the texts.
+        sinks: s.
     """
     kept = held.kept
     assert kept is not None and held.ring.score is not None
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in new)
     after = after if after.stride(-1) == 1 else after.contiguous()
-    sinks = 0 if held.sinks is None else held.sinks.k.shape[2]
     batch, kv_heads, tokens, rings, slots = *score.shape, sizes.ring.shape[1], sizes.ring.shape[1] + sizes.kept.shape[1]
     rows = slots + kv_heads * sinks
     out_k, out_v = (torch.empty(batch, rows, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
