@@ -55,6 +55,15 @@ def test_bytes_are_those_of_the_heads(bits: int, dtype: torch.dtype) -> None:
     assert {name.split(".")[1] for name in spec.names} == {"0", "1"}
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+@torch.no_grad()
+def test_autocast_changes_nothing(bits: int) -> None:
+    call, mixer = make_call(), make(SPLIT, bits=bits, kept={"score": "recency"})
+    want = mixer(call)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixer(call)[0], want)
+
+
 def test_heads_that_are_alike_are_a_layer_as_ever() -> None:
     """One group: the state has the names that it has without a split."""
     names = StateSpec.of(make([4, 2]).empty_state(1, torch.float32)).names

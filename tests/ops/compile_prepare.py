@@ -94,9 +94,8 @@ def launch_slots(tokens: int, new: tuple[torch.Tensor, torch.Tensor]) -> None:
     for is_fresh in (True, False):
         ends = Ends(place, place, is_fresh)
         collect.leaving_scores(marks, window, sizes, ends, 4)
-        collect.collect_slots(new, held, marks, marks, after[:, :, 1], sizes, ends)
-        assert held.sinks is not None
-        collect.collect_sinks(new, held.sinks, sizes, ends)
+        collect.collect_slots(new, held, marks, marks, after[:, :, 1], sizes, ends, 4)
+        collect.collect_slots(new, held._replace(sinks=None), marks, marks, after[:, :, 1], sizes, ends, 0)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class BlendMixer(Mixer):
         self, call: Call, state: BlendState | None, keep: bool, mode: str, slots: Tensor | None = None
     ) -> tuple[Tensor, BlendState | None]:
         """The layer; with `slots` the near state is a pool, in which the rows of a decoding step are."""
-        ready = self._prepared(call, state, mode, slots) if keep else None
+        ready = self._prepared(call, state, mode, slots) if keep and state is not None else None
         is_scored, asked = ready is not None and ready.score is not None, self._asked(mode)
         fresh = None if is_scored or asked is None else asked.by_kernel(call, self.rotate_far, self.near_impl)
         far_reads = not self.near_alone or (self.score is not None and not is_scored and fresh is None)
@@ -181,11 +181,10 @@ class BlendMixer(Mixer):
         """What scores keys in a mode, if anything is kept."""
         return self.score if keeps_pairs(self.groups) and mode not in BLIND else None
 
-    def _prepared(self, call: Call, state: BlendState | None, mode: str, slots: Tensor | None) -> Prepared | None:
+    def _prepared(self, call: Call, state: BlendState, mode: str, slots: Tensor | None) -> Prepared | None:
         return prepared_step(
-            self.groups, call, None if state is None else state.near, score=self._asked(mode),
-            rotated=self.rotate_far, slots=slots, codec=self.codec, impl=self.near_impl,
-            sinks=sink_call(call, state, self.settings.sinks),
+            self.groups, call, state.near, score=self._asked(mode), rotated=self.rotate_far, slots=slots,
+            codec=self.codec, impl=self.near_impl, sinks=sink_call(call, state, self.settings.sinks),
         )  # fmt: skip
 
     @property
@@ -222,7 +221,9 @@ class BlendMixer(Mixer):
         if mode in BLIND:
             return torch.full((rows, kv_heads, n), EMPTY, device=k.device)
         position = positions_of(call, state, slots)
-        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state), fresh)
+        if fresh is not None:
+            return self.score.faded(fresh, position)
+        return self.score(call, k, position, windows_of(self.groups), partial(self._recall, k, call, state))
 
     def _recall(self, k: Tensor, call: Call, state: BlendState | None) -> Tensor:
         """The error [B, KV, N] with which the far half recalls the values of a call."""

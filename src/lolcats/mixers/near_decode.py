@@ -21,7 +21,7 @@ from lolcats.ops.near.step import step_refusal
 def prepared_step(
     groups: tuple[HeadGroup, ...],
     call: Call,
-    states: NearStates | None,
+    states: NearStates,
     *,
     score: KeyScores | None,
     rotated: bool,
@@ -43,7 +43,7 @@ def prepared_step(
         impl: of near attention.
         sinks: of `sink_call`; or None.
     """
-    if states is None or call.q.shape[2] != 1:
+    if call.q.shape[2] != 1:
         return None
     told = None if score is None else score.told(call, rotated)
     parts, tokens = _parts(groups, call, states), (call.q, call.k, call.v)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.state import map_state, state_bytes
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.near import (
     NearSpec,
     NearState,
@@ -98,6 +99,11 @@ def read_split(split: Sequence[int] | Sequence[Sequence[int]], kv_heads: int) ->
 
 def group_heads(spec: NearSpec, split: Split | None, kv_heads: int) -> tuple[HeadGroup, ...]:
     """The groups of a layer: one without `split`, whose sizes take the place of those of `spec`."""
+    # A layer asks for them several times in a call. A compiler cannot follow what remembers.
+    return (_group_heads if torch.compiler.is_compiling() else _remembered_groups)(spec, split, kv_heads)
+
+
+def _group_heads(spec: NearSpec, split: Split | None, kv_heads: int) -> tuple[HeadGroup, ...]:
     if split is None:
         return (HeadGroup(spec, tuple(range(kv_heads)), kv_heads),)
     heads: dict[tuple[int, int], list[int]] = {}
@@ -107,6 +113,9 @@ def group_heads(spec: NearSpec, split: Split | None, kv_heads: int) -> tuple[Hea
         HeadGroup(spec._replace(window=window, pairs=pairs), tuple(found), kv_heads)
         for (window, pairs), found in heads.items()
     )
+
+
+_remembered_groups = functools.lru_cache(maxsize=4096)(_group_heads)
 
 
 def keeps_pairs(groups: tuple[HeadGroup, ...]) -> bool:
@@ -166,7 +175,7 @@ def near_half(
             call = replace(call, k=k, v=v)
     else:
         if codec is not None:
-            with torch.autocast(call.k.device.type, enabled=False):
+            with without_autocast(call.k.device.type):
                 coded = codec.coded(call.k, call.v, keep)
         done = near_attentions(
             call.q, call.k, call.v, tuple((group.told(call), group.heads) for group in groups), lengths=lengths,

@@ -104,8 +104,7 @@ class KeyScores(nn.Module):
         self.network = LearnedScore(sizes, recall_error) if name == "learned" else None
 
     def forward(
-        self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor],
-        fresh: Tensor | None = None,
+        self, call: Call, k: Tensor, position: Tensor, window: Window, recall: Callable[[], Tensor]
     ) -> Tensor:  # fmt: skip
         """The score [B, KV, N] of each key of a call.
 
@@ -115,13 +114,16 @@ class KeyScores(nn.Module):
             position: [B, N], of the tokens in their text.
             window: of the layer, or of each of its key heads.
             recall: makes the error [B, KV, N] of the far half.
-            fresh: of `by_kernel`, where it has made the score but for its fading.
         """
-        score = self._fresh(call, k, position, window, recall) if fresh is None else fresh
-        if fresh is None and self.name not in ("recency", "random"):
+        score = self._fresh(call, k, position, window, recall)
+        if self.name not in ("recency", "random"):
             # A word that comes again has the same score in the first layer, but for how products are added up, which
             # differs between a text and a step: then the order of positions decides, not the last digit.
             score = (score * RESOLUTION).round() / RESOLUTION
+        return self.faded(score, position)
+
+    def faded(self, score: Tensor, position: Tensor) -> Tensor:
+        """The score [B, KV, N] of keys at these positions [B, N], from what it is before it fades."""
         # What fades does so at one rate, so it is the same to let what comes later start higher.
         return score if self.fade is None else score + (position / self.fade)[:, None]
 

@@ -18,8 +18,10 @@ from lolcats.ops.near.prepared import SinkCall
 def positions_of(call: Call, state: BlendState | None, slots: Tensor | None) -> Tensor:
     """[B, N], of the tokens of a call in their texts, a text in each row; with `slots` the state is a pool."""
     rows, n = call.q.shape[0], call.q.shape[2]
-    start = 0 if state is None else (state.length if slots is None else state.length[slots])[:, None]
-    return (start + torch.arange(n, device=call.q.device)).expand(rows, n)
+    position = torch.arange(n, device=call.q.device)
+    if state is not None:
+        position = (state.length if slots is None else state.length[slots])[:, None] + position
+    return position.expand(rows, n)
 
 
 def may_be_beyond(call: Call, state: BlendState | None, sinks: int) -> bool:

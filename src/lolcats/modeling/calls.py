@@ -48,7 +48,7 @@ class WatchedCall(NamedTuple):
 
 def unknown_facts(handed: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of what a family hands over beyond what the hook honours."""
-    return tuple(n for n, v in handed.items() if n not in KNOWN | HARMLESS and _says_something(v))
+    return tuple(n for n, v in handed.items() if n not in KNOWN and n not in HARMLESS and _says_something(v))
 
 
 def _says_something(value: Any) -> bool:

@@ -56,7 +56,7 @@ def looks_at_values() -> bool:
     """Whether values may be looked at: that breaks a graph that is being compiled or recorded."""
     if torch.compiler.is_compiling() or _blind.get():
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def version(tensor: Tensor) -> int:
@@ -76,7 +76,9 @@ def check_first_visit(rotary: Any, layer: Any, layer_idx: int) -> None:
     key = rotary[0] if isinstance(rotary, tuple | list) and rotary else rotary
     if not isinstance(key, Tensor) or torch.compiler.is_compiling():
         return
-    layers = _visited.setdefault(key, weakref.WeakSet())
+    layers = _visited.get(key)
+    if layers is None:
+        layers = _visited[key] = weakref.WeakSet()
     if layer in layers:
         raise LolcatsError(
             f"layer {layer_idx} is run several times in one forward pass, and its state has room for one: a model that "

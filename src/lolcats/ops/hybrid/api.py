@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lolcats.ops.devices import capability
 from lolcats.ops.hybrid.checks import check_call, read_cuts
 from lolcats.ops.hybrid.chunked import chunked_attention, compiled_attention
 from lolcats.ops.hybrid.layout import Inputs
@@ -67,7 +68,7 @@ def resolve_impl(impl: str) -> str:
 
 def kernels_available(device: torch.device) -> bool:
     """Whether "auto" means the Triton kernels on `device`."""
-    return device.type == "cuda" and _kernels() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and _kernels() is not None and capability(device) >= (8, 0)
 
 
 def _choose(impl: str, inputs: Inputs, maps: MapWeights | None, return_state: bool) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.near.blocks import Kernels, block_near, empty_near_state
 from lolcats.ops.near.quantize import PairCodec
@@ -68,7 +69,7 @@ def near_attention(
     sink_q = sink_q if spec.sinks else None
     initial_state = None if initial_state is None else initial_state.in_order()
     expect(impl in IMPLEMENTATIONS, f"impl {', '.join(map(repr, IMPLEMENTATIONS))}", repr(impl))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         stored = None
         if codec is not None:
             k, v, keys, values = codec.coded(k, v, return_state) if coded is None else coded
@@ -128,7 +129,7 @@ def near_attentions(
     if launch is None or launch.refusal(q, k, v, True, sink_logits) is not None:
         return None
     score = k.new_zeros(k.shape[:3], dtype=torch.float32) if score is None else score
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         if coded is None:
             coded = Coded(k, v, None, None) if codec is None else codec.coded(k, v, return_state)
         return near_of_several(

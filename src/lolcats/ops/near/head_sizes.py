@@ -55,6 +55,19 @@ class Ends(NamedTuple):
     """There are none before these."""
 
 
+class Slots(NamedTuple):
+    """What the slots of all key heads hold: of rings, then of kept pairs, then of sinks, each part after part."""
+
+    k: Tensor
+    """[B, S, K]."""
+    v: Tensor
+    """[B, S, V]."""
+    score: Tensor
+    """[B, S], without sinks."""
+    position: Tensor
+    """[B, S] int32, of kept pairs alone."""
+
+
 @functools.lru_cache(maxsize=4096)
 def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torch.device) -> HeadSizes:
     """From window, pairs and heads of each part; kept, since what comes from the host is waited for."""
@@ -77,8 +90,13 @@ def head_sizes(parts: tuple[tuple[int, int, tuple[int, ...]], ...], device: torc
         )  # fmt: skip
 
 
-def split_slots(x: Tensor, heads: Sequence[int], count: Sequence[int]) -> list[Tensor]:
-    """What slots [B, S, ...] hold, for each part of so many heads with so many slots: [B, heads, slots, ...]."""
-    sizes = list(zip(heads, count, strict=True))
-    each = x.split([n * slots for n, slots in sizes], 1)
-    return [part.unflatten(1, size).contiguous() for part, size in zip(each, sizes, strict=True)]
+def split_slots(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """What slots [B, S, ...], contiguous, hold, for each of some (heads, slots): [B, heads, slots, ...]."""
+    (rows, _, *rest), (whole, each, *inner) = x.shape, x.stride()
+    found, begin = [], 0
+    for heads, slots in shapes:  # by one operation, not by a slice of which a view is made
+        size = heads * slots * each
+        strides = (whole if rows > 1 else size, slots * each, each, *inner)
+        found.append(x.as_strided((rows, heads, slots, *rest), strides, begin).contiguous())
+        begin += size
+    return found

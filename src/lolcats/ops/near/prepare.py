@@ -57,7 +57,7 @@ def prepare_step(
 
 
 def score_keys(k: Tensor, v: Tensor, score: ScoreCall) -> Tensor:
-    """The score of each key of a text as it is before it fades, by kernels.
+    """The score of each key of a text as it is before it fades, by kernels, where `score_refusal` has nothing to say.
 
     Args:
         k: [B, KV, N, D], with the rotation of `score`; v: [B, KV, N, Dv].
@@ -65,12 +65,7 @@ def score_keys(k: Tensor, v: Tensor, score: ScoreCall) -> Tensor:
 
     Returns:
         [B, KV, N] float32, in torch's numbers up to the order in which products are added up.
-
-    Raises:
-        ValueError: the kernels do not take this; the message says why.
     """
-    if (reason := score_refusal(k, v, score)) is not None:
-        raise ValueError(f"the kernels cannot score these keys: {reason}; score them in torch")
     from lolcats.ops.near.kernels.hidden import read_texts  # not at the top: see `prepare_step`
     from lolcats.ops.near.kernels.score import score_pairs
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from lolcats.ops.near.blocks import BLOCK, Kernels
-from lolcats.ops.near.head_sizes import SURPLUS, Ends, HeadSizes, head_sizes, split_slots
+from lolcats.ops.near.head_sizes import SURPLUS, Ends, HeadSizes, Slots, head_sizes, split_slots
 from lolcats.ops.near.quantize import PairCodec, plain_map
 from lolcats.ops.near.selection import Selection, select_pairs
 from lolcats.ops.near.types import Coded, KeptPairs, NearRing, NearSpec, NearState
@@ -57,16 +57,18 @@ def near_of_several(
         q, parts, lengths, sink_logits, sink_q, return_state, codec: as in `near_attentions`, whose result this is.
     """
     # Not at the top: Triton is a requirement neither of this package nor of the code that `lolcats export` writes.
-    from lolcats.ops.near.kernels.collect import collect_sinks, collect_slots, leaving_scores
+    from lolcats.ops.near.kernels.collect import collect_slots, leaving_scores
 
     sizes = head_sizes(tuple((spec.window, spec.pairs, heads) for spec, heads in parts), q.device)
     told = parts[0][0]._replace(window=sizes.most_window, pairs=sizes.most_pairs)
     score = score.to(accumulation_dtype(coded.k, coded.v)).contiguous()
-    held = _fresh(told, sizes, coded, score, codec) if states is None else _joined(states, sizes, score).in_order()
-    real = torch.full_like(held.length, score.shape[2]) if lengths is None else lengths
-    ends = Ends(held.length, real, states is None)
+    held = _fresh(sizes, coded, codec) if states is None else _joined(states, sizes, score).in_order()
+    start = held.length.expand(len(score)).contiguous()
+    n, tokens = len(parts), score.shape[2]  # each part has lengths of its own, to which a step may write
+    real = start.new_full((n, len(start)), tokens) if lengths is None else lengths.expand(n, -1)
+    ends = Ends(start, real[0], states is None)
     leaving = leaving_scores(score, _some(held.ring.score), sizes, ends, told.sinks)
-    chosen = select_pairs(_some(held.kept).score, leaving, BLOCK, sizes.surplus)
+    chosen = select_pairs(_some(held.kept).score.expand(len(score), -1, -1), leaving, BLOCK, sizes.surplus)
     chosen = _within_reach(chosen, told, sizes, held, ends)
     seen = None if states is None else held if codec is None else codec.decode_state(held, coded.k.dtype)
     sink_q = sink_q if told.sinks else None
@@ -74,9 +76,8 @@ def near_of_several(
     if not return_state:
         return out, None
     new = [_some(x) for x in ((coded.k, coded.v) if codec is None else coded[2:])]
-    slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends)
-    sinks = None if held.sinks is None else collect_sinks(new, held.sinks, sizes, ends)
-    return out, _split(parts, slots.ring, slots.kept, sinks, ends.start + ends.real)
+    slots = collect_slots(new, held, score, leaving, chosen.after, sizes, ends, told.sinks)
+    return out, _split(parts, slots, real.contiguous() if ends.is_fresh else start + real)
 
 
 def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: NearState, ends: Ends) -> Selection:
@@ -87,34 +88,37 @@ def _within_reach(chosen: Selection, spec: NearSpec, sizes: HeadSizes, held: Nea
         return chosen
     last = torch.arange(tokens, device=until.device) - sizes.window + reach
     before = _some(held.kept).position - ends.start[:, None, None] + reach
-    last = torch.cat([before.to(until.dtype), last.to(until.dtype).expand(before.shape[0], -1, -1)], -1)
+    before = before.to(until.dtype).expand(*until.shape[:2], sizes.most_pairs)
+    last = torch.cat([before, last.to(until.dtype).expand(len(until), -1, -1)], -1)
     return chosen._replace(until=torch.minimum(until, last).clamp_min(0))
 
 
-def _fresh(spec: NearSpec, sizes: HeadSizes, coded: Coded, score: Tensor, codec: PairCodec | None) -> NearState:
-    """The state before any token. Its tensors are views of a few numbers, to be read alone."""
-    rows = score.shape[:2]
-    sizes_of = coded.k.shape[3], coded.v.shape[3]
-    k, v = (coded.k.new_zeros(1, 1, 1, size) for size in sizes_of)
-    if codec is not None:
-        k, v = _empty_pair(codec.bits, *sizes_of, score.device)
+def _fresh(sizes: HeadSizes, coded: Coded, codec: PairCodec | None) -> NearState:
+    """The state before any token: one slot of one key head stands for all, but of the kept scores; to be read alone."""
+    bits, form = None if codec is None else codec.bits, (coded.k.shape[3], coded.v.shape[3], coded.k.dtype)
+    k, v, score, position, length = _empty_slot(bits, *form, coded.k.device)
+    return NearState(NearRing(k, v, score), SinkKeys(k, v), KeptPairs(k, v, sizes.marks[None], position), length)
 
-    def pairs(count: int) -> tuple[Tensor, Tensor]:
-        return k.expand(*rows, count, -1), v.expand(*rows, count, -1)
 
-    marks, zero = sizes.marks.to(score.dtype).expand(*rows, -1), score.new_zeros(1)
-    places = zero.int().expand(*rows, spec.pairs)
-    sinks = SinkKeys(*pairs(spec.sinks)) if spec.sinks else None
-    ring = NearRing(*pairs(spec.window), zero.expand(*rows, spec.window))
-    return NearState(ring, sinks, KeptPairs(*pairs(spec.pairs), marks, places), sizes.order.new_zeros(rows[0]))
+class _EmptySlot(NamedTuple):
+    """A pair of zeros [1, 1, 1, .] as a state has it, its score and position [1, 1, 1], and the length [1]."""
+
+    k: Tensor
+    v: Tensor
+    score: Tensor
+    position: Tensor
+    length: Tensor
 
 
 @functools.lru_cache(maxsize=256)
-def _empty_pair(bits: int, size: int, value_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bytes [1, 1, 1, .] of a key and a value of zeros, which no map of keys changes; each layer begins with them."""
+def _empty_slot(bits: int | None, size: int, value_size: int, dtype: torch.dtype, device: torch.device) -> _EmptySlot:
+    """Of pairs of `dtype` or, with `bits`, of bytes, which no map of keys changes; each layer begins with it."""
     with torch.inference_mode(False):
-        k, v = (torch.zeros(1, 1, 1, x, device=device) for x in (size, value_size))
-        return PairCodec(bits, plain_map(1, size, device)).encode(k, v)
+        k, v = (torch.zeros(1, 1, 1, x, dtype=dtype, device=device) for x in (size, value_size))
+        if bits is not None:
+            k, v = PairCodec(bits, plain_map(1, size, device)).encode(k, v)
+        score, position = (torch.zeros(1, 1, 1, dtype=x, device=device) for x in (torch.float32, torch.int32))
+        return _EmptySlot(k, v, score, position, torch.zeros(1, dtype=torch.int64, device=device))
 
 
 def _joined(states: Sequence[NearState], sizes: HeadSizes, like: Tensor) -> NearState:
@@ -149,22 +153,22 @@ def _padded(x: Tensor, before: int, behind: int, fill: float = 0.0) -> Tensor:
     return nnf.pad(x, (*(0, 0) * (x.ndim - 3), *more), value=fill) if any(more) else x
 
 
-def _split(
-    parts: Parts, ring: Sequence[Tensor], kept: Sequence[Tensor], sinks: SinkKeys | None, length: Tensor
-) -> list[NearState]:
-    """The state of each part, from what slots [B, S, ...] and sinks [B, KV, s, .] hold, part after part."""
-    count, window, pairs = zip(*((len(heads), spec.window, spec.pairs) for spec, heads in parts), strict=True)
-
-    rings = zip(*(split_slots(x, count, window) for x in ring), strict=True)
-    pairs_of = zip(*(split_slots(x, count, pairs) for x in kept), strict=True)
-    of_sinks: list[SinkKeys | None] = [None] * len(parts)
-    if sinks is not None:
-        of_sinks = [
-            SinkKeys(*(x.contiguous() for x in both)) for both in zip(*(x.split(count, 1) for x in sinks), strict=True)
-        ]
+def _split(parts: Parts, slots: Slots, length: Tensor) -> list[NearState]:
+    """The state of each part, of which there are n; `length` is [n, B]."""
+    n = len(parts)
+    rings = [(len(heads), spec.window) for spec, heads in parts]
+    kept = [(len(heads), spec.pairs) for spec, heads in parts]
+    sinks = [(len(heads), spec.sinks) for spec, heads in parts]
+    k, v = (split_slots(x, rings + kept + sinks) for x in (slots.k, slots.v))
+    score, position = split_slots(slots.score, rings + kept), split_slots(slots.position, kept)
     return [
-        NearState(NearRing(k, v, score if most else None), held, KeptPairs(*own) if most else None, length.clone())
-        for (k, v, score), own, held, most in zip(rings, pairs_of, of_sinks, pairs, strict=True)
+        NearState(
+            NearRing(k[i], v[i], score[i] if spec.pairs else None),
+            SinkKeys(k[2 * n + i], v[2 * n + i]) if spec.sinks else None,
+            KeptPairs(k[n + i], v[n + i], score[n + i], position[i]) if spec.pairs else None,
+            own,
+        )
+        for i, ((spec, _), own) in enumerate(zip(parts, length.unbind(), strict=True))
     ]
 
 

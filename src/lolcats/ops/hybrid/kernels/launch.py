@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-import triton
 from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.forward import forward_kernel
@@ -173,9 +172,22 @@ class Plan:
         }
 
 
+def pieces(count: int, size: int) -> int:
+    """How many of `size` there are in `count`, the last one perhaps not whole.
+
+    Not by Triton's functions, here and below: they prepare for code that is being compiled, which takes microseconds.
+    """
+    return -(-count // size)
+
+
+def next_power(size: int) -> int:
+    """The smallest power of 2 that is not less than `size`, which is at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """Size of a tile that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power(size))
 
 
 def described(x: Tensor, block: list[int]) -> Any:
@@ -336,7 +348,7 @@ def sum_states(
     before = torch.empty(p.rows, heads, segments, p.f * p.dv, dtype=low, device=device) if split else local
     final = fp32(numbers) if keep is not None else None
     if split or keep is not None:
-        on(scan_segments, (p.rows * heads, triton.cdiv(numbers, 512)))(
+        on(scan_segments, (p.rows * heads, pieces(numbers, 512)))(
             sums, before if split else torch.empty_like(sums), decays, either(initial, sums), either(final, sums),
             segments, numbers, p.f * p.dv, REVERSE=reverse, HAS_DECAY=x.log_decay is not None,
             HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, BLOCK=512, num_warps=4,

@@ -17,18 +17,16 @@ Bytes: scores twice; what is in the states once read and once written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import on, strides
-from lolcats.ops.near.head_sizes import Ends, HeadSizes
+from lolcats.ops.hybrid.kernels.launch import next_power, on, pieces, strides
+from lolcats.ops.near.head_sizes import Ends, HeadSizes, Slots
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.types import NearState
-from lolcats.ops.types import SinkKeys
 
 QUERIES = 256
 """Of a program of `leaving_kernel`."""
@@ -66,19 +64,14 @@ def copy_row(new, other, to, new_at, other_at, is_new, SIZE: tl.constexpr, BLOCK
     tl.store(to + column, tl.where(from_new, x, y), mask=column < SIZE)
 
 
-@triton.jit(do_not_specialize=[*STEPS, "after_b", "after_h", "tokens", "rings", "slots", "most_window", "most_pairs"])
-def collect_kernel(
+@triton.jit
+def collect_slot(
     new_k, new_v, score, leaving, ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, after, start,
-    real, ring_table, kept_table, out_k, out_v, out_score, out_position, k_b, k_h, k_n, v_b, v_h, v_n, after_b, after_h,
-    tokens, rings, slots, most_window, most_pairs, KV_HEADS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    V: tl.constexpr, BV: tl.constexpr, IS_FRESH: tl.constexpr,
+    real, ring_table, kept_table, out_k, out_v, out_score, out_position, slot, batch, k_b, k_h, k_n, v_b, v_h, v_n,
+    after_b, after_h, tokens, rings, slots, most_window, most_pairs, KV_HEADS: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, IS_FRESH: tl.constexpr,
 ):  # fmt: skip
-    """A slot of a ring, or behind all of these one of the kept pairs; grid (slots, B).
-
-    The tables are `HeadSizes.ring` and `kept`. With IS_FRESH nothing was held: one row of each tensor stands for all.
-    """
-    slot = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    """A slot of a ring, or behind all of these one of the kept pairs. `out_k` and `out_v` are the rows of the slot."""
     is_ring = slot < rings
     place = tl.where(is_ring, slot, slot - rings)
     pairs = slots - rings
@@ -103,15 +96,14 @@ def collect_kernel(
     if IS_FRESH:
         in_ring *= 0
         in_kept *= 0
-    to = batch * slots + slot
     new_at = batch * k_b + head * k_h + token * k_n
     if stays:
-        copy_row(new_k, kept_k, out_k + to * K, new_at, in_kept * K, is_new, K, BK)
-        copy_row(new_v, kept_v, out_v + to * V, new_at, in_kept * V, is_new, V, BV)
+        copy_row(new_k, kept_k, out_k, new_at, in_kept * K, is_new, K, BK)
+        copy_row(new_v, kept_v, out_v, new_at, in_kept * V, is_new, V, BV)
     else:
-        copy_row(new_k, ring_k, out_k + to * K, new_at, in_ring * K, is_new, K, BK)
+        copy_row(new_k, ring_k, out_k, new_at, in_ring * K, is_new, K, BK)
         new_at = batch * v_b + head * v_h + token * v_n
-        copy_row(new_v, ring_v, out_v + to * V, new_at, in_ring * V, is_new, V, BV)
+        copy_row(new_v, ring_v, out_v, new_at, in_ring * V, is_new, V, BV)
 
     mark = tl.load(score + row * tokens + token, mask=is_ring & is_new, other=0.0)
     mark += tl.load(ring_score + in_ring, mask=is_ring & (is_new == 0), other=0.0)
@@ -122,31 +114,59 @@ def collect_kernel(
         mark = tl.where(stays, tl.load(kept_score + in_kept, mask=stays, other=0.0), mark)
     at = row * tokens + tl.where(came, found - most_pairs, 0)
     mark = tl.where(came, tl.load(leaving + at, mask=came, other=0.0), mark)
-    tl.store(out_score + to, mark)
+    tl.store(out_score + batch * slots + slot, mark)
     position = (begin + number).to(tl.int32) - window.to(tl.int32)
     position = tl.where(stays, tl.load(kept_position + in_kept, mask=stays, other=0), position)
     tl.store(out_position + batch * pairs + place, position, mask=kept_slot)
 
 
-@triton.jit(do_not_specialize=[*STEPS, "tokens"])
-def sinks_kernel(
-    new_k, new_v, held_k, held_v, start, order, out_k, out_v, k_b, k_h, k_n, v_b, v_h, v_n, tokens,
+@triton.jit
+def collect_sink(
+    new_k, new_v, held_k, held_v, start, order, out_k, out_v, place, batch, k_b, k_h, k_n, v_b, v_h, v_n, tokens,
     KV_HEADS: tl.constexpr, SINKS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     IS_FRESH: tl.constexpr,
 ):  # fmt: skip
-    """The first tokens of each text, of before or new ones; grid (KV s, B)."""
-    slot = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head, sink = tl.load(order + slot // SINKS), slot % SINKS
+    """One of the first tokens of a text, of before or new: number `place` of a row's KV s, key heads part by part."""
+    head, sink = tl.load(order + place // SINKS), place % SINKS
     token = sink - tl.load(start + batch)
     is_new = (token >= 0) & (token < tokens)
     token = tl.where(is_new, token, 0)
     held = (batch * KV_HEADS + head) * SINKS + sink
     if IS_FRESH:
         held *= 0
-    to = batch * KV_HEADS * SINKS + slot
-    copy_row(new_k, held_k, out_k + to * K, batch * k_b + head * k_h + token * k_n, held * K, is_new, K, BK)
-    copy_row(new_v, held_v, out_v + to * V, batch * v_b + head * v_h + token * v_n, held * V, is_new, V, BV)
+    copy_row(new_k, held_k, out_k, batch * k_b + head * k_h + token * k_n, held * K, is_new, K, BK)
+    copy_row(new_v, held_v, out_v, batch * v_b + head * v_h + token * v_n, held * V, is_new, V, BV)
+
+
+@triton.jit(do_not_specialize=[*STEPS, "after_b", "after_h", "tokens", "rings", "slots", "most_window", "most_pairs"])
+def collect_kernel(
+    new_k, new_v, score, leaving, ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, sink_k, sink_v,
+    after, start, real, ring_table, kept_table, order, out_k, out_v, out_score, out_position,
+    k_b, k_h, k_n, v_b, v_h, v_n, after_b, after_h, tokens, rings, slots, most_window, most_pairs,
+    KV_HEADS: tl.constexpr, SINKS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    IS_FRESH: tl.constexpr,
+):  # fmt: skip
+    """A row of keys and values of the states; grid (slots and behind them KV s sinks, B).
+
+    The tables are `HeadSizes.ring` and `kept`. With IS_FRESH nothing was held: one row of each tensor stands for all.
+    """
+    slot = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    to = batch * tl.num_programs(0) + slot
+    out_k += to * K
+    out_v += to * V
+    if slot < slots:
+        collect_slot(
+            new_k, new_v, score, leaving, ring_k, ring_v, ring_score, kept_k, kept_v, kept_score, kept_position, after,
+            start, real, ring_table, kept_table, out_k, out_v, out_score, out_position, slot, batch,
+            k_b, k_h, k_n, v_b, v_h, v_n, after_b, after_h, tokens, rings, slots, most_window, most_pairs,
+            KV_HEADS, K, BK, V, BV, IS_FRESH,
+        )  # fmt: skip
+    elif SINKS > 0:
+        collect_sink(
+            new_k, new_v, sink_k, sink_v, start, order, out_k, out_v, slot - slots, batch,
+            k_b, k_h, k_n, v_b, v_h, v_n, tokens, KV_HEADS, SINKS, K, BK, V, BV, IS_FRESH,
+        )  # fmt: skip
 
 
 def leaving_scores(score: Tensor, ring: Tensor, sizes: HeadSizes, ends: Ends, sinks: int) -> Tensor:
@@ -162,70 +182,50 @@ def leaving_scores(score: Tensor, ring: Tensor, sizes: HeadSizes, ends: Ends, si
     # What a fresh text has in its ring never leaves.
     steps = (0, 0) if ends.is_fresh else (ring.stride(0), ring.stride(1))
     with device_of(score):
-        on(leaving_kernel, (triton.cdiv(tokens, QUERIES), batch * kv_heads))(
+        on(leaving_kernel, (pieces(tokens, QUERIES), batch * kv_heads))(
             score, ring, sizes.told, ends.start, ends.real, out, *steps, tokens, sinks, KV_HEADS=kv_heads,
             QUERIES=QUERIES,
         )  # fmt: skip
     return out
 
 
-class Collected(NamedTuple):
-    """What the slots of all key heads hold, part after part."""
-
-    ring: tuple[Tensor, Tensor, Tensor]
-    """Keys [B, S, K], values [B, S, V] and scores [B, S]."""
-    kept: tuple[Tensor, Tensor, Tensor, Tensor]
-    """The same, and positions [B, S] int32."""
-
-
 def collect_slots(
-    new: Sequence[Tensor], held: NearState, score: Tensor, leaving: Tensor, after: Tensor, sizes: HeadSizes, ends: Ends
-) -> Collected:
-    """Rings and kept pairs after a call.
+    new: Sequence[Tensor], held: NearState, score: Tensor, leaving: Tensor, after: Tensor, sizes: HeadSizes, ends: Ends,
+    sinks: int,
+) -> Slots:  # fmt: skip
+    """Rings, kept pairs and sinks after a call.
 
     Args:
         new: keys [B, KV, N, K] and values [B, KV, N, V] as the state has them.
-        held: what came before, with scores and W slots and P kept pairs for each key head; of a fresh text one row of
-            each tensor stands for all, and no kept pair is more than an empty slot.
+        held: what came before, with scores and W slots and P kept pairs for each key head; of a fresh text one slot of
+            one key head stands for all, and no kept pair is more than an empty slot.
         score: [B, KV, N]; leaving: [B, KV, N], of `leaving_scores`.
         after: [B, KV, P], candidates that are kept at the end.
         sizes: of the key heads.
         ends: of the texts.
+        sinks: s.
     """
-    ring, kept = held.ring, held.kept
-    assert kept is not None and ring.score is not None
+    kept = held.kept
+    assert kept is not None and held.ring.score is not None
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in new)
     after = after if after.stride(-1) == 1 else after.contiguous()
     batch, kv_heads, tokens, rings, slots = *score.shape, sizes.ring.shape[1], sizes.ring.shape[1] + sizes.kept.shape[1]
-    out_k, out_v = (torch.empty(batch, slots, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
+    rows = slots + kv_heads * sinks
+    out_k, out_v = (torch.empty(batch, rows, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
     marks = torch.empty(batch, slots, dtype=score.dtype, device=score.device)
     position = torch.empty(batch, slots - rings, dtype=torch.int32, device=score.device)
-    before = [*ring, *kept] if ends.is_fresh else [x.contiguous() for x in (*ring, *kept) if x is not None]
+    before = [x for x in (*held.ring, *kept, *(held.sinks or kept[:2])) if x is not None]
+    before = before if ends.is_fresh else [x.contiguous() for x in before]
     with device_of(score):
-        on(collect_kernel, (slots, batch))(
-            k, v, score, leaving, *before, after, ends.start, ends.real, sizes.ring, sizes.kept, out_k, out_v, marks,
-            position, *strides(k), *strides(v), after.stride(0), after.stride(1), tokens, rings, slots,
-            sizes.most_window, sizes.most_pairs, KV_HEADS=kv_heads, **_row_sizes(k, v), IS_FRESH=ends.is_fresh,
-            num_warps=1,
+        on(collect_kernel, (rows, batch))(
+            k, v, score, leaving, *before, after, ends.start, ends.real, sizes.ring, sizes.kept, sizes.order, out_k,
+            out_v, marks, position, *strides(k), *strides(v), after.stride(0), after.stride(1), tokens, rings, slots,
+            sizes.most_window, sizes.most_pairs, KV_HEADS=kv_heads, SINKS=sinks, **_row_sizes(k, v),
+            IS_FRESH=ends.is_fresh, num_warps=1,
         )  # fmt: skip
-    of_kept = (x[:, rings:] for x in (out_k, out_v, marks))
-    return Collected((out_k[:, :rings], out_v[:, :rings], marks[:, :rings]), (*of_kept, position))  # type: ignore[arg-type]
-
-
-def collect_sinks(new: Sequence[Tensor], held: SinkKeys, sizes: HeadSizes, ends: Ends) -> SinkKeys:
-    """The sinks after a call, key heads part after part: [B, KV, s, K] and [B, KV, s, V]."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in new)
-    (batch, kv_heads, tokens), sinks = k.shape[:3], held.k.shape[2]
-    out = SinkKeys(*(torch.empty(batch, kv_heads, sinks, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v)))
-    before = held if ends.is_fresh else SinkKeys(held.k.contiguous(), held.v.contiguous())
-    with device_of(k):
-        on(sinks_kernel, (kv_heads * sinks, batch))(
-            k, v, *before, ends.start, sizes.order, *out, *strides(k), *strides(v), tokens,
-            KV_HEADS=kv_heads, SINKS=sinks, **_row_sizes(k, v), IS_FRESH=ends.is_fresh, num_warps=1,
-        )  # fmt: skip
-    return out
+    return Slots(out_k, out_v, marks, position)
 
 
 def _row_sizes(k: Tensor, v: Tensor) -> dict[str, int]:
     sizes = {"K": k.shape[3], "V": v.shape[3]}
-    return sizes | {f"B{name}": triton.next_power_of_2(size) for name, size in sizes.items()}
+    return sizes | {f"B{name}": next_power(size) for name, size in sizes.items()}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision, strides
+from lolcats.ops.devices import capability
+from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, pieces, precision, strides
 from lolcats.ops.hybrid.kernels.tiles import LOG2E
 from lolcats.ops.near.kernels.backward import add_slots, key_gradients, query_gradients, slot_gradients
 from lolcats.ops.near.kernels.forward import near_forward
@@ -37,7 +37,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, no_gradient: bool, sink_logits: Ten
         return "it runs in eager code, not under torch.compile"
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA device; the tensors are on {q.device}"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if q.device.type == "cuda" and capability(q.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     if any(x.dtype not in DTYPES for x in (q, k, v)):
         return f"it takes bfloat16, float16 and float32; got {q.dtype}, {k.dtype} and {v.dtype}"
@@ -94,7 +94,7 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Blocks of a text."""
-        return -(-self.tokens // BLOCK)
+        return pieces(self.tokens, BLOCK)
 
     @property
     def slots(self) -> int:
@@ -202,8 +202,8 @@ def kernel_near(
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of x the one on which kernels are launched."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Makes the device of x the one on which kernels are launched, where it is not."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _plan(spec: NearSpec, q: Tensor, v: Tensor) -> Plan:
@@ -238,7 +238,7 @@ def run_forward(
     out = _like_projection(p, p.heads, p.dv, x.v)
     lse = torch.empty((p.batch, p.heads, p.tokens) if save else (1,), dtype=torch.float32, device=x.v.device)
     cut = p.by_queries()
-    on(near_forward, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
+    on(near_forward, (p.heads, pieces(p.tokens, cut["ROWS"]), p.batch))(
         x.q, x.k, x.v, *(either(t, x.q) for t in (*c, x.sink_logits, sink_q, sizes)), out, lse,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(out), *p.counts(), p.scale,
         **p.sizes(), **c.flags(), LEARNED=x.sink_logits is not None, HAS_SINK_Q=sink_q is not None,
@@ -260,14 +260,14 @@ def run_backward(
     sizes, padding = p.sizes(), c.flags()
     shared = [*strides(x.q), *strides(x.k), *strides(x.v)]
     cut = p.by_queries()
-    on(query_gradients, (p.heads, triton.cdiv(p.tokens, cut["ROWS"]), p.batch))(
+    on(query_gradients, (p.heads, pieces(p.tokens, cut["ROWS"]), p.batch))(
         x.q, x.k, x.v, *chosen, saved.out, grad, saved.lse, delta, dq,
         *shared, *strides(saved.out), *strides(grad), *strides(dq), *p.counts(), p.scale,
         **sizes, **padding, **cut,
     )  # fmt: skip
     cut = p.by_keys()
     totals = _slot_totals(p, x, c, saved, grad, delta) if p.slots else (delta, delta)
-    on(key_gradients, (triton.cdiv(p.tokens, cut["KEYS"]), p.kv_heads, p.batch))(
+    on(key_gradients, (pieces(p.tokens, cut["KEYS"]), p.kv_heads, p.batch))(
         x.q, x.k, x.v, *chosen[1:4], grad, saved.lse, delta, *totals, dk, dv,
         *shared, *strides(grad), *strides(dk), *strides(dv), p.tokens, p.spec.window, p.spec.pairs, p.scale,
         **sizes, **padding, **cut,
@@ -287,13 +287,13 @@ def _slot_totals(
     parts = [torch.empty(rows, p.blocks, p.slots, size, dtype=p.dtype, device=grad.device) for size in (p.d, p.dv)]
     totals = [torch.zeros(rows, p.tokens, size, dtype=torch.float32, device=grad.device) for size in (p.d, p.dv)]
     chosen, padding = [either(t, x.q) for t in c], c.flags()
-    on(slot_gradients, (triton.cdiv(p.slots, cut["KEYS"]), p.blocks, rows))(
+    on(slot_gradients, (pieces(p.slots, cut["KEYS"]), p.blocks, rows))(
         x.q, x.k, x.v, *chosen, grad, saved.lse, delta, *parts,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *p.counts(), p.scale,
         **p.sizes(), **padding, **cut,
     )  # fmt: skip
     slots = padded(p.slots)
-    on(add_slots, (triton.cdiv(max(p.d, p.dv), COLUMNS), rows, 2))(
+    on(add_slots, (pieces(max(p.d, p.dv), COLUMNS), rows, 2))(
         *parts, chosen[0], *chosen[2:4], *totals, *p.counts(), KV_HEADS=p.kv_heads, D=p.d, DV=p.dv,
         **p.visible(), **padding, SLOTS=slots, COLUMNS=COLUMNS, num_warps=min(16, max(4, slots // 64)), num_stages=1,
     )  # fmt: skip

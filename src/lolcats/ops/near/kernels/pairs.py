@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import either, on, strides
+from lolcats.ops.hybrid.kernels.launch import either, on, pieces, strides
 from lolcats.ops.near.kernels.codes import code_rows, read_map, scales_on, store_rows
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.spread import LARGEST, mixed_rows
@@ -107,7 +107,7 @@ def code_pairs(k: Tensor, v: Tensor, key_map: Tensor, store: bool) -> Coded:
     if store:
         stored = [torch.empty(*k.shape[:3], n + STEP_BYTES, dtype=torch.uint8, device=k.device) for n in (size, dv)]
     with device_of(k):
-        on(code_pairs_kernel, (batch * kv_heads, triton.cdiv(tokens, ROWS), 2))(
+        on(code_pairs_kernel, (batch * kv_heads, pieces(tokens, ROWS), 2))(
             k, v, key_map.contiguous(), scales_on(k.device), *seen, *(either(x, k) for x in stored),
             *strides(k), *strides(v), tokens, size**-0.5, dv**-0.5,
             KV_HEADS=kv_heads, D=size, D_LEVELS=size.bit_length() - 1, DV=dv, DV_LEVELS=dv.bit_length() - 1,
