@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lolcats.ops.devices import capability
 from lolcats.ops.elementwise.types import ACTIVATIONS, NormForm
 from lolcats.ops.hybrid.checks import expect
 
@@ -25,7 +26,7 @@ def kernels_refuse(device: torch.device) -> str | None:
         return "they need the package triton, which is not installed here"
     if device.type != "cuda":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else f"they need a CUDA device; got {device}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         return "they need compute capability 8.0 or later"
     return None
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.elementwise.types import NormForm
-from lolcats.ops.hybrid.kernels.launch import on, padded
+from lolcats.ops.hybrid.kernels.launch import on, padded, pieces
 
 NUMBERS = 1024
 """Of a program of the gated product."""
@@ -78,6 +78,6 @@ def run_gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out, total = torch.empty_like(gate), gate.numel()
     if total:
-        grid = (triton.cdiv(total, NUMBERS),)
+        grid = (pieces(total, NUMBERS),)
         on(_gated_product, grid)(gate, up, out, total, BLOCK=NUMBERS, GELU=activation == "gelu_tanh", num_warps=4)
     return out

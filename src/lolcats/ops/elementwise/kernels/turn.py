@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import on, padded
+from lolcats.ops.hybrid.kernels.launch import on, padded, pieces
 
 HEADS_OF_A_PROGRAM = 8
 
@@ -64,7 +64,7 @@ def run_turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
     (batch, heads, tokens, size), kv_heads = q.shape, k.shape[1]
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     steps = [step for x in (cos, sin) for step in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
-    tiles = triton.cdiv(heads, HEADS_OF_A_PROGRAM) + triton.cdiv(kv_heads, HEADS_OF_A_PROGRAM)
+    tiles = pieces(heads, HEADS_OF_A_PROGRAM) + pieces(kv_heads, HEADS_OF_A_PROGRAM)
     if q.numel() and k.numel():
         on(_turn, (batch * tokens, tiles))(
             q, k, cos, sin, *outs, *q.stride()[:3], *k.stride()[:3], *steps, tokens, HEADS=heads, KV_HEADS=kv_heads,

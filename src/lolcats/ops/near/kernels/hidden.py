@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import on, precision
+from lolcats.ops.hybrid.kernels.launch import on, pieces, precision
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.prepare import EPS, gelu
 from lolcats.ops.near.prepared import ScoreWeights
@@ -120,7 +120,7 @@ def read_texts(hidden: Tensor, weights: ScoreWeights) -> Tensor:
     (batch, tokens, size), w = hidden.shape, weights
     out = torch.empty(batch, tokens, w.from_hidden.shape[0], dtype=torch.float32, device=hidden.device)
     with device_of(hidden):
-        on(read_texts_kernel, (triton.cdiv(batch * tokens, ROWS),))(
+        on(read_texts_kernel, (pieces(batch * tokens, ROWS),))(
             hidden, *(x.contiguous() for x in (w.read_hidden, w.read_hidden_bias, w.from_hidden, w.from_hidden_bias)),
             out, hidden.stride(0), hidden.stride(1), batch * tokens, tokens,
             SIZE=size, WIDTH=w.read_hidden.shape[0], OUTPUTS=out.shape[2], ROWS=ROWS, SLICE=SLICE,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import either, on, precision, strides
+from lolcats.ops.hybrid.kernels.launch import either, on, pieces, precision, strides
 from lolcats.ops.near.kernels.codes import round_even
 from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.prepare import Turn, angles_back, gelu, pair_of
@@ -87,7 +87,7 @@ def score_pairs(k: Tensor, v: Tensor, numbers: Tensor, score: ScoreCall) -> Tens
         steps += [0, 0] if x is None else [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
     out = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=k.device)
     with device_of(k):
-        on(score_keys_kernel, (batch * kv_heads, triton.cdiv(tokens, ROWS)))(
+        on(score_keys_kernel, (batch * kv_heads, pieces(tokens, ROWS)))(
             k, v, *(either(x, k) for x in angles), numbers.contiguous(),
             *(x.contiguous() for x in (w.read_pair, w.read_pair_bias, w.from_pair)), out,
             *strides(k), *strides(v), *steps, tokens, score.mix, 1 - score.mix, float(score.resolution),

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.ops.hybrid.kernels.launch import on
+from lolcats.ops.hybrid.kernels.launch import next_power, on, pieces
+from lolcats.ops.near.kernels.launch import device_of
 
 ARRIVALS = 32
 """Queries of a step, at most."""
@@ -182,29 +183,27 @@ def select(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor, bool
 def _select_short(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor]:
     batch, kv_heads, count = scores.shape
     n = count - pairs
-    blocks = triton.cdiv(n, block)
+    blocks = pieces(n, block)
     # Zeros: of scores that are NaN fewer may be listed than there are places.
     orders = torch.zeros(batch, kv_heads, blocks + 1, pairs, dtype=torch.int32, device=scores.device)
     until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    with torch.cuda.device(scores.device) if scores.is_cuda else torch.no_grad():
-        on(_count, (triton.cdiv(count, TILE), batch * kv_heads))(
-            scores, until, n, pairs, T=TILE, OTHERS=OTHERS, num_warps=4
-        )
+    with device_of(scores):
+        on(_count, (pieces(count, TILE), batch * kv_heads))(scores, until, n, pairs, T=TILE, OTHERS=OTHERS, num_warps=4)
         on(_list, (blocks + 1, batch * kv_heads))(until, orders, n, pairs, block, T=LISTED, num_warps=4)
     return orders, until
 
 
 def _select_long(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor]:
     batch, kv_heads, count = scores.shape
-    n, padded = count - pairs, max(16, triton.next_power_of_2(pairs))
+    n, padded = count - pairs, max(16, next_power(pairs))
     queries = arrivals(padded)
-    blocks, steps, length = triton.cdiv(n, block), triton.cdiv(n, queries), _segment(n, batch * kv_heads, block)
+    blocks, steps, length = pieces(n, block), pieces(n, queries), _segment(n, batch * kv_heads, block)
     starts = _starts(scores, pairs, length)
     spare = torch.zeros(*starts.shape[:-1], padded - pairs, dtype=torch.int32, device=scores.device)
     order = torch.zeros(batch, kv_heads, blocks + 1, padded, dtype=torch.int32, device=scores.device)
     order[:, :, 0, padded - pairs :] = starts[:, :, 0]
     until = torch.full(scores.shape, n, dtype=torch.int32, device=scores.device)
-    with torch.cuda.device(scores.device) if scores.is_cuda else torch.no_grad():
+    with device_of(scores):
         on(_select, (batch * kv_heads, starts.shape[2]))(
             scores, torch.cat([spare, starts], -1), order, until, n, pairs, steps, length // queries,
             PP=padded, C=queries, STEPS=block // queries, num_warps=8,
@@ -215,7 +214,7 @@ def _select_long(scores: Tensor, pairs: int, block: int) -> tuple[Tensor, Tensor
 def _segment(n: int, heads: int, block: int) -> int:
     """Queries of a segment, a multiple of those of a block."""
     segments = max(1, min(PROGRAMS // heads, n // SHORTEST_SEGMENT))
-    return triton.cdiv(triton.cdiv(n, segments), block) * block
+    return pieces(pieces(n, segments), block) * block
 
 
 def _starts(scores: Tensor, pairs: int, length: int) -> Tensor:
