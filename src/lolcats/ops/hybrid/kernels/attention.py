@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from lolcats.ops.devices import capability
 from lolcats.ops.hybrid.kernels.backward import run_backward
 from lolcats.ops.hybrid.kernels.launch import Context, Operands, Saved, States, make_plan, run_forward, sum_states
 from lolcats.ops.hybrid.kernels.segment_launch import refusal as segment_refusal
@@ -33,7 +34,7 @@ def refusal(inputs: Inputs, maps: MapWeights | None, return_state: bool) -> str 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q.device.type != "cuda" and not interpreted:
         return f"it needs a CUDA device; the tensors are on {q.device}"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if q.device.type == "cuda" and capability(q.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     if any(x.dtype not in LARGEST for x in (q, inputs.k, v)):
         return "it takes bfloat16, float16 and float32"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from lolcats.ops.devices import capability
 from lolcats.ops.hybrid.kernels.forward import forward_kernel
 from lolcats.ops.hybrid.kernels.states import scan_segments, sum_segments
 from lolcats.ops.hybrid.kernels.tiles import GIVEN, HEDGEHOG, T2R
@@ -201,7 +202,7 @@ def can_describe(*tensors: Tensor) -> bool:
     if TensorDescriptor is None:
         return False
     device = tensors[0].device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type == "cuda" and capability(device) < (9, 0):
         return False
     return all(
         x.data_ptr() % 16 == 0 and all(step > 0 and step * x.element_size() % 16 == 0 for step in x.stride()[:-1])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolcats.ops.devices import capability
 from lolcats.ops.hybrid.kernels.launch import Context, Operands, Plan, on
 
 SHORTEST = 2048
@@ -51,7 +52,7 @@ def refusal(p: Plan, x: Operands, c: Context) -> str | None:
         ),
         f"it takes rows of {SHORTEST} tokens or more": p.tokens < SHORTEST,
         "it takes addresses and strides that the copy engine takes": not p.tma,
-        "it needs compute capability 9": device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9,
+        "it needs compute capability 9": device.type != "cuda" or capability(device)[0] != 9,
     }
     reason = next((reason for reason, found in wrong.items() if found), None)
     return reason or _missing()

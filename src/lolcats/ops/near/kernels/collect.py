@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import next_power, on, pieces, strides
 from lolcats.ops.near.head_sizes import Ends, HeadSizes, Slots
-from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.types import NearState
 
 QUERIES = 256

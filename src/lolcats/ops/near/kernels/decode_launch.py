@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
 from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
 from lolcats.ops.near.kernels.decode import near_begin, near_decode, near_finish
-from lolcats.ops.near.kernels.launch import device_of, refusal
+from lolcats.ops.near.kernels.launch import refusal
 from lolcats.ops.near.quantize import PairCodec, spread
 from lolcats.ops.near.types import NearPart
 

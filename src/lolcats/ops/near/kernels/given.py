@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision, strides
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, load_tile, load_vector, store_vector
-from lolcats.ops.near.kernels.launch import BY_KEYS, BY_QUERIES, WIDE, device_of
+from lolcats.ops.near.kernels.launch import BY_KEYS, BY_QUERIES, WIDE
 from lolcats.ops.near.kernels.tiles import SIZES, capped
 
 

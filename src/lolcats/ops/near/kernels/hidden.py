@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import on, pieces, precision
-from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.prepare import EPS, gelu
 from lolcats.ops.near.prepared import ScoreWeights
 

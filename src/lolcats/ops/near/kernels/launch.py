@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lolcats.ops.devices import capability
+from lolcats.ops.devices import capability, device_of
 from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, pieces, precision, strides
 from lolcats.ops.hybrid.kernels.tiles import LOG2E
 from lolcats.ops.near.kernels.backward import add_slots, key_gradients, query_gradients, slot_gradients
@@ -199,11 +198,6 @@ def kernel_near(
         out = _Near.apply(spec, context, *x)
     assert isinstance(out, Tensor)
     return out
-
-
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of x the one on which kernels are launched, where it is not."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _plan(spec: NearSpec, q: Tensor, v: Tensor) -> Plan:

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import either, on, pieces, strides
 from lolcats.ops.near.kernels.codes import code_rows, read_map, scales_on, store_rows
-from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.spread import LARGEST, mixed_rows
 from lolcats.ops.near.types import STEP_BYTES, Coded
 

@@ -31,9 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import either, on, precision
 from lolcats.ops.near.kernels.codes import code_rows, read_map, round_even, scales_on, store_rows
-from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.prepared import Prepared, ScoreCall, SinkCall
 from lolcats.ops.near.quantize import PairCodec

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import either, on, pieces, precision, strides
 from lolcats.ops.near.kernels.codes import round_even
-from lolcats.ops.near.kernels.launch import device_of
 from lolcats.ops.near.kernels.prepare import Turn, angles_back, gelu, pair_of
 from lolcats.ops.near.prepared import ScoreCall
 

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import next_power, on, pieces
-from lolcats.ops.near.kernels.launch import device_of
 
 ARRIVALS = 32
 """Queries of a step, at most."""

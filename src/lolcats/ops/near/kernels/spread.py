@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats.ops.devices import device_of
 from lolcats.ops.hybrid.kernels.launch import on
-from lolcats.ops.near.kernels.launch import device_of
 
 LARGEST = 512
 """Numbers of a row."""
