@@ -1,5 +1,5 @@
 """Triton's interpreter, three times as fast: what it does again and again, once, and nothing that a test could see.
-Beside that it multiplies bfloat16, which it could not.
+Beside that it computes with bfloat16, which it could not.
 
 A program of the kernels is a thousand small steps in Python, and most of their time went to three things.
 """
@@ -26,8 +26,9 @@ def hasten() -> None:
     builder: Any = getattr(interpreter, "interpreter_builder", None)
     if hasattr(getattr(builder, "options", None), "sanitize_overflow"):
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    if hasattr(builder, "create_dot"):
-        builder.create_dot = with_bfloat16(builder.create_dot)
+    if hasattr(builder, "create_dot") and hasattr(builder, "binary_op"):
+        builder.create_dot = with_bfloat16_products(builder.create_dot)
+        builder.binary_op = with_bfloat16_numbers(builder.binary_op)
 
 
 def patched_once(patch: Any) -> Any:
@@ -84,18 +85,34 @@ def rounded_to_nearest(convert: Any) -> Any:
     return converted
 
 
-def with_bfloat16(dot: Any) -> Any:
-    """`create_dot`, which multiplies the bits of bfloat16 as if they were whole numbers."""
+def wide(operand: Any) -> Any:
+    """The same numbers in float32, if they are of bfloat16, whose bits the interpreter has."""
     from triton import language
     from triton.runtime import interpreter
 
-    def wide(operand: Any) -> Any:
-        if operand.dtype.scalar != language.bfloat16:
-            return operand
-        bits = torch.from_numpy(np.ascontiguousarray(operand.data).view(np.int16))
-        return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), language.float32)
+    if operand.dtype.scalar != language.bfloat16:
+        return operand
+    bits = torch.from_numpy(np.ascontiguousarray(operand.data).view(np.int16))
+    return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), language.float32)
 
-    def product(a: Any, b: Any, *rest: Any) -> Any:
-        return dot(wide(a), wide(b), *rest)
 
-    return product
+def with_bfloat16_products(dot: Any) -> Any:
+    """`create_dot`, which multiplies the bits of bfloat16 as if they were whole numbers."""
+    return lambda a, b, *rest: dot(wide(a), wide(b), *rest)
+
+
+def with_bfloat16_numbers(compute: Any) -> Any:
+    """`binary_op`, which does so too; results are rounded to nearest, as compiled kernels do."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    def computed(one: Any, other: Any, operation: Any) -> Any:
+        if language.bfloat16 not in (one.dtype.scalar, other.dtype.scalar):
+            return compute(one, other, operation)
+        data = compute(wide(one), wide(other), operation).data
+        if data.dtype != np.float32:  # a comparison
+            return interpreter.TensorHandle(data, one.dtype.scalar)
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16).view(torch.int16)
+        return interpreter.TensorHandle(rounded.numpy().view(np.uint16).reshape(data.shape), language.bfloat16)
+
+    return computed
