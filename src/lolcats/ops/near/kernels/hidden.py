@@ -11,7 +11,8 @@ whose sum is the weight and whose products float32 holds; p is taken off afterwa
 taken off first, and their products are three of tf32. Tensor cores cut off digits when they add up, so they do that
 within a slice only; slices are added up by usual additions.
 
-No sum depends on how many tokens there are, nor on those beside one, so a token has the same numbers in every batch.
+No sum depends on how many tokens there are, nor on those beside one, and no product is fused with a sum, which a
+compiler may do in one row of a tile and not in another; so a token has the same numbers in every batch.
 
 Legend: B batch, KV key heads, N tokens, R width of the hidden part.
 Bytes: the input once read, the matrix once for each program (the cache has it), 2 KV numbers of a token written.
@@ -125,5 +126,6 @@ def read_texts(hidden: Tensor, weights: ScoreWeights) -> Tensor:
             out, hidden.stride(0), hidden.stride(1), batch * tokens, tokens,
             SIZE=size, WIDTH=w.read_hidden.shape[0], OUTPUTS=out.shape[2], ROWS=ROWS, SLICE=SLICE,
             PRECISION=precision(torch.float32), num_warps=4 if hidden.dtype == torch.bfloat16 else 8, num_stages=3,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
