@@ -125,7 +125,7 @@ def read_texts(hidden: Tensor, weights: ScoreWeights) -> Tensor:
             hidden, *(x.contiguous() for x in (w.read_hidden, w.read_hidden_bias, w.from_hidden, w.from_hidden_bias)),
             out, hidden.stride(0), hidden.stride(1), batch * tokens, tokens,
             SIZE=size, WIDTH=w.read_hidden.shape[0], OUTPUTS=out.shape[2], ROWS=ROWS, SLICE=SLICE,
-            PRECISION=precision(torch.float32), num_warps=4 if hidden.dtype == torch.bfloat16 else 8, num_stages=3,
+            PRECISION=precision(torch.float32), num_warps=8, num_stages=3,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
