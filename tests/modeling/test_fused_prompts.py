@@ -41,8 +41,8 @@ def fused(make_student: Builder) -> Builder:
     return make
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["sliding", "heads"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [("sliding", torch.float32), ("heads", torch.bfloat16)], ids=str)
 def test_prompts_give_what_the_model_gives(fused: Builder, tokens: Tokens, name: str, dtype: torch.dtype) -> None:
     """In one piece and in two, padded and not; the same bits each time."""
     student, ids, close = fused(name, dtype), tokens(2, 14), 1e-5 if dtype == torch.float32 else 0.02
@@ -63,6 +63,7 @@ def test_prompts_give_what_the_model_gives(fused: Builder, tokens: Tokens, name:
     assert prompts_of(student).read == 12
 
 
+@pytest.mark.slow
 def test_a_copy_is_made_once_and_again_where_modules_change(fused: Builder, tokens: Tokens) -> None:
     student, ids = fused(), tokens(1, 9)
     copies = []
