@@ -74,9 +74,10 @@ class FusedPrompts:
         def logits(of: Any) -> Tensor:
             return cast(Any, forward(of, input_ids=begin, use_cache=False, return_dict=True)).logits
 
-        want = logits(model)  # the first pass may find things out, which the modules then have in them
-        copied = fused_copy(model, ids.device)
+        copied = None
         try:
+            want = logits(model)  # the first pass may find things out, which the modules then have in them
+            copied = fused_copy(model, ids.device)
             if copied is not None:
                 check_agree("the copy", [logits(copied)], [want], math.sqrt(model.config.num_hidden_layers))
         except Exception as error:  # Triton's compiler raises what it likes; what is only faster must not end a text

@@ -17,6 +17,7 @@ from torch import Tensor
 from lolcats.ops.hybrid.kernels.launch import on, padded, pieces
 
 HEADS_OF_A_PROGRAM = 8
+"""At most; queries and keys are in programs of their own."""
 
 
 @triton.jit
