@@ -79,10 +79,15 @@ def rounded_to_nearest(convert: Any) -> Any:
     def converted(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) != (language.float32, language.bfloat16):
             return convert(data, source, target, rounding)
-        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+        return bfloat16_bits(data)
 
     return converted
+
+
+def bfloat16_bits(data: np.ndarray) -> np.ndarray:
+    """Numbers of float32 rounded to the nearest of bfloat16, as the interpreter has them."""
+    rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
 
 def wide(operand: Any) -> Any:
@@ -112,7 +117,6 @@ def with_bfloat16_numbers(compute: Any) -> Any:
         data = compute(wide(one), wide(other), operation).data
         if data.dtype != np.float32:  # a comparison
             return interpreter.TensorHandle(data, one.dtype.scalar)
-        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16).view(torch.int16)
-        return interpreter.TensorHandle(rounded.numpy().view(np.uint16).reshape(data.shape), language.bfloat16)
+        return interpreter.TensorHandle(bfloat16_bits(data), language.bfloat16)
 
     return computed
