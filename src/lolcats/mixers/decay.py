@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from lolcats.ops.devices import without_autocast
+
 SHORTEST, LONGEST = 64.0, 8192.0
 """Time constants in tokens."""
 
@@ -33,7 +35,7 @@ class Decay(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, N, d_model] -> [B, heads, N], below 0."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             if self.weight is None:
                 return -nnf.softplus(self.bias)[None, :, None].expand(len(hidden), -1, hidden.shape[1])
             return -nnf.softplus(nnf.linear(hidden.to(self.weight.dtype), self.weight, self.bias)).transpose(1, 2)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.maps import MapWeights, hedgehog, project, t2r
 
 
@@ -44,7 +45,7 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """phi(x) in float32 (float64 for float64 x), whatever autocast says."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return self.phi(x if x.dtype == torch.float64 else x.float())
 
     def phi(self, x: Tensor) -> Tensor:

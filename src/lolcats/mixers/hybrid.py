@@ -35,6 +35,7 @@ from lolcats.ops import (
     leaving_keys,
     resolve_impl,
 )
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.hybrid.layout import in_window
 from lolcats.ops.types import map_state
 
@@ -224,7 +225,7 @@ class HybridMixer(Mixer):
         """Log of the decay of the linear half at each token: [B, H, N], or None without a gate."""
         if self.decay_gate is None:
             return None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             return nnf.logsigmoid(self.decay_gate(hidden.to(self.decay_gate.weight.dtype))).transpose(1, 2)
 
     def _query_features(self, q: Tensor, mode: str) -> Tensor:

@@ -20,6 +20,7 @@ from lolcats.mixers.near_heads import HeadGroup, kept_until_of, windows_of
 from lolcats.mixers.scores import Window
 from lolcats.mixers.softmax import attention_blocks
 from lolcats.mixers.texts import TextRows
+from lolcats.ops.devices import without_autocast
 
 QUERY_BLOCK = 256
 """Queries whose attention is in memory at once."""
@@ -74,7 +75,7 @@ class Share(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, H, N] of the layer's input [B, N, d_model], float32 (float64 for a float64 layer)."""
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             return super().forward(input.to(self.weight.dtype)).transpose(1, 2)
 
     def join(self, near: Tensor, far: Tensor, input: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def far_attention(call: Call, near: tuple[HeadGroup, ...], until: Tensor | None 
     window, sinks = torch.as_tensor(windows_of(near), device=call.q.device), near[0].spec.sinks
     window = window if window.ndim == 0 else window[:, None, None]
     masses, outputs = [], []
-    with torch.autocast(call.q.device.type, enabled=False):
+    with without_autocast(call.q.device.type):
         for begin, weights in attention_blocks(call, QUERY_BLOCK, torch.float32):
             end = weights.shape[-1]
             query = keys[begin:end, None]

@@ -23,6 +23,7 @@ from lolcats.mixers.base import Sizes
 from lolcats.mixers.decay import Decay
 from lolcats.mixers.far import FarHalf, HalvedState, LinearFar
 from lolcats.ops import RecurrenceOutput, RecurrentState, recurrence
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.maps import project
 
 BY_HEAD = ("simple_gla", "mamba2", "gated_delta")
@@ -117,7 +118,7 @@ class RecurrentFar(FarHalf):
         log_decay = self._log_decay(hidden)
         keys, beta = self._keys(k, log_decay), None
         if self.beta is not None:
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden.device.type):
                 beta = self.beta(hidden.to(self.beta.weight.dtype)).sigmoid().transpose(1, 2)
         return recurrence(
             q, keys, v, log_decay=log_decay, beta=beta, attention_mask=real, initial_state=state, return_state=keep,
@@ -143,7 +144,7 @@ class RecurrentFar(FarHalf):
         return keys
 
     def _directions(self, x: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return nnf.normalize(project(x if x.dtype == torch.float64 else x.float(), weight), dim=-1)
 
 

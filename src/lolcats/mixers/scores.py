@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lolcats.errors import LolcatsError
 from lolcats.mixers.base import Call, Sizes
 from lolcats.mixers.softmax import attention_blocks
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.near.given import head_windows, kernel_given
 from lolcats.ops.near.prepare import score_keys, score_refusal
 from lolcats.ops.near.prepared import ScoreCall, ScoreWeights
@@ -65,7 +66,7 @@ class LearnedScore(nn.Module):
             k: [B, KV, N, D], before their rotation; v: [B, KV, N, Dv].
             error: log of the error [B, KV, N] of recalling v, where it is read.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             dtype, from_hidden = self.read_hidden.weight.dtype, self.of_hidden(hidden)
             pair = [k.to(dtype), v.to(dtype)]
             if error is not None:
@@ -75,7 +76,7 @@ class LearnedScore(nn.Module):
 
     def of_hidden(self, hidden: Tensor) -> Tensor:
         """What the layer's input [B, N, d_model] says of each key head, [B, N, 2 KV]."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             normed = nnf.layer_norm(hidden.to(self.read_hidden.weight.dtype), hidden.shape[-1:])
             return self.from_hidden(nnf.gelu(self.read_hidden(normed)))
 

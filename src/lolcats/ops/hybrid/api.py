@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lolcats.ops.devices import capability
+from lolcats.ops.devices import capability, without_autocast
 from lolcats.ops.hybrid.checks import check_call, read_cuts
 from lolcats.ops.hybrid.chunked import chunked_attention, compiled_attention
 from lolcats.ops.hybrid.layout import Inputs
@@ -158,7 +158,7 @@ def hybrid_attention(
             return _kernels().attention(inputs, spec, return_state, maps)
         return IMPLEMENTATIONS[impl](inputs, spec, return_state)
 
-    with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
+    with without_autocast(q.device.type):  # the sums are fp32 whatever surrounds us
         if cuts is None:
             return run(inputs, return_state)
         if impl == "reference":

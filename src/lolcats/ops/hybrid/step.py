@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.hybrid.api import kernels_available, resolve_impl
 from lolcats.ops.hybrid.checks import check_step
 from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
@@ -67,7 +68,7 @@ def hybrid_step(
             state = state.map(lambda t: t.contiguous() if donate else t.clone(memory_format=torch.contiguous_format))
         pair = cast(MapWeights, maps), window_factor
         return decode_step(q, k, v, *pair, state, spec, log_decay, active, sink_logits, state_indices), state
-    with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
+    with without_autocast(q.device.type):  # the sums are fp32 whatever surrounds us
         if state_indices is None:
             return _torch_step(q, k, v, features, window_factor, state, spec, log_decay, active, sink_logits)
         held = state_indices >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lolcats.ops.devices import without_autocast
 from lolcats.ops.hybrid.checks import expect
 from lolcats.ops.recurrence.checks import check_recurrence
 from lolcats.ops.recurrence.chunked import chunked_recurrence
@@ -103,7 +104,7 @@ def recurrence(
     inputs = Inputs(q, k, v, log_decay, beta, attention_mask, segment_ids, initial_state)
     check_recurrence(inputs, normalised, state_dtype, return_state)
     run = RECURRENCE_IMPLEMENTATIONS[_choose(impl, inputs)]
-    with torch.autocast(q.device.type, enabled=False):  # the sums are fp32 whatever surrounds us
+    with without_autocast(q.device.type):  # the sums are fp32 whatever surrounds us
         out, sums = run(without_padding(inputs), Spec(normalised, scale), return_state)
     state = None if sums is None else _state(sums, inputs, state_dtype)
     return RecurrenceOutput(out.to(v.dtype), state)

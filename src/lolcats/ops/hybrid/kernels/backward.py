@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from lolcats.ops.hybrid.kernels.backward_features import key_features, output_terms, query_features, weight_kernel
@@ -26,6 +25,7 @@ from lolcats.ops.hybrid.kernels.launch import (
     flags,
     on,
     padded,
+    pieces,
     precision,
     state_arguments,
     strides,
@@ -69,7 +69,7 @@ def run_backward(p: Plan, x: Operands, c: Context, saved: Saved, grad: Tensor, n
         return make(p.batch, p.heads, p.tokens, dtype=dtype, device=x.q.device)
 
     rows = _Rows(per_query(), per_query(), per_query(torch.int32))
-    on(output_terms, (triton.cdiv(p.tokens, TILE), p.batch * p.heads))(
+    on(output_terms, (pieces(p.tokens, TILE), p.batch * p.heads))(
         saved.out, grad, rows.delta, *strides(saved.out), *strides(grad), p.tokens,
         HEADS=p.heads, DV=p.dv, BV=padded(p.dv), C=TILE,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def _map_gradient(
     assert dy is not None
     if p.kind == "given":
         return (dy if heads == p.heads else dy.unflatten(1, (heads, -1)).sum(2)), None
-    splits = max(1, min(triton.cdiv(p.tokens, BLOCK), SUM_PROGRAMS // (p.batch * p.heads)))
+    splits = max(1, min(pieces(p.tokens, BLOCK), SUM_PROGRAMS // (p.batch * p.heads)))
     shape = (p.batch, p.heads, splits, p.d + 1, p.width)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
     sizes = {k: v for k, v in p.sizes().items() if k in ("D", "BD", "WIDTH", "BF", "C")}

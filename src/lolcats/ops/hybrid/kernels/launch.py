@@ -94,12 +94,12 @@ class Plan:
     @property
     def groups(self) -> int:
         """Tiles, and stored states, of a row and head."""
-        return -(-self.longest // TILE)
+        return pieces(self.longest, TILE)
 
     @property
     def blocks(self) -> int:
         """Blocks of a row and head."""
-        return -(-self.longest // BLOCK)
+        return pieces(self.longest, BLOCK)
 
     @property
     def parts(self) -> int:
@@ -117,8 +117,8 @@ class Plan:
     def segments(self, heads: int) -> tuple[int, int]:
         """Groups a segment, and segments, when there is a state for each of `heads` heads."""
         wanted = max(1, min(self.groups, SUM_PROGRAMS // (self.rows * heads * self.parts)))
-        size = -(-self.groups // wanted)
-        return size, -(-self.groups // size)
+        size = pieces(self.groups, wanted)
+        return size, pieces(self.groups, size)
 
     def sizes(self) -> dict[str, Any]:
         """Sizes of tiles."""
@@ -333,7 +333,7 @@ def sum_states(
     weight, bias = (x.map_q, x.bias_q) if reverse else (x.map_k, x.bias_k)
     value_block = min(max(SMALLEST, padded(p.dv)), 128 if padded(p.width) <= 128 else 64)
     reach = p.reach if keep is None else 0
-    on(sum_segments, (heads * p.parts, segments, p.rows * -(-p.dv // value_block)))(
+    on(sum_segments, (heads * p.parts, segments, p.rows * pieces(p.dv, value_block)))(
         p.tokens_of(source), p.values_of(values, value_block), sums if given else p.map_of(weight), either(bias, sums),
         either(x.factor, sums), inverse, delta, either(x.log_decay, sums), either(keep, sums), either(c.rows, sums),
         p.state_of(local, value_block), local_sum, local_decay, sums, decays, *strides(source), *strides(values),
@@ -380,7 +380,7 @@ def run_forward(p: Plan, x: Operands, c: Context, save: bool) -> Saved:
     sink_k, sink_v = _sinks(p, x, c)
     value_block = min(max(SMALLEST, padded(p.dv)), 128 if padded(p.f) <= 256 else 64)
     pointers, numbers, constants = state_arguments(p, states, inverse, value_block)
-    on(forward_kernel, (p.heads, p.blocks, p.rows * -(-p.dv // value_block)))(
+    on(forward_kernel, (p.heads, p.blocks, p.rows * pieces(p.dv, value_block)))(
         p.tokens_of(x.q), p.tokens_of(x.k), p.values_of(x.v, value_block), p.map_of(x.map_q), p.map_of(x.map_k),
         either(x.bias_q, x.q), either(x.bias_k, x.q), either(x.factor, x.q), x.window_factor,
         either(x.sink_logits, x.q), either(x.log_decay, inverse), either(sink_k, x.q),

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.devices import device_of
-from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision
+from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, next_power, on, padded, pieces, precision
 from lolcats.ops.hybrid.layout import ROWS_APART, contiguous_rows
 from lolcats.ops.near.kernels.decode import near_begin, near_decode, near_finish
 from lolcats.ops.near.kernels.launch import refusal
@@ -132,7 +131,7 @@ def _launch(x: _Step, parts: Sequence[NearPart], codec: PairCodec | None, mixes:
     sums, tops = (x.q.new_empty(batch * kv_heads * splits * group, n, dtype=torch.float32) for n in (dv, 2))
     changes = x.q.new_empty(batch * kv_heads, 3, dtype=torch.int32)
     table = head_table(parts, x.q.device)
-    rows, few = (either(x.active, x.q), either(x.indices, x.q), table), triton.next_power_of_2(group)
+    rows, few = (either(x.active, x.q), either(x.indices, x.q), table), next_power(group)
     strides = x.k.stride(0), x.k.stride(1), x.v.stride(0), x.v.stride(1)
     flags = {
         "KV_HEADS": kv_heads, "SINKS": spec.sinks, "HAS_PAIRS": any(part.spec.pairs for part in parts),
@@ -163,7 +162,7 @@ def _of_decode(
     spec, size, group = parts[0].spec, x.q.shape[3], x.q.shape[1] // x.k.shape[1]
     aligned, warps = codec is None and _aligned(parts), FEW_WARPS if size > 64 and several else WARPS
     return {
-        "BG": max(FEW_QUERIES, triton.next_power_of_2(group)) if codes else padded(group), "D": size, "BD": _wide(size),
+        "BG": max(FEW_QUERIES, next_power(group)) if codes else padded(group), "D": size, "BD": _wide(size),
         "BITS": 16 if codec is None else codec.bits, "WIDE": 0 if codec is None else codec.wide(size),
         "BS": padded(spec.sinks), "SOFTCAP": float(spec.softcap or 0.0), "HAS_SINK_Q": x.sink_q is not None,
         "HAS_REACH": spec.reach is not None, "PRECISION": precision(x.q.dtype), "ALIGNED": aligned, "CODES": codes,
@@ -183,11 +182,9 @@ def _own(x: Tensor) -> Tensor:
 
 def _cut(parts: Sequence[NearPart], batch: int, tile: int) -> tuple[int, int]:
     """Tiles of a program, and programs of the largest key head."""
-    tiles = [
-        triton.cdiv(part.spec.pairs, tile) + triton.cdiv(part.spec.window, tile) for part in parts for _ in part.heads
-    ]
-    part = max(1, min(LARGEST_PART, batch * sum(tiles) // PROGRAMS), triton.cdiv(max(tiles), MOST_PARTS))
-    return part, triton.cdiv(max(tiles), part)
+    tiles = [pieces(part.spec.pairs, tile) + pieces(part.spec.window, tile) for part in parts for _ in part.heads]
+    part = max(1, min(LARGEST_PART, batch * sum(tiles) // PROGRAMS), pieces(max(tiles), MOST_PARTS))
+    return part, pieces(max(tiles), part)
 
 
 def _by_codes(codec: PairCodec | None, q: Tensor, dv: int) -> bool:

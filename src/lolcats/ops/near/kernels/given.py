@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.devices import device_of
-from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, precision, strides
+from lolcats.ops.hybrid.kernels.launch import SMALLEST, either, on, padded, pieces, precision, strides
 from lolcats.ops.hybrid.kernels.tiles import LOG2E, load_tile, load_vector, store_vector
 from lolcats.ops.near.kernels.launch import BY_KEYS, BY_QUERIES, WIDE
 from lolcats.ops.near.kernels.tiles import SIZES, capped
@@ -121,11 +121,11 @@ def far_weights(
     }  # fmt: skip
     by_queries, by_keys = (WIDE if q.dtype == torch.float32 else cut for cut in (BY_QUERIES, BY_KEYS))
     with device_of(q):
-        on(log_sums, (heads, triton.cdiv(n, by_queries["ROWS"]), batch))(
+        on(log_sums, (heads, pieces(n, by_queries["ROWS"]), batch))(
             q, k, either(sink_logits, q), lse, *strides(q), *strides(k), n, float(scale),
             **sizes, LEARNED=sink_logits is not None, **by_queries,
         )  # fmt: skip
-        on(given_weights, (triton.cdiv(n, by_keys["KEYS"]), kv_heads, batch))(
+        on(given_weights, (pieces(n, by_keys["KEYS"]), kv_heads, batch))(
             q, k, lse, windows, out, *strides(q), *strides(k), n, float(scale), float(least), **sizes, **by_keys
         )
     return out

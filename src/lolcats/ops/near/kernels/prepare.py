@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.devices import device_of
-from lolcats.ops.hybrid.kernels.launch import either, on, precision
+from lolcats.ops.hybrid.kernels.launch import either, next_power, on, pieces, precision
 from lolcats.ops.near.kernels.codes import code_rows, read_map, round_even, scales_on, store_rows
 from lolcats.ops.near.kernels.spread import mixed_rows
 from lolcats.ops.near.prepared import Prepared, ScoreCall, SinkCall
@@ -318,9 +318,9 @@ class Slices(NamedTuple):
         if score is None:
             return cls()
         size = score.hidden.shape[-1]
-        wanted = triton.next_power_of_2(triton.cdiv(size, WANTED_SLICES))
+        wanted = next_power(pieces(size, WANTED_SLICES))
         width = min(max(wanted, SMALLEST_SLICE), LARGEST_SLICE)
-        return cls(size, width, triton.cdiv(size, width))
+        return cls(size, width, pieces(size, width))
 
 
 def code_pairs_and_score(
@@ -348,7 +348,7 @@ def code_pairs_and_score(
             q, k, v, key_map, scales, *pointers, *angles, length, either(indices, q), *done[:3], either(done.score, q),
             either(done.sink_q, q), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             *steps, length.stride(0), batch, *numbers, size**-0.5, dv**-0.5,
-            KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=triton.next_power_of_2(heads // kv_heads),
+            KV_HEADS=kv_heads, GROUP=heads // kv_heads, BG=next_power(heads // kv_heads),
             D=size, D_LEVELS=size.bit_length() - 1, DV=dv, DV_LEVELS=dv.bit_length() - 1,
             HAS_CODEC=codec is not None, HAS_SCORE=score is not None, HAS_INDICES=indices is not None,
             HAS_SINKS=sinks is not None, BY_INVERSE=q.is_cuda, **constants, **turn, num_warps=4, enable_fp_fusion=False,
@@ -378,7 +378,7 @@ def _read_hidden(score: ScoreCall) -> Tensor:
     batch, width = hidden.shape[0], weight.shape[0]
     numbers = cut.number * ((batch + 1) * width + 2 * batch)
     parts = torch.empty(numbers, dtype=torch.float32, device=hidden.device)
-    on(read_hidden_kernel, (triton.cdiv(batch, TEXTS), width // OUTPUTS, cut.number))(
+    on(read_hidden_kernel, (pieces(batch, TEXTS), width // OUTPUTS, cut.number))(
         hidden, weight, parts, hidden.stride(0), batch,
         SIZE=cut.size, WIDTH=width, SLICE=cut.slice, SLICES=cut.number, BB=TEXTS, BN=OUTPUTS,
         PRECISION=precision(torch.float32), num_warps=4,
@@ -392,7 +392,7 @@ def _score_arguments(
     """Pointers, numbers and constants of `prepare_kernel`; `other` is for pointers that are not read."""
     cut = Slices.of(score)
     constants = {
-        "SIZE": cut.size, "SLICE": cut.slice, "SLICES": cut.number, "BS": triton.next_power_of_2(max(1, cut.number)),
+        "SIZE": cut.size, "SLICE": cut.slice, "SLICES": cut.number, "BS": next_power(max(1, cut.number)),
         "HAS_FADE": score is not None and score.fade is not None,
     }  # fmt: skip
     if score is None or parts is None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.ops.devices import device_of
-from lolcats.ops.hybrid.kernels.launch import on
+from lolcats.ops.hybrid.kernels.launch import on, pieces
 
 LARGEST = 512
 """Numbers of a row."""
@@ -62,7 +62,7 @@ def spread_rows(x: Tensor) -> Tensor:
     count, out = x.numel() // n, torch.empty_like(x)
     rows = FEW if count <= 64 * FEW else MANY
     with device_of(x):
-        on(spread_kernel, (triton.cdiv(count, rows),))(
+        on(spread_kernel, (pieces(count, rows),))(
             x, out, count, n**-0.5, N=n, LEVELS=n.bit_length() - 1, ROWS=rows, num_warps=1 if rows == FEW else 4,
         )  # fmt: skip
     return out
